@@ -61,6 +61,7 @@ import time
 import urllib.request
 import uuid
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -79,6 +80,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
 from scipy import stats
 from scipy.optimize import brentq
 from scipy.special import log_softmax, softmax
@@ -309,7 +311,7 @@ def resumed_settings(stored: Settings, given: dict[str, Any]) -> Settings:
     for name in ("ablation", "equal_cost"):
         scope[name] = getattr(stored, name) or given.get(name, False)
     session = {n: given[n] for n in stored.names("session") if n in given}
-    settings = dataclasses.replace(stored, **scope, **session)
+    settings = replace(stored, **scope, **session)
     validate(settings)
     return settings
 
@@ -605,12 +607,13 @@ WALK_DEPTH, WALK_FOLDERS = 10, 20_000  # bounds of a search, per root
 # A tenth of the training images is held out, half of it for `fit` and half for `select`: 20 images of a class are the
 # least that leave one in each.
 MIN_PER_CLASS = 20
-DATASET_SIZES = {"CIFAR10": (10, 50_000), "CIFAR100": (100, 50_000), "SYNTHETIC": (10, 4_000)}  # classes, training images
+DATASET_SIZES = {"CIFAR10": (10, 50_000), "CIFAR100": (100, 50_000), "SYNTHETIC": (10, 4_000)}  # classes, images
 SYNTHETIC_TRAIN, SYNTHETIC_MOST = 4_000, 100_000  # training images: the default, and the most that can be asked for
 SYNTHETIC_BLOCK = 250  # images drawn by one generator
 TRAIN_SPLIT, TEST_SPLIT = 0, 1
+HINT = 0.15  # how far the ground's colour strays from the class's; small enough that a hundred steps learn something
 
-Pieces = queue.SimpleQueue["int | bytes | Exception"]  # of a download: its length, then its bytes, then b"" or the error
+Pieces = queue.SimpleQueue["int | bytes | Exception"]  # a download's length, its bytes, then b"" or the error
 Labelled = tuple[np.ndarray, np.ndarray]  # pixels and labels
 
 
@@ -643,9 +646,10 @@ def load_data(
 ) -> RawData:
     """Load CIFAR10, CIFAR100 or SYNTHETIC from the first source that has it intact.
 
-    Sources in order: `data_dir` (then nothing else), the folders of `search`, `download_dir`, mirrors, the original site.
+    Sources in order: `data_dir` (then nothing else), the folders of `search`, `download_dir`, mirrors, the home site.
     `train_size` keeps that many training images, equally many of each class, chosen by `seed`; SYNTHETIC is drawn with
-    that many. `check` is called during a download and may raise. Raises `UsageError` when there is no data or `train_size` does not fit.
+    that many. `check` is called during a download and may raise; nothing half-done is left on the disk then. Raises
+    UsageError when there is no data or `train_size` does not fit.
     """
     if name == "SYNTHETIC":
         return _synthetic(SYNTHETIC_TRAIN if train_size is None else train_size, seed)
@@ -656,8 +660,8 @@ def load_data(
         if not data_dir.is_dir():
             problems = ["there is no such folder"]
         raise UsageError(
-            f"--data-dir {data_dir} has no valid {name}: {'; '.join(problems[:3]) or 'no such file is there'}. Looked, at "
-            f"any depth, for a folder with {', '.join(_batch_files(name))}, or for {READERS[name].filename}."
+            f"--data-dir {data_dir} has no valid {name}: {'; '.join(problems[:3]) or 'no such file is there'}. Looked, "
+            f"at any depth, for a folder with {', '.join(_batch_files(name))}, or for {READERS[name].filename}."
         )
     data = data or _load_downloaded(name, download_dir, check)
     return data if train_size is None else _keep_stratified(data, train_size, seed)
@@ -696,7 +700,7 @@ def _load_found(name: str, roots: Sequence[Path], download_dir: Path, problems: 
 
 
 def walk_folders(root: Path) -> Iterator[tuple[Path, set[str]]]:
-    """(folder, names of its files) below `root`, in a fixed order; bounded, and every folder once, however it is linked."""
+    """(folder, names of its files) below `root`, in a fixed order; bounded, every folder once, however it is linked."""
 
     def unreadable(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -727,8 +731,8 @@ def find_files(root: Path, names: set[str]) -> list[Path]:
 def _read_folder(name: str, folder: Path, source: str) -> RawData:
     """Read the batch files in `folder` with torchvision; BadData naming the file that is not what it should be.
 
-    torchvision insists on the folder's name, and opens a file twice, to check it and to unpickle it: on a shared disk it
-    may be another one by then. A private copy, checked and read there, takes care of both (180 MB, half a second).
+    torchvision insists on the folder's name, and opens a file twice, to check it and to unpickle it: on a shared disk
+    it may be another one by then. A private copy, checked and read there, takes care of both (180 MB, half a second).
     """
     reader = READERS[name]
     with tempfile.TemporaryDirectory(prefix="exp1b-data-") as private:
@@ -750,16 +754,16 @@ def _read_folder(name: str, folder: Path, source: str) -> RawData:
 
 
 def _unpack(name: str, archive: Path, download_dir: Path) -> Path:
-    """Verify `archive` and unpack it below `download_dir`; returns the folder of batch files. BadData if it is not right.
+    """Verify `archive` and unpack it below `download_dir`; returns the folder of batch files. BadData if it is wrong.
 
-    torchvision's extract_archive has no filter: on Python 3.11 a link or `..` in the archive can lead anywhere. Should the
-    file be exchanged after the check, the batch files are still verified again before they are read.
+    torchvision's extract_archive has no filter: on Python 3.11 a link or `..` in the archive can lead anywhere. Should
+    the file be exchanged after the check, the batch files are still verified again before they are read.
     """
     reader = READERS[name]
     if archive.stat().st_size > FILE_LIMIT or not check_integrity(archive, reader.tgz_md5):
         raise BadData(f"{archive} ({archive.stat().st_size:,} bytes) has the wrong md5 (not {reader.tgz_md5})")
     download_dir.mkdir(parents=True, exist_ok=True)
-    target = download_dir / reader.base_folder
+    target = download_dir / str(reader.base_folder)
     with tempfile.TemporaryDirectory(suffix=".part", dir=download_dir) as staging:
         _extract(archive, Path(staging))
         target.mkdir(exist_ok=True)
@@ -783,7 +787,7 @@ def _extract(archive: Path, into: Path) -> None:
         raise BadData(f"{archive} cannot be unpacked: {error}") from error
 
 
-# ---- Downloading: torchvision's download_url knows no time limit, no interruption, and keeps what came out broken -----
+# ---- Downloading: torchvision's download_url has no time limit, no interruption, and keeps broken files ------
 
 
 def _load_downloaded(name: str, download_dir: Path, check: Callable[[], None]) -> RawData:
@@ -804,12 +808,10 @@ def _load_downloaded(name: str, download_dir: Path, check: Callable[[], None]) -
     )
 
 
-def _download(
-    name: str, url: str, download_dir: Path, limit_seconds: float, check: Callable[[], None]
-) -> Path:
+def _download(name: str, url: str, download_dir: Path, limit_seconds: float, check: Callable[[], None]) -> Path:
     """Download, verify and unpack the archive at `url`; returns the folder of batch files, all that is kept of it."""
     download_dir.mkdir(parents=True, exist_ok=True)
-    for left_over in download_dir.glob("*.part"):  # by a killed process; a live one writes at least every STALL_SECONDS
+    for left_over in download_dir.glob("*.part"):  # by a killed process: a live one writes every STALL_SECONDS
         written = max(path.stat().st_mtime for path in (left_over, *left_over.rglob("*")))
         if time.time() - written > 10 * STALL_SECONDS:
             shutil.rmtree(left_over, ignore_errors=True)
@@ -823,8 +825,8 @@ def _download(
 def _receive(url: str, file: IO[bytes], limit_seconds: float, check: Callable[[], None]) -> None:
     """Write the body of `url` to `file`, showing progress; BadData when it fails; `check` may end it.
 
-    A thread reads the network: resolving a name and reading a silent socket cannot be interrupted, and a session that is
-    told to end has only seconds.
+    A thread reads the network: resolving a name and reading a silent socket cannot be interrupted, and a session that
+    is told to end has only seconds.
     """
     pieces: Pieces = queue.SimpleQueue()
     over = threading.Event()
@@ -887,8 +889,8 @@ def _raw_data(name: str, classes: tuple[str, ...], train: Labelled, test: Labell
 def _check_train_size(size: int, most: int, classes: int) -> None:
     if not MIN_PER_CLASS * classes <= size <= most:
         raise UsageError(
-            f"--train-size {size} does not fit. Give at least {MIN_PER_CLASS * classes} ({MIN_PER_CLASS} images of each "
-            f"class, so that every held-out part has some) and at most {most}."
+            f"--train-size {size} does not fit. Give at least {MIN_PER_CLASS * classes} ({MIN_PER_CLASS} images of "
+            f"each class, so that every held-out part has some) and at most {most}."
         )
 
 
@@ -920,8 +922,8 @@ def _synthetic(train_size: int, seed: int) -> RawData:
 def synthetic_images(seed: int, split: int, start: int, stop: int) -> Labelled:
     """Images `start` to `stop` of SYNTHETIC: pixels uint8 [N, 32, 32, 3] and labels int64 [N].
 
-    Image i of a split shows shape i modulo 10 and depends on (seed, split, i) alone. The arithmetic on pixels is +, -, x,
-    / and square roots, which IEEE 754 fixes to the last bit: every processor draws the same.
+    Image i of a split shows shape i modulo 10 and depends on (seed, split, i) alone. The arithmetic on pixels is +, -,
+    x, / and square roots, which IEEE 754 fixes to the last bit: every processor draws the same.
     """
     blocks = range(start // SYNTHETIC_BLOCK, -(-stop // SYNTHETIC_BLOCK))
     pixels = np.concatenate([_draw_block(seed, split, block) for block in blocks])
@@ -960,7 +962,7 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def _draw_block(seed: int, split: int, block: int) -> np.ndarray:
-    """One block of images: a shape and a bar across it, on a ground, each striped, with noise. uint8 [block, 32, 32, 3]."""
+    """One block of images, uint8 [block, 32, 32, 3]: a shape and a bar across it on a ground, striped, with noise."""
     rng = np.random.default_rng([seed, split, block])
     labels = (np.arange(SYNTHETIC_BLOCK) + block * SYNTHETIC_BLOCK) % len(SHAPES)
     x, y = _posed(rng, shift=4.0)
@@ -969,7 +971,8 @@ def _draw_block(seed: int, split: int, block: int) -> np.ndarray:
     for label, shape in enumerate(SHAPES.values()):
         mine = labels == label
         distance[mine] = shape(x[mine] / radius[mine], y[mine] / radius[mine]) * radius[mine]
-    ground, contrast = _uniform(rng, 0.0, 1.0, 3), _uniform(rng, 0.2, 0.8, 3)
+    hint = ((labels[:, None] * [0.1, 0.3, 0.7]) % 1).astype(np.float32)[:, None, None]  # as in photographs, the ground hints at the class
+    ground, contrast = (hint + _uniform(rng, -HINT, HINT, 3)) % 1, _uniform(rng, 0.2, 0.8, 3)
     image = _striped(rng, ground)
     image += _coverage(distance) * (_striped(rng, (ground + contrast) % 1) - image)
     bar = _box(*_posed(rng, shift=10.0), _uniform(rng, 4.0, 14.0), _uniform(rng, 0.0, 2.5))
@@ -984,7 +987,7 @@ def _uniform(rng: np.random.Generator, low: float, high: float, *channels: int) 
 
 
 def _posed(rng: np.random.Generator, shift: float) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel coordinates in a frame moved by up to `shift` pixels, turned by any angle, stretched: two [block, 32, 32]."""
+    """Pixel coordinates in a frame moved by up to `shift` pixels, turned and stretched: two of [block, 32, 32]."""
     row, column = np.mgrid[:32, :32].astype(np.float32) - 15.5
     row, column = row - _uniform(rng, -shift, shift), column - _uniform(rng, -shift, shift)
     angle = rng.uniform(0.0, 2 * math.pi, (SYNTHETIC_BLOCK, 1, 1))
@@ -1004,11 +1007,12 @@ def _striped(rng: np.random.Generator, colour: np.ndarray) -> np.ndarray:
     wave = np.abs(wave - np.floor(wave) - 0.5) - 0.25  # a triangle wave between -0.25 and 0.25
     return np.asarray(colour + wave[..., None] * _uniform(rng, -1.0, 1.0, 3))
 
+
 # -- views and pages ---------------------------------------------------------------------------------------------------
 PAD = 4
 SHIFTS = 2 * PAD + 1
 VIEWS = SHIFTS * SHIFTS * 2  # every crop and flip of an image: 162
-CHUNK = 500  # images per inference batch; fixed, because another batch size may round differently
+CHUNK = 250  # images per inference batch; fixed, because another batch size may round differently
 
 
 @dataclass(frozen=True)
@@ -1139,6 +1143,8 @@ class CifarResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, BasicBlock | Bottleneck):  # every block starts as the identity (Goyal et al. 2017)
+                nn.init.zeros_((module.bn2 if isinstance(module, BasicBlock) else module.bn3).weight)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits [n, classes] of normalised images [n, 3, 32, 32]."""
@@ -1426,6 +1432,15 @@ def read_sound(
     return None
 
 
+def bytes_below(folder: Path) -> int:
+    """Size of all files in a folder (the host's disk usage says nothing about Kaggle's limit)."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
 class RunFolder:
     """The folder of one run: its files, its index, its lock."""
 
@@ -1461,13 +1476,10 @@ class RunFolder:
         """Whether a run was started here (its index, the previous one, or finished models exist)."""
         return any(p.exists() for p in (self.index_file, previous(self.index_file))) or any(self.checkpoints.glob("*.pt"))
 
-    def bytes_used(self) -> int:
-        """Size of everything in the folder (the host's disk usage says nothing about Kaggle's limit)."""
-        total = 0
-        for path in self.path.rglob("*"):
-            with contextlib.suppress(OSError):
-                total += path.stat().st_size if path.is_file() else 0
-        return total
+    def check_room(self, budget_bytes: int | None) -> None:
+        """Raise `DiskFull` if the folder that holds this run has used up its budget (None: no budget)."""
+        if budget_bytes is not None and (used := bytes_below(self.path.parent)) > budget_bytes:
+            raise DiskFull(f"{self.path.parent} holds {used / 1e9:.1f} GB of the {budget_bytes / 1e9:.0f} GB that the platform keeps")
 
     def clean(self) -> None:
         """Remove temporary files of processes that were killed (call it only while holding the lock)."""
@@ -1702,6 +1714,7 @@ class Experiment:
     session: Session
     state: dict[str, Plain]
     progress: Progress
+    disk_budget: int | None = None  # bytes
 
     def record(self, name: str) -> dict[str, Plain]:
         """The record of a finished job."""
@@ -1943,6 +1956,7 @@ class Fitting:
         return total
 
     def _save(self) -> None:
+        self.experiment.folder.check_room(self.experiment.disk_budget)
         content = {
             "identity": self.identity,
             "model": self.model.state_dict(),
@@ -2388,7 +2402,7 @@ def method_config(method: str, chosen: Distillation) -> Distillation | None:
         "HPM-KD-no-temperature": {"schedule": "constant"},
         "HPM-KD-no-manager": {"alpha": Distillation.alpha, "temperature": Distillation.temperature},
     }
-    return Distillation() if method == "TraditionalKD" else dataclasses.replace(chosen, **changes.get(method, {}))
+    return Distillation() if method == "TraditionalKD" else replace(chosen, **changes.get(method, {}))
 
 
 def merge_pages(*parts: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -2452,7 +2466,7 @@ def twin_of(job: Job, settings: Settings, records: dict[str, dict[str, Plain]]) 
         return None
     config, methods = config_of(job, records), student_methods(settings)
     for method in methods[: methods.index(job.method)]:
-        other = dataclasses.replace(job, method=method)
+        other = replace(job, method=method)
         pilot = pilot_of(other)
         known = method == "TraditionalKD" or pilot == pilot_of(job)
         if known and distils(other) and config_of(other, records) == config:
@@ -2466,7 +2480,7 @@ def needs(job: Job, settings: Settings, records: dict[str, dict[str, Plain]]) ->
     if job.kind == "teacher" or (job.kind == "student" and job.method == "Direct"):
         return []
     if job.kind == "student" and job.method == EQUAL_COST:
-        return [dataclasses.replace(job, method=m) for m in ("Direct", "HPM-KD")]
+        return [replace(job, method=m) for m in ("Direct", "HPM-KD")]
     pilot = pilot_of(job)
     if pilot is not None:
         twin = twin_of(job, settings, records) if pilot.name in records else None
@@ -2665,6 +2679,7 @@ class JobRunner:
         elif self.job.kind == "pilot":
             content = {"record": self._record(run_pilot(self.experiment, self.job))}
             content["record"]["problem"] = problem_of(self.experiment, self.job)
+            content["record"]["pilot_for"] = self.job.method
         else:
             content = self._train()
         content["index"] = {**self.experiment.state, "jobs": {}}
@@ -2754,6 +2769,17 @@ def write_outputs(folder: RunFolder, state: dict[str, Plain], logits: dict[str, 
     write_tables_and_report(folder.path, state, logits, labels)
 
 
+def write_archive(folder: RunFolder) -> None:
+    """Write <run>_results.zip: everything but checkpoints and data, for a small download."""
+    buffer = io.BytesIO()
+    name = f"{folder.path.name}_results"
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted([*folder.path.glob("[!.]*.*"), *folder.figures.glob("[!.]*")]):
+            if path.is_file() and path.suffix not in (".zip", ".lock"):
+                archive.write(path, Path(name, path.relative_to(folder.path)))
+    write_atomic(folder.path / f"{name}.zip", buffer.getvalue())
+
+
 class Collector:
     """Keeps the index in step with the files in the run folder, which alone say what is finished."""
 
@@ -2780,16 +2806,24 @@ class Collector:
         save_plain(self.folder.index_file, self.state)
         figures = final or time.monotonic() - self._drawn > self.FIGURE_SECONDS
         write_outputs(self.folder, self.state, self.logits, self.labels, figures)
+        if final:
+            write_archive(self.folder)
         if figures:
             self._drawn = time.monotonic()
+
+    def _teacher_sha256(self, job: Job) -> str:
+        """Checksum of the teacher that a job must have learned from ("" if any will do)."""
+        merged = self.state.get("merged")
+        if merged:
+            return str(merged["teachers"].get(job.compression, {}).get("weights_sha256", ""))
+        return str(self.state["jobs"].get(Job("teacher", dataset=job.dataset).name, {}).get("weights_sha256", ""))
 
     def _take_in(self, job: Job) -> bool:
         """Put a job's record into the index if its file is finished and sound; a damaged file is set aside."""
         records, path = self.state["jobs"], self.folder.model_file(job.name)
         try:
             content = load_checkpoint(path)
-            teacher = records.get(Job("teacher", dataset=job.dataset).name, {}).get("weights_sha256", "")
-            check_content(content, job, job_fingerprint(self.settings, self.state, job), teacher)
+            check_content(content, job, job_fingerprint(self.settings, self.state, job), self._teacher_sha256(job))
             records[job.name] = content["record"]
             if "test_logits" in content:
                 self.logits[job.name] = content["test_logits"].float().numpy()
@@ -4017,10 +4051,14 @@ def open_run(request: Request, platform: Platform, session: Session) -> Iterator
         state = load_index(folder) if state else None
         raw = load_experiment_data(settings, folder, platform, session)
         check_batches(settings, raw)
+        if state is not None and len({t.get("weights_sha256") for t in state.get("merged", {}).get("teachers", {}).values()}) > 1:
+            raise UsageError("this run was merged from several teachers: it can be reported on (--report-only) but not continued")
         if state is None:
             state = new_index(settings, precision, describe_data(raw, settings.seed))
         elif state["data"]["sha256"] != raw.sha256:
             raise UsageError(f"the data found ({raw.source}) are not the run's: give the right --data-dir")
+        if platform.kaggle and disk_bytes(settings, len(raw.classes)) > KAGGLE_DISK_BYTES:
+            raise UsageError(f"this run needs about {disk_bytes(settings, len(raw.classes)) / 1e9:.0f} GB, Kaggle keeps 20: use fewer --runs, or parts by --compression")
         note_session(state, settings, request, devices)
         state["memory"] = memory or state.get("memory")
         state["jobs"] = {}
@@ -4040,12 +4078,13 @@ def check_batches(settings: Settings, raw: RawData) -> None:
         raise UsageError(f"--batch-size {settings.batch_size} is larger than the {train} training images: make it smaller")
 
 
-def load_experiment_data(settings: Settings, folder: RunFolder, platform: Platform, session: Session) -> RawData:
+def load_experiment_data(
+    settings: Settings, folder: RunFolder, platform: Platform, session: Session, download: bool = True
+) -> RawData:
     """The data set of a run, from the first source that has it."""
     earlier = [p for p in platform.output_root.glob("exp1b_*/data") if p != folder.data]
-    return load_data(
-        settings.dataset, settings.data_dir, folder.data, [*platform.inputs, folder.data, *earlier], settings.train_size, settings.seed, session.check
-    )
+    search = [*platform.inputs, folder.data, *earlier]
+    return load_data(settings.dataset, settings.data_dir, folder.data, search, settings.train_size, settings.seed, session.check, download)
 
 
 def describe_data(raw: RawData, seed: int) -> dict[str, Plain]:
@@ -4116,7 +4155,9 @@ def make_experiment(run: OpenRun, session: Session, device: Device) -> Experimen
     images = Images(run.raw, run.settings.seed, device.torch)
     bars = run.platform.bars and run.workers == 1
     progress = Progress(run.settings, len(run.raw.classes), len(images), bars, run.workers)
-    return Experiment(run.settings, run.folder, run.platform.scratch, device, run.state["precision"], images, session, run.state, progress)
+    scratch, precision = run.platform.scratch, run.state["precision"]
+    budget = KAGGLE_DISK_BYTES if run.platform.kaggle else None
+    return Experiment(run.settings, run.folder, scratch, device, precision, images, session, run.state, progress, budget)
 
 
 def work(run: OpenRun, session: Session, rank: int, local_rank: int, store: Any, generation: int) -> str:
@@ -4213,7 +4254,7 @@ def run_member(request: Request, platform: Platform, session: Session) -> int:
     folder, settings = RunFolder(request.given["output_dir"]), request.given
     prepared = f"prepared/{generation}"
     if rank == 0:
-        request = dataclasses.replace(request, resume=request.resume or (generation > 0 and folder.is_run()))
+        request = replace(request, resume=request.resume or (generation > 0 and folder.is_run()))
         try:
             with open_run(request, platform, session) as run:
                 save_plain(run.folder.index_file, run.state)
@@ -4309,12 +4350,8 @@ def report_again(request: Request, platform: Platform) -> int:
     try:
         start_logging(folder.log_file)
         state = load_index(folder)
-        settings = Settings.from_plain(state["settings"])
-        try:
-            labels = load_experiment_data(dataclasses.replace(settings, data_dir=request.given.get("data_dir")), folder, platform, Session(None)).test_labels
-        except UsageError:
-            log.warning("the data set was not found: the report leaves out what needs the test labels")
-            labels = None
+        settings = replace(Settings.from_plain(state["settings"]), data_dir=request.given.get("data_dir"))
+        labels = labels_for_report(settings, folder, platform)
         state["jobs"] = {}
         Collector(folder, settings, state, labels, writes=True).refresh(final=True)
         log.info("finished: report: %s", folder.path / "experiment_report.md")
@@ -4343,7 +4380,7 @@ def show_plan(request: Request, platform: Platform) -> int:
     session = Session(None)
     session.listen()
     raw = load_data("SYNTHETIC", None, Path(), [], 2_000, settings.seed)  # the speed does not depend on what the images show
-    raw = dataclasses.replace(raw, classes=tuple(str(c) for c in range(classes)))
+    raw = replace(raw, classes=tuple(str(c) for c in range(classes)))
     state = new_index(settings, choose_precision(settings.precision, devices[0], cpu_has_bf16()), describe_data(raw, settings.seed))
     run = OpenRun(RunFolder(Path()), settings, state, raw, devices, None, platform)
     experiment = make_experiment(run, session, devices[0])
@@ -4369,6 +4406,97 @@ def networks_in_use(settings: Settings) -> list[str]:
     return list(dict.fromkeys(job.network for job in planned_jobs(settings)))
 
 
+def merge_runs(request: Request, platform: Platform) -> int:
+    """Make one run, and one report, of run folders with the same settings. Nothing is written into the sources."""
+    states = {folder: load_index(RunFolder(folder), repair=False) for folder in dict.fromkeys(p.resolve() for p in request.merge)}
+    settings = merged_settings(states)
+    jobs = {job.name: job for job in planned_jobs(settings)}
+    first = next(iter(states.values()))
+    chosen: dict[str, tuple[Path, dict[str, Any]]] = {}
+    teachers: dict[str, dict[str, Plain]] = {}  # compression -> record of the teacher that its students learned from
+    for folder, state in states.items():
+        contents = finished_files(RunFolder(folder), jobs, settings, state)
+        teacher = contents.get(Job("teacher", dataset=settings.dataset).name, ({}, Path()))[0]
+        for name, (record, path) in contents.items():
+            known = chosen.get(name)
+            if known is None:
+                chosen[name] = (path, record)
+            elif jobs[name].kind == "student" and known[1]["weights_sha256"] != record["weights_sha256"]:
+                raise UsageError(f"{path.parent.parent} and {known[0].parent.parent} both hold {name}, trained differently: merge only one of them")
+            if jobs[name].kind == "student" and distils(jobs[name]):
+                if teachers.setdefault(record["compression"], teacher).get("weights_sha256") != record["teacher_sha256"]:
+                    raise UsageError(f"the students at {record['compression']} learned from different teachers and cannot be compared: merge runs that share one")
+    target = RunFolder(settings.output_dir or platform.output_root / f"exp1b_merged_{datetime.datetime.now():%Y%m%d_%H%M%S}")
+    if target.path.exists():
+        raise UsageError(f"{target.path} exists already: choose another --output-dir for the merged run")
+    state = {**first, "settings": settings.plain(), "jobs": {}, "merged": {"sources": [f.name for f in states], "teachers": teachers}}
+    state["sessions"] = [session for source in states.values() for session in source["sessions"]]
+    state["notes"] = [*dict.fromkeys(note for source in states.values() for note in source["notes"]), f"Merged from {', '.join(f.name for f in states)}."]
+    partial = RunFolder(target.path.with_name(f".{target.path.name}.partial"))
+    shutil.rmtree(partial.path, ignore_errors=True)
+    partial.create()
+    for name, (path, _) in chosen.items():
+        shutil.copyfile(path, partial.model_file(name))
+    os.replace(partial.path, target.path)
+    labels = labels_for_report(settings, target, platform)
+    Collector(target, settings, state, labels, writes=True).refresh(final=True)
+    log.info("finished: merged %d jobs of %d runs; report: %s", len(chosen), len(states), target.path / "experiment_report.md")
+    return 0
+
+
+def merged_settings(states: dict[Path, dict[str, Plain]]) -> Settings:
+    """The settings of a merged run: the common ones, and the union of the scopes. Raises `UsageError` naming the differing fields."""
+    (first_folder, first), *others = states.items()
+    settings = Settings.from_plain(first["settings"])
+    for folder, state in others:
+        other = Settings.from_plain(state["settings"])
+        differing = [f"{n} {getattr(settings, n)} / {getattr(other, n)}" for n in settings.names("experiment") if getattr(settings, n) != getattr(other, n)]
+        differing += [f"{n} differs" for n in ("precision",) if state[n] != first[n]]
+        differing += ["the data differ"] if state["data"]["sha256"] != first["data"]["sha256"] else []
+        if differing:
+            raise UsageError(f"{first_folder.name} and {folder.name} have different settings: {'; '.join(differing)}")
+        settings = resumed_settings(settings, {n: getattr(other, n) for n in other.names("scope")})
+    return settings
+
+
+def finished_files(
+    folder: RunFolder, jobs: dict[str, Job], settings: Settings, state: dict[str, Plain]
+) -> dict[str, tuple[dict[str, Plain], Path]]:
+    """Record and path of every sound finished file of a run, by job name."""
+    found = {}
+    for name, job in jobs.items():
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                content = load_checkpoint(folder.model_file(name))
+                check_content(content, job, job_fingerprint(settings, state, job), "")
+            except Damaged as error:
+                raise UsageError(f"{folder.model_file(name)} {error}: repair that run with --resume first") from None
+            found[name] = (content["record"], folder.model_file(name))
+    return found
+
+
+def labels_for_report(settings: Settings, folder: RunFolder, platform: Platform) -> np.ndarray | None:
+    """The test labels, or None (said in the log) where the data set cannot be found without a download."""
+    try:
+        return load_experiment_data(settings, folder, platform, Session(None), download=False).test_labels
+    except UsageError:
+        log.warning("the data set was not found (--data-dir): the report leaves out what needs the test labels")
+        return None
+
+
+def show_results(run_dir: str | Path | None = None) -> None:
+    """In a notebook: show the table, the report and the figures of a run (default: the newest in the output folder)."""
+    from IPython.display import Image, Markdown, display
+
+    platform = detect_platform()
+    folder = RunFolder(Path(run_dir)) if run_dir else find_run(Request({}), platform)
+    display(pd.read_csv(folder.path / "summary.csv"))
+    report = (folder.path / "experiment_report.md").read_text(encoding="utf-8")
+    display(Markdown(re.sub(r"!\[.*?\]\(figures/.*?\)\n?", "", report)))  # a notebook cannot resolve the relative paths
+    for path in sorted(folder.figures.glob("*.png")):
+        display(Image(filename=str(path), width=480))
+
+
 def main(argv: Sequence[str] | None = None, root: Path = Path("/")) -> int:
     """Run one command line; returns the exit code. `root` is where /kaggle is looked for."""
     start_logging(None)
@@ -4377,6 +4505,10 @@ def main(argv: Sequence[str] | None = None, root: Path = Path("/")) -> int:
         request = parse_request(sys.argv[1:] if argv is None else argv)
         if request.status:
             return show_status(request, platform)
+        if request.plan:
+            return show_plan(request, platform)
+        if request.merge:
+            return merge_runs(request, platform)
         if request.report_only:
             return report_again(request, platform)
         return run_experiment(request, platform)

@@ -1,0 +1,45 @@
+"""Shared by all tests: the script on the path, one thread, and tiny experiments that take seconds."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # processes that share two cores must not spin
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import run_exp1b_kaggle as exp  # noqa: E402
+
+# The smallest experiment that has everything: two ratios would lack the chain's second link, one run the pairing.
+TINY = [
+    "--mode", "smoke", "--width", "8", "--train-size", "400", "--batch-size", "60", "--lr", "0.05",
+    "--teacher-epochs", "2", "--student-epochs", "2", "--runs", "2", "--threads", "1", "--device", "cpu",
+]  # fmt: skip
+SMALL = [*TINY, "--compression", "5x", "--runs", "1"]  # one ratio, one run: the chain's first link, about ten seconds
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Bit-equal arithmetic, and a scratch folder of teacher outputs that no other test shares."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(exp.tempfile, "tempdir", str(tmp_path_factory.mktemp("scratch")))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished tiny experiment with all ratios and methods. Read only: copy it before changing anything."""
+    folder = tmp_path_factory.mktemp("finished") / "exp1b_smoke_20260101_000000"
+    torch.set_num_threads(1)
+    assert exp.main([*TINY, "--output-dir", str(folder)]) == 0
+    return folder
+
+
+def results_without_times(folder: Path) -> str:
+    """results.csv without the columns that hold times: what two runs of the same experiment must agree on digit for digit."""
+    table = exp.pd.read_csv(folder / "results.csv", dtype=str)
+    return str(table.drop(columns=["train_seconds", "images_per_second"]).to_csv(index=False))
