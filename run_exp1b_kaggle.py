@@ -643,6 +643,7 @@ def load_data(
     train_size: int | None,
     seed: int,
     check: Callable[[], None] = lambda: None,
+    download: bool = True,
 ) -> RawData:
     """Load CIFAR10, CIFAR100 or SYNTHETIC from the first source that has it intact.
 
@@ -663,6 +664,8 @@ def load_data(
             f"--data-dir {data_dir} has no valid {name}: {'; '.join(problems[:3]) or 'no such file is there'}. Looked, "
             f"at any depth, for a folder with {', '.join(_batch_files(name))}, or for {READERS[name].filename}."
         )
+    if data is None and not download:
+        raise UsageError(f"{name} was not found")
     data = data or _load_downloaded(name, download_dir, check)
     return data if train_size is None else _keep_stratified(data, train_size, seed)
 
@@ -2898,9 +2901,11 @@ class Worker:
 PAIRS = (("HPM-KD", "Direct"), ("HPM-KD", "TraditionalKD"), ("TraditionalKD", "Direct"))  # (treatment, control)
 ARMS = (*METHODS, EQUAL_COST, *ABLATIONS)  # in the order of every table and figure
 LEVEL, POWER, RELEVANT_PP = 0.05, 0.80, 0.2  # two-sided level, power, the difference worth having (percentage points)
-CSV_COLUMNS = """
-dataset compression ratio_nominal ratio_actual method run seed params macs teacher_accuracy val_accuracy
-test_accuracy retention test_nll test_ece epochs train_seconds images_per_second device precision status""".split()
+CSV_COLUMNS = [
+    "dataset", "compression", "ratio_nominal", "ratio_actual", "method", "run", "seed", "params", "macs",
+    "teacher_accuracy", "val_accuracy", "test_accuracy", "retention", "test_nll", "test_ece", "epochs", "train_seconds",
+    "images_per_second", "device", "precision", "status",
+]  # fmt: skip
 RECORD_COLUMNS = ["job", "teacher_agreement", "file_bytes", "latency_1", "latency_256"]  # in the frame, not in the CSV
 
 
@@ -2911,7 +2916,7 @@ def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def calibration_bins(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> pd.DataFrame:
-    """Share, confidence and accuracy (fractions) of each equal-width confidence bin (lower, upper]; NaN in an empty one."""
+    """Share, confidence and accuracy (fractions) per equal-width confidence bin (lower, upper]; NaN in an empty one."""
     probabilities = softmax(np.asarray(logits, dtype=np.float64), axis=1)
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == np.asarray(labels)
@@ -2995,7 +3000,7 @@ def detectable_effect(n: int) -> float:
 def runs_needed(sd: float, difference: float = RELEVANT_PP) -> int:
     """The smallest number of pairs with which a mean of `difference` is detected with probability POWER."""
     quantiles = stats.norm.ppf(1 - LEVEL / 2) + stats.norm.ppf(POWER)
-    n = max(2, math.floor((quantiles * sd / difference) ** 2))  # with a known sd: never more than the t-test needs
+    n = max(2, int((quantiles * sd / difference) ** 2))  # with a known sd: never more than the t-test needs
     while paired_t_power(difference / sd, n) < POWER:
         n += 1
     return n
@@ -3084,7 +3089,7 @@ def compare_methods(
 
 
 def trend_test(frame: pd.DataFrame, treatment: str = "HPM-KD", control: str = "Direct") -> Comparison:
-    """Does the difference grow with the ratio? Per run, its slope in pp per doubling of the ratio; then as `one_sample`.
+    """Does the difference grow with the ratio? Per run its slope in pp per doubling of the ratio, then `one_sample`.
 
     Over the ratios that have a complete pair and the runs that are complete at all of these. The ratio is the counted
     one, or the nominal one while there is no teacher to count against.
@@ -3169,8 +3174,8 @@ def method_costs(state: dict[str, Any], compression: str | None = None) -> pd.Da
         row["teacher_outputs"] = sum({(teacher, page): seconds for teacher, page, seconds in used}.values())
         row["total"] = sum(row.values())
         rows[method] = {**row, "students": len(jobs["student_training"]), "unshared": sum(s for *_, s in used)}
-    columns = "students teacher teacher_outputs intermediates pilots student_training total unshared".split()
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    parts = ["teacher", "teacher_outputs", "intermediates", "pilots", "student_training", "total"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["students", *parts, "unshared"])
 
 
 @dataclass(frozen=True)
@@ -3185,7 +3190,7 @@ class Evidence:
     methods: list[str]  # planned, of METHODS
     extra_arms: list[str]  # the equal-cost arm and the ablation arms, where planned or present
     teacher: dict[str, Any]  # the finished teacher's record, or {}
-    twins: dict[tuple[str, str], str]  # (ratio, arm) -> the arm that it equals by construction, so that it was not trained
+    twins: dict[tuple[str, str], str]  # (ratio, arm) -> the arm that it equals by construction: not trained
     pairs: dict[tuple[str, str], dict[str, Comparison]]  # (treatment, control) -> ratio -> comparison
     main: dict[str, Comparison]  # HPM-KD against Direct
     missing: list[str]  # planned and not finished, such as "the teacher", "all of 7x", "5x: HPM-KD 2 of 3 runs"
@@ -3227,21 +3232,21 @@ def against_full(evidence: Evidence, arm: str, ratio: str) -> Comparison:
 # ======================================================================================================================
 
 COLUMN_INCHES = 3.4  # one column of a two-column paper: every figure is drawn at its printed size
-FIGURE_STYLE = {
+FIGURE_STYLE: dict[Any, Any] = {
     "font.size": 7, "axes.titlesize": 7, "axes.labelsize": 7, "legend.fontsize": 6.5, "legend.frameon": False,
-    "xtick.labelsize": 6.5, "ytick.labelsize": 6.5, "axes.linewidth": 0.6, "lines.linewidth": 1.0, "lines.markersize": 4,
+    "xtick.labelsize": 6.5, "ytick.labelsize": 6.5, "axes.linewidth": 0.6, "lines.linewidth": 1, "lines.markersize": 4,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": "0.9", "grid.linewidth": 0.5, "errorbar.capsize": 2, "pdf.fonttype": 42,
 }  # fmt: skip
 # Okabe-Ito colours; those of the three methods differ in lightness too, so that they survive a grey print. Their yellow
 # is darkened: it would vanish on white. One entry per arm: colour, marker, line.
-LOOKS = {
+LOOKS: dict[str, tuple[Any, Any, Any]] = {
     **{"Direct": ("#000000", "o", "-"), "TraditionalKD": ("#E69F00", "s", "--"), "HPM-KD": ("#0072B2", "^", "-.")},
     **{EQUAL_COST: ("#777777", "v", ":"), "TunedKD": ("#CC79A7", "D", ":"), "HPM-KD-no-chain": ("#009E73", "P", ":")},
     **{"HPM-KD-no-attention": ("#D55E00", "X", ":"), "HPM-KD-no-temperature": ("#56B4E9", "<", ":")},
     "HPM-KD-no-manager": ("#A89C00", "p", ":"),
 }
-DOTS = {"linestyle": "none", "markersize": 2.6, "alpha": 0.6, "markeredgewidth": 0}
+DOTS: dict[str, Any] = {"linestyle": "none", "markersize": 2.6, "alpha": 0.6, "markeredgewidth": 0}
 NOTE_RUNS = "Small markers: runs. Large markers and bars: mean and 95% t-interval over runs."
 NOTE_PAIRS = "Small markers: pairs of runs. Large markers and bars: mean and 95% t-interval over pairs."
 NOTE_CURVES = "Thick lines: mean over runs. Thin lines: runs."
@@ -3252,7 +3257,7 @@ FULL_WIDTH = 64
 
 def prediction_applies(state: dict[str, Any]) -> bool:
     """Whether this experiment is the one that PREDICTION was made for."""
-    return state["data"]["name"] == "CIFAR10" and state["settings"]["width"] == FULL_WIDTH
+    return (state["data"]["name"], state["settings"]["width"]) == ("CIFAR10", FULL_WIDTH)
 
 
 def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
@@ -3267,17 +3272,21 @@ def finish_figure(
 ) -> Figure:
     """Add a title that says what is seen, the legend below it, and a note: what is shown, what is missing."""
     note += f" Missing: {'; '.join(evidence.missing)}." if evidence.missing else ""
-    looks = {method: dict(zip(("color", "marker", "linestyle"), LOOKS[method], strict=True)) for method in methods}
-    lines = [Line2D([], [], label=method, **look) for method, look in looks.items()]
+    looks = [(name, *LOOKS[name]) for name in methods]
+    lines = [Line2D([], [], label=name, color=c, marker=m, linestyle=s) for name, c, m, s in looks]
     title, note = (textwrap.fill(text, width, break_on_hyphens=False) for text, width in ((title, 60), (note, 84)))
-    place = {"loc": "outside upper left", "alignment": "left", "ncols": 3, "borderpad": 0, "borderaxespad": 0.4}
-    figure.legend(handles=[*lines, *handles], title=title, title_fontsize=7.5, handlelength=3.2, columnspacing=1.2, **place)
+    size = {"title_fontsize": 7.5, "handlelength": 3.2, "columnspacing": 1.2, "borderpad": 0, "borderaxespad": 0.4}
+    columns = 2 if len(lines) > 3 else 3
+    figure.legend(
+        loc="outside upper left", handles=[*lines, *handles], title=title, alignment="left", ncols=columns, **size
+    )
     figure.supxlabel(note, x=0.01, ha="left", fontsize=5.5, color="0.25", linespacing=1.3)
     return figure
 
 
 def say_empty(axis: Axes, text: str) -> None:
     """Write into an empty panel why it is empty."""
+    axis.set_yticks([])
     axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", color="0.35")
 
 
@@ -3289,12 +3298,13 @@ def draw_estimate(axis: Axes, at: float, values: Iterable[float], method: str, h
     colour, marker, _ = LOOKS[method]
     mean, _, low, high = mean_interval(array)
     error = None if math.isnan(low) else [[mean - low], [high - mean]]
-    turn = 1 if horizontal else -1
-    aside = ScaledTranslation(*((0, -3.2 / 72) if horizontal else (-4 / 72, 0)), axis.figure.dpi_scale_trans)
-    dots, place = (array, np.full(len(array), at))[::turn], (mean, at)[::turn]
-    axis.plot(*dots, marker=marker, color=colour, transform=axis.transData + aside, **DOTS)
-    bar = {"xerr" if horizontal else "yerr": error}
-    axis.errorbar(*place, color=colour, marker=marker, zorder=3, elinewidth=0.9, **bar)
+    x, y = (0.0, -3.2 / 72) if horizontal else (-4 / 72, 0.0)  # inches
+    beside = axis.transData + ScaledTranslation(x, y, axis.figure.dpi_scale_trans)
+    dots, place = (array, np.full(len(array), at)), (mean, at)
+    style: dict[str, Any] = {"color": colour, "marker": marker}
+    axis.plot(*(dots if horizontal else dots[::-1]), transform=beside, **style, **DOTS)
+    style |= {"xerr" if horizontal else "yerr": error, "zorder": 3, "elinewidth": 0.9}
+    axis.errorbar(*(place if horizontal else place[::-1]), **style)
 
 
 def label_ratios(axis: Axes, evidence: Evidence) -> dict[str, float]:
@@ -3305,8 +3315,8 @@ def label_ratios(axis: Axes, evidence: Evidence) -> dict[str, float]:
     axis.set_xlim(min(positions.values()) / 1.25, max(positions.values()) * 1.25)
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xticks(list(positions.values()), [f"{x:.2f}x" for x in positions.values()])
-    kind = "counted" if set(positions) <= set(counted.index) else "nominal where not yet counted"
-    axis.set_xlabel(f"compression ratio in parameters ({kind}; log scale)")
+    kind = "counted" if set(positions) <= set(counted.index) else "partly nominal"
+    axis.set_xlabel(f"compression ratio ({kind}, log scale)")
     return positions
 
 
@@ -3325,7 +3335,7 @@ def draw_cells(evidence: Evidence, column: str, unit: str, title: str, level: fl
         axis.plot(list(cells), means, color=colour, linestyle=line, linewidth=0.8)
     axis.axhline(level, color="0.45", linewidth=0.9, linestyle=(0, (1, 1)))
     if evidence.frame[column].isna().all():
-        say_empty(axis, "no finished student yet" if evidence.teacher else "the teacher has not finished")
+        say_empty(axis, "the teacher has not finished" if (evidence.frame.status == "done").any() else "no finished student yet")
     axis.set_ylabel(unit)
     teacher = f"Dotted line: the teacher, {level:.4g}%. " if math.isfinite(level) else ""
     return finish_figure(figure, evidence, title, teacher + NOTE_RUNS, evidence.methods)
@@ -3368,8 +3378,6 @@ def draw_differences(evidence: Evidence) -> Figure:
     if prediction_applies(evidence.state):
         x, y = zip(*((positions[r] * 1.13, PREDICTION[r][2]) for r in evidence.ratios), strict=True)
         handles = axis.plot(x, y, "*", color="0.3", markerfacecolor="white", markersize=6, label="predicted HPM-KD")
-    if not any(c.n for by_ratio in evidence.pairs.values() for c in by_ratio.values()):
-        say_empty(axis, "no complete pair of runs yet")
     axis.set_ylabel("test accuracy minus Direct's (pp)")
     found = [f"{c.mean:+.2f} pp at {ratio} ({c.n} pair{'s' * (c.n > 1)})" for ratio, c in evidence.main.items() if c.n]
     title = f"HPM-KD minus Direct: {listed(found) or 'no complete pair yet'}"
@@ -3394,7 +3402,7 @@ def draw_learning(evidence: Evidence) -> Figure:
             start, every = len(mean) // 3, max(1, len(mean) // 6)  # the first epochs would squeeze the rest
             colour, marker, line = LOOKS[method]
             axis.plot(tables[method].iloc[start:], color=colour, linewidth=0.4, alpha=0.4)
-            marks = {"marker": marker, "markersize": 3, "markevery": (k * every // 3, every)}
+            marks: dict[str, Any] = {"marker": marker, "markersize": 3, "markevery": (k * every // 3, every)}
             axis.plot(mean.iloc[start:], color=colour, linestyle=line, **marks)
         axis.set_title(ratio, loc="left")
         if not means:
@@ -3405,9 +3413,9 @@ def draw_learning(evidence: Evidence) -> Figure:
     figure.supylabel("validation accuracy (%)", fontsize=7)
     axes[-1, 0].set_xlabel("epoch")
     axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    title = f"HPM-KD's mean reaches Direct's final validation accuracy: {listed(reached)}"
+    title = f"HPM-KD's mean reaches Direct's final validation accuracy: {listed(reached) or 'not known yet'}"
     note = f"{NOTE_CURVES} The first third of the epochs is left out."
-    return finish_figure(figure, evidence, title if reached else "Validation accuracy per epoch", note, evidence.methods)
+    return finish_figure(figure, evidence, title, note, evidence.methods)
 
 
 def draw_costs(evidence: Evidence) -> Figure:
@@ -3430,8 +3438,8 @@ def draw_costs(evidence: Evidence) -> Figure:
     if costs.empty:
         say_empty(axis, "no finished student yet")
     hours = [f"{arm} {costs.total[arm] / 3600:.2f} ({costs.students[arm]})" for arm in arms if arm in costs.index]
-    title = f"Device hours at all ratios, in brackets the students they trained: {listed(hours) or 'none yet'}"
-    note = f"Hours include teacher, its outputs, intermediates, pilots. {NOTE_RUNS} Grey lines join one ratio's methods."
+    title = f"Device hours over all ratios (students): {listed(hours) or 'none yet'}"
+    note = f"Hours include teacher, its outputs, intermediates, pilots. {NOTE_RUNS} Grey lines: one ratio."
     return finish_figure(figure, evidence, title, note, [arm for arm in arms if arm in costs.index])
 
 
@@ -3444,7 +3452,7 @@ def draw_reliability(axis: Axes, stored: Sequence[np.ndarray], labels: np.ndarra
         table = table[table.share * len(truth) >= 20]
         axis.plot(table.confidence, table.accuracy, color=colour, **style)
     error = float(np.mean([expected_calibration_error(z, labels) for z in stored]))
-    axis.text(0.97, 0.06, f"ECE {100 * error:.1f}%", ha="right")
+    axis.text(0.04, 0.96, f"ECE\n{100 * error:.1f}%", va="top")
     return error
 
 
@@ -3534,16 +3542,23 @@ FIGURES: dict[str, Callable[[Evidence], Figure | None]] = {
 
 
 def draw_figures(
-    state: dict[str, Any], frame: pd.DataFrame, logits: Mapping[str, np.ndarray], labels: np.ndarray | None, folder: Path
+    state: dict[str, Any],
+    frame: pd.DataFrame,
+    logits: Mapping[str, np.ndarray],
+    labels: np.ndarray | None,
+    folder: Path,
 ) -> list[Path]:
-    """Draw every figure that the data allow as PNG (300 DPI) and PDF into `folder`; returns the PNG files."""
+    """Draw every figure that the data allow as PNG (300 DPI) and PDF into `folder`; returns the PNG files.
+
+    The same data give the same bytes.
+    """
     evidence, drawn = gather_evidence(state, frame, logits, labels), []
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(FIGURE_STYLE):
         for name, draw in FIGURES.items():
             if (figure := draw(evidence)) is None:
                 continue
-            for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):  # same data, same bytes
+            for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
                 buffer = io.BytesIO()
                 figure.savefig(buffer, format=kind, dpi=300, metadata=metadata)
                 write_atomic(folder / f"{name}.{kind}", buffer.getvalue())
@@ -3555,29 +3570,30 @@ def draw_figures(
 # 15. Report
 # ======================================================================================================================
 
+VERSIONS = ["python", "torch", "torchvision", "numpy"]
 CLASSES_SHOWN = 20  # with more classes than this, only those that differ most
 PAPER = (
     "G. C. Haase and P. H. Dourado da Silva, *HPM-KD: Hierarchical Progressive Multi-Teacher Framework for Knowledge "
-    "Distillation and Efficient Model Compression*, [arXiv 2512.09886](https://arxiv.org/abs/2512.09886), December 2025."
+    "Distillation and Efficient Model Compression*, [arXiv 2512.09886](https://arxiv.org/abs/2512.09886), 2025."
 )
 STATISTICS_NOTE = """\
-Differences of test accuracy in percentage points (pp) between runs of the same number. A verdict needs a paired-t p below
-5% after Holm's adjustment over the planned ratios. Descriptions only: the exact sign-flip p and the smallest value that it
-can take at this n; the probability that a random run of the first method beats one of the second; the true difference that
-this n and sd detect with 80% power; and the runs that a difference of 0.2 pp would need."""
+Differences of test accuracy in percentage points (pp) between runs of the same number. A verdict needs a paired-t p
+below 5% after Holm's adjustment over the planned ratios. Descriptions only: the exact sign-flip p and the smallest
+value that it can take at this n; the probability that a random run of the first method beats one of the second; the
+true difference that this n and sd detect with 80% power; and the runs that a difference of 0.2 pp would need."""
 IMAGES_NOTE = """\
-The models are held fixed: this shows how much hangs on the choice of test images, not how much training runs vary. Counts:
-images that only the first / only the second model gets right, with the exact McNemar p."""
+The models are held fixed: this shows how much hangs on the choice of test images, not how much training runs vary.
+Counts: images that only the first / only the second model gets right, with the exact McNemar p."""
 COSTS_NOTE = """\
-Device hours as if the method had been run alone. A page of teacher outputs (one view of every training image) counts once
-per method. The gain is the mean over the ratios, given where a method and Direct have equally many finished students."""
+Device hours as if the method had been run alone. A page of teacher outputs (one view of every training image) counts
+once per method. The gain is the mean over the ratios, given if the method and Direct have equally many students."""
 ARMS_NOTE = f"""\
-Arm minus HPM-KD over pairs of runs: below zero, HPM-KD is ahead. The p is unadjusted, a description. TunedKD: the same pilot
-budget, teacher only, constant temperature. {EQUAL_COST}: Direct with the epochs that HPM-KD's extra time would buy."""
+Arm minus HPM-KD over pairs of runs: below zero, HPM-KD is ahead. The p is unadjusted, a description. TunedKD: the same
+pilot budget, teacher only, constant temperature. {EQUAL_COST}: Direct with the epochs that HPM-KD's extra time buys."""
 LIMITATIONS = """\
-- One teacher, one chain and one pilot per ratio: the inference is conditional on them; how much they vary was not measured.
-- One family of networks (CIFAR ResNets) and one data set. Depth changes with the ratio (ResNet-18 at 2.3x, ResNet-10 at 5x
-  and 7x), so that a trend over the ratio may be one over depth.
+- One teacher, one chain and one pilot per ratio: the inference is conditional on them; their variation is not measured.
+- One family of networks (CIFAR ResNets) and one data set. Depth changes with the ratio (ResNet-18 at 2.3x, ResNet-10 at
+  5x and 7x), so that a trend over the ratio may be one over depth.
 - HPM-KD alone uses the labels of held-out images (attention, pilots); Direct and TraditionalKD do not."""
 
 
@@ -3621,19 +3637,19 @@ def embed(evidence: Evidence, name: str) -> list[str]:
 def say_trend(trend: Comparison) -> str:
     """How a difference moves with the ratio, to follow "the advantage"."""
     if trend.no_interval:
-        return f"has no measurable trend over the ratio yet ({trend.no_interval})"
+        return f"has no measurable trend over the ratio ({trend.no_interval})"
     word = {"better": "grows with", "worse": "shrinks with"}.get(verdict(trend), "has no distinguishable trend over")
     slope = f"{trend.mean:+.2f} pp per doubling, 95% interval {interval(trend)}"
     return f"{word} the compression ratio ({slope}, p {p_value(trend.t_p)}, {trend.n} runs)"
 
 
 def report_answer(evidence: Evidence) -> list[str]:
-    """The answer in three sentences (differences, hypothesis, trend and price), then what it must not be read without."""
+    """The answer in three sentences (differences, hypothesis, trend and price), then what qualifies it."""
     name, parts = evidence.state["data"]["name"], []
     for ratio, c in evidence.main.items():
         detail = verdict(c) if c.no_interval else f"95% interval {interval(c)}, {verdict(c)}"
         parts.append(f"{num(c.mean, '+.2f')} pp at {ratio} ({detail})" if c.n else f"not known at {ratio}")
-    first = f"On {name}, HPM-KD's test accuracy minus Direct's is {listed(parts) or 'not known: not both were planned'}."
+    first = f"On {name}, HPM-KD's test accuracy minus Direct's is {listed(parts) or 'not known: not planned'}."
     second = f"The hypothesis that HPM-KD beats Direct at 5x and above {hypothesis(evidence.main)}."
     third = f"HPM-KD's advantage {say_trend(trend_test(evidence.frame))}"
     costs = method_costs(evidence.state)
@@ -3765,9 +3781,11 @@ def report_costs(evidence: Evidence) -> list[str]:
     table["more than Direct"] = table.total - table.total.get("Direct", math.nan)
     table["saved by sharing pages"] = (costs.unshared - costs.teacher_outputs) / 3600
     fair = costs.students == costs.students.get("Direct", 0)
-    gains = {m: compare_methods(evidence.frame, m, "Direct", evidence.ratios).values() for m in costs.index if fair[m]}
-    table["mean gain on Direct (pp)"] = pd.Series({m: np.mean([c.mean for c in cs]) for m, cs in gains.items()}, dtype=float)
-    table["pp per extra hour"] = (table["mean gain on Direct (pp)"] / table["more than Direct"]).where(table["more than Direct"] > 0)
+    pairs = {m: compare_methods(evidence.frame, m, "Direct", evidence.ratios).values() for m in costs.index if fair[m]}
+    gain = pd.Series({m: np.mean([c.mean for c in by_ratio]) for m, by_ratio in pairs.items()}, dtype=float)
+    gain = gain.reindex(costs.index)
+    table["mean gain on Direct (pp)"] = gain
+    table["pp per extra hour"] = (gain / table["more than Direct"]).where(table["more than Direct"] > 0)
     table.columns = [name.replace("_", " ") for name in table.columns]
     table.insert(0, "students", costs.students)
     lines = ["## Costs", "", COSTS_NOTE, "", *markdown_table(table.rename_axis("Method (hours)").reset_index(), 3)]
@@ -3790,8 +3808,9 @@ def report_choices(evidence: Evidence) -> list[str]:
             fates = table.kept.map({True: "kept to the end", False: "dropped"})
             rungs = table.rungs.map(lambda rungs: "; ".join(f"{epochs}: {accuracy:.2f}" for epochs, accuracy in rungs))
             table = pd.DataFrame({
-                "Candidate": table.index + 1, "configuration": table.config.map(say_config), "epochs: select accuracy (%)": rungs,
-                "minus candidate 1 (pp)": table.difference, "standard error (pp)": table.standard_error,
+                "Candidate": table.index + 1, "configuration": table.config.map(say_config),
+                "epochs: select accuracy (%)": rungs, "minus candidate 1 (pp)": table.difference,
+                "standard error (pp)": table.standard_error,
                 "outcome": fates.where(table.index != pilot.get("chosen"), "chosen"),
             })  # fmt: skip
         lines += [f"### Pilot of {pilot.get('pilot_for')} at {pilot['compression']}", "", *markdown_table(table)]
@@ -3815,12 +3834,16 @@ def say_attention(runs: Sequence[Mapping[str, Any]], part: str) -> dict[str, Any
     """Means over the runs of one ratio, and whether the mixture beats uniform weights and the best single teacher."""
     blocks = [run[part] for run in runs]
     weights, sds = (np.mean([block[key] for block in blocks], axis=0) for key in ("mean_weight", "weight_sd"))
-    shares = [f"{name} {weight:.2f} ({sd:.2f})" for name, weight, sd in zip(runs[0]["teachers"], weights, sds, strict=True)]
-    keys = {"NLL: mixture": "nll_mixture", "uniform": "nll_uniform", "best single": "nll_best_single"}
-    nll = {name: float(np.mean([block[key] for block in blocks])) for name, key in keys.items()}
-    findings = [f"{'better' if nll['NLL: mixture'] < nll[rival] else 'not better'} than {rival}" for rival in list(nll)[1:]]
-    best = listed(dict.fromkeys(block["best_single"] for block in blocks))
-    return {"mean weight (sd over images)": ", ".join(shares), **nll, "the best single": best, "finding": "; ".join(findings)}
+    shares = zip(runs[0]["teachers"], weights, sds, strict=True)
+    keys = ("nll_mixture", "nll_uniform", "nll_best_single")
+    mixture, *rivals = (float(np.mean([block[key] for block in blocks])) for key in keys)
+    names = ["uniform", f"best single ({listed(dict.fromkeys(block['best_single'] for block in blocks))})"]
+    findings = [f"{'better' if mixture < r else 'not better'} than {n}" for r, n in zip(rivals, names, strict=True)]
+    return {
+        "mean weight (sd over images)": ", ".join(f"{name} {weight:.2f} ({sd:.2f})" for name, weight, sd in shares),
+        **{"NLL: mixture": mixture, "NLL: uniform": rivals[0], "NLL: best single": rivals[1]},
+        "finding": "; ".join(findings),
+    }
 
 
 def report_arms(evidence: Evidence) -> list[str]:
@@ -3839,13 +3862,13 @@ def report_protocol(evidence: Evidence) -> list[str]:
     """Protocol in short, sessions, and runs that were added late."""
     state, s, data = evidence.state, evidence.state["settings"], evidence.state["data"]
     protocol = f"""\
-{data["train"]:,} training images, the same for every method; {data["fit"]:,} + {data["select"]:,} held out (`fit`: HPM-KD's
-attention; `select`: pilots and curves); {data["test"]:,} test images, read once per model, after its last epoch. Teacher:
-ResNet-50, {s["teacher_epochs"]} epochs. Students: {s["student_epochs"]} epochs, {s["runs"]} runs per cell. Run i has one
-seed: the same initial weights (per ratio), batches and views in every method. One recipe (SGD with Nesterov momentum, batch
-{s["batch_size"]}, learning rate {s["lr"]}, precision {state["precision"]}): only the loss differs."""
-    keys = "started ended host_gpu python torch torchvision numpy workers threads stopped extended".split()
-    sessions = markdown_table(pd.DataFrame(state["sessions"]).reindex(columns=keys).fillna(""))
+{data["train"]:,} training images, the same for every method; {data["fit"]:,} + {data["select"]:,} held out (`fit`:
+HPM-KD's attention; `select`: pilots and curves); {data["test"]:,} test images, read once per model, after its last
+epoch. Teacher: ResNet-50, {s["teacher_epochs"]} epochs. Students: {s["student_epochs"]} epochs, {s["runs"]} runs per
+cell. Run i has one seed: the same initial weights (per ratio), batches and views in every method. One recipe (SGD with
+Nesterov momentum, batch {s["batch_size"]}, learning rate {s["lr"]}, precision {state["precision"]}): only the loss differs."""
+    keys = ["started", "ended", "host_gpu", *VERSIONS, "workers", "threads", "stopped", "extended"]
+    sessions = markdown_table(pd.DataFrame(state["sessions"]).reindex(columns=keys).astype(object).fillna(""))
     extended = "; ".join(session["extended"] for session in state["sessions"] if session.get("extended"))
     added = f"**Runs were added after results were seen** ({extended}): the p-values do not allow for that."
     return ["## Protocol", "", protocol, "", "## Sessions", "", *sessions, *([added, ""] if extended else [])]
@@ -3858,10 +3881,11 @@ def report_reservations(evidence: Evidence) -> list[str]:
     gaps += [f"- Failed: {r['job']} ({r.get('reason') or 'no reason given'})." for r in jobs if r["status"] == "failed"]
     notes = [*state["notes"], *(f"{r['job']}: {note}" for r in jobs for note in r.get("notes", []))]
     mixed = {column: done[column].dropna().unique() for column in ("device", "precision")}
-    notes += [f"The students did not all have the same {c}: {listed(found)}." for c, found in mixed.items() if len(found) > 1]
-    sizes = [f"{c.detectable:.2f} pp at {ratio}" for ratio, c in evidence.main.items() if not c.no_interval]
-    power = f"- {state['settings']['runs']} runs per cell: differences from Direct below {listed(sizes)} are likely missed."
-    lines = ["## Missing or failed", "", *(gaps or ["Nothing."]), "", "## Notes", "", *[f"- {note}" for note in notes or ["None."]]]
+    notes += [f"The students differ in {name}: {listed(found)}." for name, found in mixed.items() if len(found) > 1]
+    sizes = [f"{c.detectable:.2f} pp at {ratio} (n = {c.n})" for ratio, c in evidence.main.items() if not c.no_interval]
+    power = f"- The number of runs: true differences from Direct below {listed(sizes)} are likely to be missed."
+    lines = ["## Missing or failed", "", *(gaps or ["Nothing."]), ""]
+    lines += ["## Notes", "", *(f"- {note}" for note in notes or ["None."])]
     return [*lines, "", "## Limitations", "", LIMITATIONS, *([power] if sizes else []), ""]
 
 
@@ -3871,7 +3895,7 @@ def report_reproduction(evidence: Evidence) -> list[str]:
     commands = dict.fromkeys(session["command"] for session in state["sessions"] if session.get("command"))
     last = state["sessions"][-1] if state["sessions"] else {}
     identity = f"run_exp1b_kaggle.py, version {script['version']}, sha256 {script['sha256']}"
-    versions = ", ".join(f"{key} {last[key]}" for key in ("python", "torch", "torchvision", "numpy") if last.get(key))
+    versions = ", ".join(f"{key} {last[key]}" for key in VERSIONS if last.get(key))
     facts = [f"Script: {identity}", f"Settings: fingerprint {state['fingerprint']}", f"Versions: {versions or 'n/a'}"]
     facts += [f"Data: {data['name']}, {data.get('source', 'n/a')}, sha256 {data.get('sha256', 'n/a')}"]
     lines = ["## How to reproduce", "", "```", *commands, "```", "", *(f"- {fact}" for fact in facts), ""]
@@ -3881,10 +3905,9 @@ def report_reproduction(evidence: Evidence) -> list[str]:
 def summary_table(evidence: Evidence) -> pd.DataFrame:
     """One row per ratio and method: means, sds, and the paired difference from Direct (pp)."""
     frame, rows = evidence.frame, []
-    measures = "test_accuracy val_accuracy retention test_nll test_ece teacher_agreement train_seconds".split()
     for ratio, method in itertools.product(evidence.ratios, [*evidence.methods, *evidence.extra_arms]):
         row: dict[str, Any] = {"compression": ratio, "method": method, "n": len(cell(frame, ratio, method))}
-        for measure in measures:
+        for measure in ("test_accuracy", "val_accuracy", "retention", "test_nll", "test_ece", "teacher_agreement"):
             row[f"{measure}_mean"], row[f"{measure}_sd"], *_ = mean_interval(cell(frame, ratio, method, measure))
         c = Comparison() if method == "Direct" else compare_methods(frame, method, "Direct", evidence.ratios)[ratio]
         rows.append({**row, "minus_direct": c.mean, "low": c.low, "high": c.high, "p": c.t_p, "p_holm": c.holm_p})
@@ -3917,7 +3940,7 @@ def write_tables_and_report(
 ) -> None:
     """Write results.csv, summary.csv, results_table.tex and experiment_report.md into `run_dir`, each atomically.
 
-    The report embeds the figures that `run_dir`/figures holds. Without logits or labels the image-level part is left out.
+    The report embeds the figures that `run_dir`/figures holds. Without logits or labels the part per image is left out.
     """
     evidence = gather_evidence(state, results_frame(state), logits, labels)
     evidence = replace(evidence, drawn=frozenset(path.stem for path in (run_dir / "figures").glob("*.png")))
