@@ -43,6 +43,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import pickle
 import platform
@@ -301,8 +302,9 @@ def resumed_settings(stored: Settings, given: dict[str, Any]) -> Settings:
     Raises `UsageError` with the list of differences when a given setting contradicts the run.
     """
     fixed = stored.names("experiment")
+    given = {n: v for n, v in given.items() if (n, v) != ("precision", "auto")}
     differing = [f"{n}: the run has {getattr(stored, n)}, you gave {given[n]}" for n in fixed if n in given and given[n] != getattr(stored, n)]
-    if differing and not (len(differing) == 1 and given.get("precision") == "auto"):
+    if differing:
         raise UsageError(f"a run cannot change its settings on resume ({'; '.join(differing)}): leave them out, or start a new run")
     scope: dict[str, Any] = {}
     for name, order in (("compression", tuple(RATIOS)), ("methods", METHODS)):
@@ -318,19 +320,20 @@ def resumed_settings(stored: Settings, given: dict[str, Any]) -> Settings:
 
 def validate(settings: Settings) -> None:
     """Raise `UsageError` for a value outside its range, or for settings that contradict each other."""
-    least = {"teacher_epochs": 1, "student_epochs": 1, "batch_size": 2, "runs": 1, "seed": 0, "workers": 1, "threads": 1}
-    for name, minimum in least.items():
+    ranges = {
+        "teacher_epochs": (1, 10_000), "student_epochs": (1, 10_000), "batch_size": (2, 100_000), "runs": (1, 1_000), "seed": (0, 2**31 - 1),
+        "workers": (1, 256), "threads": (1, 1_024),
+    }  # fmt: skip
+    for name, (least, most) in ranges.items():
         value = getattr(settings, name)
-        if value is not None and value < minimum:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {minimum}, not {value}")
+        if value is not None and not least <= value <= most:
+            raise UsageError(f"--{name.replace('_', '-')} must lie between {least} and {most}, not {value}")
     if not 0 < settings.lr < 100:
         raise UsageError(f"--lr must lie between 0 and 100, not {settings.lr}")
     if settings.max_hours is not None and not settings.max_hours > 0:
         raise UsageError(f"--max-hours must be positive, not {settings.max_hours}")
     if settings.width % 8 or not 8 <= settings.width <= 256:
         raise UsageError(f"--width must be a multiple of 8 from 8 to 256, not {settings.width}")
-    if settings.seed >= 2**31:
-        raise UsageError("--seed must be below 2147483648")
     for name in ("ablation", "equal_cost"):
         if getattr(settings, name) and "HPM-KD" not in settings.methods:
             raise UsageError(f"--{name.replace('_', '-')} compares with HPM-KD, which --methods leaves out: add HPM-KD")
@@ -424,11 +427,16 @@ class _LogFile(logging.FileHandler):
 
 
 class _Console(logging.StreamHandler[Any]):
-    """Console output that goes through tqdm, so that lines and bars do not overwrite each other."""
+    """Console output that goes through tqdm, so that lines and bars do not overwrite each other.
+
+    A console that is gone (a closed pipe, a lost connection) or that lacks a character takes nothing down.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        with contextlib.suppress(OSError, ValueError):
+            tqdm.write(self.format(record).encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
+            sys.stdout.flush()
 
 
 def start_logging(file: Path | None, rank: int = 0) -> None:
@@ -443,10 +451,7 @@ def start_logging(file: Path | None, rank: int = 0) -> None:
     console.setFormatter(logging.Formatter(who + "%(message)s"))
     log.addHandler(console)
     if file is not None:
-        try:
-            to_file = _LogFile(file, encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"cannot write the log {file}: {error.strerror}") from None
+        to_file = _LogFile(file, encoding="utf-8", errors="backslashreplace")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s " + who + "%(message)s"))
         log.addHandler(to_file)
 
@@ -506,21 +511,22 @@ def find_devices(wanted: str, kaggle: bool, allow_cpu: bool) -> list[Device]:
 
 
 def check_gpu(device: Device, architectures: Sequence[str]) -> None:
-    """Raise `UsageError` unless this torch build has kernels for the GPU and a first convolution works on it."""
+    """Raise `UsageError` unless this torch build has kernels for the GPU."""
     assert device.capability is not None
-    usable = has_kernels(device.capability, architectures)
-    if usable:
-        try:
-            probe = torch.ones(1, 1, 4, 4, device=device.torch)
-            F.conv2d(probe, torch.ones(1, 1, 3, 3, device=device.torch)).sum().item()
-        except RuntimeError:
-            usable = False
-    if not usable:
+    if not has_kernels(device.capability, architectures):
         raise UsageError(
             f"{device.name} (compute capability {device.capability[0]}.{device.capability[1]}) cannot run this torch build "
             f"({', '.join(architectures)}): choose the accelerator GPU T4 x2, or install a torch build for it "
             "(for a P100: pip install torch torchvision --index-url https://download.pytorch.org/whl/cu126)"
         )
+
+
+def probe_gpu(device: Device) -> None:
+    """Raise `UsageError` unless a first convolution works. Only the process that computes on the GPU asks: it takes memory there."""
+    try:
+        F.conv2d(torch.ones(1, 1, 4, 4, device=device.torch), torch.ones(1, 1, 3, 3, device=device.torch)).sum().item()
+    except RuntimeError as error:
+        raise UsageError(f"{device.name} fails at the first convolution ({str(error).splitlines()[0]}): is another process using all of it?") from None
 
 
 def processor_name() -> str:
@@ -1275,6 +1281,7 @@ def mixture(teacher_logits: torch.Tensor, weights: torch.Tensor, temperature: fl
 # ======================================================================================================================
 # 8. Checkpoints: atomic write, integrity, safe load, experiment state
 # ======================================================================================================================
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SEAL_BYTES = 73  # newline, "sha256 ", 64 hex digits, newline: behind the payload, where zip readers and unpicklers ignore it
 
 
@@ -1300,7 +1307,7 @@ def write_atomic(path: Path, payload: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in NO_ROOM:
             raise DiskFull(f"no room to write {path.name} ({len(payload) / 1e6:.0f} MB) in {path.parent}") from None
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
 
@@ -1347,7 +1354,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     payload = read_sealed(path)
     try:
         content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever a reader of arbitrary bytes may raise
         raise Damaged(f"is not a safe torch file ({type(error).__name__})") from None
     if not isinstance(content, dict):
         raise Damaged("holds something else than a checkpoint")
@@ -1369,7 +1376,7 @@ def load_plain(path: Path) -> dict[str, Plain]:
     payload = read_sealed(path)
     try:
         content = _PlainUnpickler(io.BytesIO(payload)).load()
-    except (pickle.UnpicklingError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, MemoryError, OverflowError) as error:
+    except Exception as error:  # whatever a reader of arbitrary bytes may raise
         raise Damaged(f"is not plain data ({error})") from None
     if not isinstance(content, dict):
         raise Damaged("holds something else than an index")
@@ -1406,6 +1413,8 @@ def set_aside(path: Path, reason: str) -> None:
     try:
         if target.is_dir():
             shutil.rmtree(target)
+        elif path.is_dir():
+            target.unlink(missing_ok=True)
         os.replace(path, target)
     except OSError as error:
         raise UsageError(f"{path} {reason} and cannot be moved away ({error.strerror}): remove it and run again") from None
@@ -1461,6 +1470,8 @@ class RunFolder:
             for folder in (self.checkpoints, self.figures):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
+            if error.errno in NO_ROOM:
+                raise
             raise UsageError(f"cannot create the run folder {self.path}: {error.strerror}; choose another --output-dir") from None
 
     def model_file(self, job: str) -> Path:
@@ -1476,19 +1487,28 @@ class RunFolder:
         return self.checkpoints / f"{job}.failed"
 
     def is_run(self) -> bool:
-        """Whether a run was started here (its index, the previous one, or finished models exist)."""
-        return any(p.exists() for p in (self.index_file, previous(self.index_file))) or any(self.checkpoints.glob("*.pt"))
+        """Whether a run was started here (its index, the previous one, or models, finished or not, exist)."""
+        patterns = (STATE_NAME, STATE_NAME + ".previous", "*.pt", "*.progress")
+        return any(any(self.checkpoints.glob(pattern)) for pattern in patterns)
 
     def check_room(self, budget_bytes: int | None) -> None:
         """Raise `DiskFull` if the folder that holds this run has used up its budget (None: no budget)."""
         if budget_bytes is not None and (used := bytes_below(self.path.parent)) > budget_bytes:
             raise DiskFull(f"{self.path.parent} holds {used / 1e9:.1f} GB of the {budget_bytes / 1e9:.0f} GB that the platform keeps")
 
+    def remove_progress(self, job: str) -> None:
+        """Remove the checkpoints in progress of a finished job, those of a pilot's candidates included."""
+        for stem in (job, f"{job}_rung*"):
+            for path in [*self.checkpoints.glob(f"{stem}.progress"), *self.checkpoints.glob(f"{stem}.progress.previous")]:
+                path.unlink(missing_ok=True)
+
     def clean(self) -> None:
         """Remove temporary files of processes that were killed (call it only while holding the lock)."""
         for pattern in (".*.tmp", "checkpoints/.*.tmp", "figures/.*.tmp"):
             for path in self.path.glob(pattern):
                 path.unlink(missing_ok=True)
+        for path in self.data.glob("*.part"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -1559,12 +1579,21 @@ INDEX_TYPES: dict[str, type] = {
 
 
 def check_index(state: dict[str, Any]) -> None:
-    """Raise `Damaged` unless this is an index that this version can continue."""
+    """Raise `Damaged` unless this is an index, `UsageError` if it is one that this version cannot continue."""
+    if isinstance(state.get("format"), int) and state["format"] != 1:
+        raise UsageError(f"the run was written in format {state['format']}, this script knows format 1: use the script that wrote it")
     wrong = [n for n, kind in INDEX_TYPES.items() if not isinstance(state.get(n), kind)]
     if wrong or not isinstance(state["data"].get("sha256"), str):
         raise Damaged(f"lacks {', '.join(wrong) or 'the data checksum'}")
-    if state["format"] != 1:
-        raise UsageError(f"the run was written in format {state['format']}, this script knows format 1: use the script that wrote it")
+    try:
+        expected = fingerprint(Settings.from_plain(state["settings"]), state["precision"], state["data"]["sha256"])
+    except (TypeError, ValueError) as error:
+        raise Damaged(f"holds settings that are none ({error})") from None
+    if state["fingerprint"] != expected:
+        raise UsageError(
+            f"the run was written by version {state['script'].get('version')} of this script, which computes something else with these settings: "
+            f"continue it with that version, or start a new run"
+        )
 
 
 def load_index(folder: RunFolder, repair: bool = True) -> dict[str, Plain]:
@@ -1575,13 +1604,19 @@ def load_index(folder: RunFolder, repair: bool = True) -> dict[str, Plain]:
     state = read_sound(folder.index_file, load_plain, check_index, repair)
     if state is not None:
         return state
+    states, jobs = [], {}
     for path in sorted([*folder.checkpoints.glob("*.pt"), *folder.checkpoints.glob("*.progress")]):
         with contextlib.suppress(Damaged, FileNotFoundError):
-            state = load_checkpoint(path).get("index", {})
-            check_index(state)
-            log.warning("the index is lost; it is rebuilt from the model files")
-            return {**state, "jobs": {}, "notes": [*state["notes"], "The index was lost and rebuilt from the model files."]}
-    raise UsageError(f"{folder.path} holds no run that can be continued (no sound {STATE_NAME}, no sound model)")
+            content = load_checkpoint(path)
+            check_index(content.get("index", {}))
+            states.append(content["index"])
+            if "record" in content:
+                jobs[path.stem] = content["record"]
+    if not states:
+        raise UsageError(f"{folder.path} holds no run that can be continued (no sound {STATE_NAME}, no sound model)")
+    log.warning("the index is lost; it is rebuilt from the model files")
+    state = max(states, key=last_activity)
+    return {**state, "jobs": jobs, "notes": [*state["notes"], "The index was lost and rebuilt from the model files."]}
 
 
 def check_content(content: dict[str, Any], job: Job, expected: str, teacher_sha256: str) -> None:
@@ -1619,8 +1654,6 @@ class RunLock:
                 with contextlib.suppress(FileNotFoundError):
                     self.path.unlink()
                 continue
-            except OSError as error:
-                raise UsageError(f"cannot write in {self.path.parent}: {error.strerror}") from None
             mine = {"host": socket.gethostname(), "boot": boot_id(), "pid": os.getpid(), "inode": os.fstat(handle).st_ino}
             with os.fdopen(handle, "w") as file:
                 json.dump(mine, file)
@@ -1638,7 +1671,7 @@ class RunLock:
         except (OSError, ValueError, KeyError, TypeError):
             return  # unreadable: written by a process that died at once
         stale = time.time() - status.st_mtime > self.STALE_SECONDS
-        if inode != status.st_ino or stale or (same_machine and not process_exists(pid)):
+        if inode != status.st_ino or stale or (same_machine and (pid == os.getpid() or not process_exists(pid))):
             log.info("taking over the lock of a process that is gone (host %s, process %d)", holder["host"], pid)
             return
         raise UsageError(
@@ -2687,8 +2720,6 @@ class JobRunner:
             content = self._train()
         content["index"] = {**self.experiment.state, "jobs": {}}
         save_checkpoint(self.experiment.folder.model_file(self.job.name), content)
-        for leftover in (self.experiment.folder.progress_file(self.job.name), previous(self.experiment.folder.progress_file(self.job.name))):
-            leftover.unlink(missing_ok=True)
 
     def _record(self, values: dict[str, Plain]) -> dict[str, Plain]:
         """A record: the job's identity, the network's cost, then `values`."""
@@ -2803,6 +2834,9 @@ class Collector:
         fresh = [job for job in self.jobs if job.name not in records and self._take_in(job)]
         if not self.writes or not (fresh or final):
             return
+        for job in fresh:
+            if records[job.name]["status"] == "done":
+                self.folder.remove_progress(job.name)
         ordered = {job.name: records[job.name] for job in self.jobs if job.name in records}
         records.clear()
         records.update(ordered)
@@ -2835,12 +2869,15 @@ class Collector:
             pass
         except Damaged as error:
             set_aside(path, f"{error}, so this job is done again;")
-        if self.folder.failure_file(job.name).exists():
-            failed = read_sound(self.folder.failure_file(job.name), load_plain, lambda content: None)
-            if failed is not None:
-                records[job.name] = failed
-                return True
-        return False
+        failed = read_sound(self.folder.failure_file(job.name), load_plain, functools.partial(self._check_failure, job))
+        if failed is not None:
+            records[job.name] = failed
+        return failed is not None
+
+    def _check_failure(self, job: Job, content: dict[str, Any]) -> None:
+        expected = {"job": job.name, "status": "failed", "fingerprint": job_fingerprint(self.settings, self.state, job)}
+        if any(content.get(key) != value for key, value in expected.items()) or not isinstance(content.get("reason"), str):
+            raise Damaged(f"is not the failure record of {job.name} in this run")
 
 
 class Worker:
@@ -2868,8 +2905,8 @@ class Worker:
                 return
             else:
                 self.experiment.session.check()
-                if self.store.add("stopped", 0):
-                    raise Stopped("session clock")  # the others stopped: what this one waits for will not come
+                if self.store.add(f"stopped/{self.generation}", 0):
+                    raise Stopped("session clock")  # another one stopped: what this one waits for will not come
                 time.sleep(self.POLL_SECONDS)
 
     def _claim(self, job: Job) -> bool:
@@ -2889,9 +2926,12 @@ class Worker:
         except JobFailed as error:
             log.error("%s failed: %s", job.name, error)
             identity = {n: getattr(job, n) for n in ("kind", "compression", "method", "run")}
-            save_plain(folder.failure_file(job.name), {"job": job.name, **identity, "status": "failed", "reason": str(error)})
-        finally:
-            self.store.add(attempts, -1)  # a process that is killed does not get here: that is what is counted
+            identity |= {"job": job.name, "fingerprint": job_fingerprint(self.experiment.settings, self.experiment.state, job)}
+            save_plain(folder.failure_file(job.name), {**identity, "status": "failed", "reason": str(error)})
+        except (Stopped, DiskFull, UsageError):
+            self.store.add(attempts, -1)
+            raise
+        self.store.add(attempts, -1)  # a process that is killed or crashes does not get here: that is what is counted
 
 
 # ======================================================================================================================
@@ -2933,8 +2973,20 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int
 
 
 def finished(state: dict[str, Any], kind: str) -> list[dict[str, Any]]:
-    """The records of finished jobs of one kind; without the arms that were never trained because they equal another."""
-    return [r for r in state["jobs"].values() if r["kind"] == kind and r["status"] == "done" and not r.get("same_as")]
+    """The records of finished jobs of one kind."""
+    return [r for r in state["jobs"].values() if r["kind"] == kind and r["status"] == "done"]
+
+
+def teachers_by_ratio(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The record of the teacher at each ratio ({} where there is none): one for all, unless runs were merged."""
+    common: dict[str, Any] = next(iter(finished(state, "teacher")), {})
+    own = state.get("merged", {}).get("teachers", {})
+    return {ratio: own.get(ratio) or common for ratio in RATIOS}
+
+
+def has_one_teacher(state: dict[str, Any]) -> bool:
+    """Whether all ratios share their teacher, so that they can be compared with each other."""
+    return len({t["weights_sha256"] for t in state.get("merged", {}).get("teachers", {}).values() if t}) <= 1
 
 
 def listed(items: Iterable[Any]) -> str:
@@ -2945,17 +2997,17 @@ def listed(items: Iterable[Any]) -> str:
 
 def results_frame(state: dict[str, Any]) -> pd.DataFrame:
     """One row per finished or failed student: CSV_COLUMNS (accuracies in percent), then RECORD_COLUMNS."""
-    teacher: dict[str, Any] = next(iter(finished(state, "teacher")), {})
-    accuracy = teacher.get("test_accuracy", math.nan)
+    teachers = teachers_by_ratio(state)
+    accuracy = {ratio: teacher.get("test_accuracy", math.nan) for ratio, teacher in teachers.items()}
     failed = [r for r in state["jobs"].values() if r["kind"] == "student" and r["status"] == "failed"]
     rows = [
         {
             **record,
             "dataset": state["data"]["name"],
             "ratio_nominal": RATIOS[record["compression"]],
-            "ratio_actual": teacher.get("params", math.nan) / record.get("params", math.nan),
-            "teacher_accuracy": accuracy,
-            "retention": 100 * record.get("test_accuracy", math.nan) / accuracy,
+            "ratio_actual": teachers[record["compression"]].get("params", math.nan) / record.get("params", math.nan),
+            "teacher_accuracy": accuracy[record["compression"]],
+            "retention": 100 * record.get("test_accuracy", math.nan) / accuracy[record["compression"]],
             **{f"latency_{batch}": ms for batch, ms in record.get("latency_ms", {}).items()},
         }
         for record in [*finished(state, "student"), *failed]
@@ -3208,7 +3260,8 @@ def gather_evidence(
     extra |= {*(ABLATIONS if settings.get("ablation") else ()), *([EQUAL_COST] if settings.get("equal_cost") else ())}
     extra_arms = sorted(extra, key=ARMS.index)
     teacher: dict[str, Any] = next(iter(finished(state, "teacher")), {})
-    twins = {(r["compression"], r["method"]): r["same_as"] for r in records if r.get("same_as")}
+    arms = [r for r in records if r.get("same_as") and r["method"] not in METHODS]
+    twins = {(r["compression"], r["method"]): r["same_as"] for r in arms}
     pairs = {pair: compare_methods(frame, *pair, ratios) for pair in PAIRS if set(pair) <= set(methods)}
     missing = [] if teacher else ["the teacher"]
     for ratio in ratios:
@@ -3217,6 +3270,13 @@ def gather_evidence(
         missing += [f"{ratio}: {listed(short)}" if any(counts.values()) else f"all of {ratio}"] if short else []
     main = pairs.get(PAIRS[0], {})
     return Evidence(state, frame, logits, labels, ratios, methods, extra_arms, teacher, twins, pairs, main, missing)
+
+
+def evidence_trend(evidence: Evidence) -> Comparison:
+    """The trend of HPM-KD's advantage over the ratios, left out where the ratios do not share their teacher."""
+    if not has_one_teacher(evidence.state):
+        return Comparison(no_interval="the merged ratios have different teachers, so they are not compared with each other")
+    return trend_test(evidence.frame)
 
 
 def against_full(evidence: Evidence, arm: str, ratio: str) -> Comparison:
@@ -3651,7 +3711,7 @@ def report_answer(evidence: Evidence) -> list[str]:
         parts.append(f"{num(c.mean, '+.2f')} pp at {ratio} ({detail})" if c.n else f"not known at {ratio}")
     first = f"On {name}, HPM-KD's test accuracy minus Direct's is {listed(parts) or 'not known: not planned'}."
     second = f"The hypothesis that HPM-KD beats Direct at 5x and above {hypothesis(evidence.main)}."
-    third = f"HPM-KD's advantage {say_trend(trend_test(evidence.frame))}"
+    third = f"HPM-KD's advantage {say_trend(evidence_trend(evidence))}"
     costs = method_costs(evidence.state)
     if {"Direct", "HPM-KD"} <= set(costs.index):
         hours = {m: f"{costs.total[m] / 3600:.2f} device hours for {costs.students[m]} students" for m in costs.index}
@@ -3707,7 +3767,7 @@ def report_statistics(evidence: Evidence) -> list[str]:
         unmatched += [f"{a} vs {b} at {ratio}: run {listed(c.unmatched)}"] if c.unmatched else []
     lines = ["## Statistics", "", STATISTICS_NOTE, "", *markdown_table(pd.DataFrame(rows))]
     lines += [f"Without a partner and not used: {'; '.join(unmatched)}.", ""] if unmatched else []
-    trend = trend_test(evidence.frame)
+    trend = evidence_trend(evidence)
     power = "" if trend.no_interval else f" Detectable: {trend.detectable:.2f} pp per doubling."
     lines += [f"Per-run slope against log2 of the counted ratio: HPM-KD minus Direct {say_trend(trend)}.{power}", ""]
     return [*lines, *embed(evidence, "hpmkd_vs_direct"), "### Per image (a description)", "", *report_images(evidence)]
@@ -3972,7 +4032,7 @@ class OpenRun:
     @property
     def workers(self) -> int:
         """Processes that share the jobs."""
-        return self.settings.workers or len(self.devices)
+        return worker_count(self.settings, self.devices)
 
     def collector(self, writes: bool) -> Collector:
         """A view of what is finished."""
@@ -3982,20 +4042,23 @@ class OpenRun:
 def run_candidates(request: Request, platform: Platform) -> list[tuple[str, RunFolder, dict[str, Plain]]]:
     """Runs that --resume could mean, newest last: (start of the last session, folder, index), first of all those in the output folder.
 
-    Runs of input mounts count only where the output folder has none that matches.
+    Runs of input mounts count only where the output folder has none that matches. A folder with a dot is an unfinished copy.
     """
+    names = {STATE_NAME, STATE_NAME + ".previous", *(Job("teacher", dataset=name).name + ".pt" for name in DATASETS)}
+    wanted = {n: request.given[n] for n in ("mode", "dataset") if n in request.given}
     for roots in ((platform.output_root,), platform.inputs):
+        folders = {path.parent.parent for root in roots for path in find_files(root, names) if path.parent.name == "checkpoints"}
         found = []
-        for root in roots:
-            for index_file in find_files(root, {STATE_NAME, STATE_NAME + ".previous"}):
-                folder = RunFolder(index_file.parent.parent)
-                with contextlib.suppress(UsageError):
-                    state = load_index(folder, repair=False)
-                    wanted = {n: request.given[n] for n in ("mode", "dataset") if n in request.given}
-                    if index_file.parent.name == "checkpoints" and all(state["settings"].get(n) == v for n, v in wanted.items()):
-                        found.append((last_activity(state), folder, state))
+        for folder in (RunFolder(path) for path in folders if not path.name.startswith(".")):
+            try:
+                state = load_index(folder, repair=False)
+            except UsageError as error:
+                log.warning("not considered: %s: %s", folder.path, error)
+                continue
+            if all(state["settings"].get(n) == v for n, v in wanted.items()):
+                found.append((last_activity(state), folder, state))
         if found:
-            return sorted({str(f.path): (when, f, s) for when, f, s in found}.values(), key=lambda item: (item[0], str(item[1].path)))
+            return sorted(found, key=lambda item: (item[0], str(item[1].path)))
     return []
 
 
@@ -4033,13 +4096,16 @@ def adopt(folder: RunFolder, platform: Platform) -> RunFolder:
     log.info("copying the run %s to %s", folder.path, target)
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(folder.path, partial, symlinks=False, copy_function=copy_writable, ignore=shutil.ignore_patterns("data", "run.lock", ".*.tmp", "*.corrupt"))
+    for copied in (partial, *partial.rglob("*")):  # copytree gives a folder the read-only mode of its original
+        copied.chmod(copied.stat().st_mode | 0o600 | (0o100 if copied.is_dir() else 0))
     os.replace(partial, target)
     return RunFolder(target)
 
 
 def copy_writable(source: str, target: str) -> str:
-    """Copy a file's content but not its read-only mode."""
-    return shutil.copyfile(source, target)
+    """Copy a file's content but not its read-only mode. Raises `DiskFull`."""
+    write_atomic(Path(target), Path(source).read_bytes())
+    return target
 
 
 def start_or_continue(request: Request, platform: Platform) -> tuple[RunFolder, Settings, dict[str, Plain] | None]:
@@ -4084,11 +4150,12 @@ def open_run(request: Request, platform: Platform, session: Session) -> Iterator
             raise UsageError(f"this run needs about {disk_bytes(settings, len(raw.classes)) / 1e9:.0f} GB, Kaggle keeps 20: use fewer --runs, or parts by --compression")
         note_session(state, settings, request, devices)
         state["memory"] = memory or state.get("memory")
-        state["jobs"] = {}
+        jobs, state["jobs"] = state["jobs"], {}  # every file is verified anew
         deadline = session.deadline
         run = OpenRun(folder, settings, state, raw, devices, deadline, platform)
         if not settings.fresh_teacher:
             reuse_teachers(run)
+        save_plain(folder.index_file, {**state, "jobs": jobs})
         yield run
     finally:
         lock.release()
@@ -4124,7 +4191,7 @@ def note_session(state: dict[str, Plain], settings: Settings, request: Request, 
     seen = any(r.get("kind") == "student" for r in state["jobs"].values())
     current = {
         "started": now(), "ended": "", "command": request.command, "host_gpu": " + ".join(d.name for d in devices), **versions(),
-        "threads": thread_count(settings, devices), "workers": settings.workers or len(devices), "devices": [d.name for d in devices],
+        "threads": thread_count(settings, devices), "workers": worker_count(settings, devices), "devices": [d.name for d in devices],
         "processor": processor_name(), "stopped": "", "extended": "; ".join(grown) + " after results were seen" if grown and seen else "",
         "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
     }  # fmt: skip
@@ -4140,10 +4207,15 @@ def note_session(state: dict[str, Plain], settings: Settings, request: Request, 
     state["sessions"].append(current)
 
 
+def worker_count(settings: Settings, devices: list[Device], of: str = "WORLD_SIZE") -> int:
+    """Processes that share the jobs: what `torchrun` started (`of`: in all, or "LOCAL_WORLD_SIZE"), else what was asked for, else one per GPU."""
+    return int(os.environ.get(of, 0)) if "TORCHELASTIC_RUN_ID" in os.environ else settings.workers or len(devices)
+
+
 def thread_count(settings: Settings, devices: list[Device]) -> int:
     """CPU threads of each process: what was asked for, else the cores shared among the workers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return settings.threads or max(1, cores // (settings.workers or len(devices)))
+    return settings.threads or max(1, cores // worker_count(settings, devices, "LOCAL_WORLD_SIZE"))
 
 
 def reuse_teachers(run: OpenRun) -> None:
@@ -4161,7 +4233,6 @@ def reuse_teachers(run: OpenRun) -> None:
                 continue
             if path != own:
                 write_atomic(own, path.read_bytes())
-                run.folder.progress_file(job.name).unlink(missing_ok=True)
                 note = f"{job.name} was reused from {path.parent.parent.name} (identical settings, data and precision)."
                 log.info(note)
                 run.state["notes"].append(note)
@@ -4188,6 +4259,7 @@ def work(run: OpenRun, session: Session, rank: int, local_rank: int, store: Any,
     device = run.devices[local_rank % len(run.devices)]
     if device.kind == "cuda":
         torch.cuda.set_device(device.torch)
+        probe_gpu(device)
     experiment = make_experiment(run, session, device)
     collector = run.collector(writes=rank == 0)
     try:
@@ -4195,9 +4267,11 @@ def work(run: OpenRun, session: Session, rank: int, local_rank: int, store: Any,
         if rank == 0:
             experiment.progress.announce(measure_speeds(experiment, networks_in_use(run.settings)), run.state["jobs"], session.deadline)
         Worker(experiment, collector, store, generation).work()
-    except Stopped as stop:
-        store.add("stopped", 1)
-        return str(stop)
+    except (Stopped, DiskFull, UsageError) as error:
+        store.add(f"stopped/{generation}", 1)
+        if not isinstance(error, Stopped):
+            raise
+        return str(error)
     return ""
 
 
@@ -4226,13 +4300,19 @@ def run_experiment(request: Request, platform: Platform) -> int:
 
 def launch(run: OpenRun, session: Session) -> str:
     """Share the work among one process per GPU under torch's elastic launcher, which restarts the group when one of them dies."""
-    save_plain(run.folder.index_file, run.state)
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=run.workers, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         run_id=uuid.uuid4().hex, max_restarts=MOST_RESTARTS, monitor_interval=0.5, start_method="spawn",
     )  # fmt: skip
+
+    def stop(number: int, _frame: object) -> NoReturn:
+        raise SignalException("", signal.Signals(number))
+
     try:
-        reasons = elastic_launch(config, worker_main)(run.folder.path, run.settings, run.platform, session.deadline)
+        for number in (signal.SIGINT, signal.SIGTERM):  # for the moment until the launcher puts its own handlers in place
+            signal.signal(number, stop)
+        session.check()
+        outcomes = elastic_launch(config, worker_main)(run.folder.path, run.settings, run.platform, session.deadline)
     except SignalException as caught:
         session.signal = session.signal or int(caught.sigval)
         return signal.Signals(session.signal).name
@@ -4240,18 +4320,30 @@ def launch(run: OpenRun, session: Session) -> str:
         log.error("a worker failed %d times: %s", MOST_RESTARTS, str(error).splitlines()[0])
         return "repeated crashes of workers"
     finally:
-        session.listen()  # the launcher has put its own handlers in place
-    return next((reason for reason in reasons.values() if reason), "")
+        session.listen()
+        for child in multiprocessing.active_children():  # none, unless a second signal interrupted the launcher
+            child.terminate()
+            child.join()
+    for outcome in outcomes.values():
+        if isinstance(outcome, Exception):
+            raise outcome
+    return next((reason for reason in outcomes.values() if reason), "")
 
 
-def worker_main(path: Path, settings: Settings, platform: Platform, deadline: float | None) -> str:
-    """Entry point of a worker under the local launcher: opens the run that the parent prepared and holds the lock of."""
+def worker_main(path: Path, settings: Settings, platform: Platform, deadline: float | None) -> str | Exception:
+    """Entry point of a worker under the local launcher: opens the run that the parent prepared and holds the lock of.
+
+    Returns why it stopped early, or the error that a new attempt would not cure (the launcher would restart after a raised one).
+    """
     rank = int(os.environ["RANK"])
     folder, session = RunFolder(path), Session(deadline)
     session.listen()
     start_logging(folder.log_file, rank)
-    run = join_run(folder, settings, platform, session)
-    return work(run, session, rank, int(os.environ["LOCAL_RANK"]), group_store(), int(os.environ["TORCHELASTIC_RESTART_COUNT"]))
+    try:
+        run = join_run(folder, settings, platform, session)
+        return work(run, session, rank, int(os.environ["LOCAL_RANK"]), group_store(), int(os.environ["TORCHELASTIC_RESTART_COUNT"]))
+    except (DiskFull, UsageError) as error:
+        return error
 
 
 def join_run(folder: RunFolder, settings: Settings, platform: Platform, session: Session) -> OpenRun:
@@ -4272,6 +4364,8 @@ def run_member(request: Request, platform: Platform, session: Session) -> int:
     """One process of `torchrun`: rank 0 prepares the run in the shared --output-dir and reports, the others join it."""
     if "output_dir" not in request.given:
         raise UsageError("under torchrun give --output-dir DIR, a folder that all processes share")
+    if int(os.environ["GROUP_WORLD_SIZE"]) > 1 and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) > 0:
+        raise UsageError("torchrun counts restarts per machine: on several machines leave out --max-restarts and start again with --resume")
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     generation, store = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), group_store()
     folder, settings = RunFolder(request.given["output_dir"]), request.given
@@ -4280,9 +4374,9 @@ def run_member(request: Request, platform: Platform, session: Session) -> int:
         request = replace(request, resume=request.resume or (generation > 0 and folder.is_run()))
         try:
             with open_run(request, platform, session) as run:
-                save_plain(run.folder.index_file, run.state)
                 store.set(prepared, "ok")
                 reason = work(run, session, rank, local_rank, store, generation)
+                wait_for_members(store, generation, session)
                 return conclude(run, session, reason)
         except UsageError:
             store.set(prepared, "failed")
@@ -4296,7 +4390,19 @@ def run_member(request: Request, platform: Platform, session: Session) -> int:
     state = load_index(folder, repair=False)
     run = join_run(folder, resumed_settings(Settings.from_plain(state["settings"]), settings), platform, session)
     work(run, session, rank, local_rank, store, generation)
+    store.add(f"left/{generation}", 1)
     return 0
+
+
+def wait_for_members(store: Any, generation: int, session: Session, patience: float = 10.0) -> None:
+    """Wait until the other processes of `torchrun` have finished too, after a signal only `patience` seconds.
+
+    Rank 0 holds the lock and writes the last report, so it must be the last to leave.
+    """
+    signalled = 0.0
+    while store.add(f"left/{generation}", 0) < int(os.environ["WORLD_SIZE"]) - 1 and signalled < patience:
+        time.sleep(0.5)
+        signalled += 0.5 if session.signal else 0.0
 
 
 def conclude(run: OpenRun, session: Session, reason: str) -> int:
@@ -4313,12 +4419,12 @@ def conclude(run: OpenRun, session: Session, reason: str) -> int:
     if failed:
         parts.append(f"{len(failed)} failed ({', '.join(failed[:3])}{' ...' if len(failed) > 3 else ''})")
     if left:
-        parts.append(f"{left} left; continue with: {continue_command(run)}")
+        parts.append(f"{left} left; continue with: {continue_command(run)}" if reason else f"{left} not done, because they need a failed one")
     parts.append(f"report: {run.folder.path / 'experiment_report.md'}")
     log.info("%s", "; ".join(parts))
     if session.signal:
         return 128 + session.signal
-    return 1 if failed or (left and not reason) else 0
+    return 1 if failed or (left and reason != "session clock") else 0
 
 
 def continue_command(run: OpenRun) -> str:
@@ -4459,7 +4565,7 @@ def merge_runs(request: Request, platform: Platform) -> int:
     shutil.rmtree(partial.path, ignore_errors=True)
     partial.create()
     for name, (path, _) in chosen.items():
-        shutil.copyfile(path, partial.model_file(name))
+        write_atomic(partial.model_file(name), path.read_bytes())
     os.replace(partial.path, target.path)
     labels = labels_for_report(settings, target, platform)
     Collector(target, settings, state, labels, writes=True).refresh(final=True)
@@ -4538,11 +4644,12 @@ def main(argv: Sequence[str] | None = None, root: Path = Path("/")) -> int:
     except UsageError as error:
         log.error("error: %s", error)
         return 2
-    except DiskFull as error:
-        log.error("error: %s: free some space, then continue with --resume; nothing that was saved is lost", error)
-        return 1
+    except (DiskFull, OSError) as error:
+        full = isinstance(error, DiskFull) or error.errno in NO_ROOM
+        log.error("error: %s%s", error, ": free some space, then continue with --resume; nothing that was saved is lost" if full else "")
+        return 1 if full else 2
     except Stopped as stop:
-        log.info("stopped by %s before anything was trained", stop)
+        log.info("stopped by %s before anything was trained: the same command starts again", stop)
         return 128 + signal.Signals[str(stop)].value if str(stop).startswith("SIG") else 0
 
 

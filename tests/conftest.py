@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # processes that share two cores must not spin
@@ -37,6 +38,23 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     assert exp.main([*TINY, "--output-dir", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture
+def tiny_experiment(tmp_path: Path) -> Callable[..., exp.Experiment]:
+    """Makes the experiment that TINY (and what is added to it) describes, on the CPU, with nothing finished, for single parts."""
+
+    def make(*options: str) -> exp.Experiment:
+        settings = exp.new_settings(exp.parse_request([*TINY, *options]).given)
+        raw = exp.load_data(settings.dataset, None, tmp_path, [], settings.train_size, settings.seed)
+        folder, device = exp.RunFolder(tmp_path / "parts"), exp.Device("cpu", 0, "CPU")
+        folder.create()
+        state = exp.new_index(settings, "fp32", exp.describe_data(raw, settings.seed))
+        images, classes = exp.Images(raw, settings.seed, device.torch), len(raw.classes)
+        progress = exp.Progress(settings, classes, len(images), False, 1)
+        return exp.Experiment(settings, folder, tmp_path / "pages", device, "fp32", images, exp.Session(None), state, progress)
+
+    return make
 
 
 def results_without_times(folder: Path) -> str:

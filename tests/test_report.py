@@ -120,7 +120,7 @@ def test_pilot_table(tmp_path):
 
 def test_ablation_and_equal_cost(tmp_path):
     report = write(tmp_path, fake_state(3, ablation=True, equal_cost=True))
-    assert "| 2.3x | HPM-KD-no-chain | n/a | 0 | n/a | n/a | n/a | identical by construction |" in report
+    assert "| 2.3x | HPM-KD-no-chain | 20 | 0 | n/a | n/a | n/a | identical by construction |" in report
     assert re.search(r"\| 5x \| Direct-equal-cost \| 20 \| 3 \| -?\+?\d", report)
     assert "= HPM-KD" in report  # in the accuracy table
     assert "## Ablation" not in write(tmp_path, fake_state(3))

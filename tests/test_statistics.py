@@ -301,7 +301,8 @@ def test_frame_has_the_promised_columns_in_order():
     row = frame.iloc[0]
     assert row.ratio_actual == pytest.approx(23_520_842 / 10_235_000) and row.teacher_accuracy == 92.4
     assert row.retention == pytest.approx(100 * row.test_accuracy / 92.4)
-    assert not ((frame.method == "HPM-KD-no-chain") & (frame.compression == "2.3x")).any()  # never trained
+    copies = frame[(frame.method == "HPM-KD-no-chain") & (frame.compression == "2.3x")]
+    assert len(copies) == 3  # an arm that equals another by construction has its rows like any other
 
 
 def test_frame_of_nothing_and_of_failures():

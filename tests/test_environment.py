@@ -1,0 +1,194 @@
+"""Devices and precision, by simulated GPUs: what is chosen, what is refused, and what a resume does with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import run_exp1b_kaggle as exp
+import torch
+from conftest import SMALL
+
+CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
+CU128 = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+P100, T4, A100, H100, BLACKWELL = (6, 0), (7, 5), (8, 0), (9, 0), (12, 0)
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Pretend that the machine has GPUs of these compute capabilities, and a torch build of these architectures."""
+
+    def pretend(*capabilities: tuple[int, int], build: list[str] = CU128) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: build)
+
+    return pretend
+
+
+def gpu(capability: tuple[int, int]) -> exp.Device:
+    return exp.Device("cuda", 0, "GPU", capability)
+
+
+CPU = exp.Device("cpu", 0, "CPU")
+
+
+@pytest.mark.parametrize(
+    ("capability", "build", "usable"),
+    [
+        (P100, CU126, True),
+        (P100, CU128, False),
+        (T4, CU128, True),
+        ((8, 9), CU128, True),  # runs sm_86 code: same major version, lower minor
+        ((8, 0), ["sm_86"], False),  # but not the other way round
+        (H100, ["sm_90a"], True),
+        (BLACKWELL, CU128, True),
+        (BLACKWELL, CU126, False),
+        (BLACKWELL, [*CU126, "compute_90"], True),  # intermediate code runs on anything newer
+        ((13, 0), CU128, True),
+        (T4, ["compute_80"], False),
+        (T4, [], False),
+        (T4, ["gfx90a", "sm_x"], False),
+    ],
+)
+def test_kernels_of_a_build(capability: tuple[int, int], build: list[str], usable: bool) -> None:
+    assert exp.has_kernels(capability, build) is usable
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"),
+    [(P100, "fp32"), ((7, 0), "fp16"), (T4, "fp16"), (A100, "bf16"), (H100, "bf16"), (BLACKWELL, "bf16")],
+)
+def test_precision_follows_capability(
+    capability: tuple[int, int], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The T4 says that it supports bf16 (by emulation), so torch must not be asked."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    assert exp.choose_precision("auto", gpu(capability), native_cpu_bf16=True) == precision
+    assert all(exp.choose_precision(wanted, gpu(capability), False) == wanted for wanted in exp.PRECISIONS)
+
+
+def test_precision_on_a_cpu() -> None:
+    assert exp.choose_precision("auto", CPU, native_cpu_bf16=False) == "fp32"
+    assert exp.choose_precision("auto", CPU, native_cpu_bf16=True) == "bf16"
+    assert exp.choose_precision("bf16", CPU, native_cpu_bf16=False) == "bf16"
+    with pytest.raises(exp.UsageError, match="fp16 needs a GPU"):
+        exp.choose_precision("fp16", CPU, native_cpu_bf16=True)
+
+
+def test_every_gpu_is_used(gpus: Callable[..., None]) -> None:
+    gpus(T4, T4)
+    assert [(d.kind, d.index, d.capability) for d in exp.find_devices("auto", kaggle=True, allow_cpu=False)] == [
+        ("cuda", 0, T4),
+        ("cuda", 1, T4),
+    ]
+    assert [d.kind for d in exp.find_devices("cpu", kaggle=True, allow_cpu=False)] == ["cpu"]
+
+
+def test_looking_for_devices_takes_no_memory_on_them(gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parent of several workers looks at every GPU: a tensor there would cost each of them some hundred megabytes."""
+    gpus(T4, T4)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("a CUDA context was made"))
+    exp.find_devices("auto", kaggle=True, allow_cpu=False)
+
+
+def test_a_gpu_without_kernels_is_refused_with_the_remedy(gpus: Callable[..., None]) -> None:
+    gpus(P100)
+    with pytest.raises(exp.UsageError, match=r"GPU 0 \(compute capability 6.0\).*GPU T4 x2.*cu126"):
+        exp.find_devices("auto", kaggle=True, allow_cpu=False)
+    gpus(P100, build=CU126)
+    assert len(exp.find_devices("auto", kaggle=True, allow_cpu=False)) == 1
+
+
+def test_a_gpu_that_fails_at_its_first_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore lines")
+
+    monkeypatch.setattr(torch, "ones", fail)
+    with pytest.raises(exp.UsageError, match=r"fails at the first convolution \(.*execution on the device\)"):
+        exp.probe_gpu(gpu(T4))
+
+
+def test_no_gpu(gpus: Callable[..., None]) -> None:
+    gpus()
+    with pytest.raises(exp.UsageError, match="no GPU: choose Settings > Accelerator"):
+        exp.find_devices("auto", kaggle=True, allow_cpu=False)
+    with pytest.raises(exp.UsageError, match="--device cuda, but torch sees no GPU"):
+        exp.find_devices("cuda", kaggle=False, allow_cpu=True)
+    for kaggle, allow_cpu in ((True, True), (False, False)):
+        assert exp.find_devices("auto", kaggle, allow_cpu)[0].kind == "cpu"
+
+
+def test_fp16_on_a_cpu_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    assert exp.main([*SMALL, "--precision", "fp16", "--output-dir", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_cores_are_shared_among_the_workers_of_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exp.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    settings = exp.Settings()
+    assert exp.thread_count(settings, [CPU]) == 8
+    assert exp.thread_count(settings, [gpu(T4)] * 2) == 4
+    assert exp.thread_count(exp.replace(settings, workers=4), [CPU]) == 2
+    assert exp.thread_count(exp.replace(settings, workers=4, threads=1), [CPU]) == 1
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert (exp.worker_count(settings, [CPU]), exp.thread_count(settings, [CPU])) == (8, 2)
+
+
+BF16 = [*SMALL, "--methods", "Direct", "--teacher-epochs", "1", "--student-epochs", "1"]
+
+
+def test_precision_is_chosen_once_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bf16 experiment, resumed on a processor without bf16 and under another name: it stays bf16, and the change is said."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(exp, "cpu_has_bf16", lambda: True)
+    folder = ["--output-dir", str(tmp_path / "run")]
+    assert exp.main([*BF16, *folder]) == 0
+    monkeypatch.setattr(exp, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(exp, "processor_name", lambda: "another processor")
+    capsys.readouterr()
+    assert exp.main(["--resume", "--runs", "2", *folder]) == 0
+    said = capsys.readouterr().out
+    results = exp.pd.read_csv(tmp_path / "run/results.csv")
+    assert list(results.precision) == ["bf16", "bf16"]
+    assert "another processor" in said
+    assert "bit-equality with an uninterrupted run is no longer promised" in said
+    assert "another processor" in (tmp_path / "run/experiment_report.md").read_text()
+
+
+def test_a_run_in_fp16_is_not_continued_on_a_cpu(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = exp.load_plain(finished_run / "checkpoints" / exp.STATE_NAME)
+    (tmp_path / "checkpoints").mkdir()
+    exp.save_plain(tmp_path / "checkpoints" / exp.STATE_NAME, {**index, "precision": "fp16"})
+    assert exp.main(["--resume", "--device", "cpu", "--output-dir", str(tmp_path)]) == 2
+    assert "this run computes in fp16, which needs a GPU" in capsys.readouterr().out
+
+
+def test_a_step_with_a_loss_scaler_is_the_step_without(tiny_experiment: Callable[..., exp.Experiment]) -> None:
+    """fp16's scaler (here around fp32 arithmetic, so that it runs on a CPU): scaled, unscaled, same step; inf is skipped."""
+
+    def fitting(scaled: bool) -> exp.Fitting:
+        experiment = tiny_experiment()
+        schedule = exp.Schedule("7x", 4, 4, 0.05, 1, 1)
+        made = exp.Fitting(experiment, "job", "identity", schedule, exp.DirectTrainer(experiment))
+        made.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        made.model.train()
+        return made
+
+    plain, scaled = fitting(False), fitting(True)
+    index = torch.arange(20)
+    for each in (plain, scaled):
+        each._step(index, 0)
+    for a, b in zip(plain.model.parameters(), scaled.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    before = [p.clone() for p in scaled.model.parameters()]
+    scaled.trainer.loss = lambda logits, index: logits.sum() * float("inf")  # type: ignore[method-assign]
+    scaled._step(index, 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, scaled.model.parameters(), strict=True))
+    assert scaled.scaler.get_scale() == 512.0
