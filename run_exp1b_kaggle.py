@@ -66,7 +66,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
@@ -203,7 +203,10 @@ class Settings:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"dataset": "SYNTHETIC", "teacher_epochs": 6, "student_epochs": 4, "runs": 2, "width": 16, "batch_size": 64},
+    "smoke": {
+        "dataset": "SYNTHETIC", "train_size": 600, "width": 16, "batch_size": 32, "lr": 0.03, "teacher_epochs": 8,
+        "student_epochs": 2, "runs": 2,
+    },  # fmt: skip
     "quick": {},
     "full": {"teacher_epochs": 100, "student_epochs": 50, "runs": 5},
 }
@@ -1797,6 +1800,7 @@ class DirectTrainer:
         self.config = config
         self.temperature: float | None = None
         self.pages: dict[str, dict[str, float]] = {}  # teacher -> page -> seconds that computing it took
+        self.prepare_seconds = 0.0  # part of the training's cost; without the pages, which are counted by themselves
 
     def prepare(self) -> dict[str, Plain]:
         """What has to be done once before the first epoch; returns what the record should say about it."""
@@ -1852,7 +1856,7 @@ class HPMKDTrainer(TraditionalKDTrainer):
         self.attention = None
         if not self.config.attention or len(self.config.teachers) < 2:
             return {}
-        self.attention, diagnostics = fit_attention(self.experiment, self.outputs, self.config.teachers)
+        self.attention, diagnostics, self.prepare_seconds = fit_attention(self.experiment, self.outputs, self.config.teachers)
         return {"attention": diagnostics}
 
     def weights(self, logits: torch.Tensor) -> torch.Tensor:
@@ -1905,7 +1909,7 @@ class Fitting:
         )
         self.scaler = torch.amp.GradScaler(device.kind, enabled=experiment.precision == "fp16")
         self.history: list[dict[str, Plain]] = []
-        self.seconds = 0.0
+        self.seconds = trainer.prepare_seconds
         self.micro_batch = settings.batch_size
         self.pages = page_order(settings.seed, schedule.page_run, schedule.epochs)
 
@@ -2185,21 +2189,23 @@ def attention_weights(network: AttentionNetwork, logits: torch.Tensor) -> torch.
 
 def fit_attention(
     experiment: Experiment, outputs: TeacherOutputs, teachers: Sequence[str]
-) -> tuple[AttentionNetwork, dict[str, Plain]]:
+) -> tuple[AttentionNetwork, dict[str, Plain], float]:
     """Fit the attention on the `fit` images: cross-entropy of the mixture with the label, less 0.01 times the weights' entropy.
 
-    Runs on the CPU in fp32, so that every job of a run gets the same weights. Returns the network on the device and diagnostics on
-    `select` and on one page of training images (whose labels the teachers have memorised).
+    Runs on the CPU in fp32, so that every job of a run gets the same weights. Returns the network on the device, diagnostics on
+    `select` and on one page of training images (whose labels the teachers have memorised), and the seconds that the fit took.
     """
     names = [teacher_job(t, experiment.settings.dataset).name for t in teachers]
     held_out = [outputs.held_out(name) for name in names]
     logits = {part: torch.stack([h[part] for h in held_out]) for part in ("fit", "select")}
     page = page_order(experiment.settings.seed, 1, 1)[0]
     logits["train"] = torch.stack([outputs.page(name, page)[0].float().cpu() for name in names])
+    started = time.perf_counter()
     network = train_attention(logits["fit"], experiment.images.fit.labels.cpu(), experiment.settings.seed)
+    seconds = time.perf_counter() - started
     labels = {"select": experiment.images.select.labels.cpu(), "train": experiment.images.labels.cpu()}
     diagnostics = {part: attention_diagnostics(network, logits[part], labels[part], teachers) for part in labels}
-    return network.to(experiment.device.torch), {"teachers": list(teachers), **diagnostics}
+    return network.to(experiment.device.torch), {"teachers": list(teachers), **diagnostics}, seconds
 
 
 def train_attention(logits: torch.Tensor, labels: torch.Tensor, seed: int) -> AttentionNetwork:
@@ -2369,14 +2375,12 @@ class _Pilot:
             experiment, name = self.experiment, f"{self.job.name}_{key}"
             trainer = make_trainer(experiment, "HPM-KD", self.candidates[candidate])
             schedule = Schedule(self.job.network, steps, self.steps_per_epoch, experiment.settings.lr, experiment.settings.seed, 1)
-            started = time.perf_counter()
             trainer.prepare()
-            prepared = time.perf_counter() - started
             fitting = Fitting(experiment, name, self.identity, schedule, trainer)
             network = fitting.run()
             split = experiment.images.select
             correct = experiment.predict(network, split).argmax(1) == split.labels
-            self.results[key] = {"correct": correct.cpu(), "seconds": fitting.seconds + prepared, "pages": trainer.pages}
+            self.results[key] = {"correct": correct.cpu(), "seconds": fitting.seconds, "pages": trainer.pages}
             keep_previous(self.path)
             save_checkpoint(self.path, {"identity": self.identity, "results": self.results, "index": {**experiment.state, "jobs": {}}})
             fitting.finish()
@@ -2753,17 +2757,16 @@ class JobRunner:
         schedule = Schedule(job.network, epochs * steps, steps, settings.lr, settings.seed + job.run, max(job.run, int(job.kind != "teacher")))
         config = config_of(job, self.records)
         trainer = make_trainer(experiment, job.method if job.kind == "student" else "Direct" if config is None else "HPM-KD", config)
-        started = time.perf_counter()
         prepared = trainer.prepare()
-        seconds = time.perf_counter() - started
         fitting = Fitting(experiment, job.name, progress_identity(experiment, job), schedule, trainer)
         network = fitting.run()
         record = self._record(
-            {"epochs": epochs, "config": config.plain() if config else {}, "same_as": "", "attention": {}, **prepared, "prepare_seconds": seconds}
+            {"epochs": epochs, "config": config.plain() if config else {}, "same_as": "", "attention": {}, **prepared, "prepare_seconds": trainer.prepare_seconds}
         )
         content = self._evaluate(network, record)
         trained_images = epochs * steps * settings.batch_size
-        record |= {"train_seconds": fitting.seconds, "images_per_second": trained_images / max(fitting.seconds, 1e-9)}
+        epoch_seconds = sum(entry["seconds"] for entry in fitting.history)
+        record |= {"train_seconds": fitting.seconds, "images_per_second": trained_images / max(epoch_seconds, 1e-9)}
         record |= {"pages": trainer.pages, "history": fitting.history}
         if fitting.micro_batch < settings.batch_size:
             record["notes"] = [f"trained with micro-batches of {fitting.micro_batch} after running out of memory (BatchNorm sees these)"]
@@ -2852,7 +2855,8 @@ class Collector:
         """Checksum of the teacher that a job must have learned from ("" if any will do)."""
         merged = self.state.get("merged")
         if merged:
-            return str(merged["teachers"].get(job.compression, {}).get("weights_sha256", ""))
+            own = merged["teachers"].get(job.compression, {}) if job.kind == "student" else {}  # of a ratio's students; a chain may have another
+            return str(own.get("weights_sha256", ""))
         return str(self.state["jobs"].get(Job("teacher", dataset=job.dataset).name, {}).get("weights_sha256", ""))
 
     def _take_in(self, job: Job) -> bool:

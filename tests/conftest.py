@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # processes that share two cores must not spin
@@ -29,6 +30,36 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
     """Bit-equal arithmetic, and a scratch folder of teacher outputs that no other test shares."""
     torch.set_num_threads(1)
     monkeypatch.setattr(exp.tempfile, "tempdir", str(tmp_path_factory.mktemp("scratch")))
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers() -> Iterator[None]:
+    """An experiment that runs inside the test process leaves its signal handlers there: put the old ones back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder to work in while every experiment is a toy of two seconds (toy.py)."""
+    from toy import install_toy
+
+    install_toy(monkeypatch, tmp_path / "work")
+    return tmp_path / "work"
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished toy. Read only: copy it before changing anything."""
+    from toy import install_toy, new_toy
+
+    folder = tmp_path_factory.mktemp("toy") / "exp1b_smoke_20260102_000000"
+    with pytest.MonkeyPatch.context() as patch:
+        install_toy(patch, folder.parent)
+        assert new_toy(folder) == 0
+    return folder
 
 
 @pytest.fixture(scope="session")

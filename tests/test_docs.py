@@ -1,0 +1,265 @@
+"""The documents keep step with the script: tables, commands, file names, notebook cells. Nothing is trained here.
+
+`UPDATE_DOCS=1 python -m pytest tests/test_docs.py` rewrites the generated tables (those between `<!-- name -->` markers).
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import os
+import re
+import shlex
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+import run_exp1b_kaggle as exp
+
+README, QUICK_START, INDEX = "README_KAGGLE.md", "QUICK_START_KAGGLE.md", "INDEX.md"
+DOCUMENTS = (README, QUICK_START, INDEX)
+SETUP = [
+    "pip install -r requirements.txt && python run_exp1b_kaggle.py --mode smoke",
+    "pip install -r tests/requirements.txt && python -m pytest tests",
+]
+KERNEL_KEYS = {
+    "id", "title", "code_file", "language", "kernel_type", "is_private", "enable_gpu", "enable_internet", "machine_shape",
+    "dataset_sources", "competition_sources", "kernel_sources",
+}  # fmt: skip
+ROLES = {"experiment": "fixed once a run exists", "scope": "may grow with `--resume`", "session": "this session only"}
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def code_blocks(text: str, *languages: str) -> list[str]:
+    """The fenced code blocks in these languages (none given: in any)."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [code for language, code in found if not languages or language in languages]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def shown(value: Any) -> str:
+    """A setting's value as one would type it."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def settings_table() -> str:
+    """Every field of `Settings`: option, default, meaning, and when it may change."""
+    rows = []
+    for field in dataclasses.fields(exp.Settings):
+        meta = field.metadata
+        choices = meta["argparse"].get("choices")
+        meaning = meta["help"] + (f" ({', '.join(choices)})" if choices and choices[0] not in meta["help"] else "")
+        option = f"`--{field.name.replace('_', '-')}`"
+        rows.append([option, shown(field.default), meaning.replace("|", "\\|"), ROLES[meta["role"]]])
+    return table(["option", "default", "meaning", "when it may change"], rows)
+
+
+def presets_table() -> str:
+    """What the modes set, and the jobs that follow."""
+    first = ["dataset", "teacher_epochs", "student_epochs", "runs"]
+    names = [*first, *(n for preset in exp.PRESETS.values() for n in preset if n not in first)]
+    names = list(dict.fromkeys([*names, "train_size", "width", "batch_size", "lr"]))
+    rows = []
+    for mode in exp.MODES:
+        settings = exp.new_settings({"mode": mode})
+        kinds = [job.kind for job in exp.planned_jobs(settings)]
+        values = [shown(getattr(settings, n)).replace("-", "all") for n in names]
+        rows.append([f"`--mode {mode}`", *values, str(kinds.count("student")), str(len(kinds))])
+    return table(["mode", *(n.replace("_", " ") for n in names), "students", "jobs in all"], rows)
+
+
+def networks_table() -> str:
+    """The networks, counted at full width with 10 classes."""
+    teacher = exp.network_cost("teacher", 10, 64)[0]
+    depth = {(3, 4, 6, 3): "ResNet-50", (2, 2, 2, 2): "ResNet-18", (1, 1, 1, 1): "ResNet-10"}
+    rows = []
+    for name, a in exp.ARCHITECTURES.items():
+        params, macs = exp.network_cost(name, 10, 64)
+        widths = ", ".join(map(str, a.channels))
+        rows.append([name, depth[a.blocks], widths, f"{params:,}", f"{teacher / params:.3f}", f"{macs / 1e6:,.0f}"])
+    return table(["network", "depth", "channels", "parameters", "counted ratio", "million MACs per image"], rows)
+
+
+GENERATED: dict[str, Callable[[], str]] = {
+    "settings": settings_table,
+    "presets": presets_table,
+    "networks": networks_table,
+}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_generated_tables_are_in_step(document: str) -> None:
+    text = updated = text_of(document)
+    for name, make in GENERATED.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if pattern.search(updated):
+            body = make()
+            updated = pattern.sub(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", updated)
+    if os.environ.get("UPDATE_DOCS") and updated != text:
+        (ROOT / document).write_text(updated, encoding="utf-8")
+        text = updated
+    assert text == updated, "run: UPDATE_DOCS=1 python -m pytest tests/test_docs.py"
+
+
+def test_readme_has_every_generated_table() -> None:
+    text = text_of(README)
+    assert all(f"<!-- {n} -->" in text and f"<!-- /{n} -->" in text for n in GENERATED)
+
+
+def test_first_code_block_is_the_two_commands_that_ci_runs() -> None:
+    assert re.search(r"^```(\w*)$", text_of(README), re.MULTILINE)[1] == "bash"  # type: ignore[index]
+    assert code_blocks(text_of(README))[0].splitlines() == SETUP
+
+
+def test_exit_codes_are_the_scripts() -> None:
+    """The README's table and the script's own text name the same codes."""
+    assert exp.__doc__
+    said = re.search(r"Exit codes: (.*?)\n\n", exp.__doc__, re.DOTALL)
+    assert said
+    ours = set(re.findall(r"\b(\d{1,3})\b", said[1]))
+    section = re.search(r"^## Exit codes\n(.*?)^## ", text_of(README), re.MULTILINE | re.DOTALL)
+    assert section
+    assert set(re.findall(r"^\| (\d+) \|", section[1], re.MULTILINE)) == ours == {"0", "1", "2", "130", "143"}
+
+
+def test_outputs_are_described() -> None:
+    text = text_of(README)
+    assert [c for c in exp.CSV_COLUMNS if f"`{c}`" not in text] == []
+    assert [name for name in exp.FIGURES if f"`{name}`" not in text] == []
+    assert exp.STATE_NAME in text
+
+
+def test_constants_that_the_text_repeats() -> None:
+    text = text_of(README)
+    assert f"{exp.KAGGLE_SESSION_HOURS} h" in text
+    assert all(source in text for source in exp.ATTACHABLE.values())
+    for ratio, (direct, student, difference) in exp.PREDICTION.items():
+        row = f"| {ratio} | {direct:.1f} | {student:.1f} | +{difference:.1f} pp |"
+        assert all(row in text_of(document) for document in (README, INDEX)), row
+
+
+def commands(text: str) -> list[list[str]]:
+    """The arguments of every `... run_exp1b_kaggle.py ...` command line in code blocks and inline code."""
+    lines = [line for block in code_blocks(text) for line in block.splitlines()]
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines += re.findall(r"`([^`\n]+)`", prose)
+    found = []
+    for line in lines:
+        start = re.match(
+            r"^\s*(?:!|(?:.*&& ))?(?:torchrun .*?|python3? )(?:run_exp1b_kaggle\.py|\{SCRIPT\})(.*)$", line
+        )
+        if start:
+            found.append(shlex.split(start[1], comments=True))
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_parses(document: str) -> None:
+    found = commands(text_of(document))
+    assert len(found) >= 3
+    for arguments in found:
+        request = exp.parse_request(arguments)
+        if not (request.resume or request.merge or request.status or request.report_only):
+            exp.new_settings(request.given)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_option_mentioned_exists(document: str) -> None:
+    known = {option for action in exp.build_parser()._actions for option in action.option_strings}
+    known |= {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--index-url"}  # of other programs
+    assert sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text_of(document))) - known) == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_file_mentioned_exists(document: str) -> None:
+    text = text_of(document)
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    missing = [path for path, _, _ in links if path and not (ROOT / path).exists()]
+    inline = re.findall(r"`((?:tests/|\.ci/)[\w./-]*|[\w.-]+_KAGGLE\.md|INDEX\.md|requirements\.txt)`", text)
+    missing += [path for path in inline if not (ROOT / path).exists()]
+    assert sorted(set(missing)) == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_anchor_exists(document: str) -> None:
+    text = text_of(document)
+    for path, anchor in re.findall(r"\]\(([^)\s#]*)#([^)\s]+)\)", text):
+        if "://" in path:
+            continue
+        headings = re.findall(r"^#+ (.*)$", text_of(path or document), re.MULTILINE)
+        anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+        assert anchor in anchors, anchor
+
+
+def as_python(cell: str) -> str:
+    """A notebook cell with its shell lines (`!...`) made into calls."""
+    return re.sub(r"^(\s*)[!%](.*)$", lambda m: f"{m[1]}shell({m[2]!r})", cell, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_notebook_cells_compile(document: str) -> None:
+    for cell in code_blocks(text_of(document), "python"):
+        ast.parse(as_python(cell))
+
+
+def test_names_that_the_cells_import_exist() -> None:
+    for document in DOCUMENTS:
+        for cell in code_blocks(text_of(document), "python"):
+            for node in ast.walk(ast.parse(as_python(cell))):
+                if isinstance(node, ast.ImportFrom) and node.module == "run_exp1b_kaggle":
+                    assert [a.name for a in node.names if not hasattr(exp, a.name)] == []
+
+
+def test_quick_start_is_the_same_in_both_languages() -> None:
+    english, heading, portuguese = text_of(QUICK_START).partition("\n# Português\n")
+    assert heading
+    assert code_blocks(english) == code_blocks(portuguese) != []
+    assert english.count("\n## ") == portuguese.count("\n## ")
+
+
+def test_kernel_metadata_is_complete() -> None:
+    blocks = [json.loads(block) for block in code_blocks(text_of(README), "json")]
+    assert blocks
+    for metadata in blocks:
+        assert metadata.keys() == KERNEL_KEYS
+        assert metadata["machine_shape"] == "NvidiaTeslaT4"
+        assert metadata["enable_gpu"] is metadata["enable_internet"] is metadata["is_private"] is True
+        assert metadata["language"] == "python"
+        assert f"`{metadata['code_file']}`" in text_of(README)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_plain_text(document: str) -> None:
+    """No emoji, and no path of anybody's machine: an absolute one is Kaggle's or a stated example."""
+    text = text_of(document)
+    assert re.findall("[\u2600-\u27bf\u2b00-\u2bff\ufe0f\U0001f000-\U0001faff]", text) == []
+    paths = re.findall(r"(?<![\w.:/~>*<-])/[a-z]\w+(?:/[\w.<>-]+)+", text)
+    assert [p for p in paths if not p.startswith(("/kaggle/", "/shared/"))] == []
+    assert "\t" not in text
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_lengths() -> None:
+    assert len(text_of(README).splitlines()) <= 480
+    assert len(text_of(INDEX).splitlines()) <= 110
+
+
+def test_the_workflow_is_drawn() -> None:
+    (diagram,) = code_blocks(text_of(INDEX), "mermaid")
+    assert diagram.startswith("flowchart")
+    for step in ("disconnect", "--resume", "--compression", "--merge", "report"):
+        assert step in diagram

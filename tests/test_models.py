@@ -1,0 +1,151 @@
+"""Networks: sizes and costs counted by hand, initial weights, folding, and loading a finished one."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import run_exp1b_kaggle as exp
+
+NETWORKS = ["teacher", "2.3x", "5x", "7x"]
+# Written out from the design, not read from the script: bottleneck?, blocks, channels at width 64
+DESIGN = {
+    "teacher": (True, (3, 4, 6, 3), (64, 128, 256, 512)),
+    "2.3x": (False, (2, 2, 2, 2), (64, 128, 256, 480)),
+    "5x": (False, (1, 1, 1, 1), (64, 128, 256, 496)),
+    "7x": (False, (1, 1, 1, 1), (56, 112, 224, 408)),
+}
+
+
+def counted_by_hand(name: str, classes: int, width: int) -> tuple[int, int]:
+    """(parameters, multiply-accumulates) by arithmetic."""
+    bottleneck, blocks, channels = DESIGN[name]
+    parameters = macs = 0
+
+    def conv(inputs: int, outputs: int, kernel: int, side: int) -> None:
+        nonlocal parameters, macs
+        weights = inputs * outputs * kernel**2
+        parameters += weights + 2 * outputs  # and the batch normalisation's scale and shift
+        macs += weights * side**2
+
+    inputs, side = channels[0] * width // 64, 32
+    conv(3, inputs, 3, side)
+    for stage, (count, full) in enumerate(zip(blocks, channels, strict=True)):
+        planes = full * width // 64
+        outputs = planes * 4 if bottleneck else planes
+        for block in range(count):
+            before, side = side, side // 2 if stage and not block else side
+            if bottleneck:
+                conv(inputs, planes, 1, before)
+                conv(planes, planes, 3, side)
+                conv(planes, outputs, 1, side)
+            else:
+                conv(inputs, planes, 3, side)
+                conv(planes, outputs, 3, side)
+            if inputs != outputs or before != side:
+                conv(inputs, outputs, 1, side)
+            inputs = outputs
+    return parameters + inputs * classes + classes, macs + inputs * classes
+
+
+@pytest.mark.parametrize("width", [8, 16, 64])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_parameters_and_macs_by_hand(name: str, width: int) -> None:
+    for classes in (10, 100):
+        assert exp.network_cost(name, classes, width) == counted_by_hand(name, classes, width)
+
+
+def test_the_teacher_is_resnet_50_and_the_ratios_are_within_a_percent() -> None:
+    teacher = exp.network_cost("teacher", 10, 64)[0]
+    assert teacher == 23_520_842
+    for name, nominal, counted in (("2.3x", 2.3, 2.298), ("5x", 5.0, 4.987), ("7x", 7.0, 7.006)):
+        ratio = teacher / exp.network_cost(name, 10, 64)[0]
+        assert ratio == pytest.approx(counted, abs=5e-4) and abs(ratio / nominal - 1) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("classes", "width", "ratios"),
+    [(100, 64, (2.293, 4.976, 7.000)), (10, 32, (2.304, 4.991, 7.017)), (10, 16, (2.309, 4.998, 7.020)), (10, 8, (2.325, 5.006, 7.010))],
+)
+def test_the_ratios_at_other_widths_and_with_a_hundred_classes(classes: int, width: int, ratios: tuple[float, ...]) -> None:
+    """Within 1.1% of nominal everywhere; the exact values are noted here."""
+    teacher = exp.network_cost("teacher", classes, width)[0]
+    counted = [teacher / exp.network_cost(name, classes, width)[0] for name in exp.RATIOS]
+    assert counted == pytest.approx(ratios, abs=1e-3)
+    assert all(abs(c / nominal - 1) < 0.011 for c, nominal in zip(counted, exp.RATIOS.values(), strict=True))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_stem_keeps_the_size_and_four_pixels_remain(name: str) -> None:
+    network, shapes = exp.build_network(name, 10, 8).eval(), []
+    for layer in network.features:
+        layer.register_forward_hook(lambda _layer, _inputs, output: shapes.append(tuple(output.shape[2:])))
+    assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    assert shapes[0] == (32, 32) and shapes[-1] == (4, 4)
+    assert not any(isinstance(layer, nn.MaxPool2d) for layer in network.modules())
+
+
+def weights(network: nn.Module) -> list[bytes]:
+    return [value.numpy().tobytes() for value in network.state_dict().values()]
+
+
+def test_initial_weights_are_a_function_of_seed_and_name_alone() -> None:
+    torch.manual_seed(1)
+    first, state = weights(exp.build_network("5x", 10, 8, 43)), torch.get_rng_state()
+    torch.manual_seed(2), np.random.seed(2), random.seed(2)
+    torch.rand(3)
+    expected = torch.get_rng_state()
+    assert weights(exp.build_network("5x", 10, 8, 43)) == first
+    assert torch.equal(torch.get_rng_state(), expected) and not torch.equal(state, expected), "the global generator is left alone"
+    assert weights(exp.build_network("5x", 10, 8, 44)) != first
+    stems = [exp.build_network(name, 10, 8, 43).features[0].weight for name in ("2.3x", "5x")]
+    assert stems[0].shape == stems[1].shape and not torch.equal(*stems), "two ratios are not correlated"
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_folded_network_computes_the_same(name: str) -> None:
+    torch.manual_seed(0)
+    network = exp.build_network(name, 10, 8).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5), nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean), nn.init.uniform_(module.running_var, 0.5, 2.0)
+    before, images = weights(network), torch.randn(4, 3, 32, 32)
+    folded = network.folded()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    with torch.no_grad():
+        expected = network(images)
+        torch.testing.assert_close(folded(images), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert weights(network) == before and not network.training
+
+
+def test_folding_a_network_in_training_leaves_it_in_training() -> None:
+    network = exp.build_network("7x", 10, 8).train()
+    assert not network.folded().training and network.training
+
+
+@pytest.mark.parametrize("job", ["teacher_resnet50_SYNTHETIC", "intermediate_2.3x_SYNTHETIC", "student_7x_HPM-KD_run2"])
+def test_load_student_reproduces_the_stored_test_logits(finished_run: Path, job: str) -> None:
+    path = finished_run / "checkpoints" / f"{job}.pt"
+    network, content = exp.load_student(str(path)), exp.load_checkpoint(path)
+    data = exp.load_data("SYNTHETIC", None, Path(), [], 400, 42)
+    images = torch.from_numpy(data.test_pixels).permute(0, 3, 1, 2) / 255  # what ToTensor gives
+    assert not network.training
+    with torch.no_grad():
+        logits = torch.cat([network(part) for part in images.split(250)])
+    torch.testing.assert_close(logits, content["test_logits"].float(), rtol=2e-3, atol=2e-3)
+    accuracy = 100 * (logits.argmax(1).numpy() == data.test_labels).mean()
+    assert accuracy == pytest.approx(content["record"]["test_accuracy"], abs=0.2)  # two images may tie in fp16
+
+
+def test_load_student_refuses_a_damaged_file(finished_run: Path, tmp_path: Path) -> None:
+    content = bytearray((finished_run / "checkpoints" / "student_7x_Direct_run1.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(exp.Damaged, match="checksum"):
+        exp.load_student(tmp_path / "x.pt")
