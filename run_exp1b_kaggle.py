@@ -813,7 +813,7 @@ def _load_downloaded(name: str, download_dir: Path, check: Callable[[], None]) -
         except BadData as error:
             log.warning("Not downloaded from %s: %s", url, error)
         except OSError as error:  # the network's own errors arrive as BadData: this one is the disk's
-            raise UsageError(f"{name} cannot be stored in {download_dir}: {error}") from error
+            raise (DiskFull if error.errno in NO_ROOM else UsageError)(f"{name} cannot be stored in {download_dir}: {error}") from error
     raise UsageError(
         f"{name} was found nowhere and cannot be downloaded. Either switch Internet ON in the notebook's settings, or "
         f"attach a CIFAR data set as input (Add Input, such as {ATTACHABLE[name]}), or give --data-dir DIR."
@@ -1406,6 +1406,7 @@ def keep_previous(path: Path) -> None:
         link.unlink(missing_ok=True)
         os.link(path, link)
         os.replace(link, previous(path))
+        link.unlink(missing_ok=True)  # replace does nothing where the two are one file already: writing to `link` would cut all three
     except OSError:
         write_atomic(previous(path), path.read_bytes())
 

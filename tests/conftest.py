@@ -73,7 +73,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_experiment(tmp_path: Path) -> Callable[..., exp.Experiment]:
-    """Makes the experiment that TINY (and what is added to it) describes, on the CPU, with nothing finished, for single parts."""
+    """Makes the experiment that TINY and `options` describe, with nothing finished: to try single parts of it."""
 
     def make(*options: str) -> exp.Experiment:
         settings = exp.new_settings(exp.parse_request([*TINY, *options]).given)
@@ -83,7 +83,8 @@ def tiny_experiment(tmp_path: Path) -> Callable[..., exp.Experiment]:
         state = exp.new_index(settings, "fp32", exp.describe_data(raw, settings.seed))
         images, classes = exp.Images(raw, settings.seed, device.torch), len(raw.classes)
         progress = exp.Progress(settings, classes, len(images), False, 1)
-        return exp.Experiment(settings, folder, tmp_path / "pages", device, "fp32", images, exp.Session(None), state, progress)
+        pages, session = tmp_path / "pages", exp.Session(None)
+        return exp.Experiment(settings, folder, pages, device, "fp32", images, session, state, progress)
 
     return make
 

@@ -1,4 +1,4 @@
-"""The smallest experiments, opened without the command line: single jobs and whole graphs in seconds, without a report."""
+"""The smallest experiments, opened without the command line: jobs and whole graphs in seconds, without a report."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ TEST_IMAGES = 60  # three steps per epoch, 10 images to fit, 10 to select
 def lab_data(size: int = 200) -> exp.RawData:
     """SYNTHETIC with `size` training images and few test images."""
     raw = exp.load_data("SYNTHETIC", None, Path(), [], size, 42)
-    return dataclasses.replace(raw, test_pixels=raw.test_pixels[:TEST_IMAGES], test_labels=raw.test_labels[:TEST_IMAGES])
+    return dataclasses.replace(
+        raw, test_pixels=raw.test_pixels[:TEST_IMAGES], test_labels=raw.test_labels[:TEST_IMAGES]
+    )
 
 
 def open_lab(folder: Path, raw: exp.RawData | None = None, **given: Any) -> exp.Experiment:
-    """An experiment of SMALLEST and `given` settings in `folder`, nothing finished; teacher outputs lie in folder/scratch."""
+    """An experiment of SMALLEST and `given` settings in `folder`, nothing finished; pages in folder/scratch."""
     settings = exp.new_settings({**SMALLEST, **given, "output_dir": folder})
     raw = raw or lab_data(settings.train_size or 0)
     state = exp.new_index(settings, "fp32", exp.describe_data(raw, settings.seed))
@@ -70,8 +72,8 @@ def pilot(experiment: exp.Experiment, method: str = "HPM-KD", compression: str =
 def shortcuts(chosen: int | None = None, steps: bool = True) -> Iterator[pytest.MonkeyPatch]:
     """No latency measurement and a short fit of the attention.
 
-    `chosen`: HPM-KD's pilots train nothing and choose this candidate, TunedKD's choose number 0. Without `steps` nothing
-    is trained at all: a training step does nothing, which is enough where only the plan of the work is looked at.
+    `chosen`: HPM-KD's pilots train nothing and choose this candidate, TunedKD's choose number 0. Without `steps` a
+    training step does nothing, which is enough where only the plan of the work is looked at.
     """
 
     def decide(candidates: int, budget: int, evaluate: Any) -> exp.Halving:

@@ -163,7 +163,7 @@ def commands(text: str) -> list[list[str]]:
             r"^\s*(?:!|(?:.*&& ))?(?:torchrun .*?|python3? )(?:run_exp1b_kaggle\.py|\{SCRIPT\})(.*)$", line
         )
         if start:
-            found.append(shlex.split(start[1], comments=True))
+            found.append(shlex.split(start[1].replace("{RESUME}", "--resume"), comments=True))
     return found
 
 

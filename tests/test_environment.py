@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import run_exp1b_kaggle as exp
 import torch
 from conftest import SMALL
+
+import run_exp1b_kaggle as exp
 
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
 CU128 = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
@@ -62,9 +63,7 @@ def test_kernels_of_a_build(capability: tuple[int, int], build: list[str], usabl
     ("capability", "precision"),
     [(P100, "fp32"), ((7, 0), "fp16"), (T4, "fp16"), (A100, "bf16"), (H100, "bf16"), (BLACKWELL, "bf16")],
 )
-def test_precision_follows_capability(
-    capability: tuple[int, int], precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_precision_follows_capability(capability: tuple[int, int], precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The T4 says that it supports bf16 (by emulation), so torch must not be asked."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     assert exp.choose_precision("auto", gpu(capability), native_cpu_bf16=True) == precision
@@ -89,7 +88,7 @@ def test_every_gpu_is_used(gpus: Callable[..., None]) -> None:
 
 
 def test_looking_for_devices_takes_no_memory_on_them(gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parent of several workers looks at every GPU: a tensor there would cost each of them some hundred megabytes."""
+    """The parent of several workers looks at every GPU, where a tensor would cost some hundred megabytes of context."""
     gpus(T4, T4)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("a CUDA context was made"))
     exp.find_devices("auto", kaggle=True, allow_cpu=False)
@@ -139,39 +138,40 @@ def test_cores_are_shared_among_the_workers_of_one_machine(monkeypatch: pytest.M
     assert (exp.worker_count(settings, [CPU]), exp.thread_count(settings, [CPU])) == (8, 2)
 
 
-BF16 = [*SMALL, "--methods", "Direct", "--teacher-epochs", "1", "--student-epochs", "1"]
-
-
-def test_precision_is_chosen_once_and_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A bf16 experiment, resumed on a processor without bf16 and under another name: it stays bf16, and the change is said."""
+def test_precision_is_chosen_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bf16 run, resumed on another processor that has no bf16: it stays bf16, and the change is said."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(exp.ARCHITECTURES, "teacher", exp.ARCHITECTURES["7x"])  # emulated bf16 is slow
     monkeypatch.setattr(exp, "cpu_has_bf16", lambda: True)
     folder = ["--output-dir", str(tmp_path / "run")]
-    assert exp.main([*BF16, *folder]) == 0
-    monkeypatch.setattr(exp, "cpu_has_bf16", lambda: False)
-    monkeypatch.setattr(exp, "processor_name", lambda: "another processor")
-    capsys.readouterr()
-    assert exp.main(["--resume", "--runs", "2", *folder]) == 0
+    small = ["--train-size", "200", "--compression", "7x", "--methods", "Direct"]
+    exp.network_cost.cache_clear()
+    try:
+        assert exp.main([*SMALL, *small, "--teacher-epochs", "1", "--student-epochs", "1", *folder]) == 0
+        monkeypatch.setattr(exp, "cpu_has_bf16", lambda: False)
+        monkeypatch.setattr(exp, "processor_name", lambda: "another processor")
+        capsys.readouterr()
+        assert exp.main(["--resume", "--runs", "2", "--threads", "1", *folder]) == 0
+    finally:
+        exp.network_cost.cache_clear()
     said = capsys.readouterr().out
-    results = exp.pd.read_csv(tmp_path / "run/results.csv")
-    assert list(results.precision) == ["bf16", "bf16"]
+    assert list(exp.pd.read_csv(tmp_path / "run/results.csv").precision) == ["bf16", "bf16"]
     assert "another processor" in said
     assert "bit-equality with an uninterrupted run is no longer promised" in said
     assert "another processor" in (tmp_path / "run/experiment_report.md").read_text()
 
 
-def test_a_run_in_fp16_is_not_continued_on_a_cpu(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    index = exp.load_plain(finished_run / "checkpoints" / exp.STATE_NAME)
-    (tmp_path / "checkpoints").mkdir()
-    exp.save_plain(tmp_path / "checkpoints" / exp.STATE_NAME, {**index, "precision": "fp16"})
-    assert exp.main(["--resume", "--device", "cpu", "--output-dir", str(tmp_path)]) == 2
+def test_a_run_in_fp16_is_not_continued_on_a_cpu(
+    tiny_experiment: Callable[..., exp.Experiment], capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = tiny_experiment()
+    exp.save_plain(experiment.folder.index_file, exp.new_index(experiment.settings, "fp16", experiment.state["data"]))
+    assert exp.main(["--resume", "--device", "cpu", "--output-dir", str(experiment.folder.path)]) == 2
     assert "this run computes in fp16, which needs a GPU" in capsys.readouterr().out
 
 
 def test_a_step_with_a_loss_scaler_is_the_step_without(tiny_experiment: Callable[..., exp.Experiment]) -> None:
-    """fp16's scaler (here around fp32 arithmetic, so that it runs on a CPU): scaled, unscaled, same step; inf is skipped."""
+    """The scaler of fp16 (here around fp32, so that it runs on a CPU): the same step, and none where a gradient is inf."""
 
     def fitting(scaled: bool) -> exp.Fitting:
         experiment = tiny_experiment()

@@ -65,14 +65,22 @@ def test_the_teacher_is_resnet_50_and_the_ratios_are_within_a_percent() -> None:
     assert teacher == 23_520_842
     for name, nominal, counted in (("2.3x", 2.3, 2.298), ("5x", 5.0, 4.987), ("7x", 7.0, 7.006)):
         ratio = teacher / exp.network_cost(name, 10, 64)[0]
-        assert ratio == pytest.approx(counted, abs=5e-4) and abs(ratio / nominal - 1) < 0.01
+        assert ratio == pytest.approx(counted, abs=5e-4)
+        assert abs(ratio / nominal - 1) < 0.01
 
 
 @pytest.mark.parametrize(
     ("classes", "width", "ratios"),
-    [(100, 64, (2.293, 4.976, 7.000)), (10, 32, (2.304, 4.991, 7.017)), (10, 16, (2.309, 4.998, 7.020)), (10, 8, (2.325, 5.006, 7.010))],
+    [
+        (100, 64, (2.306, 4.978, 6.985)),
+        (10, 32, (2.302, 4.989, 7.007)),
+        (10, 16, (2.310, 4.995, 7.008)),
+        (10, 8, (2.325, 5.006, 7.010)),
+    ],
 )
-def test_the_ratios_at_other_widths_and_with_a_hundred_classes(classes: int, width: int, ratios: tuple[float, ...]) -> None:
+def test_the_ratios_at_other_widths_and_with_a_hundred_classes(
+    classes: int, width: int, ratios: tuple[float, ...]
+) -> None:
     """Within 1.1% of nominal everywhere; the exact values are noted here."""
     teacher = exp.network_cost("teacher", classes, width)[0]
     counted = [teacher / exp.network_cost(name, classes, width)[0] for name in exp.RATIOS]
@@ -86,7 +94,8 @@ def test_the_stem_keeps_the_size_and_four_pixels_remain(name: str) -> None:
     for layer in network.features:
         layer.register_forward_hook(lambda _layer, _inputs, output: shapes.append(tuple(output.shape[2:])))
     assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
-    assert shapes[0] == (32, 32) and shapes[-1] == (4, 4)
+    assert shapes[0] == (32, 32)
+    assert shapes[-1] == (4, 4)
     assert not any(isinstance(layer, nn.MaxPool2d) for layer in network.modules())
 
 
@@ -96,15 +105,16 @@ def weights(network: nn.Module) -> list[bytes]:
 
 def test_initial_weights_are_a_function_of_seed_and_name_alone() -> None:
     torch.manual_seed(1)
-    first, state = weights(exp.build_network("5x", 10, 8, 43)), torch.get_rng_state()
+    first = weights(exp.build_network("5x", 10, 8, 43))
     torch.manual_seed(2), np.random.seed(2), random.seed(2)
     torch.rand(3)
     expected = torch.get_rng_state()
     assert weights(exp.build_network("5x", 10, 8, 43)) == first
-    assert torch.equal(torch.get_rng_state(), expected) and not torch.equal(state, expected), "the global generator is left alone"
+    assert torch.equal(torch.get_rng_state(), expected), "the global generator is left alone"
     assert weights(exp.build_network("5x", 10, 8, 44)) != first
     stems = [exp.build_network(name, 10, 8, 43).features[0].weight for name in ("2.3x", "5x")]
-    assert stems[0].shape == stems[1].shape and not torch.equal(*stems), "two ratios are not correlated"
+    assert stems[0].shape == stems[1].shape
+    assert not torch.equal(*stems), "two ratios do not start alike"
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -121,12 +131,14 @@ def test_a_folded_network_computes_the_same(name: str) -> None:
     with torch.no_grad():
         expected = network(images)
         torch.testing.assert_close(folded(images), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-    assert weights(network) == before and not network.training
+    assert weights(network) == before
+    assert not network.training
 
 
 def test_folding_a_network_in_training_leaves_it_in_training() -> None:
     network = exp.build_network("7x", 10, 8).train()
-    assert not network.folded().training and network.training
+    assert not network.folded().training
+    assert network.training
 
 
 @pytest.mark.parametrize("job", ["teacher_resnet50_SYNTHETIC", "intermediate_2.3x_SYNTHETIC", "student_7x_HPM-KD_run2"])

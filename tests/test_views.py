@@ -46,8 +46,11 @@ def test_the_162_views_are_torchvisions_crops_and_flips(
     normalised = [images.render(index, page)[0] for page in range(162)]
     monkeypatch.setattr(images, "normalise", lambda pixels: pixels)
     shown = [images.render(index, page)[0].numpy().tobytes() for page in range(162)]
-    assert set(shown) == set(expected) and len(set(shown)) == 162
-    reference = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(images.mean, images.std)])
+    assert set(shown) == set(expected)
+    assert len(set(shown)) == 162
+    reference = v2.Compose(
+        [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(images.mean, images.std)]
+    )
     for pixels, result in zip(shown, normalised, strict=True):
         torch.testing.assert_close(result, reference(expected[pixels]), rtol=0, atol=2e-6)
 
@@ -55,7 +58,8 @@ def test_the_162_views_are_torchvisions_crops_and_flips(
 def test_an_image_looks_the_same_whatever_the_batch(images: exp.Images) -> None:
     index = torch.tensor([170, 3, 3, 0, 99])
     batch = images.render(index, 11)
-    assert batch.shape == (5, 3, 32, 32) and batch.dtype == torch.float32
+    assert batch.shape == (5, 3, 32, 32)
+    assert batch.dtype == torch.float32
     for row, image in enumerate(index):
         assert torch.equal(batch[row], images.render(image.view(1), 11)[0])
 
@@ -66,20 +70,26 @@ def test_the_views_differ_between_images_of_a_batch(images: exp.Images) -> None:
 
 def test_the_table_is_a_permutation_per_image_fixed_by_the_seed() -> None:
     table = exp.view_table(500, 7)
-    assert table.dtype == np.uint8 and table.shape == (500, 162)
+    assert table.dtype == np.uint8
+    assert table.shape == (500, 162)
     assert (np.sort(table, axis=1) == np.arange(162)).all()
     assert len({row.tobytes() for row in table}) == 500
-    assert (exp.view_table(500, 7) == table).all() and (exp.view_table(500, 8) != table).any()
+    assert (exp.view_table(500, 7) == table).all()
+    assert (exp.view_table(500, 8) != table).any()
     # every view is about equally likely on every page: 500 / 162 = 3.1 expected
     counts = np.stack([np.bincount(table[:, page], minlength=162) for page in range(162)])
-    assert counts.max() < 16 and abs(counts.var() - 500 / 162) < 0.3
+    assert counts.max() < 16
+    assert abs(counts.var() - 500 / 162) < 0.3
 
 
 def test_every_page_comes_once_before_any_comes_again() -> None:
     order = exp.page_order(42, 3, 400)
-    assert sorted(order[:162]) == list(range(162)) and order[162:324] == order[:162] and order[324:] == order[:76]
+    assert sorted(order[:162]) == list(range(162))
+    assert order[162:324] == order[:162]
+    assert order[324:] == order[:76]
     assert exp.page_order(42, 3, 20) == order[:20], "a longer training begins like a shorter one"
-    assert exp.page_order(42, 4, 20) != order[:20] and exp.page_order(43, 3, 20) != order[:20]
+    assert exp.page_order(42, 4, 20) != order[:20]
+    assert exp.page_order(43, 3, 20) != order[:20]
 
 
 def test_the_number_of_distinct_pages_is_what_the_design_says() -> None:
@@ -107,7 +117,8 @@ def test_held_out_images_are_in_no_view_of_the_training_images(raw: exp.RawData,
     for part in (images.fit, images.select, images.test):
         assert not trained & {image.numpy().tobytes() for image in part.pixels}
     together = len(trained) + len(images.fit.labels) + len(images.select.labels)
-    assert together == len(raw.train_labels) and (images.test.pixels.numpy() == raw.test_pixels).all()
+    assert together == len(raw.train_labels)
+    assert (images.test.pixels.numpy() == raw.test_pixels).all()
 
 
 def test_labels_stay_with_their_images(raw: exp.RawData, images: exp.Images) -> None:
@@ -139,6 +150,7 @@ def test_a_hundred_classes() -> None:
     pixels, labels = rng.integers(0, 256, (2_000, 32, 32, 3), dtype=np.uint8), np.arange(2_000) % 100
     raw = exp.RawData("CIFAR100", tuple(map(str, range(100))), pixels, labels, pixels[:9], labels[:9], "", "")
     images = exp.Images(raw, 0, CPU)
-    assert len(images) == 1_800 and sorted(images.fit.labels.tolist()) == sorted(images.select.labels.tolist()) == list(range(100))
+    assert len(images) == 1_800
+    assert sorted(images.fit.labels.tolist()) == sorted(images.select.labels.tolist()) == list(range(100))
     network = exp.build_network("7x", 100, 8)
     assert network(images.render(torch.arange(4), 0)).shape == (4, 100)
