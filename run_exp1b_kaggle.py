@@ -197,9 +197,14 @@ class Settings:
         known = {f.name: f for f in dataclasses.fields(Settings) if f.metadata["role"] != "session"}
         try:
             fields: dict[str, Any] = {n: tuple(values[n]) if isinstance(f.default, tuple) else values[n] for n, f in known.items()}
-            return Settings(**fields)
+            settings = Settings(**fields)
+            validate(settings)
+            strange = {settings.mode, settings.dataset, *settings.compression, *settings.methods} - {*MODES, *DATASETS, *RATIOS, *METHODS}
         except (KeyError, TypeError) as error:
             raise UsageError(f"the run's stored settings cannot be read ({error!r}): it was written by another version") from None
+        if strange:  # they become parts of file names
+            raise UsageError(f"the run's stored settings hold {sorted(map(str, strange))}, which this version does not know")
+        return settings
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -1600,12 +1605,27 @@ def check_index(state: dict[str, Any]) -> None:
         )
 
 
+def check_belongs(folder: RunFolder, state: dict[str, Any]) -> None:
+    """Raise `Damaged` if this is no index, or that of another run: there are sound models, and none is of its run."""
+    check_index(state)
+    settings, models = Settings.from_plain(state["settings"]), 0
+    files = {folder.model_file(job.name): job for job in planned_jobs(settings)}
+    for path in sorted((p for p in files if p.is_file()), key=lambda p: p.stat().st_size):
+        with contextlib.suppress(Damaged, FileNotFoundError):
+            content = load_checkpoint(path)
+            models += 1
+            check_content(content, files[path], job_fingerprint(settings, state, files[path]), "")
+            return
+    if models:
+        raise Damaged("belongs to another run than the models beside it")
+
+
 def load_index(folder: RunFolder, repair: bool = True) -> dict[str, Plain]:
     """The index of a run; a lost one is rebuilt from the model files. Raises `UsageError` when there is no run.
 
-    Job records are not taken from here on resume: every file is verified by itself (`verify_files`).
+    Job records are not taken from here on resume: every file is verified by itself (`Collector`).
     """
-    state = read_sound(folder.index_file, load_plain, check_index, repair)
+    state = read_sound(folder.index_file, load_plain, lambda content: check_belongs(folder, content), repair)
     if state is not None:
         return state
     states, jobs = [], {}
@@ -1941,7 +1961,7 @@ class Fitting:
             raise JobFailed(f"the loss diverged in epoch {epoch + 1} (mean {loss:g}): try a smaller --lr in a new run")
         split = self.experiment.images.select
         predicted = self.experiment.predict(self.model, split).argmax(1)
-        accuracy = 100 * (predicted == split.labels).double().mean().item()
+        accuracy = percent_correct(predicted, split.labels)
         seconds = time.perf_counter() - started
         self.seconds += seconds
         entry: dict[str, Plain] = {"epoch": epoch, "loss": loss, "val_accuracy": accuracy, "lr": self._rate(epoch), "seconds": seconds}
@@ -2030,12 +2050,17 @@ class Fitting:
             raise Damaged("belongs to another run or to other settings")
 
 
-def rank_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Plain]:
+def percent_correct(predicted: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of correct predictions in percent (whole counts divided once: no stray digits in the tables)."""
+    return 100 * int((predicted == labels).sum()) / len(labels)
+
+
+def test_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Plain]:
     """Accuracy (percent), accuracy per class, negative log-likelihood and calibration error of logits [n, C] against labels [n]."""
     values, truth = logits.double().cpu().numpy(), labels.cpu().numpy()
     correct = values.argmax(1) == truth
     return {
-        "test_accuracy": 100 * float(correct.mean()),
+        "test_accuracy": 100 * int(correct.sum()) / len(correct),
         "test_class_accuracy": [100 * float(correct[truth == c].mean()) if (truth == c).any() else math.nan for c in range(values.shape[1])],
         "test_nll": negative_log_likelihood(values, truth),
         "test_ece": expected_calibration_error(values, truth),
@@ -2783,8 +2808,8 @@ class JobRunner:
             raise JobFailed("the trained network's outputs are not finite: training diverged; try a smaller --lr in a new run")
         stored = {part: values.clamp(-6e4, 6e4).half().cpu() for part, values in logits.items()}
         weights = {name: value.cpu() for name, value in network.state_dict().items()}
-        record |= rank_metrics(stored["test"], images.test.labels)
-        record["val_accuracy"] = 100 * (logits["select"].argmax(1) == images.select.labels).double().mean().item()
+        record |= test_metrics(stored["test"], images.test.labels)
+        record["val_accuracy"] = percent_correct(logits["select"].argmax(1), images.select.labels)
         record["weights_sha256"] = tensors_sha256(weights)
         record["file_bytes"] = sum(value.numel() * value.element_size() for value in weights.values())
         if job.run <= 1:
@@ -4237,7 +4262,7 @@ def reuse_teachers(run: OpenRun) -> None:
             except (FileNotFoundError, Damaged):
                 continue
             if path != own:
-                write_atomic(own, path.read_bytes())
+                save_checkpoint(own, {**content, "index": {**run.state, "jobs": {}}})
                 note = f"{job.name} was reused from {path.parent.parent.name} (identical settings, data and precision)."
                 log.info(note)
                 run.state["notes"].append(note)
@@ -4412,8 +4437,9 @@ def wait_for_members(store: Any, generation: int, session: Session, patience: fl
 
 def conclude(run: OpenRun, session: Session, reason: str) -> int:
     """Write the final tables, figures and report; the last line says the outcome and the command that continues. Returns the exit code."""
-    collector = run.collector(writes=True)
+    run.state["jobs"] = {}  # taken in once more from the files, which hold the test logits too
     run.state["sessions"][-1] |= {"ended": now(), "stopped": reason}
+    collector = run.collector(writes=True)
     collector.refresh(final=True)
     records = run.state["jobs"]
     failed = sorted(name for name, record in records.items() if record["status"] == "failed")
@@ -4651,7 +4677,8 @@ def main(argv: Sequence[str] | None = None, root: Path = Path("/")) -> int:
         return 2
     except (DiskFull, OSError) as error:
         full = isinstance(error, DiskFull) or error.errno in NO_ROOM
-        log.error("error: %s%s", error, ": free some space, then continue with --resume; nothing that was saved is lost" if full else "")
+        remedy = ": free some space, then continue with --resume, or start again if nothing was saved yet; what was saved is intact"
+        log.error("error: %s%s", error, remedy if full else "")
         return 1 if full else 2
     except Stopped as stop:
         log.info("stopped by %s before anything was trained: the same command starts again", stop)

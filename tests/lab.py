@@ -24,9 +24,7 @@ TEST_IMAGES = 60  # three steps per epoch, 10 images to fit, 10 to select
 def lab_data(size: int = 200) -> exp.RawData:
     """SYNTHETIC with `size` training images and few test images."""
     raw = exp.load_data("SYNTHETIC", None, Path(), [], size, 42)
-    return dataclasses.replace(
-        raw, test_pixels=raw.test_pixels[:TEST_IMAGES], test_labels=raw.test_labels[:TEST_IMAGES]
-    )
+    return dataclasses.replace(raw, test_pixels=raw.test_pixels[:TEST_IMAGES], test_labels=raw.test_labels[:TEST_IMAGES])
 
 
 def open_lab(folder: Path, raw: exp.RawData | None = None, **given: Any) -> exp.Experiment:

@@ -159,9 +159,7 @@ def commands(text: str) -> list[list[str]]:
     lines += re.findall(r"`([^`\n]+)`", prose)
     found = []
     for line in lines:
-        start = re.match(
-            r"^\s*(?:!|(?:.*&& ))?(?:torchrun .*?|python3? )(?:run_exp1b_kaggle\.py|\{SCRIPT\})(.*)$", line
-        )
+        start = re.match(r"^\s*(?:!|(?:.*&& ))?(?:torchrun .*?|python3? )(?:run_exp1b_kaggle\.py|\{SCRIPT\})(.*)$", line)
         if start:
             found.append(shlex.split(start[1].replace("{RESUME}", "--resume"), comments=True))
     return found

@@ -43,9 +43,7 @@ def test_the_distillation_loss_is_the_textbooks(temperature: float, alpha: float
     z, y, teacher = batch()
     q = softmax(teacher / temperature)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
-        loss = exp.distillation_loss(
-            torch.tensor(z, dtype=dtype), torch.tensor(y), torch.tensor(q, dtype=dtype), temperature, alpha
-        )
+        loss = exp.distillation_loss(torch.tensor(z, dtype=dtype), torch.tensor(y), torch.tensor(q, dtype=dtype), temperature, alpha)
         assert loss.item() == pytest.approx(textbook(z, y, q, temperature, alpha), rel=tolerance)
 
 
@@ -57,9 +55,7 @@ def test_its_gradient_is_the_textbooks() -> None:
     exp.distillation_loss(logits, torch.tensor(y), torch.tensor(q), temperature, alpha).backward()
     expected = alpha * temperature * (softmax(z / temperature) - q) + (1 - alpha) * (softmax(z) - np.eye(10)[y])
     np.testing.assert_allclose(logits.grad.numpy(), expected / 8, atol=1e-12)
-    assert torch.autograd.gradcheck(
-        lambda z: exp.distillation_loss(z, torch.tensor(y), torch.tensor(q), temperature, alpha), logits
-    )
+    assert torch.autograd.gradcheck(lambda z: exp.distillation_loss(z, torch.tensor(y), torch.tensor(q), temperature, alpha), logits)
 
 
 def test_a_student_that_equals_its_teacher_has_no_divergence() -> None:
@@ -112,10 +108,7 @@ def test_the_trainers_losses_by_hand(experiment: exp.Experiment) -> None:
     """Direct is cross-entropy, TraditionalKD the textbook at T = 4, alpha = 0.5, HPM-KD a uniform mixture."""
     z, y = student_logits(), experiment.images.labels[INDEX].numpy()
     outputs = exp.TeacherOutputs(experiment)
-    pages = [
-        outputs.page(f"{name}_SYNTHETIC", 7)[0][INDEX].double().numpy()
-        for name in ("teacher_resnet50", "intermediate_2.3x")
-    ]
+    pages = [outputs.page(f"{name}_SYNTHETIC", 7)[0][INDEX].double().numpy() for name in ("teacher_resnet50", "intermediate_2.3x")]
     direct = started(experiment, "Direct").loss(z, INDEX).item()
     assert direct == pytest.approx(-np.log(softmax(z.double().numpy()))[range(5), y].mean(), rel=1e-6)
     traditional = started(experiment, "TraditionalKD").loss(z, INDEX).item()
@@ -133,16 +126,12 @@ def test_hpmkd_with_one_teacher_is_traditional_kd_exactly(experiment: exp.Experi
     z = student_logits()
     expected = started(experiment, "TraditionalKD").loss(z, INDEX)
     for attention in (False, True):
-        assert torch.equal(
-            started(experiment, "HPM-KD", exp.Distillation(attention=attention)).loss(z, INDEX), expected
-        )
+        assert torch.equal(started(experiment, "HPM-KD", exp.Distillation(attention=attention)).loss(z, INDEX), expected)
     other = started(experiment, "HPM-KD", exp.Distillation(teachers=("2.3x",))).loss(z, INDEX)
     assert not torch.equal(other, expected), "the teacher matters"
 
 
-def test_the_attentions_weights_reach_the_soft_targets(
-    experiment: exp.Experiment, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_attentions_weights_reach_the_soft_targets(experiment: exp.Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each image's own weights, for a fitted network that looks at the first teacher for even images alone."""
     first = torch.arange(len(experiment.images)) % 2 == 0
     weights = torch.stack([first, ~first], 1).float()
@@ -178,9 +167,7 @@ def temperatures(schedule: str, start: float, losses: list[float]) -> list[float
 
 
 def smoothed(losses: list[float]) -> list[float]:
-    return [
-        0.5**k * losses[0] + sum(0.5 ** (k - j + 1) * losses[j] for j in range(1, k + 1)) for k in range(len(losses))
-    ]
+    return [0.5**k * losses[0] + sum(0.5 ** (k - j + 1) * losses[j] for j in range(1, k + 1)) for k in range(len(losses))]
 
 
 @pytest.mark.parametrize("start", [2.0, 4.0, 6.0])
@@ -239,7 +226,7 @@ def test_every_temperature_lies_in_its_bounds_and_is_a_pure_function(schedule: s
 def test_the_metrics_of_a_model() -> None:
     z, y, _ = batch(500, seed=9)
     y[y == 9] = 0  # a class without images
-    metrics = exp.rank_metrics(torch.tensor(z), torch.tensor(y))
+    metrics = exp.test_metrics(torch.tensor(z), torch.tensor(y))
     p, hit = softmax(z), z.argmax(1) == y
     assert metrics["test_accuracy"] == pytest.approx(100 * hit.mean())
     assert metrics["test_class_accuracy"][:9] == pytest.approx([100 * hit[y == c].mean() for c in range(9)])

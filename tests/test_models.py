@@ -78,9 +78,7 @@ def test_the_teacher_is_resnet_50_and_the_ratios_are_within_a_percent() -> None:
         (10, 8, (2.325, 5.006, 7.010)),
     ],
 )
-def test_the_ratios_at_other_widths_and_with_a_hundred_classes(
-    classes: int, width: int, ratios: tuple[float, ...]
-) -> None:
+def test_the_ratios_at_other_widths_and_with_a_hundred_classes(classes: int, width: int, ratios: tuple[float, ...]) -> None:
     """Within 1.1% of nominal everywhere; the exact values are noted here."""
     teacher = exp.network_cost("teacher", classes, width)[0]
     counted = [teacher / exp.network_cost(name, classes, width)[0] for name in exp.RATIOS]

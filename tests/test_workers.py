@@ -1,0 +1,392 @@
+"""Several processes on one run: the same results as one, whatever dies; claims, attempts, signals, torchrun."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import run_exp1b_kaggle as exp
+
+MakeExperiment = Callable[..., exp.Experiment]
+
+# ---- Claims and attempts, without training ----------------------------------------------------------------------------
+
+
+class Board:
+    """Stands for the run folder: what is finished. As a collector it copies that into an experiment's index."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, dict[str, exp.Plain]] = {}
+
+    def view(self, experiment: exp.Experiment) -> Board:
+        view = Board()
+        view.refresh = lambda final=False: experiment.state["jobs"].update(self.records)  # type: ignore[method-assign]
+        return view
+
+    def refresh(self, final: bool = False) -> None:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def make_worker(tiny_experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., exp.Worker]]:
+    """Makes workers on one store and one board; a job calls `do(job)` of its worker, and is finished if that returns."""
+    store, board = torch.distributed.HashStore(), Board()
+    monkeypatch.setattr(exp.Worker, "POLL_SECONDS", 0.01)
+
+    def run(self: exp.JobRunner) -> None:
+        self.experiment.do(self.job)  # type: ignore[attr-defined]
+        board.records[self.job.name] = {"status": "done", "config": exp.Distillation().plain()}
+
+    monkeypatch.setattr(exp.JobRunner, "run", run)
+
+    def make(generation: int = 0, do: Callable[[exp.Job], None] = lambda job: None) -> exp.Worker:
+        experiment = tiny_experiment("--compression", "5x", "--train-size", "200")
+        experiment.do = do  # type: ignore[attr-defined]
+        return exp.Worker(experiment, board.view(experiment), store, generation)  # type: ignore[arg-type]
+
+    return make
+
+
+def test_workers_of_one_group_share_the_jobs(make_worker: Callable[..., exp.Worker]) -> None:
+    done: list[str] = []
+
+    def do(job: exp.Job) -> None:
+        time.sleep(0.01)
+        done.append(job.name)
+
+    workers = [make_worker(do=do) for _ in range(3)]
+    threads = [threading.Thread(target=worker.work) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(done) == sorted(job.name for job in workers[0].jobs)
+
+
+def test_a_claim_is_a_lease_of_one_generation(make_worker: Callable[..., exp.Worker]) -> None:
+    """What a dead worker had claimed is free for the next group, and only for one of its workers."""
+    dead, same, restarted, other = (make_worker(generation) for generation in (0, 0, 1, 1))
+    job = dead.jobs[0]
+    assert [worker._claim(job) for worker in (dead, same, restarted, other)] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("crash", [RuntimeError("CUDA error: an illegal memory access"), KeyboardInterrupt()])
+def test_a_job_that_ends_its_process_twice_is_failed(crash: BaseException, make_worker: Callable[..., exp.Worker]) -> None:
+    """Neither a crash nor a kill gets a third attempt; all that does not need the job is finished."""
+    attempts: list[str] = []
+
+    def do(job: exp.Job) -> None:
+        attempts.append(job.name)
+        if job.kind == "intermediate":
+            raise crash
+
+    for generation in (0, 1):
+        with pytest.raises(type(crash)):
+            make_worker(generation, do).work()
+    last = make_worker(2, do)
+    last.work()
+    assert attempts.count("intermediate_2.3x_SYNTHETIC") == 2
+    failed = exp.load_plain(last.experiment.folder.failure_file("intermediate_2.3x_SYNTHETIC"))
+    assert failed["status"] == "failed"
+    assert "ended its process 2 times" in failed["reason"]
+
+
+def test_a_stop_is_no_failed_attempt(make_worker: Callable[..., exp.Worker]) -> None:
+    """Stopped by the clock any number of times (and by restarts of the group, which come as SIGTERM), a job stays innocent."""
+
+    def stop(job: exp.Job) -> None:
+        raise exp.Stopped("SIGTERM")
+
+    for generation in range(4):
+        with pytest.raises(exp.Stopped):
+            make_worker(generation, stop).work()
+    worker = make_worker(4)
+    worker.work()
+    assert not worker.experiment.folder.failure_file(worker.jobs[0].name).exists()
+
+
+def test_a_waiting_worker_stops_when_another_of_its_group_has(make_worker: Callable[..., exp.Worker]) -> None:
+    """What it waits for will not come. A stop of an earlier group means nothing: its jobs are taken up again."""
+    waiting = make_worker(1)
+    for job in waiting.jobs:
+        waiting.store.add(f"claim/1/{job.name}", 1)
+    waiting.store.add("stopped/0", 1)
+    threading.Timer(0.3, waiting.store.add, ("stopped/1", 1)).start()
+    started = time.monotonic()
+    with pytest.raises(exp.Stopped, match="session clock"):
+        waiting.work()
+    assert time.monotonic() - started >= 0.25
+
+
+# ---- The launcher's two sides, without processes ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def open_run(tiny_experiment: MakeExperiment) -> exp.OpenRun:
+    experiment = tiny_experiment("--workers", "2", "--train-size", "200")
+    raw = exp.load_data("SYNTHETIC", None, Path(), [], 200, 42)
+    platform = exp.Platform(False, experiment.folder.path.parent, experiment.scratch, (), False)
+    return exp.OpenRun(experiment.folder, experiment.settings, experiment.state, raw, [experiment.device], None, platform)
+
+
+@pytest.mark.parametrize("error", [exp.DiskFull("no room"), exp.UsageError("no data")])
+def test_an_error_that_a_restart_would_not_cure_is_raised_by_the_parent(
+    error: Exception, open_run: exp.OpenRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker hands it over as its result: a raised one would make the launcher restart the group twenty times."""
+    monkeypatch.setattr(exp, "join_run", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setenv("RANK", "1")
+    session = exp.Session(None)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        outcome = exp.worker_main(open_run.folder.path, open_run.settings, open_run.platform, None)
+        assert outcome is error
+        monkeypatch.setattr(exp, "elastic_launch", lambda config, main: lambda *_: {0: "", 1: outcome})
+        with pytest.raises(type(error), match=str(error)):
+            exp.launch(open_run, session)
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
+
+
+def test_a_signal_before_the_launcher_listens_is_not_lost(open_run: exp.OpenRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> Callable[..., dict[int, str]]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        return lambda *_: {}
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(exp, "elastic_launch", interrupted)
+    session = exp.Session(None)
+    try:
+        assert exp.launch(open_run, session) == "SIGTERM"
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
+    assert session.signal == signal.SIGTERM
+
+
+MEMBER = {
+    "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0", "GROUP_WORLD_SIZE": "1",
+    "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "RANK": "1", "LOCAL_RANK": "1",
+}  # fmt: skip
+
+
+@pytest.fixture
+def member(monkeypatch: pytest.MonkeyPatch) -> torch.distributed.HashStore:
+    """This process as number 1 of 3 under torchrun; returns their store."""
+    store = torch.distributed.HashStore()
+    for name, value in MEMBER.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(exp, "group_store", lambda: store)
+    return store
+
+
+def test_members_wait_for_rank_0_to_prepare(member: torch.distributed.HashStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read before; and where rank 0 could not prepare, the others end too."""
+    monkeypatch.setattr(exp, "join_run", lambda *_: pytest.fail("joined a run that was not prepared"))
+    threading.Timer(0.3, member.set, ("prepared/0", "failed")).start()
+    started = time.monotonic()
+    request = exp.Request({"output_dir": tmp_path})
+    assert exp.run_member(request, exp.detect_platform(tmp_path), exp.Session(None)) == 2
+    assert time.monotonic() - started >= 0.25
+    with pytest.raises(exp.Stopped):
+        member.delete_key("prepared/0")
+        exp.run_member(request, exp.detect_platform(tmp_path), exp.Session(deadline=0.0))
+
+
+def test_rank_0_leaves_last(member: torch.distributed.HashStore) -> None:
+    """It holds the lock and writes the report; after a signal it does not wait for ever."""
+    session, patience = exp.Session(None), 1.0
+    threading.Timer(0.8, member.add, ("left/0", 2)).start()
+    started = time.monotonic()
+    exp.wait_for_members(member, 0, session)
+    assert time.monotonic() - started >= 0.7
+    session.signal = signal.SIGTERM
+    exp.wait_for_members(member, 1, session, patience)
+
+
+def test_what_torchrun_cannot_do(
+    member: torch.distributed.HashStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exp.main([*TINY]) == 2
+    assert "under torchrun give --output-dir" in capsys.readouterr().out
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert exp.main([*TINY, "--output-dir", "x"]) == 2
+    assert "leave out --max-restarts" in capsys.readouterr().out
+
+
+# ---- Real processes ----------------------------------------------------------------------------------------------------
+
+PART = ["--compression", "7x", "--methods", "Direct", "TraditionalKD"]  # no pilot: some ten seconds
+
+WRAPPER = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import run_exp1b_kaggle as exp
+
+trace = os.path.join(os.path.dirname(__file__), "trace")
+def note(text):
+    with open(trace, "a") as file:
+        file.write(text + "\\n")
+
+compute, run, epoch_done = exp.TeacherOutputs._compute, exp.JobRunner.run, exp.Progress.epoch_done
+def _compute(self, teacher, page):
+    result = compute(self, teacher, page)
+    note(f"page {{teacher}} {{page}}")
+    return result
+def poisoned(self):
+    note(f"job {{self.job.name}}")
+    if self.job.name == "student_7x_Direct_run2":
+        os.kill(os.getpid(), signal.SIGKILL)
+    run(self)
+def killed_once(self, name, schedule, entry):
+    epoch_done(self, name, schedule, entry)
+    note(f"epoch {{name}} {{entry['epoch']}}")
+    if name == "teacher_resnet50_SYNTHETIC" and entry["epoch"] == 1 and not os.path.exists(trace + ".killed"):
+        open(trace + ".killed", "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+exp.TeacherOutputs._compute, exp.JobRunner.run, exp.Progress.epoch_done = _compute, poisoned, killed_once
+
+if __name__ == "__main__":
+    sys.exit(exp.main())
+"""
+
+
+def rows(folder: Path, keep: Callable[[exp.pd.DataFrame], exp.pd.Series]) -> list[dict[str, str]]:
+    """results.csv without its columns of times, as text; the rows that `keep` selects."""
+    table = exp.pd.read_csv(folder / "results.csv", dtype=str)
+    return table[keep(table)].drop(columns=["train_seconds", "images_per_second"]).to_dict("records")
+
+
+def part(table: exp.pd.DataFrame) -> exp.pd.Series:
+    """The rows of a run with PART."""
+    return (table.compression == "7x") & table.method.isin(["Direct", "TraditionalKD"])
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    return {**os.environ, "TMPDIR": str(tmp_path), "PYTHONWARNINGS": "default"}
+
+
+@pytest.fixture(scope="module")
+def battered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str], list[str]]:
+    """Two workers; one is killed in the teacher's second epoch, and one student kills whoever takes it."""
+    tmp_path = tmp_path_factory.mktemp("battered")
+    (tmp_path / "wrapper.py").write_text(WRAPPER)
+    command = [sys.executable, "wrapper.py", *TINY, *PART, "--workers", "2", "--output-dir", str(tmp_path / "run")]
+    finished = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), text=True, capture_output=True, timeout=900, check=False)
+    return tmp_path / "run", finished, (tmp_path / "trace").read_text().splitlines()
+
+
+def test_killed_workers_change_no_result(battered: tuple[Path, subprocess.CompletedProcess[str], list[str]], finished_run: Path) -> None:
+    """Digit for digit what one process that nothing happened to finds, but for the student that kills its worker."""
+    folder, finished, _ = battered
+    assert finished.returncode == 1, finished.stdout + finished.stderr
+    poison = {"method": "Direct", "run": "2"}
+    expected = [row for row in rows(finished_run, part) if poison.items() - row.items()]
+    assert rows(folder, lambda table: part(table) & (table.status == "done")) == expected
+
+
+def test_a_student_that_kills_its_worker_twice_is_failed(
+    battered: tuple[Path, subprocess.CompletedProcess[str], list[str]],
+) -> None:
+    folder, finished, trace = battered
+    assert trace.count("job student_7x_Direct_run2") == 2
+    record = exp.load_plain(folder / "checkpoints" / exp.STATE_NAME)["jobs"]["student_7x_Direct_run2"]
+    assert (record["status"], "ended its process 2 times" in record["reason"]) == ("failed", True)
+    assert "1 failed (student_7x_Direct_run2)" in finished.stdout
+    assert "ended its process 2 times" in (folder / "experiment_report.md").read_text()
+
+
+def test_a_restarted_group_continues_from_the_last_epoch(
+    battered: tuple[Path, subprocess.CompletedProcess[str], list[str]],
+) -> None:
+    """The teacher was killed after its second epoch, before that was saved: the second is done again, not the first."""
+    folder, finished, trace = battered
+    assert [line for line in trace if line.startswith("epoch teacher")] == [
+        "epoch teacher_resnet50_SYNTHETIC 0",
+        "epoch teacher_resnet50_SYNTHETIC 1",
+        "epoch teacher_resnet50_SYNTHETIC 1",
+    ]
+    assert "teacher_resnet50_SYNTHETIC continues after epoch 1 of 2" in finished.stdout
+
+
+def test_every_page_was_computed_once_by_all_workers_together(
+    battered: tuple[Path, subprocess.CompletedProcess[str], list[str]],
+) -> None:
+    computed = [line for line in battered[2] if line.startswith("page")]
+    used = {page for run in (1, 2) for page in exp.page_order(42, run, 2)}
+    assert sorted(computed) == sorted(f"page teacher_resnet50_SYNTHETIC {page}" for page in used)
+
+
+def test_what_the_user_sees_of_the_launcher(
+    battered: tuple[Path, subprocess.CompletedProcess[str], list[str]],
+) -> None:
+    """No warnings; of a dead worker one line of the launcher that names it, no traceback."""
+    _, finished, _ = battered
+    assert "Traceback" not in finished.stdout + finished.stderr
+    assert "Warning" not in finished.stdout + finished.stderr
+    assert "OMP_NUM_THREADS" not in finished.stderr
+    assert len([line for line in finished.stderr.splitlines() if line.strip()]) <= 15, finished.stderr
+    assert finished.stderr.count("exitcode: -9") == 3
+
+
+def kill_when(path: Path, number: int) -> threading.Thread:
+    """Send this very process a signal as soon as a file exists."""
+
+    def watch() -> None:
+        give_up = time.monotonic() + 600
+        while not path.exists() and time.monotonic() < give_up:
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_signals_reach_all_workers_and_torchrun_continues(tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGINT, then SIGTERM to the parent alone; both leave a run that goes on, the last time as two members of torchrun."""
+    monkeypatch.chdir(tmp_path)
+    folder = exp.RunFolder(tmp_path / "run")
+    command = [*TINY, *PART, "--workers", "2", "--output-dir", str(folder.path)]
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        watch = kill_when(folder.progress_file("teacher_resnet50_SYNTHETIC"), signal.SIGINT)
+        assert exp.main(command) == 130
+        watch.join()
+        assert not multiprocessing.active_children()
+        watch = kill_when(folder.model_file("teacher_resnet50_SYNTHETIC"), signal.SIGTERM)
+        assert exp.main([*command, "--resume"]) == 143
+        watch.join()
+        assert not multiprocessing.active_children()
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+            signal.signal(number, handler)
+    assert not (folder.path / "run.lock").exists()
+    assert "stopped by SIGTERM" in folder.log_file.read_text()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(ROOT / "run_exp1b_kaggle.py"), "--resume", "--threads", "1", "--device", "cpu"]
+    finished = subprocess.run(
+        [*command, "--output-dir", str(folder.path)], cwd=tmp_path, env=environment(tmp_path), text=True, capture_output=True,
+        timeout=900, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert rows(folder.path, part) == rows(finished_run, part)
+    assert "Traceback" not in finished.stderr
+    assert finished.stdout.count("finished: 5 of 5 jobs done") == 1
+    sessions = exp.load_plain(folder.index_file)["sessions"]
+    assert [session["stopped"] for session in sessions] == ["SIGINT", "SIGTERM", ""]
+    assert [session["workers"] for session in sessions] == [2, 2, 2]
