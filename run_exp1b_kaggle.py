@@ -175,7 +175,10 @@ class Settings:
     workers: int | None = setting(None, "processes that share the jobs (default: one per GPU)", role="session", type=int)
     threads: int | None = setting(None, "CPU threads per process (default: the cores, shared among the workers)", role="session", type=int)
     max_hours: float | None = setting(
-        None, f"stop in time for this session length (default on Kaggle: {KAGGLE_SESSION_HOURS}, from the session's start)", role="session", type=float
+        None,
+        f"stop in time for this session length (default on Kaggle: {KAGGLE_SESSION_HOURS}, from the session's start)",
+        role="session",
+        type=float,
     )
     data_dir: Path | None = setting(None, "folder with the data set; nothing else is searched", role="session", type=Path)
     output_dir: Path | None = setting(None, "the run folder itself (default: a new exp1b_<mode>_<time> folder)", role="session", type=Path)
@@ -209,9 +212,15 @@ class Settings:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
-        "dataset": "SYNTHETIC", "train_size": 600, "width": 16, "batch_size": 32, "lr": 0.03, "teacher_epochs": 8,
-        "student_epochs": 2, "runs": 2,
-    },  # fmt: skip
+        "dataset": "SYNTHETIC",
+        "train_size": 600,
+        "width": 16,
+        "batch_size": 32,
+        "lr": 0.03,
+        "teacher_epochs": 8,
+        "student_epochs": 2,
+        "runs": 2,
+    },
     "quick": {},
     "full": {"teacher_epochs": 100, "student_epochs": 50, "runs": 5},
 }
@@ -311,7 +320,9 @@ def resumed_settings(stored: Settings, given: dict[str, Any]) -> Settings:
     """
     fixed = stored.names("experiment")
     given = {n: v for n, v in given.items() if (n, v) != ("precision", "auto")}
-    differing = [f"{n}: the run has {getattr(stored, n)}, you gave {given[n]}" for n in fixed if n in given and given[n] != getattr(stored, n)]
+    differing = [
+        f"{n}: the run has {getattr(stored, n)}, you gave {given[n]}" for n in fixed if n in given and given[n] != getattr(stored, n)
+    ]
     if differing:
         raise UsageError(f"a run cannot change its settings on resume ({'; '.join(differing)}): leave them out, or start a new run")
     scope: dict[str, Any] = {}
@@ -329,7 +340,8 @@ def resumed_settings(stored: Settings, given: dict[str, Any]) -> Settings:
 def validate(settings: Settings) -> None:
     """Raise `UsageError` for a value outside its range, or for settings that contradict each other."""
     ranges = {
-        "teacher_epochs": (1, 10_000), "student_epochs": (1, 10_000), "batch_size": (2, 100_000), "runs": (1, 1_000), "seed": (0, 2**31 - 1),
+        "teacher_epochs": (1, 10_000), "student_epochs": (1, 10_000), "batch_size": (2, 100_000), "runs": (1, 1_000),
+        "seed": (0, 2**31 - 1),
         "workers": (1, 256), "threads": (1, 1_024),
     }  # fmt: skip
     for name, (least, most) in ranges.items():
@@ -384,7 +396,7 @@ def detect_platform(root: Path = Path("/")) -> Platform:
     """Find out whether this is a Kaggle session (its run type is set and /kaggle/working exists) below `root`."""
     run_type = os.environ.get("KAGGLE_KERNEL_RUN_TYPE", "")
     kaggle = bool(run_type) and (root / "kaggle/working").is_dir()
-    bars = sys.stdout.isatty() or (kaggle and run_type == "Interactive")
+    bars = run_type == "Interactive" if kaggle else sys.stdout.isatty()  # a batch notebook has a terminal that nobody watches
     temporary = Path(tempfile.gettempdir()) / f"exp1b_teacher_outputs_{os.getuid() if hasattr(os, 'getuid') else 0}"
     if not kaggle:
         return Platform(False, Path.cwd(), temporary, (), bars)
@@ -505,7 +517,7 @@ def find_devices(wanted: str, kaggle: bool, allow_cpu: bool) -> list[Device]:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         if wanted == "auto" and kaggle and not allow_cpu:
             raise UsageError(
-                "this Kaggle session has no GPU: choose Settings > Accelerator > GPU T4 x2 and run again (or add --device cpu if you mean it)"
+                "this Kaggle session has no GPU: choose Settings > Accelerator > GPU T4 x2 and run again (or add --device cpu)"
             )
         return [Device("cpu", 0, f"CPU: {processor_name()}")]
     if not torch.cuda.is_available():
@@ -534,7 +546,9 @@ def probe_gpu(device: Device) -> None:
     try:
         F.conv2d(torch.ones(1, 1, 4, 4, device=device.torch), torch.ones(1, 1, 3, 3, device=device.torch)).sum().item()
     except RuntimeError as error:
-        raise UsageError(f"{device.name} fails at the first convolution ({str(error).splitlines()[0]}): is another process using all of it?") from None
+        raise UsageError(
+            f"{device.name} fails at the first convolution ({str(error).splitlines()[0]}): is another process using all of it?"
+        ) from None
 
 
 def processor_name() -> str:
@@ -1600,7 +1614,7 @@ def check_index(state: dict[str, Any]) -> None:
         raise Damaged(f"holds settings that are none ({error})") from None
     if state["fingerprint"] != expected:
         raise UsageError(
-            f"the run was written by version {state['script'].get('version')} of this script, which computes something else with these settings: "
+            f"the run was written by version {state['script'].get('version')} of this script, which computes something else: "
             f"continue it with that version, or start a new run"
         )
 
@@ -1925,9 +1939,7 @@ class Fitting:
         settings, device = experiment.settings, experiment.device
         network = build_network(schedule.network, len(experiment.images.classes), settings.width, schedule.seed)
         self.model = experiment.place(network)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), schedule.lr, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True
-        )
+        self.optimizer = torch.optim.SGD(self.model.parameters(), schedule.lr, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True)
         self.scaler = torch.amp.GradScaler(device.kind, enabled=experiment.precision == "fp16")
         self.history: list[dict[str, Plain]] = []
         self.seconds = trainer.prepare_seconds
@@ -2061,7 +2073,9 @@ def test_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Plain]
     correct = values.argmax(1) == truth
     return {
         "test_accuracy": 100 * int(correct.sum()) / len(correct),
-        "test_class_accuracy": [100 * float(correct[truth == c].mean()) if (truth == c).any() else math.nan for c in range(values.shape[1])],
+        "test_class_accuracy": [
+            100 * float(correct[truth == c].mean()) if (truth == c).any() else math.nan for c in range(values.shape[1])
+        ],
         "test_nll": negative_log_likelihood(values, truth),
         "test_ece": expected_calibration_error(values, truth),
     }
@@ -2101,8 +2115,20 @@ class TeacherOutputs:
         """The folder of one teacher's pages, named by everything that their bytes depend on."""
         experiment = self.experiment
         record = experiment.record(teacher)
-        parts = [record["weights_sha256"], experiment.state["data"]["sha256"], experiment.settings.seed, len(experiment.images), experiment.precision]
-        parts += [experiment.device.name, torch.get_num_threads() if experiment.device.kind == "cpu" else 0, str(torch.__version__), CHUNK, PROTOCOL]
+        parts = [
+            record["weights_sha256"],
+            experiment.state["data"]["sha256"],
+            experiment.settings.seed,
+            len(experiment.images),
+            experiment.precision,
+        ]
+        parts += [
+            experiment.device.name,
+            torch.get_num_threads() if experiment.device.kind == "cpu" else 0,
+            str(torch.__version__),
+            CHUNK,
+            PROTOCOL,
+        ]
         return experiment.scratch / digest(parts)[:32]
 
     def page(self, teacher: str, page: int) -> tuple[torch.Tensor, float]:
@@ -2173,6 +2199,7 @@ def file_lock(path: Path, check: Callable[[], None]) -> Iterator[None]:
 def teacher_job(name: str, dataset: str) -> Job:
     """The job that trains a teacher: "teacher", or the ratio of an intermediate."""
     return Job("teacher", dataset=dataset) if name == "teacher" else Job("intermediate", name, dataset=dataset)
+
 
 # ======================================================================================================================
 # 11. HPM-KD: chain, attention, temperature, configuration manager, shared memory
@@ -2361,7 +2388,9 @@ def run_pilot(experiment: Experiment, job: Job) -> dict[str, Plain]:
     halving = successive_halving(len(candidates), pilot.budget, pilot.evaluate)
     table = []
     for number, config in enumerate(candidates):
-        scores = [[steps, 100 * float(halving.correct[r, number].mean())] for r, (steps, alive) in enumerate(halving.rungs) if number in alive]
+        scores = [
+            [steps, 100 * float(halving.correct[r, number].mean())] for r, (steps, alive) in enumerate(halving.rungs) if number in alive
+        ]
         difference, error = halving.compared(number)
         kept = number == halving.chosen
         table.append({"config": config.plain(), "rungs": scores, "difference": difference, "standard_error": error, "kept": kept})
@@ -2546,7 +2575,7 @@ def needs(job: Job, settings: Settings, records: dict[str, dict[str, Plain]]) ->
     if job.kind == "teacher" or (job.kind == "student" and job.method == "Direct"):
         return []
     if job.kind == "student" and job.method == EQUAL_COST:
-        return [replace(job, method=m) for m in ("Direct", "HPM-KD")]
+        return [replace(job, method=m) for m in ("Direct", "HPM-KD") if m in settings.methods]
     pilot = pilot_of(job)
     if pilot is not None:
         twin = twin_of(job, settings, records) if pilot.name in records else None
@@ -2575,9 +2604,7 @@ def priorities(jobs: Sequence[Job], settings: Settings, classes: int) -> dict[st
     return length
 
 
-def ready_jobs(
-    jobs: Sequence[Job], settings: Settings, records: dict[str, dict[str, Plain]], order: dict[str, float]
-) -> list[Job]:
+def ready_jobs(jobs: Sequence[Job], settings: Settings, records: dict[str, dict[str, Plain]], order: dict[str, float]) -> list[Job]:
     """Unfinished jobs whose needs are met, in the order in which they should start."""
     done = {name for name, record in records.items() if record["status"] == "done"}
     finished = {name: record for name, record in records.items() if name in done}
@@ -2725,8 +2752,9 @@ class Progress:
         job_left = (schedule.epochs - entry["epoch"] - 1) * entry["seconds"]
         temperature = f"  T {entry['temperature']:.2f}" if entry["temperature"] else ""
         log.info(
-            "%s %s epoch %d/%d  loss %.4f  val %.2f%%%s  %.1f s  left: job %s, all %s", self.current, name, entry["epoch"] + 1, schedule.epochs,
-            entry["loss"], entry["val_accuracy"], temperature, entry["seconds"], say_hours(job_left), say_hours(max(job_left, self.seconds_left())),
+            "%s %s epoch %d/%d  loss %.4f  val %.2f%%%s  %.1f s  left: job %s, all %s", self.current, name, entry["epoch"] + 1,
+            schedule.epochs, entry["loss"], entry["val_accuracy"], temperature, entry["seconds"], say_hours(job_left),
+            say_hours(max(job_left, self.seconds_left())),
         )  # fmt: skip
 
 
@@ -2759,7 +2787,8 @@ class JobRunner:
         teacher = self.records.get(Job("teacher", dataset=job.dataset).name, {}) if distils(job) else {}
         identity = {
             "job": job.name, "kind": job.kind, "compression": job.compression, "method": job.method, "run": job.run,
-            "seed": settings.seed + job.run, "status": "done", "reason": "", "fingerprint": job_fingerprint(settings, experiment.state, job),
+            "seed": settings.seed + job.run, "status": "done", "reason": "",
+            "fingerprint": job_fingerprint(settings, experiment.state, job),
             "network": job.network, "classes": len(experiment.images.classes), "width": settings.width,
             "mean": experiment.images.mean, "std": experiment.images.std, "params": params, "macs": macs,
             "file": experiment.folder.model_file(job.name).name, "teacher_sha256": teacher.get("weights_sha256", ""),
@@ -2772,7 +2801,11 @@ class JobRunner:
         content = load_checkpoint(self.experiment.folder.model_file(twin.name))
         own = {n: getattr(self.job, n) for n in ("kind", "compression", "method", "run")}
         same = content["record"]["same_as"] or twin.method
-        own |= {"job": self.job.name, "fingerprint": job_fingerprint(self.experiment.settings, self.experiment.state, self.job), "same_as": same}
+        own |= {
+            "job": self.job.name,
+            "fingerprint": job_fingerprint(self.experiment.settings, self.experiment.state, self.job),
+            "same_as": same,
+        }
         log.info("%s is %s by construction (same configuration, weights and views): not trained again", self.job.name, twin.name)
         return {**content, "record": {**content["record"], **own, "file": self.experiment.folder.model_file(self.job.name).name}}
 
@@ -2780,14 +2813,23 @@ class JobRunner:
         experiment, job = self.experiment, self.job
         settings = experiment.settings
         epochs, steps = job_epochs(experiment, job), len(experiment.images) // settings.batch_size
-        schedule = Schedule(job.network, epochs * steps, steps, settings.lr, settings.seed + job.run, max(job.run, int(job.kind != "teacher")))
+        schedule = Schedule(
+            job.network, epochs * steps, steps, settings.lr, settings.seed + job.run, max(job.run, int(job.kind != "teacher"))
+        )
         config = config_of(job, self.records)
         trainer = make_trainer(experiment, job.method if job.kind == "student" else "Direct" if config is None else "HPM-KD", config)
         prepared = trainer.prepare()
         fitting = Fitting(experiment, job.name, progress_identity(experiment, job), schedule, trainer)
         network = fitting.run()
         record = self._record(
-            {"epochs": epochs, "config": config.plain() if config else {}, "same_as": "", "attention": {}, **prepared, "prepare_seconds": trainer.prepare_seconds}
+            {
+                "epochs": epochs,
+                "config": config.plain() if config else {},
+                "same_as": "",
+                "attention": {},
+                **prepared,
+                "prepare_seconds": trainer.prepare_seconds,
+            }
         )
         content = self._evaluate(network, record)
         trained_images = epochs * steps * settings.batch_size
@@ -2825,7 +2867,9 @@ def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
     return hasher.hexdigest()
 
 
-def write_outputs(folder: RunFolder, state: dict[str, Plain], logits: dict[str, np.ndarray], labels: np.ndarray | None, figures: bool) -> None:
+def write_outputs(
+    folder: RunFolder, state: dict[str, Plain], logits: dict[str, np.ndarray], labels: np.ndarray | None, figures: bool
+) -> None:
     """Rewrite the figures (if wanted), the tables and the report from what is finished."""
     if figures:
         draw_figures(state, results_frame(state), logits, labels, folder.figures)
@@ -2848,9 +2892,7 @@ class Collector:
 
     FIGURE_SECONDS = 600.0
 
-    def __init__(
-        self, folder: RunFolder, settings: Settings, state: dict[str, Plain], labels: np.ndarray | None, writes: bool
-    ) -> None:
+    def __init__(self, folder: RunFolder, settings: Settings, state: dict[str, Plain], labels: np.ndarray | None, writes: bool) -> None:
         """`labels`: of the test images, for the report; `writes`: this is the one process that writes index and report."""
         self.folder, self.settings, self.state, self.labels, self.writes = folder, settings, state, labels, writes
         self.jobs = planned_jobs(settings)
@@ -2866,6 +2908,7 @@ class Collector:
         for job in fresh:
             if records[job.name]["status"] == "done":
                 self.folder.remove_progress(job.name)
+        self._compare_with_teacher()
         ordered = {job.name: records[job.name] for job in self.jobs if job.name in records}
         records.clear()
         records.update(ordered)
@@ -2877,11 +2920,22 @@ class Collector:
         if figures:
             self._drawn = time.monotonic()
 
+    def _compare_with_teacher(self) -> None:
+        """Agreement of every student with the teacher's decisions on the test images (a Direct student may finish before it)."""
+        teacher = self.logits.get(Job("teacher", dataset=self.settings.dataset).name)
+        if teacher is None or not has_one_teacher(self.state):
+            return
+        for name, logits in self.logits.items():
+            agreed = logits.argmax(1) == teacher.argmax(1)
+            self.state["jobs"][name]["teacher_agreement"] = 100 * int(agreed.sum()) / len(agreed)
+
     def _teacher_sha256(self, job: Job) -> str:
         """Checksum of the teacher that a job must have learned from ("" if any will do)."""
         merged = self.state.get("merged")
         if merged:
-            own = merged["teachers"].get(job.compression, {}) if job.kind == "student" else {}  # of a ratio's students; a chain may have another
+            own = (
+                merged["teachers"].get(job.compression, {}) if job.kind == "student" else {}
+            )  # of a ratio's students; a chain may have another
             return str(own.get("weights_sha256", ""))
         return str(self.state["jobs"].get(Job("teacher", dataset=job.dataset).name, {}).get("weights_sha256", ""))
 
@@ -3160,9 +3214,7 @@ def holm(p_values: Iterable[float]) -> list[float]:
     return [float(value) for value in np.where(np.isnan(p), np.nan, adjusted)]
 
 
-def compare_methods(
-    frame: pd.DataFrame, treatment: str, control: str, ratios: Iterable[str] | None = None
-) -> dict[str, Comparison]:
+def compare_methods(frame: pd.DataFrame, treatment: str, control: str, ratios: Iterable[str] | None = None) -> dict[str, Comparison]:
     """Test accuracies at each ratio, Holm-adjusted over `ratios`: the planned ones, by default those in the frame."""
     names = list(frame.compression.unique() if ratios is None else ratios)
     raw = [paired_comparison(*(cell(frame, r, m).to_dict() for m in (treatment, control))) for r in names]
@@ -3279,9 +3331,7 @@ class Evidence:
     drawn: frozenset[str] = frozenset()  # the figures that the report can embed
 
 
-def gather_evidence(
-    state: dict[str, Any], frame: pd.DataFrame, logits: Mapping[str, np.ndarray], labels: np.ndarray | None
-) -> Evidence:
+def gather_evidence(state: dict[str, Any], frame: pd.DataFrame, logits: Mapping[str, np.ndarray], labels: np.ndarray | None) -> Evidence:
     """Work out what was planned, what is there, what is missing, and the comparisons."""
     settings, records = state["settings"], [r for r in state["jobs"].values() if r["kind"] == "student"]
     ratios = sorted(settings["compression"], key=RATIOS.__getitem__)
@@ -3331,9 +3381,14 @@ FIGURE_STYLE: dict[Any, Any] = {
 # Okabe-Ito colours; those of the three methods differ in lightness too, so that they survive a grey print. Their yellow
 # is darkened: it would vanish on white. One entry per arm: colour, marker, line.
 LOOKS: dict[str, tuple[Any, Any, Any]] = {
-    **{"Direct": ("#000000", "o", "-"), "TraditionalKD": ("#E69F00", "s", "--"), "HPM-KD": ("#0072B2", "^", "-.")},
-    **{EQUAL_COST: ("#777777", "v", ":"), "TunedKD": ("#CC79A7", "D", ":"), "HPM-KD-no-chain": ("#009E73", "P", ":")},
-    **{"HPM-KD-no-attention": ("#D55E00", "X", ":"), "HPM-KD-no-temperature": ("#56B4E9", "<", ":")},
+    "Direct": ("#000000", "o", "-"),
+    "TraditionalKD": ("#E69F00", "s", "--"),
+    "HPM-KD": ("#0072B2", "^", "-."),
+    EQUAL_COST: ("#777777", "v", ":"),
+    "TunedKD": ("#CC79A7", "D", ":"),
+    "HPM-KD-no-chain": ("#009E73", "P", ":"),
+    "HPM-KD-no-attention": ("#D55E00", "X", ":"),
+    "HPM-KD-no-temperature": ("#56B4E9", "<", ":"),
     "HPM-KD-no-manager": ("#A89C00", "p", ":"),
 }
 DOTS: dict[str, Any] = {"linestyle": "none", "markersize": 2.6, "alpha": 0.6, "markeredgewidth": 0}
@@ -3367,9 +3422,7 @@ def finish_figure(
     title, note = (textwrap.fill(text, width, break_on_hyphens=False) for text, width in ((title, 60), (note, 84)))
     size = {"title_fontsize": 7.5, "handlelength": 3.2, "columnspacing": 1.2, "borderpad": 0, "borderaxespad": 0.4}
     columns = 2 if len(lines) > 3 else 3
-    figure.legend(
-        loc="outside upper left", handles=[*lines, *handles], title=title, alignment="left", ncols=columns, **size
-    )
+    figure.legend(loc="outside upper left", handles=[*lines, *handles], title=title, alignment="left", ncols=columns, **size)
     figure.supxlabel(note, x=0.01, ha="left", fontsize=5.5, color="0.25", linespacing=1.3)
     return figure
 
@@ -3771,6 +3824,13 @@ def report_results(evidence: Evidence) -> list[str]:
     teacher = evidence.teacher
     level = f"Test accuracy (%) after the last epoch: mean ± sd (runs). Teacher: {num(teacher.get('test_accuracy'))}."
     lines = ["## Results", "", level, "", *spread_table(evidence, "test_accuracy")]
+    records = [r for r in finished(evidence.state, "student") if r.get("same_as") and r["method"] in METHODS]
+    copies = dict.fromkeys(f"{r['method']} at {r['compression']} is {r['same_as']}" for r in records)
+    lines += (
+        [f"Identical by construction (same configuration, weights and views, so not trained twice): {listed(copies)}.", ""]
+        if copies
+        else []
+    )
     lines += [*embed(evidence, "accuracy_vs_compression"), "### Retention", ""]
     lines += ["100 x student / teacher test accuracy: mean ± sd (runs).", "", *spread_table(evidence, "retention")]
     done = evidence.frame[evidence.frame.status == "done"].drop_duplicates("compression")
@@ -3896,10 +3956,10 @@ def report_choices(evidence: Evidence) -> list[str]:
         table = pd.DataFrame(pilot.get("candidates", []))
         if len(table):
             fates = table.kept.map({True: "kept to the end", False: "dropped"})
-            rungs = table.rungs.map(lambda rungs: "; ".join(f"{epochs}: {accuracy:.2f}" for epochs, accuracy in rungs))
+            rungs = table.rungs.map(lambda rungs: "; ".join(f"{steps}: {accuracy:.2f}" for steps, accuracy in rungs))
             table = pd.DataFrame({
                 "Candidate": table.index + 1, "configuration": table.config.map(say_config),
-                "epochs: select accuracy (%)": rungs, "minus candidate 1 (pp)": table.difference,
+                "steps: select accuracy (%)": rungs, "minus candidate 1 (pp)": table.difference,
                 "standard error (pp)": table.standard_error,
                 "outcome": fates.where(table.index != pilot.get("chosen"), "chosen"),
             })  # fmt: skip
@@ -3931,7 +3991,9 @@ def say_attention(runs: Sequence[Mapping[str, Any]], part: str) -> dict[str, Any
     findings = [f"{'better' if mixture < r else 'not better'} than {n}" for r, n in zip(rivals, names, strict=True)]
     return {
         "mean weight (sd over images)": ", ".join(f"{name} {weight:.2f} ({sd:.2f})" for name, weight, sd in shares),
-        **{"NLL: mixture": mixture, "NLL: uniform": rivals[0], "NLL: best single": rivals[1]},
+        "NLL: mixture": mixture,
+        "NLL: uniform": rivals[0],
+        "NLL: best single": rivals[1],
         "finding": "; ".join(findings),
     }
 
@@ -4025,9 +4087,7 @@ SECTIONS: tuple[Callable[[Evidence], list[str]], ...] = (
 )  # fmt: skip
 
 
-def write_tables_and_report(
-    run_dir: Path, state: dict[str, Any], logits: Mapping[str, np.ndarray], labels: np.ndarray | None
-) -> None:
+def write_tables_and_report(run_dir: Path, state: dict[str, Any], logits: Mapping[str, np.ndarray], labels: np.ndarray | None) -> None:
     """Write results.csv, summary.csv, results_table.tex and experiment_report.md into `run_dir`, each atomically.
 
     The report embeds the figures that `run_dir`/figures holds. Without logits or labels the part per image is left out.
@@ -4125,7 +4185,13 @@ def adopt(folder: RunFolder, platform: Platform) -> RunFolder:
     partial = target.with_name(f".{target.name}.partial")
     log.info("copying the run %s to %s", folder.path, target)
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(folder.path, partial, symlinks=False, copy_function=copy_writable, ignore=shutil.ignore_patterns("data", "run.lock", ".*.tmp", "*.corrupt"))
+    shutil.copytree(
+        folder.path,
+        partial,
+        symlinks=False,
+        copy_function=copy_writable,
+        ignore=shutil.ignore_patterns("data", "run.lock", ".*.tmp", "*.corrupt"),
+    )
     for copied in (partial, *partial.rglob("*")):  # copytree gives a folder the read-only mode of its original
         copied.chmod(copied.stat().st_mode | 0o600 | (0o100 if copied.is_dir() else 0))
     os.replace(partial, target)
@@ -4143,7 +4209,10 @@ def start_or_continue(request: Request, platform: Platform) -> tuple[RunFolder, 
     if request.resume:
         folder = adopt(find_run(request, platform), platform)
         state = load_index(folder, repair=False)
-        return folder, resumed_settings(Settings.from_plain(state["settings"]), request.given), state
+        settings = resumed_settings(Settings.from_plain(state["settings"]), request.given)
+        if settings.threads is None and settings.workers is None and state["sessions"]:  # another number would round differently
+            settings = replace(settings, threads=state["sessions"][-1].get("threads"))
+        return folder, settings, state
     settings = new_settings(request.given)
     name = f"exp1b_{settings.mode}_{datetime.datetime.now():%Y%m%d_%H%M%S}"
     folder = RunFolder(settings.output_dir or platform.output_root / name)
@@ -4161,6 +4230,7 @@ def open_run(request: Request, platform: Platform, session: Session) -> Iterator
     precision = state["precision"] if state else choose_precision(settings.precision, devices[0], cpu_has_bf16())
     if precision == "fp16" and devices[0].kind == "cpu":
         raise UsageError("this run computes in fp16, which needs a GPU: attach one, or start a new run for the CPU")
+    is_new = not folder.path.exists()
     folder.create()
     lock = RunLock(folder)
     lock.acquire()
@@ -4177,7 +4247,10 @@ def open_run(request: Request, platform: Platform, session: Session) -> Iterator
         elif state["data"]["sha256"] != raw.sha256:
             raise UsageError(f"the data found ({raw.source}) are not the run's: give the right --data-dir")
         if platform.kaggle and disk_bytes(settings, len(raw.classes)) > KAGGLE_DISK_BYTES:
-            raise UsageError(f"this run needs about {disk_bytes(settings, len(raw.classes)) / 1e9:.0f} GB, Kaggle keeps 20: use fewer --runs, or parts by --compression")
+            raise UsageError(
+                f"this run needs about {disk_bytes(settings, len(raw.classes)) / 1e9:.0f} GB, Kaggle keeps 20: "
+                "use fewer --runs, or parts by --compression"
+            )
         note_session(state, settings, request, devices)
         state["memory"] = memory or state.get("memory")
         jobs, state["jobs"] = state["jobs"], {}  # every file is verified anew
@@ -4189,6 +4262,9 @@ def open_run(request: Request, platform: Platform, session: Session) -> Iterator
         yield run
     finally:
         lock.release()
+        if is_new and not folder.is_run():  # refused before anything was saved: leave no empty folder behind
+            start_logging(None)
+            shutil.rmtree(folder.path, ignore_errors=True)
 
 
 def check_batches(settings: Settings, raw: RawData) -> None:
@@ -4198,9 +4274,7 @@ def check_batches(settings: Settings, raw: RawData) -> None:
         raise UsageError(f"--batch-size {settings.batch_size} is larger than the {train} training images: make it smaller")
 
 
-def load_experiment_data(
-    settings: Settings, folder: RunFolder, platform: Platform, session: Session, download: bool = True
-) -> RawData:
+def load_experiment_data(settings: Settings, folder: RunFolder, platform: Platform, session: Session, download: bool = True) -> RawData:
     """The data set of a run, from the first source that has it."""
     earlier = [p for p in platform.output_root.glob("exp1b_*/data") if p != folder.data]
     search = [*platform.inputs, folder.data, *earlier]
@@ -4230,7 +4304,7 @@ def note_session(state: dict[str, Plain], settings: Settings, request: Request, 
         changed = [n for n in ("devices", "torch", "threads", "processor", "script_sha256") if before.get(n) != current[n]]
         if changed:
             what = ", ".join(f"{n.replace('_', ' ')} {before.get(n)} -> {current[n]}" for n in changed)
-            note = f"The session of {current['started']} differs from the one before ({what}): bit-equality with an uninterrupted run is no longer promised."
+            note = f"The session of {current['started']} differs from the one before ({what}): bit-equality is no longer promised."
             log.warning(note)
             state["notes"].append(note)
     state["settings"] = settings.plain()
@@ -4238,7 +4312,7 @@ def note_session(state: dict[str, Plain], settings: Settings, request: Request, 
 
 
 def worker_count(settings: Settings, devices: list[Device], of: str = "WORLD_SIZE") -> int:
-    """Processes that share the jobs: what `torchrun` started (`of`: in all, or "LOCAL_WORLD_SIZE"), else what was asked for, else one per GPU."""
+    """Processes that share the jobs: what `torchrun` started (`of`: in all, or "LOCAL_WORLD_SIZE"), else --workers, else one per GPU."""
     return int(os.environ.get(of, 0)) if "TORCHELASTIC_RUN_ID" in os.environ else settings.workers or len(devices)
 
 
@@ -4450,7 +4524,9 @@ def conclude(run: OpenRun, session: Session, reason: str) -> int:
     if failed:
         parts.append(f"{len(failed)} failed ({', '.join(failed[:3])}{' ...' if len(failed) > 3 else ''})")
     if left:
-        parts.append(f"{left} left; continue with: {continue_command(run)}" if reason else f"{left} not done, because they need a failed one")
+        parts.append(
+            f"{left} left; continue with: {continue_command(run)}" if reason else f"{left} not done, because they need a failed one"
+        )
     parts.append(f"report: {run.folder.path / 'experiment_report.md'}")
     log.info("%s", "; ".join(parts))
     if session.signal:
@@ -4479,7 +4555,11 @@ def show_status(request: Request, platform: Platform) -> int:
         if record is not None:
             done += 1
             score = f", test accuracy {record['test_accuracy']:.2f}%" if "test_accuracy" in record else ""
-            text = f"failed: {record['reason']}" if record["status"] == "failed" else f"done in {say_hours(record.get('train_seconds', 0))}{score}"
+            text = (
+                f"failed: {record['reason']}"
+                if record["status"] == "failed"
+                else f"done in {say_hours(record.get('train_seconds', 0))}{score}"
+            )
         else:
             left.append(job)
             with contextlib.suppress(FileNotFoundError, Damaged):
@@ -4494,7 +4574,9 @@ def show_status(request: Request, platform: Platform) -> int:
 def remaining_text(left: Sequence[Job], state: dict[str, Plain], settings: Settings) -> str:
     """Time left on one device, scaled from the finished jobs' seconds by the computation they took."""
     classes, records = len(state["data"]["classes"]), state["jobs"]
-    finished = [j for j in planned_jobs(settings) if records.get(j.name, {}).get("status") == "done" and records[j.name].get("train_seconds")]
+    finished = [
+        j for j in planned_jobs(settings) if records.get(j.name, {}).get("status") == "done" and records[j.name].get("train_seconds")
+    ]
     work_done = sum(job_cost(j, settings, classes) for j in finished)
     if not left or not work_done:
         return ""
@@ -4546,7 +4628,10 @@ def show_plan(request: Request, platform: Platform) -> int:
     experiment = make_experiment(run, session, devices[0])
     progress = Progress(settings, classes, size - 2 * (size // 20), False, workers)
     progress.speeds = measure_speeds(experiment, networks_in_use(settings))
-    print(f"{settings.mode}, {settings.dataset}, {size} training images, {state['precision']}, {workers} worker(s): {', '.join(d.name for d in devices)}")
+    print(
+        f"{settings.mode}, {settings.dataset}, {size} training images, {state['precision']}, "
+        f"{workers} worker(s): {', '.join(d.name for d in devices)}"
+    )
     print(f"{'kind':<14}{'network':<10}{'method':<24}{'jobs':>5}{'hours each':>12}{'hours':>8}")
     kinds: dict[tuple[str, str, str], list[Job]] = {}
     for job in progress.jobs:
@@ -4582,16 +4667,24 @@ def merge_runs(request: Request, platform: Platform) -> int:
             if known is None:
                 chosen[name] = (path, record)
             elif jobs[name].kind == "student" and known[1]["weights_sha256"] != record["weights_sha256"]:
-                raise UsageError(f"{path.parent.parent} and {known[0].parent.parent} both hold {name}, trained differently: merge only one of them")
+                raise UsageError(
+                    f"{path.parent.parent} and {known[0].parent.parent} both hold {name}, trained differently: merge only one of them"
+                )
             if jobs[name].kind == "student" and distils(jobs[name]):
                 if teachers.setdefault(record["compression"], teacher).get("weights_sha256") != record["teacher_sha256"]:
-                    raise UsageError(f"the students at {record['compression']} learned from different teachers and cannot be compared: merge runs that share one")
+                    raise UsageError(
+                        f"the students at {record['compression']} learned from different teachers and cannot be compared: "
+                        "merge runs that share one"
+                    )
     target = RunFolder(settings.output_dir or platform.output_root / f"exp1b_merged_{datetime.datetime.now():%Y%m%d_%H%M%S}")
     if target.path.exists():
         raise UsageError(f"{target.path} exists already: choose another --output-dir for the merged run")
     state = {**first, "settings": settings.plain(), "jobs": {}, "merged": {"sources": [f.name for f in states], "teachers": teachers}}
     state["sessions"] = [session for source in states.values() for session in source["sessions"]]
-    state["notes"] = [*dict.fromkeys(note for source in states.values() for note in source["notes"]), f"Merged from {', '.join(f.name for f in states)}."]
+    state["notes"] = [
+        *dict.fromkeys(note for source in states.values() for note in source["notes"]),
+        f"Merged from {', '.join(f.name for f in states)}.",
+    ]
     partial = RunFolder(target.path.with_name(f".{target.path.name}.partial"))
     shutil.rmtree(partial.path, ignore_errors=True)
     partial.create()
@@ -4610,7 +4703,11 @@ def merged_settings(states: dict[Path, dict[str, Plain]]) -> Settings:
     settings = Settings.from_plain(first["settings"])
     for folder, state in others:
         other = Settings.from_plain(state["settings"])
-        differing = [f"{n} {getattr(settings, n)} / {getattr(other, n)}" for n in settings.names("experiment") if getattr(settings, n) != getattr(other, n)]
+        differing = [
+            f"{n} {getattr(settings, n)} / {getattr(other, n)}"
+            for n in settings.names("experiment")
+            if getattr(settings, n) != getattr(other, n)
+        ]
         differing += [f"{n} differs" for n in ("precision",) if state[n] != first[n]]
         differing += ["the data differ"] if state["data"]["sha256"] != first["data"]["sha256"] else []
         if differing:

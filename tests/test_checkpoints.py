@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import run_exp1b_kaggle as exp
 import torch
 from conftest import results_without_times
 from hypothesis import HealthCheck, given, settings
@@ -36,6 +35,8 @@ from toy import (
     tree,
 )
 
+import run_exp1b_kaggle as exp
+
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -46,12 +47,8 @@ def test_a_file_is_what_was_written_and_nothing_else_is_there(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("point", ["half written", "before the fsync", "before the rename"])
-@pytest.mark.parametrize(
-    ("code", "expected"), [(errno.ENOSPC, exp.DiskFull), (errno.EDQUOT, exp.DiskFull), (errno.EROFS, exp.UsageError)]
-)
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(
-    tmp_path: Path, point: str, code: int, expected: type[Exception]
-) -> None:
+@pytest.mark.parametrize(("code", "expected"), [(errno.ENOSPC, exp.DiskFull), (errno.EDQUOT, exp.DiskFull), (errno.EROFS, exp.UsageError)])
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, point: str, code: int, expected: type[Exception]) -> None:
     def fail() -> None:
         raise OSError(code, os.strerror(code))
 
@@ -202,9 +199,7 @@ def forbid(patch: pytest.MonkeyPatch, forbidden: Path) -> None:
 
 # ---- Arbitrary content -----------------------------------------------------------------------------------------------
 
-ONCE = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+ONCE = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text() | st.integers(), inner, max_size=4),
@@ -411,9 +406,7 @@ def test_a_lost_index_is_rebuilt_from_the_models(
     assert results_without_times(copied) == results_without_times(toy_run)
 
 
-def test_an_index_without_anything_else_is_not_started_over(
-    copied: Path, redone: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_index_without_anything_else_is_not_started_over(copied: Path, redone: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(copied / "checkpoints")
     (copied / "checkpoints").mkdir()
     (copied / "checkpoints/experiment_state.pkl").write_bytes(b"")
@@ -535,9 +528,7 @@ def half_trained(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-@pytest.mark.parametrize(
-    ("damaged", "epochs"), [((), [3]), (("progress",), [2, 3]), (("progress", "progress.previous"), [1, 2, 3])]
-)
+@pytest.mark.parametrize(("damaged", "epochs"), [((), [3]), (("progress",), [2, 3]), (("progress", "progress.previous"), [1, 2, 3])])
 @pytest.mark.parametrize("damage", ["bit at 60%", "cut at 99%", "a folder"])
 def test_a_damaged_checkpoint_in_progress_costs_an_epoch(
     half_trained: Path, toy: Path, toy_run: Path, damaged: tuple[str, ...], epochs: list[int], damage: str

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import run_exp1b_kaggle as exp
 from torchvision.datasets import CIFAR10, CIFAR100
+
+import run_exp1b_kaggle as exp
 
 PER_CLASS = 30
 
@@ -181,9 +182,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("file", ["data_batch_3", "test_batch", "batches.meta"])
-def test_a_hostile_pickle_is_never_executed(
-    tiny: Tiny, tmp_path: Path, file: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_hostile_pickle_is_never_executed(tiny: Tiny, tmp_path: Path, file: str, caplog: pytest.LogCaptureFixture) -> None:
     hostile = pickle.dumps(Bomb(tmp_path / "executed"))
     tiny.write(tmp_path / "input" / "a", **{file: hostile})
     with pytest.raises(exp.UsageError, match="found nowhere"):
@@ -196,9 +195,7 @@ def test_a_hostile_pickle_is_never_executed(
     assert (tmp_path / "executed").exists(), "the bomb works"
 
 
-def test_a_file_exchanged_after_its_check_is_not_read(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_exchanged_after_its_check_is_not_read(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.write(tmp_path / "input" / "a")
     check = exp.check_integrity
 
@@ -415,9 +412,7 @@ def test_progress_is_logged_where_there_is_no_terminal(
     assert 2 <= len(lines) <= 5 and all("B/s" in line and "/1.00M" in line for line in lines)
 
 
-def test_what_a_killed_download_left_is_removed_and_a_live_one_is_not(
-    tiny: Tiny, tmp_path: Path, server: Server
-) -> None:
+def test_what_a_killed_download_left_is_removed_and_a_live_one_is_not(tiny: Tiny, tmp_path: Path, server: Server) -> None:
     stored = tmp_path / "run" / "data"
     for name, age in (("dead.part", 3600.0), ("live.part", 0.0)):
         (stored / name).mkdir(parents=True)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import run_exp1b_kaggle as exp
 import torch
 from conftest import results_without_times
 from toy import (
@@ -34,6 +33,8 @@ from toy import (
     resume,
     struck,
 )
+
+import run_exp1b_kaggle as exp
 
 # ---- SIGKILL ---------------------------------------------------------------------------------------------------------
 
@@ -81,9 +82,7 @@ def test_killed_at_random_moments(toy: Path, toy_run: Path) -> None:
     assert_as_if_undisturbed(toy / "run", toy_run)
 
 
-def test_killed_while_a_run_is_copied_out_of_an_input(
-    toy: Path, toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_while_a_run_is_copied_out_of_an_input(toy: Path, toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A half copied run is not taken for a run: the next session copies it again."""
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     source = tmp_path / "kaggle/input/notebooks/me/earlier" / toy_run.name
@@ -231,7 +230,12 @@ def no_room(*_: object) -> None:
 
 @pytest.mark.parametrize(
     ("point", "numbers"),
-    [("half written", (1, 3, 6, 9, 12, 25)), ("before the fsync", (4, 20)), ("before the rename", (1, 5, 18)), ("before the previous version is kept", (2,))],
+    [
+        ("half written", (1, 3, 6, 9, 12, 25)),
+        ("before the fsync", (4, 20)),
+        ("before the rename", (1, 5, 18)),
+        ("before the previous version is kept", (2,)),
+    ],
 )
 def test_a_full_disk_is_said_and_the_run_goes_on_with_room(
     toy: Path, toy_run: Path, capsys: pytest.CaptureFixture[str], point: str, numbers: tuple[int, ...]

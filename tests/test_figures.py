@@ -8,9 +8,10 @@ import struct
 
 import numpy as np
 import pytest
-import run_exp1b_kaggle as exp
 from fake_state import fake_labels, fake_logits, fake_state
 from matplotlib.colors import to_rgb
+
+import run_exp1b_kaggle as exp
 
 ALWAYS = {"accuracy_vs_compression", "hpmkd_vs_direct", "retention_analysis", "learning_curves", "cost_vs_accuracy", "calibration"}
 

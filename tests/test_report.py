@@ -6,9 +6,10 @@ import re
 
 import pandas as pd
 import pytest
-import run_exp1b_kaggle as exp
 from fake_state import fake_labels, fake_logits, fake_state
 from test_figures import CASES, failed, without
+
+import run_exp1b_kaggle as exp
 
 
 def write(tmp_path, state, logits=None, labels=None):

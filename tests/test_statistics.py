@@ -8,10 +8,11 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-import run_exp1b_kaggle as exp
 import torch
 from fake_state import fake_labels, fake_logits, fake_state
 from scipy import stats
+
+import run_exp1b_kaggle as exp
 
 DIFFERENCES = [0.31, 0.12, 0.45, -0.05, 0.27]
 CONTROL = [85.0, 85.4, 84.9, 85.2, 85.1]

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-import run_exp1b_kaggle as exp
 import torch
 from matplotlib.figure import Figure
 from test_data import install
 from torchvision.datasets import CIFAR10
+
+import run_exp1b_kaggle as exp
 
 SESSION = ["--threads", "1", "--device", "cpu"]
 TOY = [
