@@ -1495,7 +1495,7 @@ class RunFolder:
         except OSError as error:
             if error.errno in NO_ROOM:
                 raise
-            raise UsageError(f"cannot create the run folder {self.path}: {error.strerror}; choose another --output-dir") from None
+            raise UsageError(f"cannot create {error.filename}: {error.strerror}; choose another --output-dir") from None
 
     def model_file(self, job: str) -> Path:
         """The finished model of a job, with its record."""
@@ -3458,7 +3458,8 @@ def label_ratios(axis: Axes, evidence: Evidence) -> dict[str, float]:
     axis.set_xlim(min(positions.values()) / 1.25, max(positions.values()) * 1.25)
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xticks(list(positions.values()), [f"{x:.2f}x" for x in positions.values()])
-    kind = "counted" if set(positions) <= set(counted.index) else "partly nominal"
+    known = len(set(positions) & set(counted.index))
+    kind = "counted" if known == len(positions) else "partly nominal" if known else "nominal"
     axis.set_xlabel(f"compression ratio ({kind}, log scale)")
     return positions
 
@@ -3521,6 +3522,8 @@ def draw_differences(evidence: Evidence) -> Figure:
     if prediction_applies(evidence.state):
         x, y = zip(*((positions[r] * 1.13, PREDICTION[r][2]) for r in evidence.ratios), strict=True)
         handles = axis.plot(x, y, "*", color="0.3", markerfacecolor="white", markersize=6, label="predicted HPM-KD")
+    elif not any(c.n for by_ratio in evidence.pairs.values() for c in by_ratio.values()):
+        say_empty(axis, "no complete pair of runs yet")
     axis.set_ylabel("test accuracy minus Direct's (pp)")
     found = [f"{c.mean:+.2f} pp at {ratio} ({c.n} pair{'s' * (c.n > 1)})" for ratio, c in evidence.main.items() if c.n]
     title = f"HPM-KD minus Direct: {listed(found) or 'no complete pair yet'}"
@@ -3756,10 +3759,11 @@ def interval(c: Comparison) -> str:
 
 
 def spread(values: pd.Series, digits: int = 2) -> str:
-    """Mean, sd and number, such as "88.61 ± 0.12 (3)"."""
+    """Mean, sd and number, such as "88.61 ± 0.12 (3)"; the value alone if it is the only one."""
     known = values.astype(float).dropna()
     mean, sd, *_ = mean_interval(known)
-    return f"{num(mean, f'.{digits}f')} ± {num(sd, f'.{digits}f')} ({len(known)})" if len(known) else "n/a"
+    error = f" ± {sd:.{digits}f}" if len(known) > 1 else ""
+    return f"{mean:.{digits}f}{error} ({len(known)})" if len(known) else "n/a"
 
 
 def markdown_table(table: pd.DataFrame, digits: int = 2) -> list[str]:
@@ -3789,10 +3793,12 @@ def say_trend(trend: Comparison) -> str:
 def report_answer(evidence: Evidence) -> list[str]:
     """The answer in three sentences (differences, hypothesis, trend and price), then what qualifies it."""
     name, parts = evidence.state["data"]["name"], []
-    for ratio, c in evidence.main.items():
+    for ratio, c in ((ratio, c) for ratio, c in evidence.main.items() if c.n):
         detail = verdict(c) if c.no_interval else f"95% interval {interval(c)}, {verdict(c)}"
-        parts.append(f"{num(c.mean, '+.2f')} pp at {ratio} ({detail})" if c.n else f"not known at {ratio}")
-    first = f"On {name}, HPM-KD's test accuracy minus Direct's is {listed(parts) or 'not known: not planned'}."
+        parts.append(f"{c.mean:+.2f} pp at {ratio} ({detail})")
+    unknown = [ratio for ratio in evidence.ratios if ratio not in evidence.main or not evidence.main[ratio].n]
+    parts += [f"not known at {listed(unknown)}"] if unknown else []
+    first = f"On {name}, HPM-KD's test accuracy minus Direct's is {listed(parts)}."
     second = f"The hypothesis that HPM-KD beats Direct at 5x and above {hypothesis(evidence.main)}."
     third = f"HPM-KD's advantage {say_trend(evidence_trend(evidence))}"
     costs = method_costs(evidence.state)
@@ -4654,7 +4660,7 @@ def networks_in_use(settings: Settings) -> list[str]:
 def merge_runs(request: Request, platform: Platform) -> int:
     """Make one run, and one report, of run folders with the same settings. Nothing is written into the sources."""
     states = {folder: load_index(RunFolder(folder), repair=False) for folder in dict.fromkeys(p.resolve() for p in request.merge)}
-    settings = merged_settings(states)
+    settings = replace(merged_settings(states), **{n: request.given.get(n) for n in ("output_dir", "data_dir")})
     jobs = {job.name: job for job in planned_jobs(settings)}
     first = next(iter(states.values()))
     chosen: dict[str, tuple[Path, dict[str, Any]]] = {}

@@ -60,6 +60,18 @@ def rows(*folders: Path) -> pd.DataFrame:
     return pd.concat(tables).sort_values(["ratio_nominal", "run"], kind="stable").reset_index(drop=True)
 
 
+def as_if(source: Path, target: Path, settings: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """A copy of a run whose index says something else."""
+    shutil.copytree(source, target)
+    index = exp.RunFolder(target).index_file
+    state = {**exp.load_plain(index), **changes}
+    state["settings"] |= settings or {}
+    experiment = exp.Settings.from_plain(state["settings"])
+    state["fingerprint"] = exp.fingerprint(experiment, state["precision"], state["data"]["sha256"])
+    exp.save_plain(index, state)
+    return target
+
+
 def refused(merging: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, *folders: Path) -> str:
     """Merge folders that cannot be merged: exit code 2 and one line (returned), nothing written anywhere."""
     before = {folder: tree(folder) for folder in folders}
@@ -182,11 +194,7 @@ def test_ratios_with_different_teachers_are_merged_and_the_report_says_so(
 def test_different_settings_are_refused_by_name(
     sessions: Path, tmp_path: Path, merge: Any, capsys: pytest.CaptureFixture[str], change: dict[str, Any], named: list[str]
 ) -> None:
-    changed = tmp_path / "changed"
-    shutil.copytree(sessions / "exp1b_five", changed)
-    index = exp.RunFolder(changed).index_file
-    state = exp.load_plain(index)
-    exp.save_plain(index, {**state, "settings": {**state["settings"], **change}})
+    changed = as_if(sessions / "exp1b_five", tmp_path / "changed", settings=change)
     said = refused(merge, capsys, tmp_path, changed, sessions / "exp1b_two")
     assert all(field in said for field in named)
     assert "width" not in said
@@ -196,10 +204,7 @@ def test_different_settings_are_refused_by_name(
 def test_another_precision_or_other_data_are_refused(
     sessions: Path, tmp_path: Path, merge: Any, capsys: pytest.CaptureFixture[str], key: str, value: Any, said: str
 ) -> None:
-    changed = tmp_path / "changed"
-    shutil.copytree(sessions / "exp1b_five", changed)
-    index = exp.RunFolder(changed).index_file
-    exp.save_plain(index, {**exp.load_plain(index), key: value})
+    changed = as_if(sessions / "exp1b_five", tmp_path / "changed", **{key: value})
     assert said in refused(merge, capsys, tmp_path, sessions / "exp1b_two", changed)
 
 

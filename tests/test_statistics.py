@@ -44,6 +44,11 @@ def test_ece_by_hand():
     assert exp.expected_calibration_error(logits, np.array([0, 1, 0, 0])) == pytest.approx(0.4)
 
 
+def test_bins_include_their_upper_edge():
+    bins = exp.calibration_bins(np.zeros((4, 5)), np.array([0, 0, 1, 1]), bins=5)  # every confidence is 1/5
+    assert bins.share.tolist() == [1, 0, 0, 0, 0] and bins.accuracy[0] == 0.5 and math.isnan(bins.accuracy[1])
+
+
 def test_ece_against_a_loop_over_bins():
     rng = np.random.default_rng(1)
     logits, labels = rng.normal(size=(500, 10)) * 2, rng.integers(0, 10, 500)

@@ -24,36 +24,33 @@ MakeExperiment = Callable[..., exp.Experiment]
 
 
 class Board:
-    """Stands for the run folder: what is finished. As a collector it copies that into an experiment's index."""
+    """Stands for the run folder: what is finished or failed. As a collector it copies that into an experiment's index."""
 
-    def __init__(self) -> None:
-        self.records: dict[str, dict[str, exp.Plain]] = {}
-
-    def view(self, experiment: exp.Experiment) -> Board:
-        view = Board()
-        view.refresh = lambda final=False: experiment.state["jobs"].update(self.records)  # type: ignore[method-assign]
-        return view
+    def __init__(self, experiment: exp.Experiment, finished: dict[str, dict[str, exp.Plain]]) -> None:
+        self.experiment, self.finished = experiment, finished
 
     def refresh(self, final: bool = False) -> None:
-        raise NotImplementedError
+        self.experiment.state["jobs"].update(self.finished)
+        for path in self.experiment.folder.checkpoints.glob("*.failed"):
+            self.experiment.state["jobs"][path.stem] = exp.load_plain(path)
 
 
 @pytest.fixture
 def make_worker(tiny_experiment: MakeExperiment, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., exp.Worker]]:
     """Makes workers on one store and one board; a job calls `do(job)` of its worker, and is finished if that returns."""
-    store, board = torch.distributed.HashStore(), Board()
+    store, finished = torch.distributed.HashStore(), dict[str, dict[str, exp.Plain]]()
     monkeypatch.setattr(exp.Worker, "POLL_SECONDS", 0.01)
 
     def run(self: exp.JobRunner) -> None:
         self.experiment.do(self.job)  # type: ignore[attr-defined]
-        board.records[self.job.name] = {"status": "done", "config": exp.Distillation().plain()}
+        finished[self.job.name] = {"status": "done", "config": exp.Distillation().plain()}
 
     monkeypatch.setattr(exp.JobRunner, "run", run)
 
     def make(generation: int = 0, do: Callable[[exp.Job], None] = lambda job: None) -> exp.Worker:
         experiment = tiny_experiment("--compression", "5x", "--train-size", "200")
         experiment.do = do  # type: ignore[attr-defined]
-        return exp.Worker(experiment, board.view(experiment), store, generation)  # type: ignore[arg-type]
+        return exp.Worker(experiment, Board(experiment, finished), store, generation)  # type: ignore[arg-type]
 
     return make
 
@@ -314,7 +311,7 @@ def test_a_restarted_group_continues_from_the_last_epoch(
     battered: tuple[Path, subprocess.CompletedProcess[str], list[str]],
 ) -> None:
     """The teacher was killed after its second epoch, before that was saved: the second is done again, not the first."""
-    folder, finished, trace = battered
+    _, finished, trace = battered
     assert [line for line in trace if line.startswith("epoch teacher")] == [
         "epoch teacher_resnet50_SYNTHETIC 0",
         "epoch teacher_resnet50_SYNTHETIC 1",

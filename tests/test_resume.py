@@ -1,0 +1,464 @@
+"""Continuing a run: which one, with which settings, from where, and what is left alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import run_exp1b_kaggle as exp
+import torch
+from conftest import results_without_times
+from toy import AGAIN, DIRECT, HPMKD, INTERMEDIATE, KD, TEACHER, TOY, epochs_in_log, new_toy, resume, struck, tree
+
+Capture = pytest.CaptureFixture[str]
+
+
+def last_line(capsys: Capture) -> str:
+    """The last line that was printed."""
+    return capsys.readouterr().out.strip().splitlines()[-1]
+
+
+def index_of(folder: Path) -> dict[str, Any]:
+    """The index of a run, read only."""
+    return exp.load_index(exp.RunFolder(folder), repair=False)
+
+
+@pytest.fixture
+def copied(toy: Path, toy_run: Path) -> Path:
+    """A copy of a finished toy in the working folder."""
+    shutil.copytree(toy_run, toy / toy_run.name)
+    return toy / toy_run.name
+
+
+@pytest.fixture
+def kaggle(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Kaggle session: its root, with an empty /kaggle/working and no inputs."""
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    (tmp_path / "kaggle/working").mkdir(parents=True)
+    (tmp_path / "kaggle/input").mkdir()
+    return tmp_path
+
+
+def edit_index(folder: Path, **changes: Any) -> None:
+    """Alter a run's index."""
+    exp.save_plain(folder / "checkpoints/experiment_state.pkl", {**index_of(folder), **changes})
+
+
+# ---- Settings --------------------------------------------------------------------------------------------------------
+
+
+def test_changed_settings_are_refused_with_every_difference(copied: Path, capsys: Capture) -> None:
+    before = tree(copied)
+    options = ["--lr", "0.2", "--batch-size", "64", "--teacher-epochs", "3", "--seed", "1", "--precision", "auto"]
+    assert resume(copied, *options) == 2
+    line = last_line(capsys)
+    assert "lr: the run has 0.05, you gave 0.2" in line
+    assert "batch_size: the run has 90, you gave 64" in line
+    assert "seed: the run has 42, you gave 1" in line
+    assert "teacher_epochs" not in line
+    assert "precision" not in line
+    assert tree(copied) == before
+
+
+@pytest.mark.parametrize("name", exp.Settings().names("experiment"))
+def test_every_setting_of_the_experiment_is_fixed(name: str) -> None:
+    """One difference is enough, also beside --precision auto, which asks for nothing."""
+    stored = exp.new_settings({})
+    value = getattr(stored, name)
+    other = {"mode": "full", "dataset": "CIFAR100", "train_size": 1000, "precision": "fp32", "deterministic": True}.get(
+        name, (value or 0) * 2
+    )
+    for more in ({}, {"precision": "auto"} if name != "precision" else {}):
+        with pytest.raises(exp.UsageError, match=name):
+            exp.resumed_settings(stored, {name: other, **more})
+    assert exp.resumed_settings(stored, {name: value}) == stored
+
+
+def test_scope_grows_and_never_shrinks() -> None:
+    stored = exp.new_settings({"compression": ("5x",), "methods": ("Direct", "HPM-KD"), "runs": 3})
+    grown = exp.resumed_settings(stored, {"compression": ("2.3x",), "methods": ("TraditionalKD",), "runs": 5, "ablation": True})
+    assert (grown.compression, grown.methods, grown.runs, grown.ablation) == (("2.3x", "5x"), exp.METHODS, 5, True)
+    less = exp.resumed_settings(grown, {"compression": ("5x",), "methods": ("Direct",), "runs": 1, "ablation": False})
+    assert less == grown
+
+
+def test_session_settings_are_replaced_and_not_stored(tmp_path: Path) -> None:
+    stored = exp.new_settings({"workers": 2, "device": "cpu", "max_hours": 3.0})
+    read = exp.Settings.from_plain(stored.plain())
+    assert (read.workers, read.device, read.max_hours) == (None, "auto", None)
+    continued = exp.resumed_settings(read, {"workers": 4, "output_dir": tmp_path})
+    assert (continued.workers, continued.output_dir) == (4, tmp_path)
+
+
+def test_an_extended_run_is_the_run_that_was_larger_from_the_start(toy: Path, capsys: Capture) -> None:
+    """Ratio, method and runs added by three resumes: digit for digit the results of asking for everything at once."""
+    small = ["--compression", "7x", "--methods", "Direct"]
+    assert new_toy(toy / "grown", *small, "--fresh-teacher") == 0
+    assert resume(toy / "grown", "--methods", "HPM-KD") == 0
+    assert resume(toy / "grown", "--compression", "2.3x") == 0
+    assert resume(toy / "grown", "--runs", "2") == 0
+    at_once = ["--compression", "2.3x", "7x", "--methods", "Direct", "HPM-KD", "--runs", "2", "--fresh-teacher"]
+    assert new_toy(toy / "at_once", *at_once) == 0
+    assert results_without_times(toy / "grown") == results_without_times(toy / "at_once")
+    epochs = epochs_in_log(toy / "grown")
+    assert len(epochs) == len(set(epochs)), "something was trained twice"
+    assert ["runs 1 -> 2 after results were seen" in s["extended"] for s in index_of(toy / "grown")["sessions"]][-1]
+
+
+def test_a_reader_is_told_when_bit_equality_is_over(copied: Path, capsys: Capture) -> None:
+    """Another torch, device, thread count or processor: the run goes on, and report and log say what it costs."""
+    state = index_of(copied)
+    before = state["sessions"][-1]
+    changes = {"torch": "1.0", "devices": ["another GPU"], "threads": 64, "processor": "another"}
+    edit_index(copied, sessions=[{**before, **changes}])
+    assert resume(copied) == 0
+    out, report = capsys.readouterr().out, (copied / "experiment_report.md").read_text()
+    for text in (out, report):
+        assert "bit-equality with an uninterrupted run is no longer promised" in text
+        assert f"torch 1.0 -> {torch.__version__}" in text
+        assert "threads 64 -> 1" in text
+        assert "devices ['another GPU'] -> " in text
+        assert "processor another -> " in text
+    assert resume(copied) == 0
+    assert (copied / "experiment_report.md").read_text().count("bit-equality") == 1, "an equal session adds nothing"
+
+
+def test_more_threads_on_resume_are_noted(copied: Path) -> None:
+    assert exp.main(["--resume", "--device", "cpu", "--threads", "2", "--output-dir", str(copied)]) == 0
+    assert "threads 1 -> 2" in (copied / "experiment_report.md").read_text()
+
+
+# ---- Which run -------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_to_resume_says_what_was_searched(toy: Path, kaggle: Path, capsys: Capture) -> None:
+    for action in ("--resume", "--status", "--report-only"):
+        assert exp.main([action, "--mode", "full", "--dataset", "CIFAR100"], root=kaggle) == 2
+        line = last_line(capsys)
+        assert "found no full CIFAR100 run in" in line
+        assert str(kaggle / "kaggle/working") in line
+        assert str(kaggle / "kaggle/input") in line
+    assert list((kaggle / "kaggle/working").iterdir()) == []
+
+
+def test_an_output_dir_without_a_run_is_said(toy: Path, capsys: Capture) -> None:
+    assert resume(toy / "nothing") == 2
+    assert "nothing holds no run to continue" in last_line(capsys)
+    assert not (toy / "nothing").exists()
+
+
+def test_the_newest_matching_run_is_chosen_and_named(copied: Path, toy: Path, capsys: Capture) -> None:
+    """Newest by its last session, not by names or times of files; runs of another mode or data set do not count."""
+    newest, other = toy / "a_first", toy / "z_last"
+    for folder in (newest, other):
+        shutil.copytree(copied, folder)
+    session = index_of(copied)["sessions"][-1]
+    edit_index(newest, sessions=[{**session, "started": "2999-01-01T00:00:00+00:00"}])
+    settings = {**index_of(other)["settings"], "mode": "full"}
+    edit_index(other, settings=settings, sessions=[{**session, "started": "2999-06-01T00:00:00+00:00"}])
+    os.utime(copied / "checkpoints/experiment_state.pkl")
+    assert exp.main(["--status", "--mode", "smoke"]) == 0
+    out = capsys.readouterr().out
+    assert f"2 runs match; the newest is used: {newest}" in out
+    assert f"{newest}: mode smoke" in out
+    assert exp.main(["--status", "--mode", "full"]) == 0
+    assert f"{other}: mode full" in capsys.readouterr().out
+    assert exp.main(["--status", "--mode", "quick"]) == 2
+
+
+def test_a_run_that_cannot_be_used_is_named_and_passed_over(copied: Path, toy: Path, capsys: Capture) -> None:
+    shutil.copytree(copied, toy / "newer_format")
+    exp.save_plain(toy / "newer_format/checkpoints/experiment_state.pkl", {"format": 9})
+    assert exp.main(["--status"]) == 0
+    out = capsys.readouterr().out
+    assert f"not considered: {toy / 'newer_format'}: the run was written in format 9" in out
+    assert f"{copied}: mode smoke" in out
+
+
+def test_a_new_run_over_an_existing_one_is_refused(copied: Path, capsys: Capture) -> None:
+    before = tree(copied)
+    assert new_toy(copied) == 2
+    assert "holds a run already: add --resume" in last_line(capsys)
+    assert tree(copied) == before
+
+
+@pytest.mark.parametrize("left", ["a checkpoint in progress", "a finished model", "the index"])
+def test_what_counts_as_a_run(toy: Path, left: str, capsys: Capture) -> None:
+    """Whatever is left of one, a new run is refused there."""
+    folder = exp.RunFolder(toy / "run")
+    folder.create()
+    paths = {
+        "a checkpoint in progress": folder.progress_file(TEACHER),
+        "a finished model": folder.model_file(DIRECT),
+        "the index": folder.index_file,
+    }
+    paths[left].write_bytes(b"")
+    assert new_toy(toy / "run") == 2
+    assert "holds a run already" in last_line(capsys)
+
+
+def test_a_run_killed_in_its_very_first_epoch_can_be_continued(toy: Path, toy_run: Path) -> None:
+    """The index is there before the first epoch, so that --resume alone finds the run."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill() -> None:
+        raise Killed
+
+    with struck("an epoch", 1, kill), pytest.raises(Killed):
+        exp.main(TOY)
+    (folder,) = toy.glob("exp1b_smoke_*")
+    assert exp.main(["--status"]) == 0
+    assert exp.main(AGAIN) == 0
+    assert results_without_times(folder) == results_without_times(toy_run)
+
+
+# ---- Input mounts ----------------------------------------------------------------------------------------------------
+
+LAYOUTS = [
+    "earlier", "notebooks/someone/earlier", "notebooks/someone/earlier/version 3/output", "datasets/someone/results/archive",
+    "my results/exp1b_full.zip", "Ünïcode überall/目录",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_in_a_read_only_input_is_found_copied_and_continued(kaggle: Path, toy_run: Path, layout: str, capsys: Capture) -> None:
+    """Wherever Kaggle mounts it. Every byte, mode and time of the input stays; the copy can be written; the rest is trained."""
+    source = kaggle / "kaggle/input" / layout / toy_run.name
+    shutil.copytree(toy_run, source)
+    for name in (f"{HPMKD}.pt", f"{KD}.pt"):
+        (source / "checkpoints" / name).unlink()
+    for path in (source, *source.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = tree(kaggle / "kaggle/input")
+    assert exp.main(AGAIN, root=kaggle) == 0
+    target = kaggle / "kaggle/working" / toy_run.name
+    assert f"copying the run {source} to {target}" in capsys.readouterr().out
+    assert tree(kaggle / "kaggle/input") == before
+    assert results_without_times(target) == results_without_times(toy_run)
+    assert epochs_in_log(target)[len(epochs_in_log(toy_run)) :] == [f"{KD} epoch {number}" for number in (1, 2, 3)]
+    assert all(path.stat().st_mode & 0o200 for path in target.rglob("*"))
+    assert all(path.stat().st_mode & 0o700 == 0o700 for path in target.rglob("*") if path.is_dir())
+
+
+def test_a_run_of_the_output_folder_comes_before_inputs(kaggle: Path, toy_run: Path, capsys: Capture) -> None:
+    for place in ("input/earlier/run_a", "working/run_b"):
+        shutil.copytree(toy_run, kaggle / "kaggle" / place)
+    assert exp.main(["--status"], root=kaggle) == 0
+    assert f"{kaggle / 'kaggle/working/run_b'}: mode smoke" in capsys.readouterr().out
+
+
+def test_of_several_inputs_the_newest_is_copied(kaggle: Path, toy_run: Path, capsys: Capture) -> None:
+    for name, started in (("b", "2001"), ("a", "2999"), ("c", "2000")):
+        folder = kaggle / "kaggle/input/datasets" / name / f"run_{name}"
+        shutil.copytree(toy_run, folder)
+        session = index_of(folder)["sessions"][-1]
+        edit_index(folder, created="1999", sessions=[{**session, "started": started}])
+    assert exp.main(AGAIN, root=kaggle) == 0
+    assert "3 runs match; the newest is used: " in capsys.readouterr().out
+    assert [path.name for path in (kaggle / "kaggle/working").iterdir()] == ["run_a"]
+
+
+def test_an_input_given_by_hand_is_copied_too(kaggle: Path, toy_run: Path) -> None:
+    source = kaggle / "kaggle/input/earlier/run"
+    shutil.copytree(toy_run, source)
+    before = tree(source)
+    assert exp.main([*AGAIN, "--output-dir", str(source)], root=kaggle) == 0
+    assert exp.main(["--report-only", "--output-dir", str(source)], root=kaggle) == 2, "it was copied before"
+    assert tree(source) == before
+    assert (kaggle / "kaggle/working/run/results.csv").exists()
+
+
+def test_a_copy_takes_neither_lock_nor_rubbish_along(kaggle: Path, toy_run: Path) -> None:
+    source = kaggle / "kaggle/input/earlier/run"
+    shutil.copytree(toy_run, source)
+    for name in ("run.lock", ".results.csv.7.tmp", "checkpoints/a.pt.corrupt"):
+        (source / name).write_text("")
+    (source / "figures/dangling.png").symlink_to("/nowhere")
+    assert exp.main(AGAIN, root=kaggle) == 0
+    names = {path.name for path in (kaggle / "kaggle/working/run").rglob("*")}
+    assert not names & {"run.lock", ".results.csv.7.tmp", "a.pt.corrupt", "data", "dangling.png"} - {"data"}
+
+
+def test_report_only_of_an_input_works_on_a_copy(kaggle: Path, toy_run: Path) -> None:
+    source = kaggle / "kaggle/input/notebooks/me/x/run"
+    shutil.copytree(toy_run, source)
+    before = tree(source)
+    assert exp.main(["--report-only"], root=kaggle) == 0
+    assert tree(source) == before
+    assert results_without_times(kaggle / "kaggle/working/run") == results_without_times(toy_run)
+
+
+# ---- Reuse of teachers -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that are opened and closed, but train nothing."""
+    monkeypatch.setattr(exp, "work", lambda *_: "session clock")
+
+
+@pytest.mark.usefixtures("untrained")
+def test_an_identical_finished_teacher_is_reused(copied: Path, toy: Path, capsys: Capture) -> None:
+    """With its intermediate; a shorter training of students needs another intermediate but the same teacher."""
+    assert new_toy(toy / "same") == 0
+    assert f"{TEACHER} was reused from {copied.name} (identical settings, data and precision)" in capsys.readouterr().out
+    assert index_of(toy / "same")["jobs"].keys() == {TEACHER, INTERMEDIATE}
+    assert new_toy(toy / "shorter", "--student-epochs", "2", "--compression", "7x") == 0
+    assert index_of(toy / "shorter")["jobs"].keys() == {TEACHER}
+    same = [exp.load_checkpoint(f / f"checkpoints/{TEACHER}.pt")["record"]["weights_sha256"] for f in (copied, toy / "same")]
+    assert same[0] == same[1]
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize(
+    "option",
+    [["--fresh-teacher"], ["--seed", "1"], ["--teacher-epochs", "4"], ["--lr", "0.06"], ["--precision", "bf16"], ["--train-size", "220"]],
+)
+def test_a_teacher_is_not_reused(copied: Path, toy: Path, option: list[str]) -> None:
+    assert new_toy(toy / "other", *option) == 0
+    assert index_of(toy / "other")["jobs"] == {}
+
+
+@pytest.mark.usefixtures("untrained")
+def test_a_teacher_of_an_input_is_reused(kaggle: Path, toy_run: Path) -> None:
+    source = kaggle / "kaggle/input/notebooks/me/x/run"
+    shutil.copytree(toy_run, source)
+    before = tree(source)
+    run = kaggle / "kaggle/working/run"
+    assert exp.main([*TOY, "--output-dir", str(run)], root=kaggle) == 0
+    assert tree(source) == before
+    assert index_of(run)["jobs"].keys() == {TEACHER, INTERMEDIATE}
+
+
+@pytest.mark.usefixtures("untrained")
+def test_a_damaged_teacher_elsewhere_is_not_reused_and_left_alone(copied: Path, toy: Path) -> None:
+    path = copied / f"checkpoints/{TEACHER}.pt"
+    path.write_bytes(path.read_bytes()[:-9])
+    before = tree(copied)
+    assert new_toy(toy / "other") == 0
+    assert index_of(toy / "other")["jobs"] == {}
+    assert tree(copied) == before
+
+
+def test_results_with_a_reused_teacher_are_the_same(copied: Path, toy: Path, toy_run: Path) -> None:
+    assert new_toy(toy / "again") == 0
+    assert not any(TEACHER in epoch for epoch in epochs_in_log(toy / "again"))
+    assert results_without_times(toy / "again") == results_without_times(toy_run)
+
+
+# ---- --status and --report-only --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half(toy: Path) -> Path:
+    """A run that was stopped in the teacher's second epoch."""
+
+    def stop() -> None:
+        raise exp.Stopped("session clock")
+
+    with struck("an epoch", 3, stop):
+        assert new_toy(toy / "half") == 0
+    return toy / "half"
+
+
+def test_status_of_a_half_finished_run(half: Path, capsys: Capture) -> None:
+    before = tree(half)
+    assert exp.main(["--status", "--output-dir", str(half)]) == 0
+    out = capsys.readouterr().out
+    assert "0 of 6 jobs done" in out
+    assert [line for line in out.splitlines() if TEACHER in line][-1].endswith("in progress, 1 epochs or trials done")
+    assert tree(half) == before
+
+
+def test_status_of_a_finished_run(copied: Path, capsys: Capture) -> None:
+    before = tree(copied)
+    assert exp.main(["--status"]) == 0
+    out = capsys.readouterr().out
+    assert "6 of 6 jobs done" in out
+    record = index_of(copied)["jobs"][DIRECT]
+    assert f"test accuracy {record['test_accuracy']:.2f}%" in out
+    assert tree(copied) == before
+
+
+def test_status_leaves_a_damaged_run_alone(copied: Path, capsys: Capture) -> None:
+    """It neither sets aside nor repairs, and says nothing wrong."""
+    for name in ("experiment_state.pkl", "experiment_state.pkl.previous", f"{KD}.pt"):
+        path = copied / "checkpoints" / name
+        path.write_bytes(path.read_bytes()[:-1])
+    before = tree(copied)
+    assert exp.main(["--status"]) == 0
+    out = capsys.readouterr().out
+    assert "5 of 6 jobs done" in out
+    assert [line for line in out.splitlines() if KD in line][-1].endswith("waiting")
+    assert tree(copied) == before
+
+
+def test_report_only_writes_reports_and_trains_nothing(copied: Path, toy_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exp, "work", lambda *_: pytest.fail("trained"))
+    for name in ("results.csv", "experiment_report.md", "summary.csv"):
+        (copied / name).unlink()
+    shutil.rmtree(copied / "figures")
+    models = {name: value for name, value in tree(copied / "checkpoints").items() if name.endswith(".pt")}
+    assert exp.main(["--report-only"]) == 0
+    assert results_without_times(copied) == results_without_times(toy_run)
+    assert (copied / "experiment_report.md").exists()
+    assert list((copied / "figures").glob("*.png"))
+    assert {name: value for name, value in tree(copied / "checkpoints").items() if name.endswith(".pt")} == models
+
+
+def test_report_only_of_a_half_finished_run(half: Path, toy_run: Path) -> None:
+    progress = (half / f"checkpoints/{TEACHER}.progress").read_bytes()
+    assert exp.main(["--report-only", "--output-dir", str(half)]) == 0
+    assert "Missing: the teacher" in (half / "experiment_report.md").read_text()
+    assert (half / f"checkpoints/{TEACHER}.progress").read_bytes() == progress
+    assert resume(half) == 0
+    assert results_without_times(half) == results_without_times(toy_run)
+
+
+# ---- Paths -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_linked_run_folder_with_a_strange_name(copied: Path, toy: Path, toy_run: Path) -> None:
+    """Spaces, quotes, brackets and non-ASCII letters, behind a symbolic link: everything works, and the link stays one."""
+    real = toy / "real Ordner [1] 'ä' *" / "run"
+    real.parent.mkdir()
+    shutil.move(copied, real)
+    for name in (f"{KD}.pt", f"{HPMKD}.pt"):
+        (real / "checkpoints" / name).unlink()
+    link = toy / "ein link é"
+    link.symlink_to(real, target_is_directory=True)
+    assert resume(link) == 0
+    assert link.is_symlink()
+    assert results_without_times(real) == results_without_times(toy_run)
+    assert exp.main(["--report-only", "--output-dir", str(link)]) == 0
+
+
+def test_the_command_that_continues_can_be_pasted(toy: Path, capsys: Capture) -> None:
+    """Quoted for a shell where it has to be."""
+    folder = toy / "a run"
+    assert exp.main([*TOY, "--output-dir", str(folder), "--max-hours", "1e-9"]) == 0
+    assert f"--resume --output-dir '{folder}'" in last_line(capsys)
+
+
+# ---- Memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["nothing there", "a damaged index", "another version", "no pilot"])
+def test_a_memory_that_cannot_be_used_is_one_line(copied: Path, toy: Path, what: str, capsys: Capture) -> None:
+    path = copied / "checkpoints/experiment_state.pkl"
+    if what == "nothing there":
+        path.unlink()
+    elif what == "a damaged index":
+        path.write_bytes(b"")
+    elif what == "another version":
+        edit_index(copied, script={"version": "0.1", "sha256": ""})
+    else:
+        edit_index(copied, jobs={})
+    assert new_toy(toy / "new", "--memory", str(copied)) == 2
+    assert last_line(capsys).startswith(f"error: --memory {copied}: ")
+    assert not (toy / "new").exists()
