@@ -4194,7 +4194,7 @@ def adopt(folder: RunFolder, platform: Platform) -> RunFolder:
     shutil.copytree(
         folder.path,
         partial,
-        symlinks=False,
+        ignore_dangling_symlinks=True,
         copy_function=copy_writable,
         ignore=shutil.ignore_patterns("data", "run.lock", ".*.tmp", "*.corrupt"),
     )

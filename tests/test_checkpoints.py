@@ -745,7 +745,7 @@ def test_a_run_of_another_protocol_is_refused_untouched(
     monkeypatch.setattr(exp, "PROTOCOL", exp.PROTOCOL + 1)
     before = tree(copied / "checkpoints")
     assert exp.main([action, "--output-dir", str(copied)]) == 2
-    assert "computes something else with these settings" in capsys.readouterr().out.splitlines()[-1]
+    assert "computes something else" in capsys.readouterr().out.splitlines()[-1]
     assert tree(copied / "checkpoints") == before
 
 

@@ -61,8 +61,8 @@ def rows(*folders: Path) -> pd.DataFrame:
 
 
 def as_if(source: Path, target: Path, settings: dict[str, Any] | None = None, **changes: Any) -> Path:
-    """A copy of a run whose index says something else."""
-    shutil.copytree(source, target)
+    """A run that has only started, whose index is `source`'s but for this."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.pt", "*.previous"))
     index = exp.RunFolder(target).index_file
     state = {**exp.load_plain(index), **changes}
     state["settings"] |= settings or {}
