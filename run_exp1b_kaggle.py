@@ -446,6 +446,14 @@ class _LogFile(logging.FileHandler):
         return
 
 
+class _LauncherLog(logging.Handler):
+    """Of what torch's launcher logs this keeps how a worker ended (with its traceback, if it has one)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1]:
+            log.error("a worker died, so all start again from their last epochs: %s", str(record.exc_info[1]).strip())
+
+
 class _Console(logging.StreamHandler[Any]):
     """Console output that goes through tqdm, so that lines and bars do not overwrite each other.
 
@@ -4415,6 +4423,10 @@ def launch(run: OpenRun, session: Session) -> str:
         run_id=uuid.uuid4().hex, max_restarts=MOST_RESTARTS, monitor_interval=0.5, start_method="spawn",
     )  # fmt: skip
 
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        launcher = logging.getLogger(name)
+        launcher.handlers, launcher.propagate = [_LauncherLog()], False
+
     def stop(number: int, _frame: object) -> NoReturn:
         raise SignalException("", signal.Signals(number))
 
@@ -4451,9 +4463,12 @@ def worker_main(path: Path, settings: Settings, platform: Platform, deadline: fl
     start_logging(folder.log_file, rank)
     try:
         run = join_run(folder, settings, platform, session)
-        return work(run, session, rank, int(os.environ["LOCAL_RANK"]), group_store(), int(os.environ["TORCHELASTIC_RESTART_COUNT"]))
+        reason = work(run, session, rank, int(os.environ["LOCAL_RANK"]), group_store(), int(os.environ["TORCHELASTIC_RESTART_COUNT"]))
     except (DiskFull, UsageError) as error:
         return error
+    if session.signal:  # the launcher is ending the group: it takes no more results, and whoever offers one waits for its SIGKILL
+        sys.exit(128 + session.signal)
+    return reason
 
 
 def join_run(folder: RunFolder, settings: Settings, platform: Platform, session: Session) -> OpenRun:
@@ -4672,7 +4687,7 @@ def merge_runs(request: Request, platform: Platform) -> int:
             known = chosen.get(name)
             if known is None:
                 chosen[name] = (path, record)
-            elif jobs[name].kind == "student" and known[1]["weights_sha256"] != record["weights_sha256"]:
+            elif (key := {"student": "weights_sha256", "pilot": "config"}.get(jobs[name].kind, "job")) and known[1][key] != record[key]:
                 raise UsageError(
                     f"{path.parent.parent} and {known[0].parent.parent} both hold {name}, trained differently: merge only one of them"
                 )

@@ -27,6 +27,7 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with shortcuts(1) as patch:
         patch.setattr(exp.tempfile, "tempdir", str(tmp_path_factory.mktemp("scratch")))
         patch.setattr(exp, "draw_figures", lambda *_: [])
+        patch.setattr(exp, "measure_speeds", lambda *_: {})
         patch.chdir(root)
         for name, compression in (("exp1b_five", "5x"), ("exp1b_two", "2.3x")):
             assert exp.main([*OPTIONS, "--compression", compression, "--output-dir", str(root / name)]) == 0
@@ -142,6 +143,20 @@ def test_the_same_student_trained_differently_is_refused(
     said = refused(merge, capsys, tmp_path, sessions / "exp1b_two", sessions / "exp1b_other")
     assert "both hold student_2.3x_" in said
     assert "trained differently" in said
+
+
+def test_students_of_one_ratio_from_different_pilots_are_refused(
+    sessions: Path, tmp_path: Path, merge: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """HPM-KD would mean two things in one cell, though no student is in both runs."""
+    changed = tmp_path / "changed"
+    shutil.copytree(sessions / "exp1b_five", changed, ignore=shutil.ignore_patterns("student_*.pt"))
+    pilot = changed / "checkpoints" / "pilot_5x_HPM-KD_SYNTHETIC.pt"
+    content = exp.load_checkpoint(pilot)
+    content["record"]["config"]["alpha"] = 0.3
+    exp.save_checkpoint(pilot, content)
+    said = refused(merge, capsys, tmp_path, sessions / "exp1b_five", changed)
+    assert "both hold pilot_5x_HPM-KD_SYNTHETIC" in said
 
 
 def test_students_of_one_ratio_from_different_teachers_are_refused(
