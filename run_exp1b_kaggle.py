@@ -4482,7 +4482,8 @@ def join_run(folder: RunFolder, settings: Settings, platform: Platform, session:
 
 def group_store() -> Any:
     """The launcher's key-value store: it outlives the workers, so it remembers what a restarted group must know."""
-    return torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
+    address, port, limit = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), datetime.timedelta(seconds=60)
+    return torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
 
 
 def run_member(request: Request, platform: Platform, session: Session) -> int:

@@ -22,6 +22,7 @@ TINY = [
     "--mode", "smoke", "--width", "8", "--train-size", "400", "--batch-size", "60", "--lr", "0.05",
     "--teacher-epochs", "2", "--student-epochs", "2", "--runs", "2", "--threads", "1", "--device", "cpu",
 ]  # fmt: skip
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 SMALL = [*TINY, "--compression", "5x", "--runs", "1"]  # one ratio, one run: the chain's first link, about ten seconds
 
 
@@ -35,9 +36,8 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
 @pytest.fixture(autouse=True)
 def _signal_handlers() -> Iterator[None]:
     """An experiment that runs inside the test process leaves its signal handlers there: put the old ones back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    for number, handler in handlers.items():
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 

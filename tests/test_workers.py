@@ -310,13 +310,10 @@ def test_a_student_that_kills_its_worker_twice_is_failed(
 def test_a_restarted_group_continues_from_the_last_epoch(
     battered: tuple[Path, subprocess.CompletedProcess[str], list[str]],
 ) -> None:
-    """The teacher was killed after its second epoch, before that was saved: the second is done again, not the first."""
+    """The teacher's worker was killed before the second epoch was saved: that one is done again, and never the first."""
     _, finished, trace = battered
-    assert [line for line in trace if line.startswith("epoch teacher")] == [
-        "epoch teacher_resnet50_SYNTHETIC 0",
-        "epoch teacher_resnet50_SYNTHETIC 1",
-        "epoch teacher_resnet50_SYNTHETIC 1",
-    ]
+    assert trace.count("epoch teacher_resnet50_SYNTHETIC 0") == 1
+    assert trace.count("epoch teacher_resnet50_SYNTHETIC 1") >= 2
     assert "teacher_resnet50_SYNTHETIC continues after epoch 1 of 2" in finished.stdout
 
 
@@ -331,13 +328,13 @@ def test_every_page_was_computed_once_by_all_workers_together(
 def test_what_the_user_sees_of_the_launcher(
     battered: tuple[Path, subprocess.CompletedProcess[str], list[str]],
 ) -> None:
-    """No warnings; of a dead worker one line of the launcher that names it, no traceback."""
-    _, finished, _ = battered
-    assert "Traceback" not in finished.stdout + finished.stderr
-    assert "Warning" not in finished.stdout + finished.stderr
-    assert "OMP_NUM_THREADS" not in finished.stderr
-    assert len([line for line in finished.stderr.splitlines() if line.strip()]) <= 15, finished.stderr
-    assert finished.stderr.count("exitcode: -9") == 3
+    """Of a dead worker one line, in the log too; no warnings, no traceback."""
+    folder, finished, _ = battered
+    assert finished.stderr == ""
+    assert "Traceback" not in finished.stdout
+    for text in (finished.stdout, (folder / "experiment.log").read_text()):
+        assert text.count("a worker died, so all start again from their last epochs: process") == 3
+        assert text.count("terminated with signal SIGKILL") == 3
 
 
 def kill_when(path: Path, number: int) -> threading.Thread:
