@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import run_exp1b_kaggle as exp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import run_exp1b_kaggle as exp
 
 FIELDS = {field.name: field for field in exp.dataclasses.fields(exp.Settings)}
 ACTIONS = ["--resume", "--status", "--plan", "--report-only", "--merge", "--help"]

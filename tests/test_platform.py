@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import run_exp1b_kaggle as exp
 import torch
 from conftest import results_without_times
 from toy import TOY, new_toy, tree
+
+import run_exp1b_kaggle as exp
 
 Capture = pytest.CaptureFixture[str]
 
@@ -87,9 +88,7 @@ def test_kaggle_is_its_run_type_and_its_folder(kaggle: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("run_type", "terminal", "bars"), [("Batch", False, False), ("Interactive", False, True), ("", False, False), ("", True, True)]
 )
-def test_bars_only_where_somebody_watches(
-    kaggle: Path, monkeypatch: pytest.MonkeyPatch, run_type: str, terminal: bool, bars: bool
-) -> None:
+def test_bars_only_where_somebody_watches(kaggle: Path, monkeypatch: pytest.MonkeyPatch, run_type: str, terminal: bool, bars: bool) -> None:
     """A bar in a batch log writes a line per refresh."""
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", run_type)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
@@ -131,9 +130,7 @@ def test_the_real_session_age_is_a_time() -> None:
 
 
 @pytest.mark.parametrize(("hours", "margin"), [(1.0, 72.0), (11.5, 120.0)])
-def test_the_deadline_leaves_time_for_the_report(
-    toy: Path, monkeypatch: pytest.MonkeyPatch, hours: float, margin: float
-) -> None:
+def test_the_deadline_leaves_time_for_the_report(toy: Path, monkeypatch: pytest.MonkeyPatch, hours: float, margin: float) -> None:
     seen: list[float | None] = []
     monkeypatch.setattr(exp.time, "time", lambda: 1e9)
     monkeypatch.setattr(exp, "work", lambda run, session, *_: seen.append(session.deadline) or "session clock")
@@ -155,9 +152,7 @@ def test_kaggle_has_a_deadline_by_default(kaggle: Path, monkeypatch: pytest.Monk
 # ---- No GPU on Kaggle ------------------------------------------------------------------------------------------------
 
 
-def test_a_kaggle_session_without_gpu_stops_with_the_remedy(
-    kaggle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_a_kaggle_session_without_gpu_stops_with_the_remedy(kaggle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     """It would silently burn twelve hours. Before anything is downloaded or written."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(exp, "load_data", lambda *_: pytest.fail("loaded data"))
@@ -210,9 +205,7 @@ def test_a_console_that_lacks_a_letter(toy: Path, monkeypatch: pytest.MonkeyPatc
     assert b"\\xe9\\udcff holds no run" in raw.getvalue()
 
 
-def test_a_log_that_cannot_be_written_any_more_stops_nothing(
-    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_a_log_that_cannot_be_written_any_more_stops_nothing(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     exp.start_logging(toy / "experiment.log")
     exp.log.info("one")
     (handler,) = (h for h in exp.log.handlers if isinstance(h, logging.FileHandler))

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import run_exp1b_kaggle as exp
 from conftest import results_without_times
 from toy import AGAIN, DIRECT, HPMKD, INTERMEDIATE, KD, TEACHER, TOY, epochs_in_log, new_toy, resume, struck, tree
+
+import run_exp1b_kaggle as exp
 
 Capture = pytest.CaptureFixture[str]
 

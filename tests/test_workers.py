@@ -18,6 +18,8 @@ from conftest import ROOT, TINY
 
 import run_exp1b_kaggle as exp
 
+pytestmark = pytest.mark.slow  # several processes per test: python -m pytest tests -m slow
+
 MakeExperiment = Callable[..., exp.Experiment]
 
 # ---- Claims and attempts, without training ----------------------------------------------------------------------------
