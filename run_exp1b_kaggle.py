@@ -4676,7 +4676,8 @@ def networks_in_use(settings: Settings) -> list[str]:
 def merge_runs(request: Request, platform: Platform) -> int:
     """Make one run, and one report, of run folders with the same settings. Nothing is written into the sources."""
     states = {folder: load_index(RunFolder(folder), repair=False) for folder in dict.fromkeys(p.resolve() for p in request.merge)}
-    settings = replace(merged_settings(states), **{n: request.given.get(n) for n in ("output_dir", "data_dir")})
+    given = request.given
+    settings = replace(merged_settings(states), output_dir=given.get("output_dir"), data_dir=given.get("data_dir"))
     jobs = {job.name: job for job in planned_jobs(settings)}
     first = next(iter(states.values()))
     chosen: dict[str, tuple[Path, dict[str, Any]]] = {}
