@@ -1096,11 +1096,11 @@ class Images:
     def __init__(self, raw: RawData, seed: int, device: torch.device) -> None:
         self.classes, self.device = raw.classes, device
         train, fit, select = held_out_indices(raw.train_labels, seed)
-        pixels = torch.from_numpy(raw.train_pixels[train])
-        self.mean, self.std = channel_statistics(raw.train_pixels[train])
+        chosen = raw.train_pixels[train]
+        self.mean, self.std = channel_statistics(chosen)
         self._scale = torch.tensor([1 / (255 * s) for s in self.std], device=device).repeat(32 * 32)
         self._shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)], device=device).repeat(32 * 32)
-        padded = F.pad(pixels, (0, 0, PAD, PAD, PAD, PAD)).to(device)
+        padded = F.pad(torch.from_numpy(chosen), (0, 0, PAD, PAD, PAD, PAD)).to(device)
         image, row, channel = padded.stride()[0], padded.stride()[1], 3
         shape = (len(padded), SHIFTS, SHIFTS, 32, 32 * channel)
         self.windows = padded.as_strided(shape, (image, row, channel, row, 1))
@@ -1132,7 +1132,8 @@ class Images:
 def channel_statistics(pixels: np.ndarray) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel, of values in [0, 1], of uint8 pixels [n, 32, 32, 3]; exact, from the histograms."""
     values = np.arange(256) / 255
-    shares = [np.bincount(pixels[..., c].ravel(), minlength=256) / pixels[..., c].size for c in range(3)]
+    channels = [torch.from_numpy(pixels[..., c].ravel()) for c in range(3)]  # NumPy would count in a copy as int64
+    shares = [torch.bincount(channel, minlength=256).numpy() / len(channel) for channel in channels]
     mean = [float(share @ values) for share in shares]
     std = [max(math.sqrt(float(share @ (values - m) ** 2)), 1e-3) for share, m in zip(shares, mean, strict=True)]
     return mean, std
@@ -4365,6 +4366,7 @@ def make_experiment(run: OpenRun, session: Session, device: Device) -> Experimen
     """The experiment on one device of this process."""
     configure_torch(thread_count(run.settings, run.devices), run.settings.deterministic)
     images = Images(run.raw, run.settings.seed, device.torch)
+    run.raw = replace(run.raw, train_pixels=run.raw.train_pixels[:0], test_pixels=run.raw.test_pixels[:0])  # not needed twice
     bars = run.platform.bars and run.workers == 1
     progress = Progress(run.settings, len(run.raw.classes), len(images), bars, run.workers)
     scratch, precision = run.platform.scratch, run.state["precision"]

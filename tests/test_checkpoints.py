@@ -609,7 +609,7 @@ def test_a_hostile_file_is_refused_in_every_place(
     copied: Path, toy: Path, toy_run: Path, redone: list[str], name: str, sealed: bool
 ) -> None:
     """Everything that reads runs meets it: status, report, merge, resume, reuse of a teacher, memory."""
-    payload = pickle.dumps({"record": Code(toy / "executed"), "jobs": Code(toy / "executed")})
+    payload = pickle.dumps({"record": Code(toy / "executed"), "jobs": Code(toy / "executed")}, protocol=2)
     path = copied / "checkpoints" / name
     (exp.write_sealed if sealed else exp.write_atomic)(path, payload)
     assert exp.main(["--status", "--output-dir", str(copied)]) == 0
@@ -627,7 +627,7 @@ def test_a_hostile_file_is_refused_in_every_place(
 def test_a_hostile_file_in_progress_is_refused(half_trained: Path, toy: Path, toy_run: Path, name: str) -> None:
     shutil.copytree(half_trained, toy / "run")
     path = toy / "run/checkpoints" / name
-    exp.write_sealed(path, pickle.dumps({"model": Code(toy / "executed")}))
+    exp.write_sealed(path, pickle.dumps({"model": Code(toy / "executed")}, protocol=2))
     assert exp.main(["--status", "--output-dir", str(toy / "run")]) == 0
     assert resume(toy / "run") == 0
     assert not (toy / "executed").exists()

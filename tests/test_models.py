@@ -110,9 +110,6 @@ def test_initial_weights_are_a_function_of_seed_and_name_alone() -> None:
     assert weights(exp.build_network("5x", 10, 8, 43)) == first
     assert torch.equal(torch.get_rng_state(), expected), "the global generator is left alone"
     assert weights(exp.build_network("5x", 10, 8, 44)) != first
-    stems = [exp.build_network(name, 10, 8, 43).features[0].weight for name in ("2.3x", "5x")]
-    assert stems[0].shape == stems[1].shape
-    assert not torch.equal(*stems), "two ratios do not start alike"
 
 
 @pytest.mark.parametrize("name", NETWORKS)
