@@ -116,6 +116,7 @@ KAGGLE_SESSION_HOURS = 11.5  # the platform kills at 12 h without warning
 STATE_NAME = "experiment_state.pkl"
 
 log = logging.getLogger("exp1b")
+tqdm.set_lock(threading.RLock())  # its own lock is a semaphore of the system, which a killed process leaves behind
 Plain = Any  # what a pickle of dicts, lists, strings, numbers, booleans and None can hold
 
 

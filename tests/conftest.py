@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # processes that share two cores must not spin
@@ -69,24 +69,6 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     assert exp.main([*TINY, "--output-dir", str(folder)]) == 0
     return folder
-
-
-@pytest.fixture
-def tiny_experiment(tmp_path: Path) -> Callable[..., exp.Experiment]:
-    """Makes the experiment that TINY and `options` describe, with nothing finished: to try single parts of it."""
-
-    def make(*options: str) -> exp.Experiment:
-        settings = exp.new_settings(exp.parse_request([*TINY, *options]).given)
-        raw = exp.load_data(settings.dataset, None, tmp_path, [], settings.train_size, settings.seed)
-        folder, device = exp.RunFolder(tmp_path / "parts"), exp.Device("cpu", 0, "CPU")
-        folder.create()
-        state = exp.new_index(settings, "fp32", exp.describe_data(raw, settings.seed))
-        images, classes = exp.Images(raw, settings.seed, device.torch), len(raw.classes)
-        progress = exp.Progress(settings, classes, len(images), False, 1)
-        pages, session = tmp_path / "pages", exp.Session(None)
-        return exp.Experiment(settings, folder, pages, device, "fp32", images, session, state, progress)
-
-    return make
 
 
 def results_without_times(folder: Path) -> str:

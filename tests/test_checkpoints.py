@@ -556,7 +556,7 @@ def test_the_checkpoint_of_another_job_or_run_is_not_continued(half_trained: Pat
 @pytest.mark.parametrize("damage", ["bit at 60%", "removed"])
 def test_damaged_pages_of_teacher_outputs_are_computed_again(toy: Path, toy_run: Path, damage: str) -> None:
     """Damaged between two sessions, all of them: the results do not change."""
-    with struck("between model file and index", 6, stop_now):
+    with struck("between model file and index", 4, stop_now):
         assert new_toy(toy / "run") == 0
     pages = [path for path in toy.glob("exp1b_teacher_outputs*/*/page_*") if path.suffix != ".lock"]
     assert pages
