@@ -2880,10 +2880,10 @@ def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
 def write_outputs(
     folder: RunFolder, state: dict[str, Plain], logits: dict[str, np.ndarray], labels: np.ndarray | None, figures: bool
 ) -> None:
-    """Rewrite the figures (if wanted), the tables and the report from what is finished."""
+    """Rewrite the tables and the report from what is finished; with `figures` also these and the parts per image, which take seconds."""
     if figures:
         draw_figures(state, results_frame(state), logits, labels, folder.figures)
-    write_tables_and_report(folder.path, state, logits, labels)
+    write_tables_and_report(folder.path, state, logits if figures else {}, labels)
 
 
 def write_archive(folder: RunFolder) -> None:
