@@ -27,16 +27,17 @@ def lab_data(size: int = 200) -> exp.RawData:
     return dataclasses.replace(raw, test_pixels=raw.test_pixels[:TEST_IMAGES], test_labels=raw.test_labels[:TEST_IMAGES])
 
 
-def open_lab(folder: Path, raw: exp.RawData | None = None, **given: Any) -> exp.Experiment:
+def open_lab(folder: Path, raw: exp.RawData | None = None, device: exp.Device | None = None, **given: Any) -> exp.Experiment:
     """An experiment of SMALLEST and `given` settings in `folder`, nothing finished; pages in folder/scratch."""
+    device = device or exp.Device("cpu", 0, "CPU")
     settings = exp.new_settings({**SMALLEST, **given, "output_dir": folder})
     raw = raw or lab_data(settings.train_size or 0)
-    state = exp.new_index(settings, "fp32", exp.describe_data(raw, settings.seed))
+    precision = exp.choose_precision("auto", device, native_cpu_bf16=False)
+    state = exp.new_index(settings, precision, exp.describe_data(raw, settings.seed))
     platform = exp.Platform(False, folder.parent, folder / "scratch", (), False)
-    devices = [exp.Device("cpu", 0, "CPU")]
-    run = exp.OpenRun(exp.RunFolder(folder), settings, state, raw, devices, None, platform)
+    run = exp.OpenRun(exp.RunFolder(folder), settings, state, raw, [device], None, platform)
     run.folder.create()
-    return exp.make_experiment(run, exp.Session(None), devices[0])
+    return exp.make_experiment(run, exp.Session(None), device)
 
 
 def do(experiment: exp.Experiment, *jobs: exp.Job) -> dict[str, Any]:

@@ -1,0 +1,92 @@
+"""How the time grows with images, runs and ratios, and shrinks with workers; fits the exponent.
+
+    python tests/benchmarks/scaling.py [--images 1000 2000 4000 8000] [--runs 1 2 4] [--workers 1 2]
+
+Prints `name: value` lines. Exponent 1: proportional. Runs and ratios are counted over the students of Direct and TraditionalKD,
+pages included; workers over a whole small experiment, by the clock on the wall, which includes starting them (so it says
+something only on a quiet machine; --workers 1 leaves it out).
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from bench import RATIOS, cifar_like, experiment, fitting, parser, say, say_device, seconds
+
+import run_exp1b_kaggle as exp
+
+
+def exponent(sizes: Sequence[float], times: Sequence[float]) -> float:
+    """Slope of the logarithms."""
+    return float(np.polyfit(np.log(sizes), np.log(times), 1)[0])
+
+
+def students_seconds(made: exp.Experiment, compression: Sequence[str], runs: int) -> float:
+    """Seconds of training the students of two methods, the teacher's pages that they need included."""
+    jobs = [(c, m, r) for c in compression for r in range(1, runs + 1) for m in ("Direct", "TraditionalKD")]
+    spent = 0.0
+    for ratio, method, run in jobs:
+        schedule = exp.Schedule(
+            ratio, 2 * (len(made.images) // made.settings.batch_size), len(made.images) // made.settings.batch_size, 0.01, run, run
+        )
+        training = exp.Fitting(made, f"{ratio}_{method}_{run}_of_{runs}", "benchmark", schedule, exp.make_trainer(made, method, None))
+        spent += seconds(made.device, training.run)
+    return spent
+
+
+def worker_seconds(workers: int, width: int) -> float:
+    """Seconds on the wall for a whole small experiment on the CPU, one thread per worker."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            "--mode", "smoke", "--width", str(width), "--train-size", "1000", "--runs", "2", "--methods", "Direct", "TraditionalKD",
+            "--threads", "1", "--device", "cpu", "--fresh-teacher", "--workers", str(workers), "--output-dir", str(Path(folder) / "run"),
+        ]  # fmt: skip
+        started = time.perf_counter()
+        assert exp.main(command) == 0
+        return time.perf_counter() - started
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parser(__doc__)
+    options.add_argument("--images", type=int, nargs="+", default=[1_000, 2_000, 4_000, 8_000], help="held-out ones included")
+    options.add_argument("--runs", type=int, nargs="+", default=[1, 2, 4])
+    options.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    chosen = options.parse_args()
+    epochs, pages = [], []
+    for images in chosen.images:
+        with experiment(chosen, cifar_like(images)) as made:
+            training = fitting(made, "7x", "Direct", 4)
+            epochs.append(statistics.median([seconds(made.device, lambda e=e, t=training: t._epoch(e)) for e in range(4)][1:]))
+            outputs, name = exp.TeacherOutputs(made), exp.teacher_job("5x", made.settings.dataset).name
+            pages.append(statistics.median([seconds(made.device, lambda p=p, o=outputs: o.page(name, p)) for p in range(4)][1:]))
+            say(f"epoch_seconds_at_{images}_images", epochs[-1])
+            say(f"page_seconds_at_{images}_images", pages[-1])
+    say_device(made)
+    say("exponent_of_epochs_in_images", exponent(chosen.images, epochs))
+    say("exponent_of_pages_in_images", exponent(chosen.images, pages))
+    times = []
+    for runs in chosen.runs:
+        with experiment(chosen, cifar_like(1_000)) as made:
+            times.append(students_seconds(made, ("7x",), runs))
+            say(f"students_seconds_of_{runs}_runs", times[-1])
+    say("exponent_in_runs", exponent(chosen.runs, times))
+    with experiment(chosen, cifar_like(1_000)) as made:
+        single = {ratio: students_seconds(made, (ratio,), 1) for ratio in RATIOS}
+        for ratio, spent in single.items():
+            say(f"students_seconds_at_{ratio}", spent)
+        say("all_ratios_over_their_sum", students_seconds(made, RATIOS, 1) / sum(single.values()))
+    if len(chosen.workers) > 1:
+        times = [worker_seconds(workers, chosen.width) for workers in chosen.workers]
+        for workers, spent in zip(chosen.workers, times, strict=True):
+            say(f"experiment_wall_seconds_of_{workers}_workers", spent)
+        say("exponent_in_workers", exponent(chosen.workers, times))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Images per second of every network, what an epoch costs beside the network, bytes of the page cache, peak memory.
+
+    python tests/benchmarks/throughput.py [--images 50000] [--steps 12] [--epoch-network 7x]
+
+Prints `name: value` lines. Random pixels in CIFAR-10's shapes; teachers' pages are taken as computed (their computation is the
+inference that is measured). The epoch is a whole one of the network that makes everything else weigh most, the smallest.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+from typing import Any
+
+import numpy as np
+import torch
+from bench import cifar_like, clock, experiment, fitting, parser, say, say_device, seconds
+
+import run_exp1b_kaggle as exp
+
+
+def images_per_second(made: exp.Experiment, network: str, steps: int) -> tuple[float, float]:
+    """Training and inference (with folded batch normalisation, as pages are computed): medians over steps and chunks."""
+    training = fitting(made, network, "Direct", 1, steps)
+    training.model.train()
+    size, count = made.settings.batch_size, len(made.images)
+    order = torch.randperm(count, device=made.device.torch)
+    batches = [order[i * size % (count - size) :][:size] for i in range(steps)]
+    times = [seconds(made.device, lambda batch=batch: training._step(batch, 0)) for batch in batches]
+    folded = made.place(training.model.folded())
+    chunks = torch.arange(count, device=made.device.torch).split(exp.CHUNK)[: max(steps // 2, 3)]
+    inference = [seconds(made.device, lambda c=c: made.infer(folded, made.images.render(c, 0))) / len(c) for c in chunks]
+    return size / statistics.median(times[1:]), 1 / statistics.median(inference[1:])
+
+
+class Stopwatch:
+    """Adds up the time inside the network: forward, loss backward, optimizer step."""
+
+    def __init__(self, training: exp.Fitting) -> None:
+        self.inside, self.device = 0.0, training.experiment.device
+        training.model.forward = self._timed(training.model.forward)  # type: ignore[method-assign]
+        training.optimizer.step = self._timed(training.optimizer.step)  # type: ignore[method-assign]
+        self._backward = torch.Tensor.backward
+
+    def _timed(self, action: Any) -> Any:
+        def timed(*values: Any, **named: Any) -> Any:
+            started = clock(self.device)
+            try:
+                return action(*values, **named)
+            finally:
+                self.inside += clock(self.device) - started
+
+        return timed
+
+    def __enter__(self) -> Stopwatch:
+        torch.Tensor.backward = self._timed(self._backward)  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.Tensor.backward = self._backward  # type: ignore[method-assign]
+
+
+def overhead(made: exp.Experiment, network: str, method: str) -> tuple[float, float]:
+    """Seconds of an epoch (validation and checkpoint included), and the share of it outside the network."""
+    training = fitting(made, network, method, 2)
+    with Stopwatch(training) as watch:
+        spent = seconds(made.device, lambda: (training._epoch(0), training._save()))
+    return spent, 1 - watch.inside / spent
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parser(__doc__)
+    options.add_argument("--images", type=int, default=50_000, help="training images, held-out ones included")
+    options.add_argument("--steps", type=int, default=6, help="training steps to time per network")
+    options.add_argument("--epoch-network", choices=list(exp.ARCHITECTURES), default="7x")
+    chosen = options.parse_args()
+    with experiment(chosen, cifar_like(chosen.images, 10_000)) as made:
+        say_device(made)
+        for network in exp.ARCHITECTURES:
+            training, inference = images_per_second(made, network, chosen.steps)
+            say(f"{network}_training_images_per_second", training)
+            say(f"{network}_inference_images_per_second", inference)
+        logits = np.zeros((len(made.images), 10), np.float16)
+        exp.TeacherOutputs._compute = lambda *_: np.float64(1).tobytes() + logits.tobytes()  # type: ignore[method-assign]
+        for method in ("Direct", "TraditionalKD"):
+            spent, share = overhead(made, chosen.epoch_network, method)
+            say(f"{chosen.epoch_network}_{method}_epoch_seconds", spent)
+            say(f"{chosen.epoch_network}_{method}_epoch_share_outside_the_network", share)
+        page = next(made.scratch.glob("*/page_*[0-9]")).stat().st_size
+        say("page_bytes_per_teacher", str(page))
+        for mode in ("quick", "full"):
+            settings = exp.new_settings({"mode": mode})
+            pages = {p for run in range(1, settings.runs + 1) for p in exp.page_order(42, run, settings.student_epochs)}
+            say(f"{mode}_page_cache_bytes", str(len(pages) * page * 3))
+    say("peak_memory_gigabytes", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+    if made.device.kind == "cuda":
+        say("peak_gpu_memory_gigabytes", torch.cuda.max_memory_allocated() / 1e9)
+
+
+if __name__ == "__main__":
+    main()
