@@ -111,7 +111,7 @@ def test_killed_while_a_run_is_copied_out_of_an_input(toy: Path, toy_run: Path, 
 # ---- SIGINT and SIGTERM ----------------------------------------------------------------------------------------------
 
 MOMENTS = [
-    ("an epoch", 2), ("the validation", 2), ("the evaluation", 2), ("a page of teacher outputs", 1), ("a pilot", 3),
+    ("an epoch", 2), ("the evaluation", 2), ("a page of teacher outputs", 1), ("a pilot", 3),
     ("between model file and index", 3), ("the report", 2), ("half written", 6),
 ]  # fmt: skip
 
@@ -325,7 +325,7 @@ def spoil(patch: pytest.MonkeyPatch, job: str, value: float) -> None:
     patch.setattr(exp.Fitting, "_step", spoiled)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
+@pytest.mark.parametrize("value", [float("nan"), 1e5])
 def test_a_diverging_job_fails_and_the_others_go_on(
     toy: Path, toy_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: float
 ) -> None:
