@@ -4784,6 +4784,7 @@ def main(argv: Sequence[str] | None = None, root: Path = Path("/")) -> int:
     """Run one command line; returns the exit code. `root` is where /kaggle is looked for."""
     start_logging(None)
     platform = detect_platform(root)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         request = parse_request(sys.argv[1:] if argv is None else argv)
         if request.status:
@@ -4806,6 +4807,10 @@ def main(argv: Sequence[str] | None = None, root: Path = Path("/")) -> int:
     except Stopped as stop:
         log.info("stopped by %s before anything was trained: the same command starts again", stop)
         return 128 + signal.Signals[str(stop)].value if str(stop).startswith("SIG") else 0
+    finally:
+        for number, handler in handlers.items():  # a notebook that called this wants its own back
+            with contextlib.suppress(ValueError, TypeError):  # not the main thread, or a handler of a foreign library
+                signal.signal(number, handler)
 
 
 if __name__ == "__main__":

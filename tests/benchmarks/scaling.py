@@ -64,7 +64,7 @@ def main() -> None:
             training = fitting(made, "7x", "Direct", 4)
             epochs.append(statistics.median([seconds(made.device, lambda e=e, t=training: t._epoch(e)) for e in range(4)][1:]))
             outputs, name = exp.TeacherOutputs(made), exp.teacher_job("5x", made.settings.dataset).name
-            pages.append(statistics.median([seconds(made.device, lambda p=p, o=outputs: o.page(name, p)) for p in range(4)][1:]))
+            pages.append(statistics.median([seconds(made.device, lambda p=p, o=outputs, n=name: o.page(n, p)) for p in range(4)][1:]))
             say(f"epoch_seconds_at_{images}_images", epochs[-1])
             say(f"page_seconds_at_{images}_images", pages[-1])
     say_device(made)
