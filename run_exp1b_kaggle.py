@@ -132,6 +132,10 @@ class JobFailed(Exception):
     """One job cannot be finished (divergence, repeated crashes). The others go on."""
 
 
+class Diverged(JobFailed):
+    """Training diverged. The same seeds would diverge again, so that `--resume` does not try it once more as it does other failures."""
+
+
 class DiskFull(Exception):
     """No room for a file that must be written. The previous version of the file is intact."""
 
@@ -595,9 +599,9 @@ def configure_torch(threads: int, deterministic: bool) -> None:
     keep_freed_memory()
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
 
 
 def keep_freed_memory() -> None:
@@ -734,6 +738,8 @@ def _load_found(name: str, roots: Sequence[Path], download_dir: Path, problems: 
                 folder = path if path in folders else _unpack(name, path, download_dir)
                 return _read_folder(name, folder, f"read from {path}, md5 verified")
             except (BadData, OSError) as error:
+                if isinstance(error, OSError) and error.errno in NO_ROOM:
+                    raise
                 log.warning("Data not used: %s", error)
                 problems.insert(0, str(error))  # before what merely lacks files: this is what the user meant
     return None
@@ -1449,6 +1455,8 @@ def set_aside(path: Path, reason: str) -> None:
         elif path.is_dir():
             target.unlink(missing_ok=True)
         os.replace(path, target)
+    except FileNotFoundError:  # another worker was faster
+        return
     except OSError as error:
         raise UsageError(f"{path} {reason} and cannot be moved away ({error.strerror}): remove it and run again") from None
     log.warning("%s %s: set aside as %s", path.name, reason, target.name)
@@ -1528,6 +1536,13 @@ class RunFolder:
         """Raise `DiskFull` if the folder that holds this run has used up its budget (None: no budget)."""
         if budget_bytes is not None and (used := bytes_below(self.path.parent)) > budget_bytes:
             raise DiskFull(f"{self.path.parent} holds {used / 1e9:.1f} GB of the {budget_bytes / 1e9:.0f} GB that the platform keeps")
+
+    def forget_failures(self) -> None:
+        """Give every failed job another chance, except those that would fail in the same way again."""
+        for path in self.checkpoints.glob("*.failed"):
+            with contextlib.suppress(Damaged):
+                if not load_plain(path).get("final"):
+                    path.unlink()
 
     def remove_progress(self, job: str) -> None:
         """Remove the checkpoints in progress of a finished job, those of a pilot's candidates included."""
@@ -1618,6 +1633,13 @@ def check_index(state: dict[str, Any]) -> None:
     wrong = [n for n, kind in INDEX_TYPES.items() if not isinstance(state.get(n), kind)]
     if wrong or not isinstance(state["data"].get("sha256"), str):
         raise Damaged(f"lacks {', '.join(wrong) or 'the data checksum'}")
+    records, merged = state["jobs"].values(), state.get("merged", {})
+    if not all(isinstance(item, dict) for item in (merged, *state["sessions"], *records)):
+        raise Damaged("holds sessions or records that are none")
+    if not all(isinstance(r.get(n), str) for r in records for n in ("kind", "status", "reason", "compression", "method")):
+        raise Damaged("holds incomplete records")
+    if state["precision"] not in PRECISIONS or (merged and not isinstance(merged.get("teachers"), dict)):
+        raise Damaged("holds a precision or teachers that are none")
     try:
         expected = fingerprint(Settings.from_plain(state["settings"]), state["precision"], state["data"]["sha256"])
     except (TypeError, ValueError) as error:
@@ -1638,7 +1660,7 @@ def check_belongs(folder: RunFolder, state: dict[str, Any]) -> None:
         with contextlib.suppress(Damaged, FileNotFoundError):
             content = load_checkpoint(path)
             models += 1
-            check_content(content, files[path], job_fingerprint(settings, state, files[path]), "")
+            check_content(content, files[path], job_fingerprint(settings, state, files[path]), {})
             return
     if models:
         raise Damaged("belongs to another run than the models beside it")
@@ -1656,7 +1678,7 @@ def load_index(folder: RunFolder, repair: bool = True) -> dict[str, Plain]:
     for path in sorted([*folder.checkpoints.glob("*.pt"), *folder.checkpoints.glob("*.progress")]):
         with contextlib.suppress(Damaged, FileNotFoundError):
             content = load_checkpoint(path)
-            check_index(content.get("index", {}))
+            check_index(cast("dict[str, Any]", content.get("index", {})))
             states.append(content["index"])
             if "record" in content:
                 jobs[path.stem] = content["record"]
@@ -1667,30 +1689,35 @@ def load_index(folder: RunFolder, repair: bool = True) -> dict[str, Plain]:
     return {**state, "jobs": jobs, "notes": [*state["notes"], "The index was lost and rebuilt from the model files."]}
 
 
-def check_content(content: dict[str, Any], job: Job, expected: str, teacher_sha256: str) -> None:
-    """Raise `Damaged` unless this is the finished file of `job`, of this run, distilled from this run's teacher."""
+def check_content(content: dict[str, Any], job: Job, expected: str, teachers: Mapping[str, str]) -> None:
+    """Raise `Damaged` unless this is the finished file of `job`, of this run, and distilled from these `teachers` (checksums by name)."""
     record = content.get("record")
     if not isinstance(record, dict) or record.get("job") != job.name or record.get("status") != "done":
         raise Damaged(f"is not the finished file of {job.name}")
     if record.get("fingerprint") != expected:
         raise Damaged("belongs to a run with other settings")
-    if job.kind != "teacher" and teacher_sha256 and record.get("teacher_sha256") not in ("", teacher_sha256):
-        raise Damaged("was distilled from another teacher than this run's")
+    if job.kind != "pilot" and not isinstance(record.get("weights_sha256"), str):
+        raise Damaged("has no checksum of its weights")
+    for name, sha256 in record.get("taught_by", {}).items():
+        if teachers.get(name, sha256) != sha256:
+            raise Damaged(f"was distilled from another {name} than this run's")
 
 
 class RunLock:
     """Keeps a second process out of a run folder: a file with host, boot, process and a heartbeat.
 
-    It names its own inode, so that a lock that came along with a copied folder means nothing.
+    It names its own inode, so that a lock that came along with a copied folder means nothing, and a token that tells its owner
+    whether it still holds it.
     """
 
     STALE_SECONDS = 300.0
     BEAT_SECONDS = 30.0
+    WRITE_SECONDS = 2.0
 
     def __init__(self, folder: RunFolder) -> None:
         self.path = folder.path / "run.lock"
         self._stop = threading.Event()
-        self._owned = False
+        self._token = ""
 
     def acquire(self) -> None:
         """Take the lock, also a stale one. Raises `UsageError` naming the process that holds it."""
@@ -1702,10 +1729,10 @@ class RunLock:
                 with contextlib.suppress(FileNotFoundError):
                     self.path.unlink()
                 continue
-            mine = {"host": socket.gethostname(), "boot": boot_id(), "pid": os.getpid(), "inode": os.fstat(handle).st_ino}
+            inode, self._token = os.fstat(handle).st_ino, uuid.uuid4().hex
+            mine = {"host": socket.gethostname(), "boot": boot_id(), "pid": os.getpid(), "inode": inode, "token": self._token}
             with os.fdopen(handle, "w") as file:
                 json.dump(mine, file)
-            self._owned = True
             threading.Thread(target=self._beat, daemon=True).start()
             return
         raise UsageError(f"another process took {self.path.parent} just now: only one can work on a run folder")
@@ -1717,7 +1744,8 @@ class RunLock:
             same_machine = (holder["host"], holder["boot"]) == (socket.gethostname(), boot_id())
             pid, inode = int(holder["pid"]), int(holder["inode"])
         except (OSError, ValueError, KeyError, TypeError):
-            return  # unreadable: written by a process that died at once
+            self._refuse_if_new()
+            return  # unreadable: its process died while it wrote it
         stale = time.time() - status.st_mtime > self.STALE_SECONDS
         if inode != status.st_ino or stale or (same_machine and (pid == os.getpid() or not process_exists(pid))):
             log.info("taking over the lock of a process that is gone (host %s, process %d)", holder["host"], pid)
@@ -1727,18 +1755,36 @@ class RunLock:
             "(a lock without a sign of life for five minutes is ignored)"
         )
 
+    def _refuse_if_new(self) -> None:
+        with contextlib.suppress(OSError):
+            if abs(time.time() - self.path.stat().st_mtime) < self.WRITE_SECONDS:
+                raise UsageError(f"{self.path} is being written at this moment: only one process can work on a run folder")
+
+    def _is_mine(self) -> bool:
+        """Whether the lock is still this process's; where that cannot be read, it is."""
+        try:
+            return bool(json.loads(self.path.read_text())["token"] == self._token)
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError, KeyError, TypeError):
+            return True
+
     def _beat(self) -> None:
         while not self._stop.wait(self.BEAT_SECONDS):
+            if not self._is_mine():
+                log.error("another process took over this run folder while this one was asleep: it stops here")
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
             with contextlib.suppress(OSError):
                 os.utime(self.path)
 
     def release(self) -> None:
         """Give the lock back."""
         self._stop.set()
-        if self._owned:
-            self._owned = False
+        if self._token and self._is_mine():
             with contextlib.suppress(OSError):
                 self.path.unlink()
+        self._token = ""
 
 
 def boot_id() -> str:
@@ -1831,7 +1877,7 @@ class Experiment:
                 return cast(torch.Tensor, network(images).float())
         except torch.OutOfMemoryError:
             if len(images) == 1:
-                raise JobFailed("a single image does not fit into the device's memory") from None
+                raise JobFailed("a single image does not fit into the device's memory: --resume on a larger device") from None
             torch.cuda.empty_cache()
         half = len(images) // 2
         return torch.cat([self.infer(network, images[:half]), self.infer(network, images[half:])])
@@ -1980,7 +2026,7 @@ class Fitting:
         started = time.perf_counter()
         loss = self._train_epoch(epoch, page)
         if not math.isfinite(loss) or loss > 1e4:
-            raise JobFailed(f"the loss diverged in epoch {epoch + 1} (mean {loss:g}): try a smaller --lr in a new run")
+            raise Diverged(f"the loss diverged in epoch {epoch + 1} (mean {loss:g}): try a smaller --lr in a new run")
         split = self.experiment.images.select
         predicted = self.experiment.predict(self.model, split).argmax(1)
         accuracy = percent_correct(predicted, split.labels)
@@ -2020,7 +2066,7 @@ class Fitting:
                 return loss
             except torch.OutOfMemoryError:
                 if self.micro_batch <= self.SMALLEST_MICRO_BATCH:
-                    raise JobFailed(f"out of memory even with {self.micro_batch} images at a time") from None
+                    raise JobFailed(f"out of memory even with {self.micro_batch} images at a time: --resume on a larger device") from None
                 self.micro_batch = (self.micro_batch + 1) // 2
                 log.warning("%s: out of memory; going on with micro-batches of %d", self.name, self.micro_batch)
                 torch.cuda.empty_cache()
@@ -2144,7 +2190,7 @@ class TeacherOutputs:
     def page(self, teacher: str, page: int) -> tuple[torch.Tensor, float]:
         """A teacher's logits fp16 [N, C] for a page, on the device, and the seconds it took to compute them (once)."""
         folder = self._folder(teacher)
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._make_private(folder)
         path = folder / f"page_{page:03d}"
         with file_lock(folder / f"page_{page:03d}.lock", self.experiment.session.check):
             try:
@@ -2155,6 +2201,14 @@ class TeacherOutputs:
         seconds = float(np.frombuffer(payload[:8], np.float64)[0])
         logits = np.frombuffer(payload, np.float16, offset=8).reshape(len(self.experiment.images), -1)
         return torch.from_numpy(logits.copy()).to(self.experiment.device.torch), seconds
+
+    def _make_private(self, folder: Path) -> None:
+        """Make the folder of a teacher's pages; in a temporary folder that all users share, nobody else may have put it there."""
+        root = self.experiment.scratch
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if hasattr(os, "getuid") and (root.is_symlink() or root.stat().st_uid != os.getuid()):
+            raise UsageError(f"{root} belongs to another user: remove it, or set TMPDIR to a folder of your own")
+        folder.mkdir(exist_ok=True, mode=0o700)
 
     @torch.no_grad()
     def _compute(self, teacher: str, page: int) -> bytes:
@@ -2442,9 +2496,12 @@ class _Pilot:
             schedule = Schedule(self.job.network, steps, self.steps_per_epoch, experiment.settings.lr, experiment.settings.seed, 1)
             trainer.prepare()
             fitting = Fitting(experiment, name, self.identity, schedule, trainer)
-            network = fitting.run()
             split = experiment.images.select
-            correct = experiment.predict(network, split).argmax(1) == split.labels
+            try:
+                correct = experiment.predict(fitting.run(), split).argmax(1) == split.labels
+            except Diverged as error:
+                log.warning("%s is out: %s", name, error)
+                correct = torch.zeros_like(split.labels, dtype=torch.bool)
             self.results[key] = {"correct": correct.cpu(), "seconds": fitting.seconds, "pages": trainer.pages}
             keep_previous(self.path)
             save_checkpoint(self.path, {"identity": self.identity, "results": self.results, "index": {**experiment.state, "jobs": {}}})
@@ -2547,6 +2604,15 @@ def distils(job: Job) -> bool:
     return job.kind != "teacher" and job.method not in ("Direct", EQUAL_COST)
 
 
+def taught_by(job: Job, records: dict[str, dict[str, Plain]]) -> dict[str, str]:
+    """Checksums, by name, of the networks that may teach a job: the teacher, and the ladder above it unless its method knows none."""
+    if not distils(job):
+        return {}
+    chain = () if job.method in ("TraditionalKD", "TunedKD") else ladder_above(job.compression)
+    names = [teacher_job(teacher, job.dataset).name for teacher in ("teacher", *chain)]
+    return {name: records.get(name, {}).get("weights_sha256", "") for name in names}
+
+
 def pilot_of(job: Job) -> Job | None:
     """The pilot that decides a student's configuration."""
     if job.kind != "student" or job.method == "TraditionalKD" or not distils(job):
@@ -2628,9 +2694,8 @@ def job_fingerprint(settings: Settings, state: dict[str, Plain], job: Job) -> st
 
 
 def progress_identity(experiment: Experiment, job: Job) -> str:
-    """What a checkpoint in progress must agree with: the job, and the very teacher it is distilled from."""
-    teacher = experiment.state["jobs"].get(Job("teacher", dataset=job.dataset).name, {}).get("weights_sha256", "")
-    return digest([job_fingerprint(experiment.settings, experiment.state, job), teacher if distils(job) else ""])
+    """What a checkpoint in progress must agree with: the job, and the very networks it is distilled from."""
+    return digest([job_fingerprint(experiment.settings, experiment.state, job), taught_by(job, experiment.state["jobs"])])
 
 
 def job_epochs(experiment: Experiment, job: Job) -> int:
@@ -2644,8 +2709,12 @@ def job_epochs(experiment: Experiment, job: Job) -> int:
 def equal_cost_epochs(experiment: Experiment, job: Job) -> int:
     """Direct epochs that cost as much as one HPM-KD student with its share of teacher, pages, intermediates and pilots.
 
-    Counted in multiply-accumulates (a training image costs three passes), not in seconds, so that a resume agrees.
+    Counted in multiply-accumulates (a training image costs three passes), not in seconds, so that a resume agrees. Students of
+    this arm that are finished already decide: a run that is extended later keeps one arm.
     """
+    for record in experiment.state["jobs"].values():
+        if (record["status"], record["method"], record["compression"]) == ("done", EQUAL_COST, job.compression):
+            return int(record["epochs"])
     settings, classes = experiment.settings, len(experiment.images.classes)
     macs = {name: network_cost(name, classes, settings.width)[1] for name in ARCHITECTURES}
     jobs = [j for j in planned_jobs(settings) if j.kind in ("teacher", "intermediate") or (j.kind == "pilot" and j.method == "HPM-KD")]
@@ -2667,7 +2736,7 @@ class Speed:
 
 
 def measure_speeds(experiment: Experiment, networks: Iterable[str]) -> dict[str, Speed]:
-    """Time a few real steps and inference chunks of each network (the first of each is a warm-up)."""
+    """Time a few real steps and inference chunks of each network; one that does not fit into the memory at full batch size is left out."""
     speeds, images = {}, experiment.images
     for name in networks:
         network = experiment.place(build_network(name, len(images.classes), experiment.settings.width)).train()
@@ -2683,15 +2752,16 @@ def measure_speeds(experiment: Experiment, networks: Iterable[str]) -> dict[str,
         def infer(network: nn.Module = network, chunk: torch.Tensor = chunk) -> None:
             experiment.infer(network.eval(), images.render(chunk, 0))[0, 0].item()
 
-        step_seconds, infer_seconds = _seconds(step, experiment.session), _seconds(infer, experiment.session)
-        speeds[name] = Speed(step_seconds, infer_seconds / len(chunk))
+        with contextlib.suppress(torch.OutOfMemoryError, JobFailed):
+            step_seconds, infer_seconds = _seconds(step, experiment.session), _seconds(infer, experiment.session)
+            speeds[name] = Speed(step_seconds, infer_seconds / len(chunk))
     return speeds
 
 
 def _seconds(action: Callable[[], None], session: Session, repeats: int = 3) -> float:
     """Median time of an action after one warm-up; a slow one (over 3 s) is not repeated."""
     times: list[float] = []
-    while len(times) < repeats + 1 and not (times and times[-1] > 3.0):
+    while len(times) < repeats + 1 and not (len(times) > 1 and times[-1] > 3.0):
         session.check()
         started = time.perf_counter()
         action()
@@ -2709,12 +2779,16 @@ class Progress:
         self.speeds: dict[str, Speed] = {}
         self.records: dict[str, dict[str, Plain]] = {}
         self.current = ""
+        self.after_epoch: Callable[[], object] = lambda: None
 
-    def announce(self, speeds: dict[str, Speed], records: dict[str, dict[str, Plain]], deadline: float | None) -> None:
-        """Before anything is trained: how long it will take, and whether it will finish in this session."""
+    def expect(self, speeds: dict[str, Speed], records: dict[str, dict[str, Plain]]) -> None:
+        """Take in what was measured and what is finished: all expectations follow from these."""
         self.speeds, self.records = dict(speeds), records
+
+    def announce(self, deadline: float | None) -> None:
+        """Before anything is trained: how long it will take, and whether it will finish in this session."""
         left = self.seconds_left()
-        text = f"{sum(j.name not in records for j in self.jobs)} of {len(self.jobs)} jobs to do, about {say_hours(left)}"
+        text = f"{sum(j.name not in self.records for j in self.jobs)} of {len(self.jobs)} jobs to do, about {say_hours(left)}"
         if deadline is not None:
             fits = "will finish" if left < deadline - time.time() else "will NOT finish"
             text += f"; this session has {say_hours(max(0.0, deadline - time.time()))} left and {fits} it (--resume continues)"
@@ -2737,9 +2811,17 @@ class Progress:
         teachers = [j.network for j in self.jobs if j.kind in ("teacher", "intermediate")]
         return len(pages) * self.images * sum(self.speeds[t].image_seconds for t in teachers if t in self.speeds)
 
+    def work_seconds(self) -> float:
+        """Expected seconds of all that is left, on one device."""
+        return sum(map(self.job_seconds, self.jobs)) + self.page_seconds()
+
     def seconds_left(self) -> float:
-        """Expected seconds until everything is finished, on all workers."""
-        return (sum(self.job_seconds(job) for job in self.jobs) + self.page_seconds()) / self.workers
+        """Expected seconds until everything is finished: the work shared by all workers, or the longest chain of jobs if that is more."""
+        chain: dict[str, float] = {}
+        for job in self.jobs:
+            before = (chain[needed.name] for needed in needs(job, self.settings, {}))
+            chain[job.name] = self.job_seconds(job) + max(before, default=0.0)
+        return max(self.work_seconds() / self.workers, *chain.values())
 
     def epoch_seconds(self, schedule: Schedule) -> float:
         """Expected seconds of one epoch of a schedule (0 if unknown)."""
@@ -2766,6 +2848,7 @@ class Progress:
             schedule.epochs, entry["loss"], entry["val_accuracy"], temperature, entry["seconds"], say_hours(job_left),
             say_hours(max(job_left, self.seconds_left())),
         )  # fmt: skip
+        self.after_epoch()
 
 
 class JobRunner:
@@ -2787,6 +2870,7 @@ class JobRunner:
         else:
             content = self._train()
         content["index"] = {**self.experiment.state, "jobs": {}}
+        self.experiment.folder.check_room(self.experiment.disk_budget)
         save_checkpoint(self.experiment.folder.model_file(self.job.name), content)
 
     def _record(self, values: dict[str, Plain]) -> dict[str, Plain]:
@@ -2794,14 +2878,13 @@ class JobRunner:
         experiment, job = self.experiment, self.job
         settings = experiment.settings
         params, macs = network_cost(job.network, len(experiment.images.classes), settings.width)
-        teacher = self.records.get(Job("teacher", dataset=job.dataset).name, {}) if distils(job) else {}
         identity = {
             "job": job.name, "kind": job.kind, "compression": job.compression, "method": job.method, "run": job.run,
             "seed": settings.seed + job.run, "status": "done", "reason": "",
             "fingerprint": job_fingerprint(settings, experiment.state, job),
             "network": job.network, "classes": len(experiment.images.classes), "width": settings.width,
             "mean": experiment.images.mean, "std": experiment.images.std, "params": params, "macs": macs,
-            "file": experiment.folder.model_file(job.name).name, "teacher_sha256": teacher.get("weights_sha256", ""),
+            "file": experiment.folder.model_file(job.name).name, "taught_by": taught_by(job, self.records),
             "device": experiment.device.name, "precision": experiment.precision, "threads": torch.get_num_threads(),
             "torch": str(torch.__version__), "notes": [], "finished": now(),
         }  # fmt: skip
@@ -2814,6 +2897,7 @@ class JobRunner:
         own |= {
             "job": self.job.name,
             "fingerprint": job_fingerprint(self.experiment.settings, self.experiment.state, self.job),
+            "taught_by": taught_by(self.job, self.records),
             "same_as": same,
         }
         log.info("%s is %s by construction (same configuration, weights and views): not trained again", self.job.name, twin.name)
@@ -2857,7 +2941,7 @@ class JobRunner:
         parts = ("test", "select") if job.kind == "student" else ("test", "select", "fit")
         logits = {part: experiment.predict(network, getattr(images, part)) for part in parts}
         if not all(torch.isfinite(values).all() for values in logits.values()):
-            raise JobFailed("the trained network's outputs are not finite: training diverged; try a smaller --lr in a new run")
+            raise Diverged("the trained network's outputs are not finite: training diverged; try a smaller --lr in a new run")
         stored = {part: values.clamp(-6e4, 6e4).half().cpu() for part, values in logits.items()}
         weights = {name: value.cpu() for name, value in network.state_dict().items()}
         record |= test_metrics(stored["test"], images.test.labels)
@@ -2939,22 +3023,24 @@ class Collector:
             agreed = logits.argmax(1) == teacher.argmax(1)
             self.state["jobs"][name]["teacher_agreement"] = 100 * int(agreed.sum()) / len(agreed)
 
-    def _teacher_sha256(self, job: Job) -> str:
-        """Checksum of the teacher that a job must have learned from ("" if any will do)."""
-        merged = self.state.get("merged")
-        if merged:
-            own = (
-                merged["teachers"].get(job.compression, {}) if job.kind == "student" else {}
-            )  # of a ratio's students; a chain may have another
-            return str(own.get("weights_sha256", ""))
-        return str(self.state["jobs"].get(Job("teacher", dataset=job.dataset).name, {}).get("weights_sha256", ""))
+    def _teachers(self, job: Job) -> dict[str, str]:
+        """Checksums of the networks that a job must have learned from, as far as they are known."""
+        merged, records = self.state.get("merged"), self.state["jobs"]
+        if not merged:
+            return {
+                name: record["weights_sha256"]
+                for name, record in records.items()
+                if record["kind"] in ("teacher", "intermediate") and record["status"] == "done"
+            }
+        own = merged["teachers"].get(job.compression) if job.kind == "student" else None  # a chain may come from elsewhere
+        return {Job("teacher", dataset=job.dataset).name: own["weights_sha256"]} if own else {}
 
     def _take_in(self, job: Job) -> bool:
         """Put a job's record into the index if its file is finished and sound; a damaged file is set aside."""
         records, path = self.state["jobs"], self.folder.model_file(job.name)
         try:
             content = load_checkpoint(path)
-            check_content(content, job, job_fingerprint(self.settings, self.state, job), self._teacher_sha256(job))
+            check_content(content, job, job_fingerprint(self.settings, self.state, job), self._teachers(job))
             records[job.name] = content["record"]
             if "test_logits" in content:
                 self.logits[job.name] = content["test_logits"].float().numpy()
@@ -3011,17 +3097,20 @@ class Worker:
         attempts = f"attempt/{job.name}"
         try:
             if self.store.add(attempts, 1) > self.MOST_ATTEMPTS:
-                raise JobFailed(f"it ended its process {self.MOST_ATTEMPTS} times (out of memory on the host, or a crash in the driver)")
+                raise JobFailed(
+                    f"it ended its process {self.MOST_ATTEMPTS} times (no memory on the host, or a driver crash): --resume tries again"
+                )
             self.experiment.progress.job_started(records)
             JobRunner(self.experiment, job).run()
             self.collector.refresh()
             if job.name not in records:
-                raise JobFailed("its finished file was damaged as soon as it was written: check the disk")
+                raise JobFailed("its finished file was damaged as soon as it was written: check the disk, then --resume")
         except JobFailed as error:
             log.error("%s failed: %s", job.name, error)
             identity = {n: getattr(job, n) for n in ("kind", "compression", "method", "run")}
             identity |= {"job": job.name, "fingerprint": job_fingerprint(self.experiment.settings, self.experiment.state, job)}
-            save_plain(folder.failure_file(job.name), {**identity, "status": "failed", "reason": str(error)})
+            failure = {**identity, "status": "failed", "reason": str(error), "final": isinstance(error, Diverged)}
+            save_plain(folder.failure_file(job.name), failure)
         except (Stopped, DiskFull, UsageError):
             self.store.add(attempts, -1)
             raise
@@ -3983,6 +4072,10 @@ def report_choices(evidence: Evidence) -> list[str]:
         lines += [f"Reason: {pilot['reason_chosen']}.", ""] if pilot.get("reason_chosen") else []
         if pilot.get("reused_from"):
             lines += [f"Reused from {pilot['reused_from']}; its seconds are counted all the same.", ""]
+    lines += [
+        "The pilots chose on the `select` images, so that HPM-KD's validation accuracy is slightly optimistic; its test accuracy is not.",
+        "",
+    ]
     students = [r for r in finished(evidence.state, "student") if r["method"] == "HPM-KD"]
     chosen = {f"- {r['compression']} students: {say_config(r['config'])}." for r in students if r.get("config")}
     lines += [*sorted(chosen), "", *embed(evidence, "temperature"), "### Attention", ""]
@@ -4206,12 +4299,20 @@ def adopt(folder: RunFolder, platform: Platform) -> RunFolder:
         partial,
         ignore_dangling_symlinks=True,
         copy_function=copy_writable,
-        ignore=shutil.ignore_patterns("data", "run.lock", ".*.tmp", "*.corrupt"),
+        ignore=lambda place, names: {*_not_copied(place, names), *(n for n in names if not _is_inside(Path(place, n), folder.path))},
     )
     for copied in (partial, *partial.rglob("*")):  # copytree gives a folder the read-only mode of its original
         copied.chmod(copied.stat().st_mode | 0o600 | (0o100 if copied.is_dir() else 0))
     os.replace(partial, target)
     return RunFolder(target)
+
+
+_not_copied = shutil.ignore_patterns("data", "run.lock", ".*.tmp", "*.corrupt")
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path really lies in a folder: a stranger's link could lead to any file of this machine."""
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def copy_writable(source: str, target: str) -> str:
@@ -4220,15 +4321,20 @@ def copy_writable(source: str, target: str) -> str:
     return target
 
 
+def continued_settings(state: dict[str, Plain], given: dict[str, Any]) -> Settings:
+    """The settings of a run that is continued: its own, with what was given; as many threads as before, unless told otherwise."""
+    settings = resumed_settings(Settings.from_plain(state["settings"]), given)
+    if settings.threads is None and settings.workers is None and state["sessions"]:  # another number would round differently
+        settings = replace(settings, threads=state["sessions"][-1].get("threads"))
+    return settings
+
+
 def start_or_continue(request: Request, platform: Platform) -> tuple[RunFolder, Settings, dict[str, Plain] | None]:
     """The run folder, its settings, and its index if it is continued."""
     if request.resume:
         folder = adopt(find_run(request, platform), platform)
         state = load_index(folder, repair=False)
-        settings = resumed_settings(Settings.from_plain(state["settings"]), request.given)
-        if settings.threads is None and settings.workers is None and state["sessions"]:  # another number would round differently
-            settings = replace(settings, threads=state["sessions"][-1].get("threads"))
-        return folder, settings, state
+        return folder, continued_settings(state, request.given), state
     settings = new_settings(request.given)
     name = f"exp1b_{settings.mode}_{datetime.datetime.now():%Y%m%d_%H%M%S}"
     folder = RunFolder(settings.output_dir or platform.output_root / name)
@@ -4253,6 +4359,8 @@ def open_run(request: Request, platform: Platform, session: Session) -> Iterator
     try:
         start_logging(folder.log_file)
         folder.clean()
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:  # a restart of the group is no new session
+            folder.forget_failures()
         state = load_index(folder) if state else None
         raw = load_experiment_data(settings, folder, platform, session)
         check_batches(settings, raw)
@@ -4262,11 +4370,8 @@ def open_run(request: Request, platform: Platform, session: Session) -> Iterator
             state = new_index(settings, precision, describe_data(raw, settings.seed))
         elif state["data"]["sha256"] != raw.sha256:
             raise UsageError(f"the data found ({raw.source}) are not the run's: give the right --data-dir")
-        if platform.kaggle and disk_bytes(settings, len(raw.classes)) > KAGGLE_DISK_BYTES:
-            raise UsageError(
-                f"this run needs about {disk_bytes(settings, len(raw.classes)) / 1e9:.0f} GB, Kaggle keeps 20: "
-                "use fewer --runs, or parts by --compression"
-            )
+        if platform.kaggle:
+            check_disk(folder, disk_bytes(settings, len(raw.classes)))
         note_session(state, settings, request, devices)
         state["memory"] = memory or state.get("memory")
         jobs, state["jobs"] = state["jobs"], {}  # every file is verified anew
@@ -4340,7 +4445,7 @@ def thread_count(settings: Settings, devices: list[Device]) -> int:
 
 def reuse_teachers(run: OpenRun) -> None:
     """Copy a finished teacher, and intermediates distilled from it, of identical fingerprint from earlier runs or input mounts."""
-    teacher_sha256 = ""
+    teachers: dict[str, str] = {}
     for job in (j for j in planned_jobs(run.settings) if j.kind in ("teacher", "intermediate")):
         own = run.folder.model_file(job.name)
         expected = job.fingerprint(run.settings, run.state["precision"], run.raw.sha256)
@@ -4348,7 +4453,7 @@ def reuse_teachers(run: OpenRun) -> None:
         for path in places:
             try:
                 content = load_checkpoint(path)
-                check_content(content, job, expected, teacher_sha256)
+                check_content(content, job, expected, teachers)
             except (FileNotFoundError, Damaged):
                 continue
             if path != own:
@@ -4356,7 +4461,7 @@ def reuse_teachers(run: OpenRun) -> None:
                 note = f"{job.name} was reused from {path.parent.parent.name} (identical settings, data and precision)."
                 log.info(note)
                 run.state["notes"].append(note)
-            teacher_sha256 = teacher_sha256 or content["record"]["weights_sha256"]
+            teachers[job.name] = content["record"]["weights_sha256"]
             break
         else:
             if job.kind == "teacher":
@@ -4378,17 +4483,20 @@ def make_experiment(run: OpenRun, session: Session, device: Device) -> Experimen
 def work(run: OpenRun, session: Session, rank: int, local_rank: int, store: Any, generation: int) -> str:
     """Do this process's share of a run; returns why it stopped early ("" when nothing is left to do)."""
     device = run.devices[local_rank % len(run.devices)]
-    if device.kind == "cuda":
-        torch.cuda.set_device(device.torch)
-        probe_gpu(device)
-    experiment = make_experiment(run, session, device)
-    collector = run.collector(writes=rank == 0)
     try:
+        if device.kind == "cuda":
+            torch.cuda.set_device(device.torch)
+            probe_gpu(device)
+        experiment = make_experiment(run, session, device)
+        collector = run.collector(writes=rank == 0)
         collector.refresh()
+        experiment.progress.expect(measure_speeds(experiment, networks_in_use(run.settings)), run.state["jobs"])
         if rank == 0:
-            experiment.progress.announce(measure_speeds(experiment, networks_in_use(run.settings)), run.state["jobs"], session.deadline)
+            experiment.progress.announce(session.deadline)
+        if run.workers > 1 and rank == 0:  # what the others finish shows in the report while this one is at a long job
+            experiment.progress.after_epoch = collector.refresh
         Worker(experiment, collector, store, generation).work()
-    except (Stopped, DiskFull, UsageError) as error:
+    except (Stopped, DiskFull, UsageError, OSError) as error:
         store.add(f"stopped/{generation}", 1)
         if not isinstance(error, Stopped):
             raise
@@ -4467,7 +4575,10 @@ def worker_main(path: Path, settings: Settings, platform: Platform, deadline: fl
     try:
         run = join_run(folder, settings, platform, session)
         reason = work(run, session, rank, int(os.environ["LOCAL_RANK"]), group_store(), int(os.environ["TORCHELASTIC_RESTART_COUNT"]))
-    except (DiskFull, UsageError) as error:
+    except Stopped as stop:  # before the work began
+        reason = str(stop)
+    except (DiskFull, UsageError, OSError) as error:
+        log.error("worker %d: %s", rank, error)
         return error
     if session.signal:  # the launcher is ending the group: it takes no more results, and whoever offers one waits for its SIGKILL
         sys.exit(128 + session.signal)
@@ -4495,32 +4606,43 @@ def run_member(request: Request, platform: Platform, session: Session) -> int:
         raise UsageError("under torchrun give --output-dir DIR, a folder that all processes share")
     if int(os.environ["GROUP_WORLD_SIZE"]) > 1 and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) > 0:
         raise UsageError("torchrun counts restarts per machine: on several machines leave out --max-restarts and start again with --resume")
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     generation, store = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), group_store()
-    folder, settings = RunFolder(request.given["output_dir"]), request.given
-    prepared = f"prepared/{generation}"
-    if rank == 0:
-        request = replace(request, resume=request.resume or (generation > 0 and folder.is_run()))
-        try:
-            with open_run(request, platform, session) as run:
-                store.set(prepared, "ok")
-                reason = work(run, session, rank, local_rank, store, generation)
-                wait_for_members(store, generation, session)
-                return conclude(run, session, reason)
-        except UsageError:
-            store.set(prepared, "failed")
-            raise
-    while not store.check([prepared]):
-        session.check()
-        time.sleep(0.5)
-    if store.get(prepared) != b"ok":
-        return 2
-    start_logging(folder.log_file, rank)
-    state = load_index(folder, repair=False)
-    run = join_run(folder, resumed_settings(Settings.from_plain(state["settings"]), settings), platform, session)
-    work(run, session, rank, local_rank, store, generation)
-    store.add(f"left/{generation}", 1)
-    return 0
+    member = lead_members if os.environ["RANK"] == "0" else follow_leader
+    return member(request, platform, session, store, generation)
+
+
+def lead_members(request: Request, platform: Platform, session: Session, store: Any, generation: int) -> int:
+    """Rank 0 of `torchrun`: prepares the run, does its share, waits for the others, reports. Returns the exit code."""
+    folder, prepared = RunFolder(request.given["output_dir"]), f"prepared/{generation}"
+    request = replace(request, resume=request.resume or (generation > 0 and folder.is_run()))
+    try:
+        with open_run(request, platform, session) as run:
+            store.set(prepared, "ok")
+            reason = work(run, session, 0, int(os.environ["LOCAL_RANK"]), store, generation)
+            wait_for_members(store, generation, session)
+            return conclude(run, session, reason)
+    except Exception as error:  # whatever it is, the others must not wait for this one
+        store.set(prepared, "stopped" if isinstance(error, Stopped) else "failed")
+        raise
+
+
+def follow_leader(request: Request, platform: Platform, session: Session, store: Any, generation: int) -> int:
+    """Any other rank of `torchrun`: joins the run as soon as rank 0 has prepared it. Returns the exit code."""
+    prepared, folder = f"prepared/{generation}", RunFolder(request.given["output_dir"])
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    try:
+        while not store.check([prepared]):
+            session.check()
+            time.sleep(0.5)
+        if store.get(prepared) != b"ok":
+            return 0 if store.get(prepared) == b"stopped" else 2
+        start_logging(folder.log_file, rank)
+        settings = continued_settings(load_index(folder, repair=False), request.given)
+        work(join_run(folder, settings, platform, session), session, rank, local_rank, store, generation)
+        return 0
+    finally:
+        with contextlib.suppress(RuntimeError):  # the store is gone with rank 0
+            store.add(f"left/{generation}", 1)
 
 
 def wait_for_members(store: Any, generation: int, session: Session, patience: float = 10.0) -> None:
@@ -4631,15 +4753,23 @@ def disk_bytes(settings: Settings, classes: int) -> int:
     """Bytes that a whole run will need: every model, one job in progress per kind, twice (a file and its successor)."""
     sizes = {name: 4 * network_cost(name, classes, settings.width)[0] for name in ARCHITECTURES}
     models = sum(sizes[job.network] for job in planned_jobs(settings) if job.kind != "pilot")
-    return models + 2 * 3 * max(sizes.values()) + 50_000_000
+    return models + 2 * 3 * max(sizes.values()) + 400_000_000  # the data set and its archive, figures, report
+
+
+def check_disk(folder: RunFolder, needed: int) -> None:
+    """Raise `UsageError` if a run that will take `needed` bytes in all does not fit beside what Kaggle's output folder holds already."""
+    others = bytes_below(folder.path.parent) - bytes_below(folder.path)
+    if needed + others > KAGGLE_DISK_BYTES:
+        raise UsageError(
+            f"this run needs about {needed / 1e9:.1f} GB and {folder.path.parent} holds {others / 1e9:.1f} GB of other files, Kaggle keeps "
+            f"{KAGGLE_DISK_BYTES / 1e9:.0f} GB: remove what is not needed, use fewer --runs, or parts by --compression"
+        )
 
 
 def show_plan(request: Request, platform: Platform) -> int:
-    """List the jobs, time a few steps of each network on the device, and print hours, sessions and disk. Trains nothing."""
-    if request.resume:
-        settings = resumed_settings(Settings.from_plain(load_index(find_run(request, platform), repair=False)["settings"]), request.given)
-    else:
-        settings = new_settings(request.given)
+    """List the jobs to do, time a few steps of each network on the device, and print hours, sessions and disk. Trains nothing."""
+    stored = load_index(find_run(request, platform), repair=False) if request.resume else None
+    settings = continued_settings(stored, request.given) if stored else new_settings(request.given)
     devices = find_devices(settings.device, platform.kaggle, settings.mode == "smoke")
     workers = settings.workers or len(devices)
     classes, most = DATASET_SIZES[settings.dataset]
@@ -4648,25 +4778,26 @@ def show_plan(request: Request, platform: Platform) -> int:
     session.listen()
     raw = load_data("SYNTHETIC", None, Path(), [], 2_000, settings.seed)  # the speed does not depend on what the images show
     raw = replace(raw, classes=tuple(str(c) for c in range(classes)))
-    state = new_index(settings, choose_precision(settings.precision, devices[0], cpu_has_bf16()), describe_data(raw, settings.seed))
+    precision = stored["precision"] if stored else choose_precision(settings.precision, devices[0], cpu_has_bf16())
+    state = new_index(settings, precision, describe_data(raw, settings.seed))
     run = OpenRun(RunFolder(Path()), settings, state, raw, devices, None, platform)
     experiment = make_experiment(run, session, devices[0])
     progress = Progress(settings, classes, size - 2 * (size // 20), False, workers)
-    progress.speeds = measure_speeds(experiment, networks_in_use(settings))
+    progress.expect(measure_speeds(experiment, networks_in_use(settings)), stored["jobs"] if stored else {})
     print(
-        f"{settings.mode}, {settings.dataset}, {size} training images, {state['precision']}, "
+        f"{settings.mode}, {settings.dataset}, {size} training images, {precision}, "
         f"{workers} worker(s): {', '.join(d.name for d in devices)}"
     )
     print(f"{'kind':<14}{'network':<10}{'method':<24}{'jobs':>5}{'hours each':>12}{'hours':>8}")
     kinds: dict[tuple[str, str, str], list[Job]] = {}
-    for job in progress.jobs:
+    for job in (j for j in progress.jobs if j.name not in progress.records):
         kinds.setdefault((job.kind, job.network, job.method), []).append(job)
     for (kind, network, method), jobs in kinds.items():
         each = progress.job_seconds(jobs[0]) / 3600
         print(f"{kind:<14}{network:<10}{method:<24}{len(jobs):>5}{each:>12.3f}{each * len(jobs):>8.2f}")
     print(f"{'teacher passes over the training images':<65}{progress.page_seconds() / 3600:>8.2f}")
-    total = progress.seconds_left() / 3600
-    print(f"total {total * workers:.2f} device hours, {total:.2f} hours here: {math.ceil(total / KAGGLE_SESSION_HOURS)} session(s) of 12 h")
+    work, here = progress.work_seconds() / 3600, progress.seconds_left() / 3600
+    print(f"total {work:.2f} device hours, {here:.2f} hours here: {math.ceil(here / KAGGLE_SESSION_HOURS)} session(s) of 12 h")
     print(f"disk: about {disk_bytes(settings, classes) / 1e9:.2f} GB of Kaggle's 20 GB")
     return 0
 
@@ -4685,6 +4816,7 @@ def merge_runs(request: Request, platform: Platform) -> int:
     first = next(iter(states.values()))
     chosen: dict[str, tuple[Path, dict[str, Any]]] = {}
     teachers: dict[str, dict[str, Plain]] = {}  # compression -> record of the teacher that its students learned from
+    taught: dict[tuple[str, str], dict[str, str]] = {}  # compression, method -> checksums of all that taught its students
     for folder, state in states.items():
         contents = finished_files(RunFolder(folder), jobs, settings, state)
         teacher = contents.get(Job("teacher", dataset=settings.dataset).name, ({}, Path()))[0]
@@ -4697,7 +4829,9 @@ def merge_runs(request: Request, platform: Platform) -> int:
                     f"{path.parent.parent} and {known[0].parent.parent} both hold {name}, trained differently: merge only one of them"
                 )
             if jobs[name].kind == "student" and distils(jobs[name]):
-                if teachers.setdefault(record["compression"], teacher).get("weights_sha256") != record["teacher_sha256"]:
+                common = teachers.setdefault(record["compression"], teacher).get("weights_sha256")
+                same = taught.setdefault((record["compression"], record["method"]), record["taught_by"]) == record["taught_by"]
+                if not same or common not in record["taught_by"].values():
                     raise UsageError(
                         f"the students at {record['compression']} learned from different teachers and cannot be compared: "
                         "merge runs that share one"
@@ -4751,7 +4885,7 @@ def finished_files(
         with contextlib.suppress(FileNotFoundError):
             try:
                 content = load_checkpoint(folder.model_file(name))
-                check_content(content, job, job_fingerprint(settings, state, job), "")
+                check_content(content, job, job_fingerprint(settings, state, job), {})
             except Damaged as error:
                 raise UsageError(f"{folder.model_file(name)} {error}: repair that run with --resume first") from None
             found[name] = (content["record"], folder.model_file(name))
@@ -4804,6 +4938,9 @@ def main(argv: Sequence[str] | None = None, root: Path = Path("/")) -> int:
         remedy = ": free some space, then continue with --resume, or start again if nothing was saved yet; what was saved is intact"
         log.error("error: %s%s", error, remedy if full else "")
         return 1 if full else 2
+    except KeyboardInterrupt:  # of a command that only reads, reports or merges
+        log.info("stopped by SIGINT: the same command does it again")
+        return 128 + signal.SIGINT
     except Stopped as stop:
         log.info("stopped by %s before anything was trained: the same command starts again", stop)
         return 128 + signal.Signals[str(stop)].value if str(stop).startswith("SIG") else 0

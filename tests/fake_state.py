@@ -85,7 +85,7 @@ def fake_state(
             "file": name + ".pt",
             "file_bytes": 4 * PARAMS.get(compression, 23_520_842),
             "weights_sha256": "ab" * 32,
-            "teacher_sha256": "" if method in ("", "Direct") else "cd" * 32,
+            "taught_by": {} if method in ("", "Direct") else {"teacher_resnet50_CIFAR10": "cd" * 32},
             "val_accuracy": accuracy + 0.2,
             "test_accuracy": round(accuracy, 2),
             "test_nll": 0.5,

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from toy import (
     DAMAGES,
     DIRECT,
+    HPMKD,
     INTERMEDIATE,
     JOBS,
     KD,
@@ -371,9 +372,20 @@ def test_the_file_of_another_run_is_not_taken(copied: Path, toy_run: Path, redon
 def test_a_student_of_another_teacher_is_not_taken(copied: Path, redone: list[str]) -> None:
     path = copied / f"checkpoints/{KD}.pt"
     content = exp.load_checkpoint(path)
-    exp.save_checkpoint(path, {**content, "record": {**content["record"], "teacher_sha256": "0" * 64}})
+    exp.save_checkpoint(path, {**content, "record": {**content["record"], "taught_by": {TEACHER: "0" * 64}}})
     assert resume(copied) == 0
     assert redone == [KD]
+
+
+def test_a_student_of_another_chain_is_not_taken(copied: Path, redone: list[str]) -> None:
+    """The teacher is this run's, the intermediate is not: on a GPU one that is trained again has other weights."""
+    path = copied / f"checkpoints/{HPMKD}.pt"
+    content = exp.load_checkpoint(path)
+    assert content["record"]["taught_by"].keys() == {TEACHER, INTERMEDIATE}
+    content["record"]["taught_by"][INTERMEDIATE] = "0" * 64
+    exp.save_checkpoint(path, content)
+    assert resume(copied) == 0
+    assert redone == [HPMKD]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -474,7 +486,23 @@ def failed(copied: Path) -> Path:
 
 
 def diverge(_runner: exp.JobRunner) -> None:
-    raise exp.JobFailed("it diverged")
+    raise exp.Diverged("it diverged")
+
+
+def test_what_may_succeed_the_next_time_is_tried_again(copied: Path, toy_run: Path, redone: list[str]) -> None:
+    """A crash or a lack of memory is no verdict on the job: the next session does it, and the failure is forgotten."""
+    (copied / f"checkpoints/{DIRECT}.pt").unlink()
+
+    def crash(_runner: exp.JobRunner) -> None:
+        raise exp.JobFailed("it ended its process 2 times")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exp.JobRunner, "run", crash)
+        assert resume(copied) == 1
+    assert resume(copied) == 0
+    assert redone == [DIRECT]
+    assert not (copied / f"checkpoints/{DIRECT}.failed").exists()
+    assert results_without_times(copied) == results_without_times(toy_run)
 
 
 def test_a_failure_is_remembered(failed: Path, redone: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -704,8 +732,12 @@ def test_a_lock_is_respected_while_its_process_lives(tmp_path: Path, changes: di
 def test_an_unreadable_lock_is_taken_over(tmp_path: Path, content: str) -> None:
     lock = exp.RunLock(exp.RunFolder(tmp_path))
     lock.path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(exp.UsageError, match="at this moment"):
+        lock.acquire()  # its owner may be about to write it
+    os.utime(lock.path, (time.time() - 10,) * 2)
     lock.acquire()
     lock.release()
+    assert not lock.path.exists()
 
 
 def test_a_lock_copied_along_with_a_run_is_ignored(copied: Path, toy: Path, redone: list[str]) -> None:

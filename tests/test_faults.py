@@ -456,3 +456,27 @@ def test_the_lock_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         pytest.fail("no heartbeat in five seconds")
     lock.release()
     assert not lock.path.exists()
+
+
+def test_a_process_that_lost_its_lock_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A computer that slept for an hour wakes up: meanwhile another process has taken the run, and keeps it."""
+    monkeypatch.setattr(exp.RunLock, "BEAT_SECONDS", 0.05)
+    session = exp.Session(None)
+    old = exp.signal.getsignal(exp.signal.SIGTERM)
+    session.listen()
+    try:
+        sleeper, successor = (exp.RunLock(exp.RunFolder(tmp_path)) for _ in range(2))
+        sleeper.acquire()
+        sleeper.path.unlink()
+        successor.acquire()
+        deadline = time.monotonic() + 5
+        while not session.signal and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with pytest.raises(exp.Stopped, match="SIGTERM"):
+            session.check()
+        sleeper.release()
+        assert successor.path.exists(), "the successor's lock is not the sleeper's to remove"
+        successor.release()
+    finally:
+        exp.signal.signal(exp.signal.SIGTERM, old)
+        exp.signal.signal(exp.signal.SIGINT, exp.signal.default_int_handler)

@@ -463,7 +463,7 @@ def test_the_equal_cost_arm_is_direct_for_longer(tmp_path: Path) -> None:
         lab = open_lab(tmp_path / "lab", compression=("2.3x",), student_epochs=1, teacher_epochs=1, equal_cost=True)
         record = do(lab)[student(lab, exp.EQUAL_COST).name]
     assert record["epochs"] == len(record["history"]) == exp.equal_cost_epochs(lab, student(lab, exp.EQUAL_COST)) > 1
-    assert (record["config"], record["pages"], record["teacher_sha256"]) == ({}, {}, "")
+    assert (record["config"], record["pages"], record["taught_by"]) == ({}, {}, {})
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------

@@ -197,9 +197,26 @@ def test_members_wait_for_rank_0_to_prepare(member: torch.distributed.HashStore,
     request = exp.Request({"output_dir": tmp_path})
     assert exp.run_member(request, exp.detect_platform(tmp_path), exp.Session(None)) == 2
     assert time.monotonic() - started >= 0.25
+    member.delete_key("prepared/0")
     with pytest.raises(exp.Stopped):
-        member.delete_key("prepared/0")
         exp.run_member(request, exp.detect_platform(tmp_path), exp.Session(deadline=0.0))
+    assert member.add("left/0", 0) == 2, "rank 0 waits for those who left before they began, too"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(exp.Stopped("SIGTERM"), b"stopped"), (exp.DiskFull("no room"), b"failed"), (OSError(), b"failed")]
+)
+def test_the_others_learn_that_rank_0_could_not_prepare(
+    member: torch.distributed.HashStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: bytes
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(exp, "open_run", fail)
+    with pytest.raises(type(error)):
+        exp.run_member(exp.Request({"output_dir": tmp_path}), exp.detect_platform(tmp_path), exp.Session(None))
+    assert member.get("prepared/0") == said
 
 
 def test_rank_0_leaves_last(member: torch.distributed.HashStore) -> None:
