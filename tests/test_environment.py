@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL
-from lab import lab_data, open_lab
+from lab import do, lab_data, open_lab, shortcuts
 
 import run_exp1b_kaggle as exp
 
@@ -194,3 +194,17 @@ def test_a_step_with_a_loss_scaler_is_the_step_without(tmp_path: Path) -> None:
     scaled._step(index, 0)
     assert all(torch.equal(a, b) for a, b in zip(before, scaled.model.parameters(), strict=True))
     assert scaled.scaler.get_scale() == 512.0
+
+
+def test_deterministic_reaches_torch_and_ends_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every operation of training and evaluation has a deterministic form (torch raises where one has none)."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with shortcuts():
+        lab = open_lab(tmp_path / "run", compression=("7x",), deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+        assert exp.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert {record["status"] for record in do(lab).values()} == {"done"}
+    open_lab(tmp_path / "other")
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.benchmark

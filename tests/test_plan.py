@@ -67,6 +67,25 @@ def test_workers_are_kept_busy(mode: str, runs: int, ablation: bool, workers: in
     assert makespan <= 1.1 * simulation.least(workers)
 
 
+@pytest.mark.parametrize("workers", [2, 8])
+@pytest.mark.parametrize(("mode", "runs"), [("quick", 3), ("full", 5)])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_default_experiment_is_shared_out_evenly(mode: str, runs: int, workers: int, seed: int) -> None:
+    """Within a tenth of max(critical path, total work / workers), though no job takes quite as long as it was expected to.
+
+    (With --ablation on eight workers nothing can: its many students at once need pilots that come late.)
+    """
+    simulation = Simulation(exp.new_settings({"mode": mode, "runs": runs}))
+    noise = exp.rng(seed, "noise").uniform(0.9, 1.1, len(simulation.jobs))
+    simulation.seconds = {name: seconds * factor for (name, seconds), factor in zip(simulation.seconds.items(), noise, strict=True)}
+    makespan = simulation.run(workers)
+    path: dict[str, float] = {}
+    for job in simulation.jobs:
+        needed = exp.needs(job, simulation.settings, simulation.records)
+        path[job.name] = simulation.seconds[job.name] + max((path[n.name] for n in needed), default=0.0)
+    assert makespan <= 1.1 * max(*path.values(), sum(simulation.seconds.values()) / workers)
+
+
 def test_direct_students_train_beside_the_teacher() -> None:
     """With two workers one trains the teacher, at once, while the other needs nothing of it."""
     simulation = Simulation(exp.new_settings({"mode": "quick"}))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY
-from lab import lab_data, open_lab
+from lab import lab_data, open_lab, shortcuts, student
 
 import run_exp1b_kaggle as exp
 
@@ -123,6 +123,20 @@ def test_a_waiting_worker_stops_when_another_of_its_group_has(make_worker: Calla
     with pytest.raises(exp.Stopped, match="session clock"):
         waiting.work()
     assert time.monotonic() - started >= 0.25
+
+
+def test_only_rank_0_writes(tmp_path: Path) -> None:
+    """The others take in what is finished and leave index, tables, report and figures alone."""
+    lab = open_lab(tmp_path / "run", compression=("7x",), methods=("Direct",))
+    with shortcuts():
+        exp.JobRunner(lab, student(lab, "Direct", "7x")).run()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    other = exp.Collector(lab.folder, lab.settings, lab.state, None, writes=False)
+    other.refresh(final=True)
+    assert student(lab, "Direct", "7x").name in lab.state["jobs"]
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    exp.Collector(lab.folder, lab.settings, {**lab.state, "jobs": {}}, None, writes=True).refresh()
+    assert (tmp_path / "run/results.csv").exists()
 
 
 # ---- The launcher's two sides, without processes ----------------------------------------------------------------------
