@@ -192,6 +192,12 @@ def test_every_file_mentioned_exists(document: str) -> None:
     assert sorted(set(missing)) == []
 
 
+def test_every_test_that_is_named_exists() -> None:
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text_of(README))
+    assert len(named) > 20
+    assert [(file, test) for file, test in named if f"def {test}(" not in (ROOT / "tests" / file).read_text()] == []
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_anchor_exists(document: str) -> None:
     text = text_of(document)
