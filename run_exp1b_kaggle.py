@@ -4472,7 +4472,8 @@ def make_experiment(run: OpenRun, session: Session, device: Device) -> Experimen
     """The experiment on one device of this process."""
     configure_torch(thread_count(run.settings, run.devices), run.settings.deterministic)
     images = Images(run.raw, run.settings.seed, device.torch)
-    run.raw = replace(run.raw, train_pixels=run.raw.train_pixels[:0], test_pixels=run.raw.test_pixels[:0])  # not needed twice
+    nothing = np.empty((0, 32, 32, 3), np.uint8)  # (a slice would keep the whole array alive)
+    run.raw = replace(run.raw, train_pixels=nothing, test_pixels=nothing)
     bars = run.platform.bars and run.workers == 1
     progress = Progress(run.settings, len(run.raw.classes), len(images), bars, run.workers)
     scratch, precision = run.platform.scratch, run.state["precision"]
