@@ -279,14 +279,19 @@ def test_a_full_file_system(toy: Path, toy_run: Path, tmp_path: Path, capsys: py
         subprocess.run(["umount", "-l", str(mount)], check=True)
 
 
+@pytest.mark.parametrize("room", [4_000_000, 6_000_000])
 def test_kaggles_budget_is_estimated_before_the_start(
-    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], room: int
 ) -> None:
+    """What is needed counts, and what lies there already."""
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     (toy / "kaggle/working").mkdir(parents=True)
-    monkeypatch.setattr(exp, "KAGGLE_DISK_BYTES", 1_000_000)
+    monkeypatch.setattr(exp, "KAGGLE_DISK_BYTES", room)
+    monkeypatch.setattr(exp, "disk_bytes", lambda *_: 5_000_000)
+    (toy / "kaggle/working/other").write_bytes(bytes(2_000_000))
     assert exp.main([*TOY, "--output-dir", str(toy / "kaggle/working/run")], root=toy) == 2
-    assert "use fewer --runs" in capsys.readouterr().out.splitlines()[-1]
+    assert "0.0 GB of other files" in (said := capsys.readouterr().out.splitlines()[-1])
+    assert "use fewer --runs" in said
     assert not exp.RunFolder(toy / "kaggle/working/run").is_run()
 
 
@@ -298,7 +303,7 @@ def test_kaggles_budget_is_watched_while_running(
     working = toy / "kaggle/working"
     working.mkdir(parents=True)
     monkeypatch.setattr(exp, "KAGGLE_DISK_BYTES", 60_000_000)
-    monkeypatch.setattr(exp, "disk_bytes", lambda *_: 0)
+    monkeypatch.setattr(exp, "check_disk", lambda *_: None)
     with open(working / "other", "wb") as file:
         file.truncate(61_000_000)
     run = ["--output-dir", str(working / "run")]

@@ -343,6 +343,7 @@ def test_a_copy_is_a_full_result_that_says_whose_it_is(tmp_path: Path) -> None:
             "method": method,
             "file": f"{job.name}.pt",
             "fingerprint": exp.job_fingerprint(lab.settings, lab.state, job),
+            "taught_by": exp.taught_by(job, records),
         }
         assert {key: record[key] for key in own} == own
         rest = {key: value for key, value in record.items() if key not in (*own, "same_as")}
