@@ -3898,7 +3898,10 @@ def report_answer(evidence: Evidence) -> list[str]:
     unknown = [ratio for ratio in evidence.ratios if ratio not in evidence.main or not evidence.main[ratio].n]
     parts += [f"not known at {listed(unknown)}"] if unknown else []
     first = f"On {name}, HPM-KD's test accuracy minus Direct's is {listed(parts)}."
-    second = f"The hypothesis that HPM-KD beats Direct at 5x and above {hypothesis(evidence.main)}."
+    rival = evidence.pairs.get(("HPM-KD", "TraditionalKD"), {})
+    plain = [f"{c.mean:+.2f} pp at {ratio} ({verdict(c)})" for ratio, c in rival.items() if c.n]
+    second = f"The hypothesis that HPM-KD beats Direct at 5x and above {hypothesis(evidence.main)}"
+    second += f"; against TraditionalKD it is {listed(plain)}." if plain else "."  # a gain over Direct alone may be distillation's
     third = f"HPM-KD's advantage {say_trend(evidence_trend(evidence))}"
     costs = method_costs(evidence.state)
     if {"Direct", "HPM-KD"} <= set(costs.index):

@@ -54,6 +54,16 @@ def test_the_answer_follows_the_numbers(tmp_path, shift, said):
     assert all(text in answer for text in said), answer
 
 
+def test_the_answer_says_how_plain_distillation_does(tmp_path):
+    """A gain over Direct may be distillation's alone."""
+    state = fake_state(3)
+    theirs = {(r["compression"], r["run"]): r["test_accuracy"] for r in state["jobs"].values() if r.get("method") == "TraditionalKD"}
+    for record in state["jobs"].values():
+        if (record["kind"], record["method"]) == ("student", "HPM-KD"):
+            record["test_accuracy"] = theirs[record["compression"], record["run"]] + 0.01 * record["run"] - 1.0
+    assert "against TraditionalKD it is -0.98 pp at 2.3x (worse), -0.98 pp at 5x (worse)" in first_paragraph(write(tmp_path, state))
+
+
 def test_a_weak_teacher_is_flagged(tmp_path):
     state = fake_state(3)
     assert "Premise" not in write(tmp_path, state)
