@@ -6,7 +6,7 @@ TraditionalKD, HPM-KD) in several paired runs. The script loses nothing when the
 and a report whose every sentence is computed from the data.
 
     python run_exp1b_kaggle.py --mode smoke                      # minutes, no GPU, no download: does everything work?
-    python run_exp1b_kaggle.py --mode quick                      # CIFAR-10, 3 runs: the experiment on two T4s in one session
+    python run_exp1b_kaggle.py --mode quick                      # CIFAR-10, 3 runs: the experiment, made for two T4s
     python run_exp1b_kaggle.py --mode full --resume              # continue the newest full run after a disconnect
     python run_exp1b_kaggle.py --mode quick --compression 5x 7x  # a part of it; the teacher is shared with the other parts
     python run_exp1b_kaggle.py --status                          # what is done, what is left; trains nothing
@@ -15,7 +15,7 @@ Outputs, in exp1b_<mode>_<date>_<time>/ (under /kaggle/working on Kaggle): resul
 experiment.log, checkpoints/ (models as <job>.pt, the index experiment_state.pkl).
 
 Exit codes: 0 finished, or stopped by the session clock; 1 a job failed; 2 wrong use or unusable input, with one line that says what
-to do; 130 or 143 interrupted by SIGINT or SIGTERM. Whatever the code, --resume continues.
+to do; 130 or 143 interrupted by SIGINT or SIGTERM. After any code but 2, --resume continues.
 
 Method: Haase and Dourado da Silva, "HPM-KD", arXiv 2512.09886. Sections, in the order in which data flows: 1 this text, 2 imports,
 3 configuration, 4 environment, 5 data, 6 models, 7 losses, 8 checkpoints, 9 training, 10 teacher outputs, 11 HPM-KD, 12 jobs,
@@ -208,7 +208,7 @@ class Settings:
             settings = Settings(**fields)
             validate(settings)
             strange = {settings.mode, settings.dataset, *settings.compression, *settings.methods} - {*MODES, *DATASETS, *RATIOS, *METHODS}
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"the run's stored settings cannot be read ({error!r}): it was written by another version") from None
         if strange:  # they become parts of file names
             raise UsageError(f"the run's stored settings hold {sorted(map(str, strange))}, which this version does not know")
@@ -3501,7 +3501,9 @@ FULL_WIDTH = 64
 
 def prediction_applies(state: dict[str, Any]) -> bool:
     """Whether this experiment is the one that PREDICTION was made for."""
-    return (state["data"]["name"], state["settings"]["width"]) == ("CIFAR10", FULL_WIDTH)
+    s = state["settings"]
+    long_enough = s["teacher_epochs"] >= 50 and s["student_epochs"] >= 20  # those of --mode quick
+    return (state["data"]["name"], s["width"], s["train_size"]) == ("CIFAR10", FULL_WIDTH, None) and long_enough
 
 
 def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
@@ -3825,7 +3827,8 @@ STATISTICS_NOTE = """\
 Differences of test accuracy in percentage points (pp) between runs of the same number. A verdict needs a paired-t p
 below 5% after Holm's adjustment over the planned ratios. Descriptions only: the exact sign-flip p and the smallest
 value that it can take at this n; the probability that a random run of the first method beats one of the second; the
-true difference that this n and sd detect with 80% power; and the runs that a difference of 0.2 pp would need."""
+true difference that this n and sd detect with 80% power; and the runs that a difference of 0.2 pp would need (the sd
+taken as known). Intervals are per comparison, not adjusted."""
 IMAGES_NOTE = """\
 The models are held fixed: this shows how much hangs on the choice of test images, not how much training runs vary.
 Counts: images that only the first / only the second model gets right, with the exact McNemar p."""
@@ -3838,7 +3841,7 @@ pilot budget, teacher only, constant temperature. {EQUAL_COST}: Direct with the 
 LIMITATIONS = """\
 - One teacher, one chain and one pilot per ratio: the inference is conditional on them; their variation is not measured.
 - One family of networks (CIFAR ResNets) and one data set. Depth changes with the ratio (ResNet-18 at 2.3x, ResNet-10 at
-  5x and 7x), so that a trend over the ratio may be one over depth.
+  5x and 7x), so that a trend that includes 2.3x may be one over depth.
 - HPM-KD alone uses the labels of held-out images (attention, pilots); Direct and TraditionalKD do not."""
 
 
@@ -3891,23 +3894,25 @@ def say_trend(trend: Comparison) -> str:
 
 def report_answer(evidence: Evidence) -> list[str]:
     """The answer in three sentences (differences, hypothesis, trend and price), then what qualifies it."""
-    name, parts = evidence.state["data"]["name"], []
+    name, parts, s = evidence.state["data"]["name"], [], evidence.state["settings"]
+    teacher = f", teacher {evidence.teacher['test_accuracy']:.2f}%" if evidence.teacher else ""
+    budget = f"{evidence.state['data']['train']:,} training images, width {s['width']}, {s['student_epochs']} epochs{teacher}"
     for ratio, c in ((ratio, c) for ratio, c in evidence.main.items() if c.n):
         detail = verdict(c) if c.no_interval else f"95% interval {interval(c)}, {verdict(c)}"
         parts.append(f"{c.mean:+.2f} pp at {ratio} ({detail})")
     unknown = [ratio for ratio in evidence.ratios if ratio not in evidence.main or not evidence.main[ratio].n]
     parts += [f"not known at {listed(unknown)}"] if unknown else []
-    first = f"On {name}, HPM-KD's test accuracy minus Direct's is {listed(parts)}."
+    first = f"On {name} ({budget}), HPM-KD's test accuracy minus Direct's is {listed(parts)}."
     rival = evidence.pairs.get(("HPM-KD", "TraditionalKD"), {})
     plain = [f"{c.mean:+.2f} pp at {ratio} ({verdict(c)})" for ratio, c in rival.items() if c.n]
     second = f"The hypothesis that HPM-KD beats Direct at 5x and above {hypothesis(evidence.main)}"
-    second += f"; against TraditionalKD it is {listed(plain)}." if plain else "."  # a gain over Direct alone may be distillation's
+    second += f"; against TraditionalKD, HPM-KD is {listed(plain)}." if plain else "."  # a gain over Direct alone may be distillation's
     third = f"HPM-KD's advantage {say_trend(evidence_trend(evidence))}"
     costs = method_costs(evidence.state)
     if {"Direct", "HPM-KD"} <= set(costs.index):
         hours = {m: f"{costs.total[m] / 3600:.2f} device hours for {costs.students[m]} students" for m in costs.index}
         third += f"; as if run alone, HPM-KD took {hours['HPM-KD']} and Direct {hours['Direct']}"
-    lines = [f"{first} {second} {third}.", ""]
+    lines = [f"{first} {second} {third}.", "", *say_what_hpmkd_was(evidence)]
     if evidence.missing:
         lines += [f"> **Partial experiment**: verdicts are provisional. Missing: {'; '.join(evidence.missing)}.", ""]
     for ratio in unmet_premises(evidence.frame, evidence.ratios):
@@ -3915,6 +3920,23 @@ def report_answer(evidence: Evidence) -> list[str]:
     if name == "SYNTHETIC":
         lines += ["The images are synthetic: this run shows that the program works, nothing about the method.", ""]
     return lines
+
+
+def say_what_hpmkd_was(evidence: Evidence) -> list[str]:
+    """Which configuration stands behind the name at each ratio: a pilot may have left nothing of chain, attention and schedule."""
+    configs = {r["compression"]: r["config"] for r in finished(evidence.state, "student") if r["method"] == "HPM-KD" and r.get("config")}
+    if not configs:
+        return []
+    parts = []
+    for ratio in (r for r in evidence.ratios if r in configs):
+        plain = configs[ratio]["teachers"] == ["teacher"] and configs[ratio]["schedule"] == "constant"
+        parts.append(f"{say_config(configs[ratio])} at {ratio}{' (which is plain distillation)' if plain else ''}")
+    control = (
+        ""
+        if "TunedKD" in evidence.extra_arms
+        else " TunedKD was not trained (`--ablation`): a gain over TraditionalKD may be tuning alone."
+    )
+    return [f"What the pilots made of HPM-KD: {listed(parts)}.{control}", ""]
 
 
 def spread_table(evidence: Evidence, column: str) -> list[str]:
@@ -4010,7 +4032,7 @@ def report_beyond_accuracy(evidence: Evidence) -> list[str]:
     """Likelihood, calibration, agreement, size, latency; accuracy per class."""
     names = {
         "test_nll": "NLL (nats)", "test_ece": "ECE (fraction)", "teacher_agreement": "agreement with teacher (%)",
-        "latency_1": "latency, batch 1 (ms)", "latency_256": "batch 256 (ms per image)", "file_bytes": "file (MB)",
+        "latency_1": "latency, batch 1 (ms)", "latency_256": "batch 256 (ms per image)", "file_bytes": "weights (MB)",
     }  # fmt: skip
     done = evidence.frame[(evidence.frame.status == "done") & evidence.frame.method.isin(evidence.methods)]
     done = done.assign(file_bytes=done.file_bytes / 1e6)
@@ -4047,6 +4069,8 @@ def report_costs(evidence: Evidence) -> list[str]:
     table.columns = [name.replace("_", " ") for name in table.columns]
     table.insert(0, "students", costs.students)
     lines = ["## Costs", "", COSTS_NOTE, "", *markdown_table(table.rename_axis("Method (hours)").reset_index(), 3)]
+    if EQUAL_COST not in evidence.extra_arms:
+        lines += ["Direct for as long as HPM-KD takes was not trained (`--equal-cost`): the gain may be one of computation.", ""]
     return [*lines, *embed(evidence, "cost_vs_accuracy")]
 
 
@@ -4063,7 +4087,8 @@ def report_choices(evidence: Evidence) -> list[str]:
     for pilot in finished(evidence.state, "pilot"):
         table = pd.DataFrame(pilot.get("candidates", []))
         if len(table):
-            fates = table.kept.map({True: "kept to the end", False: "dropped"})
+            finalists = table.rungs.map(len) == table.rungs.map(len).max()
+            fates = finalists.map({True: "lost the final", False: "dropped"})
             rungs = table.rungs.map(lambda rungs: "; ".join(f"{steps}: {accuracy:.2f}" for steps, accuracy in rungs))
             table = pd.DataFrame({
                 "Candidate": table.index + 1, "configuration": table.config.map(say_config),
@@ -4130,7 +4155,9 @@ def report_protocol(evidence: Evidence) -> list[str]:
 HPM-KD's attention; `select`: pilots and curves); {data["test"]:,} test images, read once per model, after its last
 epoch. Teacher: ResNet-50, {s["teacher_epochs"]} epochs. Students: {s["student_epochs"]} epochs, {s["runs"]} runs per
 cell. Run i has one seed: the same initial weights (per ratio), batches and views in every method. One recipe (SGD with
-Nesterov momentum, batch {s["batch_size"]}, learning rate {s["lr"]}, precision {state["precision"]}): only the loss differs."""
+Nesterov momentum 0.9, weight decay 5e-4, batch {s["batch_size"]}, learning rate {s["lr"]} after a linear warm-up, then
+linearly to zero; pad-4 crop and flip; precision {state["precision"]}): only the loss differs. Width {s["width"]}
+({FULL_WIDTH} is the full one)."""
     keys = ["started", "ended", "host_gpu", *VERSIONS, "workers", "threads", "stopped", "extended"]
     sessions = markdown_table(pd.DataFrame(state["sessions"]).reindex(columns=keys).astype(object).fillna(""))
     extended = "; ".join(session["extended"] for session in state["sessions"] if session.get("extended"))
@@ -4147,7 +4174,8 @@ def report_reservations(evidence: Evidence) -> list[str]:
     mixed = {column: done[column].dropna().unique() for column in ("device", "precision")}
     notes += [f"The students differ in {name}: {listed(found)}." for name, found in mixed.items() if len(found) > 1]
     sizes = [f"{c.detectable:.2f} pp at {ratio} (n = {c.n})" for ratio, c in evidence.main.items() if not c.no_interval]
-    power = f"- The number of runs: true differences from Direct below {listed(sizes)} are likely to be missed."
+    power = f"- The number of runs: a true difference from Direct below {listed(sizes)} has less than 80% chance of a p below 5%, \
+and less still after Holm's adjustment."
     lines = ["## Missing or failed", "", *(gaps or ["Nothing."]), ""]
     lines += ["## Notes", "", *(f"- {note}" for note in notes or ["None."])]
     return [*lines, "", "## Limitations", "", LIMITATIONS, *([power] if sizes else []), ""]
@@ -4184,7 +4212,11 @@ def latex_table(evidence: Evidence) -> str:
     for ratio in evidence.ratios:
         c = evidence.main.get(ratio, Comparison())
         cells = [spread(cell(evidence.frame, ratio, method)).replace("±", r"$\pm$") for method in evidence.methods]
-        tests = [f"${num(c.mean, '+.2f')}$" if c.n else "n/a", interval(c), p_value(c.holm_p).replace("<", "$<$")]
+        tests = [
+            f"${num(c.mean, '+.2f')}$" if c.n else "n/a",
+            interval(c) if c.no_interval else f"${interval(c)}$",
+            p_value(c.holm_p).replace("<", "$<$"),
+        ]
         rows.append([ratio, *cells, *tests])
     head, *body = [" & ".join(row) + r" \\" for row in rows]
     scope = f"PARTIAL, missing: {'; '.join(evidence.missing)}" if evidence.missing else "Complete."
@@ -4890,6 +4922,8 @@ def finished_files(
             try:
                 content = load_checkpoint(folder.model_file(name))
                 check_content(content, job, job_fingerprint(settings, state, job), {})
+                if "taught_by" not in content["record"]:
+                    raise UsageError(f"{folder.model_file(name)} was written by an earlier version of this script: merge with that one")
             except Damaged as error:
                 raise UsageError(f"{folder.model_file(name)} {error}: repair that run with --resume first") from None
             found[name] = (content["record"], folder.model_file(name))

@@ -209,7 +209,7 @@ def fake_state(
             "batch_size": 128,
             "lr": 0.1,
             "width": width,
-            "train_size": 45000,
+            "train_size": None,
             "seed": 42,
             "precision": "auto",
             "ablation": ablation,

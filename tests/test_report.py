@@ -61,7 +61,7 @@ def test_the_answer_says_how_plain_distillation_does(tmp_path):
     for record in state["jobs"].values():
         if (record["kind"], record["method"]) == ("student", "HPM-KD"):
             record["test_accuracy"] = theirs[record["compression"], record["run"]] + 0.01 * record["run"] - 1.0
-    assert "against TraditionalKD it is -0.98 pp at 2.3x (worse), -0.98 pp at 5x (worse)" in first_paragraph(write(tmp_path, state))
+    assert "against TraditionalKD, HPM-KD is -0.98 pp at 2.3x (worse), -0.98 pp at 5x (worse)" in first_paragraph(write(tmp_path, state))
 
 
 def test_a_weak_teacher_is_flagged(tmp_path):
