@@ -207,7 +207,8 @@ class Settings:
             fields: dict[str, Any] = {n: tuple(values[n]) if isinstance(f.default, tuple) else values[n] for n, f in known.items()}
             settings = Settings(**fields)
             validate(settings)
-            strange = {settings.mode, settings.dataset, *settings.compression, *settings.methods} - {*MODES, *DATASETS, *RATIOS, *METHODS}
+            strange = ({settings.mode} - {*MODES}) | ({settings.dataset} - {*DATASETS})
+            strange |= ({*settings.compression} - {*RATIOS}) | ({*settings.methods} - {*METHODS})
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"the run's stored settings cannot be read ({error!r}): it was written by another version") from None
         if strange:  # they become parts of file names
