@@ -111,6 +111,7 @@ METHODS = ("Direct", "TraditionalKD", "HPM-KD")
 ABLATIONS = ("TunedKD", "HPM-KD-no-chain", "HPM-KD-no-attention", "HPM-KD-no-temperature", "HPM-KD-no-manager")
 EQUAL_COST = "Direct-equal-cost"
 PRECISIONS = ("fp32", "fp16", "bf16")
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib")  # whose versions are recorded
 KAGGLE_DISK_BYTES = 20 * 10**9
 KAGGLE_SESSION_HOURS = 11.5  # the platform kills at 12 h without warning
 STATE_NAME = "experiment_state.pkl"
@@ -617,10 +618,16 @@ def keep_freed_memory() -> None:
 def versions() -> dict[str, str]:
     """Versions of everything that could change a result."""
     found = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib"):
+    for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+@cache
+def script_sha256() -> str:
+    """SHA-256 (hex) of this file as it is being run."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def say_hours(seconds: float) -> str:
@@ -1596,7 +1603,7 @@ def new_index(settings: Settings, precision: str, data: dict[str, Plain]) -> dic
     """The index of a run that has nothing yet."""
     return {
         "format": 1,
-        "script": {"version": VERSION, "sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()},
+        "script": {"version": VERSION, "sha256": script_sha256()},
         "created": now(),
         "settings": settings.plain(),
         "fingerprint": fingerprint(settings, precision, data["sha256"]),
@@ -2972,7 +2979,7 @@ def write_outputs(
 
 
 def write_archive(folder: RunFolder) -> None:
-    """Write <run>_results.zip: everything but checkpoints and data, for a small download."""
+    """Write <run>_results.zip: everything but checkpoints and data, for a small download; after the log's last line, which is in it."""
     buffer = io.BytesIO()
     name = f"{folder.path.name}_results"
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -3010,8 +3017,6 @@ class Collector:
         save_plain(self.folder.index_file, self.state)
         figures = final or time.monotonic() - self._drawn > self.FIGURE_SECONDS
         write_outputs(self.folder, self.state, self.logits, self.labels, figures)
-        if final:
-            write_archive(self.folder)
         if figures:
             self._drawn = time.monotonic()
 
@@ -3125,10 +3130,11 @@ class Worker:
 PAIRS = (("HPM-KD", "Direct"), ("HPM-KD", "TraditionalKD"), ("TraditionalKD", "Direct"))  # (treatment, control)
 ARMS = (*METHODS, EQUAL_COST, *ABLATIONS)  # in the order of every table and figure
 LEVEL, POWER, RELEVANT_PP = 0.05, 0.80, 0.2  # two-sided level, power, the difference worth having (percentage points)
+LEAST_PAIRS = 3  # for a verdict: two differences can lie close together by chance
 CSV_COLUMNS = [
     "dataset", "compression", "ratio_nominal", "ratio_actual", "method", "run", "seed", "params", "macs",
     "teacher_accuracy", "val_accuracy", "test_accuracy", "retention", "test_nll", "test_ece", "epochs", "train_seconds",
-    "images_per_second", "device", "precision", "status",
+    "images_per_second", "device", "precision", "status", "same_as", "weights_sha256",
 ]  # fmt: skip
 RECORD_COLUMNS = ["job", "teacher_agreement", "file_bytes", "latency_1", "latency_256"]  # in the frame, not in the CSV
 
@@ -3201,10 +3207,10 @@ def results_frame(state: dict[str, Any]) -> pd.DataFrame:
 
 
 def cell(frame: pd.DataFrame, compression: str, method: str, column: str = "test_accuracy") -> pd.Series:
-    """`column` (a number, or "job") of the finished runs of one cell, indexed by run number."""
+    """`column` (a number, or a text: job, weights_sha256) of the finished runs of one cell, indexed by run number."""
     chosen = frame[(frame.compression == compression) & (frame.method == method) & (frame.status == "done")]
     values = chosen.set_index("run")[column]
-    return values if column == "job" else values.astype(float).dropna()
+    return values if column in ("job", "weights_sha256") else values.astype(float).dropna()
 
 
 def mean_interval(values: Iterable[float]) -> tuple[float, float, float, float]:
@@ -3276,8 +3282,7 @@ def one_sample(values: Iterable[float], runs: Iterable[int], unmatched: Iterable
     if len(array) < 2:
         return replace(known, no_interval="one pair has no spread") if len(array) else known
     if sd == 0:
-        identical = abs(mean) < 1e-9
-        return replace(known, no_interval="identical by construction" if identical else "all differences are equal")
+        return replace(known, no_interval="all differences are equal")
     p = float(stats.ttest_1samp(array, 0.0).pvalue)
     flips = stats.permutation_test(  # all sign flips up to n = 15, a sample of them beyond
         (array,), np.mean, permutation_type="samples", vectorized=True, n_resamples=2**15, random_state=0
@@ -3317,9 +3322,17 @@ def holm(p_values: Iterable[float]) -> list[float]:
 def compare_methods(frame: pd.DataFrame, treatment: str, control: str, ratios: Iterable[str] | None = None) -> dict[str, Comparison]:
     """Test accuracies at each ratio, Holm-adjusted over `ratios`: the planned ones, by default those in the frame."""
     names = list(frame.compression.unique() if ratios is None else ratios)
-    raw = [paired_comparison(*(cell(frame, r, m).to_dict() for m in (treatment, control))) for r in names]
+    raw = [compare_cells(frame, ratio, treatment, control) for ratio in names]
     adjusted = holm(c.t_p for c in raw)
     return {ratio: replace(c, holm_p=p) for ratio, c, p in zip(names, raw, adjusted, strict=True)}
+
+
+def compare_cells(frame: pd.DataFrame, ratio: str, treatment: str, control: str) -> Comparison:
+    """Test accuracies of two methods at one ratio. One training for both, known by its weights, is no evidence of equality."""
+    c = paired_comparison(*(cell(frame, ratio, method).to_dict() for method in (treatment, control)))
+    first, second = (cell(frame, ratio, method, "weights_sha256") for method in (treatment, control))
+    same = c.n > 0 and all(first[run] == second[run] for run in c.runs)
+    return replace(c, no_interval="identical by construction") if same else c
 
 
 def trend_test(frame: pd.DataFrame, treatment: str = "HPM-KD", control: str = "Direct") -> Comparison:
@@ -3344,6 +3357,8 @@ def verdict(c: Comparison) -> str:
     """ "better", "worse" (Holm-adjusted p below 5%), "not distinguishable at n runs", or why there is no verdict."""
     if c.no_interval:
         return c.no_interval if c.no_interval.startswith("identical") else f"no verdict: {c.no_interval}"
+    if c.n < LEAST_PAIRS:
+        return f"no verdict: fewer than {LEAST_PAIRS} pairs"
     if c.holm_p < LEVEL:
         return "better" if c.mean > 0 else "worse"
     return f"not distinguishable at {c.n} runs"
@@ -3424,7 +3439,7 @@ class Evidence:
     methods: list[str]  # planned, of METHODS
     extra_arms: list[str]  # the equal-cost arm and the ablation arms, where planned or present
     teacher: dict[str, Any]  # the finished teacher's record, or {}
-    twins: dict[tuple[str, str], str]  # (ratio, arm) -> the arm that it equals by construction: not trained
+    twins: dict[tuple[str, str], str]  # (ratio, method or arm) -> the one that it equals by construction: not trained
     pairs: dict[tuple[str, str], dict[str, Comparison]]  # (treatment, control) -> ratio -> comparison
     main: dict[str, Comparison]  # HPM-KD against Direct
     missing: list[str]  # planned and not finished, such as "the teacher", "all of 7x", "5x: HPM-KD 2 of 3 runs"
@@ -3440,12 +3455,11 @@ def gather_evidence(state: dict[str, Any], frame: pd.DataFrame, logits: Mapping[
     extra |= {*(ABLATIONS if settings.get("ablation") else ()), *([EQUAL_COST] if settings.get("equal_cost") else ())}
     extra_arms = sorted(extra, key=ARMS.index)
     teacher: dict[str, Any] = next(iter(finished(state, "teacher")), {})
-    arms = [r for r in records if r.get("same_as") and r["method"] not in METHODS]
-    twins = {(r["compression"], r["method"]): r["same_as"] for r in arms}
+    twins = {(r["compression"], r["method"]): r["same_as"] for r in records if r.get("same_as")}
     pairs = {pair: compare_methods(frame, *pair, ratios) for pair in PAIRS if set(pair) <= set(methods)}
     missing = [] if teacher else ["the teacher"]
     for ratio in ratios:
-        counts = {m: len(cell(frame, ratio, m)) for m in [*methods, *extra_arms] if (ratio, m) not in twins}
+        counts = {m: len(cell(frame, ratio, m)) for m in [*methods, *extra_arms]}
         short = [f"{m} {n} of {settings['runs']} runs" for m, n in counts.items() if n < settings["runs"]]
         missing += [f"{ratio}: {listed(short)}" if any(counts.values()) else f"all of {ratio}"] if short else []
     main = pairs.get(PAIRS[0], {})
@@ -3459,12 +3473,9 @@ def evidence_trend(evidence: Evidence) -> Comparison:
     return trend_test(evidence.frame)
 
 
-def against_full(evidence: Evidence, arm: str, ratio: str) -> Comparison:
-    """An extra arm compared with HPM-KD (p unadjusted)."""
-    twin = evidence.twins.get((ratio, arm), arm)
-    if twin == "HPM-KD":
-        return Comparison(no_interval="identical by construction")
-    return compare_methods(evidence.frame, twin, "HPM-KD", [ratio])[ratio]
+def say_twins(evidence: Evidence) -> str:
+    """Which of the three methods were not trained by themselves, such as "HPM-KD at 7x is TraditionalKD"; "" if none."""
+    return listed(f"{method} at {ratio} is {twin}" for (ratio, method), twin in evidence.twins.items() if method in METHODS)
 
 
 # ======================================================================================================================
@@ -3494,6 +3505,7 @@ LOOKS: dict[str, tuple[Any, Any, Any]] = {
 DOTS: dict[str, Any] = {"linestyle": "none", "markersize": 2.6, "alpha": 0.6, "markeredgewidth": 0}
 NOTE_RUNS = "Small markers: runs. Large markers and bars: mean and 95% t-interval over runs."
 NOTE_PAIRS = "Small markers: pairs of runs. Large markers and bars: mean and 95% t-interval over pairs."
+NOTE_ASIDE = "Methods at one ratio are drawn side by side."
 NOTE_CURVES = "Thick lines: mean over runs. Thin lines: runs."
 # What the experiment was expected to show, for CIFAR-10 at full width: Direct, HPM-KD (percent), difference (pp).
 PREDICTION = {"2.3x": (88.5, 88.7, 0.2), "5x": (85.0, 87.5, 2.5), "7x": (82.0, 86.0, 4.0)}
@@ -3517,11 +3529,12 @@ def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -
 def finish_figure(
     figure: Figure, evidence: Evidence, title: str, note: str, methods: Sequence[str] = (), handles: Sequence[Any] = ()
 ) -> Figure:
-    """Add a title that says what is seen, the legend below it, and a note: what is shown, what is missing."""
+    """Add a title that says what is seen, the legend below it, and a note: what is shown, what is the same, what is missing."""
+    note += f" By construction {twins}." if (twins := say_twins(evidence)) else ""
     note += f" Missing: {'; '.join(evidence.missing)}." if evidence.missing else ""
     looks = [(name, *LOOKS[name]) for name in methods]
     lines = [Line2D([], [], label=name, color=c, marker=m, linestyle=s) for name, c, m, s in looks]
-    title, note = (textwrap.fill(text, width, break_on_hyphens=False) for text, width in ((title, 60), (note, 84)))
+    title, note = (textwrap.fill(text, width, break_on_hyphens=False) for text, width in ((title, 60), (note, 80)))
     size = {"title_fontsize": 7.5, "handlelength": 3.2, "columnspacing": 1.2, "borderpad": 0, "borderaxespad": 0.4}
     columns = 2 if len(lines) > 3 else 3
     figure.legend(loc="outside upper left", handles=[*lines, *handles], title=title, alignment="left", ncols=columns, **size)
@@ -3584,7 +3597,7 @@ def draw_cells(evidence: Evidence, column: str, unit: str, title: str, level: fl
         say_empty(axis, "the teacher has not finished" if (evidence.frame.status == "done").any() else "no finished student yet")
     axis.set_ylabel(unit)
     teacher = f"Dotted line: the teacher, {level:.4g}%. " if math.isfinite(level) else ""
-    return finish_figure(figure, evidence, title, teacher + NOTE_RUNS, evidence.methods)
+    return finish_figure(figure, evidence, title, f"{teacher}{NOTE_RUNS} {NOTE_ASIDE}", evidence.methods)
 
 
 def draw_accuracy(evidence: Evidence) -> Figure:
@@ -3611,25 +3624,32 @@ def draw_retention(evidence: Evidence) -> Figure:
 
 
 def draw_differences(evidence: Evidence) -> Figure:
-    """Paired differences from Direct against the ratio, with the original prediction where it applies."""
-    figure, axes = new_figure(3.2)
-    axis = axes[0, 0]
-    positions = label_ratios(axis, evidence)
-    shown = [method for method in ("TraditionalKD", "HPM-KD") if (method, "Direct") in evidence.pairs]
-    for method, shift in zip(shown, (1 / 1.04, 1.04), strict=False):
-        for ratio, comparison in evidence.pairs[method, "Direct"].items():
-            draw_estimate(axis, positions[ratio] * shift, comparison.differences, method)
-    axis.axhline(0, color="black", linewidth=0.7)
-    handles = []
-    if prediction_applies(evidence.state):
-        x, y = zip(*((positions[r] * 1.13, PREDICTION[r][2]) for r in evidence.ratios), strict=True)
-        handles = axis.plot(x, y, "*", color="0.3", markerfacecolor="white", markersize=6, label="predicted HPM-KD")
-    elif not any(c.n for by_ratio in evidence.pairs.values() for c in by_ratio.values()):
-        say_empty(axis, "no complete pair of runs yet")
-    axis.set_ylabel("test accuracy minus Direct's (pp)")
-    found = [f"{c.mean:+.2f} pp at {ratio} ({c.n} pair{'s' * (c.n > 1)})" for ratio, c in evidence.main.items() if c.n]
-    title = f"HPM-KD minus Direct: {listed(found) or 'no complete pair yet'}"
-    return finish_figure(figure, evidence, title, NOTE_PAIRS, shown, handles)
+    """Paired differences against the ratio: both kinds of distillation from Direct, and HPM-KD from TraditionalKD."""
+    controls = list(dict.fromkeys(control for _, control in evidence.pairs)) or ["Direct"]
+    figure, axes = new_figure(1.2 + 1.7 * len(controls), len(controls))
+    shown = [method for method in ("TraditionalKD", "HPM-KD") if any(treatment == method for treatment, _ in evidence.pairs)]
+    handles, titles = [], []
+    for axis, control in zip(axes[:, 0], controls, strict=True):
+        positions = label_ratios(axis, evidence)
+        against = {method: evidence.pairs[method, control] for method in shown if (method, control) in evidence.pairs}
+        for method, by_ratio in against.items():
+            shift = {"TraditionalKD": 1 / 1.04, "HPM-KD": 1.04}[method] if len(against) > 1 else 1.0
+            for ratio, comparison in by_ratio.items():
+                draw_estimate(axis, positions[ratio] * shift, comparison.differences, method)
+        axis.axhline(0, color="black", linewidth=0.7)
+        axis.set_ylabel(f"minus {control} (pp)")
+        if control == "Direct" and prediction_applies(evidence.state):
+            x, y = zip(*((positions[r] * 1.13, PREDICTION[r][2]) for r in evidence.ratios), strict=True)
+            handles = axis.plot(x, y, "*", color="0.3", markerfacecolor="white", markersize=6, label="predicted HPM-KD")
+        elif not any(c.n for by_ratio in against.values() for c in by_ratio.values()):
+            say_empty(axis, "no complete pair of runs yet")
+        found = [f"{c.mean:+.2f} pp at {ratio}" for ratio, c in against.get("HPM-KD", {}).items() if c.n]
+        titles.append(f"minus {control} {listed(found) or 'unknown'}")
+    for axis in axes[:-1, 0]:
+        axis.set_xlabel("")
+    counts = sorted({c.n for by_ratio in evidence.pairs.values() for c in by_ratio.values()})
+    title = f"Test accuracy of HPM-KD {'; '.join(titles)} ({' or '.join(map(str, counts)) or 'no'} pairs)"
+    return finish_figure(figure, evidence, title, f"{NOTE_PAIRS} {NOTE_ASIDE}", shown, handles)
 
 
 def history_table(evidence: Evidence, compression: str, method: str, key: str) -> pd.DataFrame:
@@ -3667,27 +3687,23 @@ def draw_learning(evidence: Evidence) -> Figure:
 
 
 def draw_costs(evidence: Evidence) -> Figure:
-    """Test accuracy against device hours, overheads included, each ratio as if it had been run alone."""
-    figure, axes = new_figure(3.2)
-    axis = axes[0, 0]
+    """Test accuracy against device hours, overheads included, one panel per ratio as if it had been run alone."""
+    figure, axes = new_figure(1.0 + 1.35 * len(evidence.ratios), len(evidence.ratios), sharex=True)
     arms = [*evidence.methods, *(arm for arm in evidence.extra_arms if arm == EQUAL_COST)]
-    for ratio, line in zip(evidence.ratios, ("-", "--", ":"), strict=False):
+    for axis, ratio in zip(axes[:, 0], evidence.ratios, strict=True):
         hours = method_costs(evidence.state, ratio).total / 3600
-        cells = {arm: cell(evidence.frame, ratio, arm) for arm in arms if arm in hours}
-        for arm, values in cells.items():
-            draw_estimate(axis, hours[arm], values, arm)
-        points = sorted((hours[arm], values.mean()) for arm, values in cells.items())
-        if points:
-            axis.plot(*zip(*points, strict=True), color="0.6", linestyle=line, linewidth=0.8, zorder=1)
-            axis.annotate(ratio, points[-1], (6, 0), textcoords="offset points", va="center", color="0.35")
-    axis.margins(x=0.12)
-    axis.set(xlabel="device hours for all runs of one ratio (as if run alone)", ylabel="test accuracy (%)")
+        for arm in (arm for arm in arms if arm in hours):
+            draw_estimate(axis, hours[arm], cell(evidence.frame, ratio, arm), arm)
+        axis.set_title(ratio, loc="left")
+        axis.margins(x=0.12, y=0.1)
+        if hours.empty:
+            say_empty(axis, "no finished student yet")
+    figure.supylabel("test accuracy (%)", fontsize=7)
+    axes[-1, 0].set_xlabel("device hours for all runs of one ratio (as if run alone)")
     costs = method_costs(evidence.state)
-    if costs.empty:
-        say_empty(axis, "no finished student yet")
-    hours = [f"{arm} {costs.total[arm] / 3600:.2f} ({costs.students[arm]})" for arm in arms if arm in costs.index]
-    title = f"Device hours over all ratios (students): {listed(hours) or 'none yet'}"
-    note = f"Hours include teacher, its outputs, intermediates, pilots. {NOTE_RUNS} Grey lines: one ratio."
+    spent = [f"{arm} {costs.total[arm] / 3600:.2f} ({costs.students[arm]})" for arm in arms if arm in costs.index]
+    title = f"Device hours over all ratios (students): {listed(spent) or 'none yet'}"
+    note = f"Hours include teacher, its outputs, intermediates, pilots. {NOTE_RUNS}"
     return finish_figure(figure, evidence, title, note, [arm for arm in arms if arm in costs.index])
 
 
@@ -3697,7 +3713,7 @@ def draw_reliability(axis: Axes, stored: Sequence[np.ndarray], labels: np.ndarra
     pooled = (np.concatenate([np.asarray(z) for z in stored]), np.tile(labels, len(stored)), {"linestyle": line})
     for logits, truth, style in [*((z, labels, {**DOTS, "marker": marker}) for z in stored), pooled]:
         table = calibration_bins(logits, truth)
-        table = table[table.share * len(truth) >= 20]
+        table = table[table.share * len(labels) >= 20]  # per run
         axis.plot(table.confidence, table.accuracy, color=colour, **style)
     error = float(np.mean([expected_calibration_error(z, labels) for z in stored]))
     axis.text(0.04, 0.96, f"ECE\n{100 * error:.1f}%", va="top")
@@ -3708,36 +3724,35 @@ def draw_calibration(evidence: Evidence) -> Figure:
     """Reliability diagrams from the stored test logits: rows are ratios, columns methods."""
     rows, columns = len(evidence.ratios), max(1, len(evidence.methods))
     figure, axes = new_figure(0.85 + 1.02 * rows, rows, columns, sharex=True, sharey=True)
-    lowest = []
+    errors: dict[str, list[float]] = {}  # method -> percent, by ratio
     for row, ratio in zip(axes, evidence.ratios, strict=True):
-        errors = {}
         for axis, method in zip(row, evidence.methods, strict=False):
             axis.plot([0, 1], [0, 1], color="0.6", linewidth=0.7)
             axis.set(aspect="equal", xlim=(0, 1), ylim=(0, 1.02), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
             names = cell(evidence.frame, ratio, method, "job")
             stored = [evidence.logits[name] for name in names if name in evidence.logits]
             if stored and evidence.labels is not None:
-                errors[method] = draw_reliability(axis, stored, evidence.labels, method)
+                errors.setdefault(method, []).append(100 * draw_reliability(axis, stored, evidence.labels, method))
             else:
                 axis.text(0.97, 0.06, "no logits", ha="right", color="0.35")
         row[0].set_ylabel(f"{ratio}\naccuracy")
-        lowest += [f"{min(errors, key=errors.__getitem__)} at {ratio}"] if len(errors) > 1 else []
     for axis, method in zip(axes[0], evidence.methods, strict=False):
         axis.set_title(method)
     axes[-1, columns // 2].set_xlabel("confidence (15 bins of equal width)")
-    title = f"Lowest mean calibration error (ECE): {listed(lowest) or 'nothing to compare yet'}"
-    note = "Small markers: runs. Line: runs pooled. Grey: perfect calibration. Bins with under 20 images are left out."
+    found = [f"{m} " + "-".join(dict.fromkeys((f"{min(e):.1f}", f"{max(e):.1f}"))) + "%" for m, e in errors.items()]
+    title = f"Mean calibration error (ECE) over the ratios: {listed(found) or 'nothing to show yet'}"
+    note = "Small markers: runs. Line: runs pooled. Grey: perfect calibration. Bins with under 20 images a run are left out."
     return finish_figure(figure, evidence, title, note)
 
 
 def draw_temperature(evidence: Evidence) -> Figure | None:
-    """HPM-KD's temperature per epoch; None while no HPM-KD student has finished."""
+    """HPM-KD's temperature per epoch; None where it never moves, or no HPM-KD student has finished."""
     tables = {ratio: history_table(evidence, ratio, "HPM-KD", "temperature") for ratio in evidence.ratios}
     together: dict[tuple[float, ...], list[str]] = {}  # equal curves would hide each other
     for ratio, table in tables.items():
         if len(table):
             together.setdefault(tuple(table.mean(axis=1).round(3)), []).append(ratio)
-    if not together:
+    if all(np.ptp(mean) < 0.005 for mean in together):
         return None
     figure, axes = new_figure(2.2)
     axis, colour = axes[0, 0], LOOKS["HPM-KD"][0]
@@ -3764,12 +3779,14 @@ def draw_ablation(evidence: Evidence) -> Figure | None:
     for axis, ratio in zip(axes[:, 0], evidence.ratios, strict=True):
         axis.axvline(0, color="black", linewidth=0.7)
         for y, arm in enumerate(arms):
-            c = against_full(evidence, arm, ratio)
-            draw_estimate(axis, y, c.differences, arm, horizontal=True)
+            c = compare_cells(evidence.frame, ratio, arm, "HPM-KD")
             total += not c.no_interval
             clear += c.low > 0 or c.high < 0
-            if not c.n:
-                axis.text(0.01, y, c.no_interval, fontsize=5.5, va="center", transform=axis.get_yaxis_transform())
+            if c.n and not c.no_interval.startswith("identical"):
+                draw_estimate(axis, y, c.differences, arm, horizontal=True)
+            else:
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+                axis.text(0.01, y, c.no_interval, fontsize=5.5, va="center", transform=axis.get_yaxis_transform(), bbox=box)
         axis.set(yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - 0.4, -0.6))
         axis.set_title(ratio, loc="left")
     axes[-1, 0].set_xlabel("test accuracy minus HPM-KD's (pp)")
@@ -3818,24 +3835,27 @@ def draw_figures(
 # 15. Report
 # ======================================================================================================================
 
-VERSIONS = ["python", "torch", "torchvision", "numpy"]
 CLASSES_SHOWN = 20  # with more classes than this, only those that differ most
 PAPER = (
     "G. C. Haase and P. H. Dourado da Silva, *HPM-KD: Hierarchical Progressive Multi-Teacher Framework for Knowledge "
     "Distillation and Efficient Model Compression*, [arXiv 2512.09886](https://arxiv.org/abs/2512.09886), 2025."
 )
-STATISTICS_NOTE = """\
-Differences of test accuracy in percentage points (pp) between runs of the same number. A verdict needs a paired-t p
-below 5% after Holm's adjustment over the planned ratios. Descriptions only: the exact sign-flip p and the smallest
-value that it can take at this n; the probability that a random run of the first method beats one of the second; the
-true difference that this n and sd detect with 80% power; and the runs that a difference of 0.2 pp would need (the sd
-taken as known). Intervals are per comparison, not adjusted."""
+STATISTICS_NOTE = f"""\
+Differences of test accuracy in percentage points (pp) between runs of the same number, taken before rounding. A verdict
+needs {LEAST_PAIRS} pairs and a paired-t p below 5% after Holm's adjustment over the planned ratios. Descriptions only: the
+exact sign-flip p and the smallest value that it can take at this n; the probability of improvement, P(first > second), of
+a random run of the first method over one of the second; the true difference that this n and sd detect with 80% power; and
+the runs that a difference of 0.2 pp would need (the sd taken as known). Intervals are per comparison, not adjusted."""
+NETWORKS_NOTE = """\
+Latency on the device that trained the network: the median over a few passes, then over the methods (what a network
+costs does not depend on how it was trained)."""
 IMAGES_NOTE = """\
 The models are held fixed: this shows how much hangs on the choice of test images, not how much training runs vary.
 Counts: images that only the first / only the second model gets right, with the exact McNemar p."""
 COSTS_NOTE = """\
-Device hours as if the method had been run alone. A page of teacher outputs (one view of every training image) counts
-once per method. The gain is the mean over the ratios, given if the method and Direct have equally many students."""
+Device hours of all of a method's students, as if it had been run alone. A page of teacher outputs (one view of every
+training image) counts once per method. The gain is the mean over the ratios, given if the method and Direct have equally
+many students; per extra hour: divided by the hours more than Direct."""
 ARMS_NOTE = f"""\
 Arm minus HPM-KD over pairs of runs: below zero, HPM-KD is ahead. The p is unadjusted, a description. TunedKD: the same
 pilot budget, teacher only, constant temperature. {EQUAL_COST}: Direct with the epochs that HPM-KD's extra time buys."""
@@ -3941,10 +3961,10 @@ def say_what_hpmkd_was(evidence: Evidence) -> list[str]:
 
 
 def spread_table(evidence: Evidence, column: str) -> list[str]:
-    """Mean ± sd (n) per ratio and arm."""
+    """Mean ± sd (n) per ratio and arm; an extra arm that was not trained by itself says which one it is."""
     table: dict[str, list[str]] = {"Ratio": evidence.ratios}
     for arm in [*evidence.methods, *evidence.extra_arms]:
-        same = [evidence.twins.get((ratio, arm)) for ratio in evidence.ratios]
+        same = [evidence.twins.get((ratio, arm)) if arm in evidence.extra_arms else None for ratio in evidence.ratios]
         cells = [spread(cell(evidence.frame, ratio, arm, column)) for ratio in evidence.ratios]
         table[arm] = [f"= {twin}" if twin else text for twin, text in zip(same, cells, strict=True)]
     return markdown_table(pd.DataFrame(table))
@@ -3955,22 +3975,27 @@ def report_results(evidence: Evidence) -> list[str]:
     teacher = evidence.teacher
     level = f"Test accuracy (%) after the last epoch: mean ± sd (runs). Teacher: {num(teacher.get('test_accuracy'))}."
     lines = ["## Results", "", level, "", *spread_table(evidence, "test_accuracy")]
-    records = [r for r in finished(evidence.state, "student") if r.get("same_as") and r["method"] in METHODS]
-    copies = dict.fromkeys(f"{r['method']} at {r['compression']} is {r['same_as']}" for r in records)
-    lines += (
-        [f"Identical by construction (same configuration, weights and views, so not trained twice): {listed(copies)}.", ""]
-        if copies
-        else []
-    )
+    same = say_twins(evidence)
+    lines += [f"Identical by construction (same configuration, weights and views, so not trained twice): {same}.", ""] if same else []
     lines += [*embed(evidence, "accuracy_vs_compression"), "### Retention", ""]
     lines += ["100 x student / teacher test accuracy: mean ± sd (runs).", "", *spread_table(evidence, "retention")]
-    done = evidence.frame[evidence.frame.status == "done"].drop_duplicates("compression")
-    networks = done[["compression", "ratio_actual", "params", "macs"]].to_numpy().tolist()
-    networks = [["teacher", 1.0, teacher["params"], teacher.get("macs")], *networks] if teacher else networks
-    columns = ["Network", "counted ratio", "parameters", "MACs (millions)"]
-    rows = [[name, ratio, f"{params:,.0f}", f"{macs / 1e6:,.1f}"] for name, ratio, params, macs in networks]
-    lines += [*embed(evidence, "retention_analysis"), "### Networks", ""]
-    return [*lines, *markdown_table(pd.DataFrame(rows, columns=columns), 3)]
+    lines += [*embed(evidence, "retention_analysis"), "### Networks", "", NETWORKS_NOTE, ""]
+    return [*lines, *markdown_table(networks_table(evidence), 3)]
+
+
+def networks_table(evidence: Evidence) -> pd.DataFrame:
+    """Size, computation and latency of the teacher and of the students' networks."""
+    columns = {
+        "compression": "network", "ratio_actual": "counted ratio", "params": "parameters", "macs": "MACs (millions)",
+        "file_bytes": "weights (MB)", "latency_1": "latency, batch 1 (ms)", "latency_256": "batch 256 (ms per image)",
+    }  # fmt: skip
+    table = evidence.frame[evidence.frame.status == "done"][list(columns)].groupby("compression", sort=False).median().reset_index()
+    if evidence.teacher:
+        latency = {f"latency_{batch}": ms for batch, ms in evidence.teacher.get("latency_ms", {}).items()}
+        teacher = pd.DataFrame([{**evidence.teacher, "compression": "teacher", "ratio_actual": 1.0, **latency}])
+        table = pd.concat([teacher.reindex(columns=list(columns)), table], ignore_index=True)
+    texts = {"params": table.params.map("{:,.0f}".format), "macs": table.macs.map(lambda macs: f"{macs / 1e6:,.1f}")}
+    return table.assign(**texts, file_bytes=table.file_bytes / 1e6).rename(columns=columns)
 
 
 def report_statistics(evidence: Evidence) -> list[str]:
@@ -3982,7 +4007,7 @@ def report_statistics(evidence: Evidence) -> list[str]:
             "Comparison": f"{a} vs {b}", "ratio": ratio, "n": c.n, "mean": num(c.mean, "+.2f"), "sd": c.sd,
             "95% interval": interval(c), "p (t)": p_value(c.t_p), "p (Holm)": p_value(c.holm_p),
             "sign-flip p (floor)": "n/a" if c.no_interval else f"{c.sign_flip_p:.4f} ({c.sign_flip_floor:.4f})",
-            "P(improvement)": c.improvement, "detectable": c.detectable, "runs for 0.2 pp": c.runs_needed or "n/a",
+            "P(first > second)": c.improvement, "detectable": c.detectable, "runs for 0.2 pp": c.runs_needed or "n/a",
             "verdict": verdict(c),
         })  # fmt: skip
         unmatched += [f"{a} vs {b} at {ratio}: run {listed(c.unmatched)}"] if c.unmatched else []
@@ -4017,7 +4042,7 @@ def report_prediction(evidence: Evidence) -> list[str]:
     """The original prediction beside the measurement."""
     lines, rows = ["## Original prediction", ""], []
     if not prediction_applies(evidence.state):
-        return [*lines, "Made for CIFAR-10 at full width: it does not apply to this data set or width.", ""]
+        return [*lines, "Made for all of CIFAR-10 at full width and at least the epochs of `--mode quick`: it does not apply here.", ""]
     for ratio in evidence.ratios:
         c, (direct, student, difference) = evidence.main.get(ratio, Comparison()), PREDICTION[ratio]
         contains = "no interval" if c.no_interval else "yes" if c.low <= difference <= c.high else "no"
@@ -4030,16 +4055,12 @@ def report_prediction(evidence: Evidence) -> list[str]:
 
 
 def report_beyond_accuracy(evidence: Evidence) -> list[str]:
-    """Likelihood, calibration, agreement, size, latency; accuracy per class."""
-    names = {
-        "test_nll": "NLL (nats)", "test_ece": "ECE (fraction)", "teacher_agreement": "agreement with teacher (%)",
-        "latency_1": "latency, batch 1 (ms)", "latency_256": "batch 256 (ms per image)", "file_bytes": "weights (MB)",
-    }  # fmt: skip
+    """Likelihood, calibration, agreement with the teacher; accuracy per class."""
+    names = {"test_nll": "NLL (nats)", "test_ece": "ECE (fraction)", "teacher_agreement": "agreement with teacher (%)"}
     done = evidence.frame[(evidence.frame.status == "done") & evidence.frame.method.isin(evidence.methods)]
-    done = done.assign(file_bytes=done.file_bytes / 1e6)
     groups = done.groupby(["compression", "method"], sort=False)[list(names)]
     table = groups.agg(lambda values: spread(values, 3)).rename(columns=names).reset_index()
-    note = "Test set, mean ± sd (runs). ECE: 15 equal-width bins. Latency: on the device that trained the model."
+    note = "Test set, mean ± sd (runs). ECE: 15 equal-width bins."
     lines = ["## Beyond accuracy", "", note, "", *markdown_table(table)]
     lines += [*embed(evidence, "calibration"), *embed(evidence, "learning_curves")]
     classes = evidence.state["data"]["classes"]
@@ -4140,7 +4161,7 @@ def report_arms(evidence: Evidence) -> list[str]:
     """Paired differences of the ablation and equal-cost arms from HPM-KD."""
     rows = []
     for ratio, arm in itertools.product(evidence.ratios, evidence.extra_arms):
-        c, epochs = against_full(evidence, arm, ratio), cell(evidence.frame, ratio, arm, "epochs").mean()
+        c, epochs = compare_cells(evidence.frame, ratio, arm, "HPM-KD"), cell(evidence.frame, ratio, arm, "epochs").mean()
         found = [num(c.mean, "+.2f"), interval(c), p_value(c.t_p), c.no_interval]
         rows.append([ratio, arm, num(epochs, ".0f"), c.n, *found])
     table = pd.DataFrame(rows, columns=["Ratio", "arm", "epochs", "n", "mean (pp)", "95% interval", "p (t)", "remark"])
@@ -4159,10 +4180,12 @@ cell. Run i has one seed: the same initial weights (per ratio), batches and view
 Nesterov momentum 0.9, weight decay 5e-4, batch {s["batch_size"]}, learning rate {s["lr"]} after a linear warm-up, then
 linearly to zero; pad-4 crop and flip; precision {state["precision"]}): only the loss differs. Width {s["width"]}
 ({FULL_WIDTH} is the full one)."""
-    keys = ["started", "ended", "host_gpu", *VERSIONS, "workers", "threads", "stopped", "extended"]
-    sessions = markdown_table(pd.DataFrame(state["sessions"]).reindex(columns=keys).astype(object).fillna(""))
+    keys = ["started", "ended", "host_gpu", "python", "torch", "workers", "threads", "stopped", "extended"]
+    rows = [{**session, "ended": session.get("ended") or "not recorded (killed, or still running)"} for session in state["sessions"]]
+    table = pd.DataFrame(rows).reindex(columns=keys).astype(object).fillna("")
+    sessions = markdown_table(table.rename(columns={"host_gpu": "device"}))
     extended = "; ".join(session["extended"] for session in state["sessions"] if session.get("extended"))
-    added = f"**Runs were added after results were seen** ({extended}): the p-values do not allow for that."
+    added = f"**The experiment was extended after results were seen** ({extended}): the p-values do not allow for that."
     return ["## Protocol", "", protocol, "", "## Sessions", "", *sessions, *([added, ""] if extended else [])]
 
 
@@ -4187,43 +4210,50 @@ def report_reproduction(evidence: Evidence) -> list[str]:
     state, script, data = evidence.state, evidence.state["script"], evidence.state["data"]
     commands = dict.fromkeys(session["command"] for session in state["sessions"] if session.get("command"))
     last = state["sessions"][-1] if state["sessions"] else {}
-    identity = f"run_exp1b_kaggle.py, version {script['version']}, sha256 {script['sha256']}"
-    versions = ", ".join(f"{key} {last[key]}" for key in VERSIONS if last.get(key))
-    facts = [f"Script: {identity}", f"Settings: fingerprint {state['fingerprint']}", f"Versions: {versions or 'n/a'}"]
+    trainers = dict.fromkeys(session.get("script_sha256", script["sha256"]) for session in state["sessions"] or [{}])
+    identity = f"run_exp1b_kaggle.py, version {script['version']}, sha256 {listed(trainers)}"
+    versions = ", ".join(f"{key} {last[key]}" for key in ("python", *PACKAGES) if last.get(key))
+    facts = [f"Trained by: {identity}", f"This report was written by: version {VERSION}, sha256 {script_sha256()}"]
+    facts += [f"Settings: fingerprint {state['fingerprint']}", f"Versions: {versions or 'n/a'}"]
     facts += [f"Data: {data['name']}, {data.get('source', 'n/a')}, sha256 {data.get('sha256', 'n/a')}"]
     lines = ["## How to reproduce", "", "```", *commands, "```", "", *(f"- {fact}" for fact in facts), ""]
     return [*lines, "## How to cite", "", f"- The method: {PAPER}", f"- This script: {identity}.", ""]
 
 
 def summary_table(evidence: Evidence) -> pd.DataFrame:
-    """One row per ratio and method: means, sds, and the paired difference from Direct (pp)."""
+    """One row per ratio and method: means, sds, and the paired differences from Direct and TraditionalKD (pp)."""
     frame, rows = evidence.frame, []
     for ratio, method in itertools.product(evidence.ratios, [*evidence.methods, *evidence.extra_arms]):
         row: dict[str, Any] = {"compression": ratio, "method": method, "n": len(cell(frame, ratio, method))}
         for measure in ("test_accuracy", "val_accuracy", "retention", "test_nll", "test_ece", "teacher_agreement"):
             row[f"{measure}_mean"], row[f"{measure}_sd"], *_ = mean_interval(cell(frame, ratio, method, measure))
-        c = Comparison() if method == "Direct" else compare_methods(frame, method, "Direct", evidence.ratios)[ratio]
-        rows.append({**row, "minus_direct": c.mean, "low": c.low, "high": c.high, "p": c.t_p, "p_holm": c.holm_p})
-    return pd.DataFrame(rows)
+        for control in ("Direct", "TraditionalKD"):
+            c = Comparison() if method == control else compare_methods(frame, method, control, evidence.ratios)[ratio]
+            values = {"": c.mean, "_low": c.low, "_high": c.high, "_p": c.t_p, "_p_holm": c.holm_p}
+            row |= {f"minus_{control.lower()}{name}": value for name, value in values.items()}
+        rows.append(row)
+    return pd.DataFrame(rows).round(6)
 
 
 def latex_table(evidence: Evidence) -> str:
-    """The main results as a booktabs table."""
-    rows = [["Ratio", *evidence.methods, "HPM-KD $-$ Direct (pp)", r"95\% interval", "$p$ (Holm)"]]
+    """The main results as a booktabs table: accuracies, and HPM-KD's differences with interval and Holm-adjusted p."""
+    controls = [control for method, control in evidence.pairs if method == "HPM-KD"]
+    methods, width = evidence.methods, 1 + len(evidence.methods) + 2 * len(controls)
+    groups = ["", rf"\multicolumn{{{len(methods)}}}{{c}}{{test accuracy (\%)}}"]
+    groups += [rf"\multicolumn{{2}}{{c}}{{HPM-KD $-$ {control} (pp)}}" for control in controls]
+    rows = [groups, ["ratio", *methods, *(["difference", "$p$"] * len(controls))]]
     for ratio in evidence.ratios:
-        c = evidence.main.get(ratio, Comparison())
-        cells = [spread(cell(evidence.frame, ratio, method)).replace("±", r"$\pm$") for method in evidence.methods]
-        tests = [
-            f"${num(c.mean, '+.2f')}$" if c.n else "n/a",
-            interval(c) if c.no_interval else f"${interval(c)}$",
-            p_value(c.holm_p).replace("<", "$<$"),
-        ]
-        rows.append([ratio, *cells, *tests])
-    head, *body = [" & ".join(row) + r" \\" for row in rows]
+        means = [spread(cell(evidence.frame, ratio, method)).replace("±", r"$\pm$") for method in methods]
+        against = [evidence.pairs["HPM-KD", control][ratio] for control in controls]
+        tests = [text for c in against for text in (f"${c.mean:+.2f}$" if c.n else "n/a", p_value(c.holm_p).replace("<", "$<$"))]
+        intervals = [text for c in against for text in ("" if c.no_interval else f"${interval(c)}$", "")]
+        rows += [[ratio, *means, *tests], [""] * (1 + len(methods)) + intervals]
+    groups_line, head, *body = [" & ".join(row) + r" \\" for row in rows]
     scope = f"PARTIAL, missing: {'; '.join(evidence.missing)}" if evidence.missing else "Complete."
-    caption = f"% {evidence.state['data']['name']}: test accuracy (%), mean, sd (runs). {scope}"
-    lines = [caption, rf"\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}", r"\toprule", head, r"\midrule", *body]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+    what = "test accuracy: mean, sd (runs); paired differences with 95% t-intervals, p of the paired t-test after Holm"
+    teacher = rf"\multicolumn{{{width}}}{{l}}{{teacher (ResNet-50): {num(evidence.teacher.get('test_accuracy'))}}} \\"
+    top = [f"% {evidence.state['data']['name']}, {what}. {scope}", rf"\begin{{tabular}}{{l{'r' * (width - 1)}}}", r"\toprule"]
+    return "\n".join([*top, groups_line, head, r"\midrule", teacher, *body, r"\bottomrule", r"\end{tabular}", ""])
 
 
 SECTIONS: tuple[Callable[[Evidence], list[str]], ...] = (
@@ -4448,13 +4478,14 @@ def describe_data(raw: RawData, seed: int) -> dict[str, Plain]:
 def note_session(state: dict[str, Plain], settings: Settings, request: Request, devices: list[Device]) -> None:
     """Enter this session into the index; what a reader of the report must know about a change between sessions becomes a note."""
     stored, names = state["settings"], ("compression", "methods", "runs", "ablation", "equal_cost")
-    grown = [f"{n} {stored[n]} -> {settings.plain()[n]}" for n in names if stored[n] != settings.plain()[n]]
+    wanted = settings.plain()
+    grown = [f"{n} from {say_value(stored[n])} to {say_value(wanted[n])}" for n in names if stored[n] != wanted[n]]
     seen = any(r.get("kind") == "student" for r in state["jobs"].values())
     current = {
         "started": now(), "ended": "", "command": request.command, "host_gpu": " + ".join(d.name for d in devices), **versions(),
         "threads": thread_count(settings, devices), "workers": worker_count(settings, devices), "devices": [d.name for d in devices],
         "processor": processor_name(), "stopped": "", "extended": "; ".join(grown) + " after results were seen" if grown and seen else "",
-        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "script_sha256": script_sha256(),
     }  # fmt: skip
     if state["sessions"]:
         before = state["sessions"][-1]
@@ -4466,6 +4497,11 @@ def note_session(state: dict[str, Plain], settings: Settings, request: Request, 
             state["notes"].append(note)
     state["settings"] = settings.plain()
     state["sessions"].append(current)
+
+
+def say_value(value: Plain) -> str:
+    """A setting's value for people."""
+    return listed(value) if isinstance(value, list) else str(value)
 
 
 def worker_count(settings: Settings, devices: list[Device], of: str = "WORLD_SIZE") -> int:
@@ -4713,6 +4749,7 @@ def conclude(run: OpenRun, session: Session, reason: str) -> int:
         )
     parts.append(f"report: {run.folder.path / 'experiment_report.md'}")
     log.info("%s", "; ".join(parts))
+    write_archive(run.folder)
     if session.signal:
         return 128 + session.signal
     return 1 if failed or (left and reason != "session clock") else 0
@@ -4781,6 +4818,7 @@ def report_again(request: Request, platform: Platform) -> int:
         state["jobs"] = {}
         Collector(folder, settings, state, labels, writes=True).refresh(final=True)
         log.info("finished: report: %s", folder.path / "experiment_report.md")
+        write_archive(folder)
     finally:
         lock.release()
     return 0
@@ -4891,6 +4929,7 @@ def merge_runs(request: Request, platform: Platform) -> int:
     labels = labels_for_report(settings, target, platform)
     Collector(target, settings, state, labels, writes=True).refresh(final=True)
     log.info("finished: merged %d jobs of %d runs; report: %s", len(chosen), len(states), target.path / "experiment_report.md")
+    write_archive(target)
     return 0
 
 

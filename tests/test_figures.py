@@ -128,7 +128,18 @@ def test_titles_follow_the_data():
             record["test_accuracy"] = twin - {"2.3x": 0.0, "5x": 1.0, "7x": -1.0}[record["compression"]] + record["run"] / 100
     title = texts(draw("accuracy_vs_compression", state))
     assert "worse at 5x" in title and "better at 7x" in title
-    assert "-0.98 pp at 5x (3 pairs)" in texts(draw("hpmkd_vs_direct", state))
+    differences = texts(draw("hpmkd_vs_direct", state))
+    assert "HPM-KD minus Direct +0.02 pp at 2.3x, -0.98 pp at 5x" in differences and "(3 pairs)" in differences
+    trained = draw("hpmkd_vs_direct", fake_state(2, methods=("Direct", "HPM-KD")))
+    assert "TraditionalKD" not in texts(trained)
+
+
+def test_a_temperature_that_never_moves_is_no_figure():
+    state = fake_state(2)
+    assert draw("temperature", state) is not None
+    for record in state["jobs"].values():
+        record["history"] = [{**entry, "temperature": 4.0} for entry in record["history"]]
+    assert draw("temperature", state) is None
 
 
 def test_prediction_is_shown_only_where_it_applies():

@@ -131,7 +131,7 @@ def test_pilot_table(tmp_path):
 
 def test_ablation_and_equal_cost(tmp_path):
     report = write(tmp_path, fake_state(3, ablation=True, equal_cost=True))
-    assert "| 2.3x | HPM-KD-no-chain | 20 | 0 | n/a | n/a | n/a | identical by construction |" in report
+    assert "| 2.3x | HPM-KD-no-chain | 20 | 3 | +0.00 | n/a | n/a | identical by construction |" in report
     assert re.search(r"\| 5x \| Direct-equal-cost \| 20 \| 3 \| -?\+?\d", report)
     assert "= HPM-KD" in report  # in the accuracy table
     assert "## Ablation" not in write(tmp_path, fake_state(3))
@@ -139,9 +139,9 @@ def test_ablation_and_equal_cost(tmp_path):
 
 def test_late_runs_are_declared(tmp_path):
     state = fake_state(3)
-    assert "added after results" not in write(tmp_path, state)
-    state["sessions"].append({**state["sessions"][0], "extended": "runs 2 -> 3 after results were seen"})
-    assert "**Runs were added after results were seen** (runs 2 -> 3" in write(tmp_path, state)
+    assert "extended after results" not in write(tmp_path, state)
+    state["sessions"].append({**state["sessions"][0], "extended": "runs from 2 to 3 after results were seen"})
+    assert "**The experiment was extended after results were seen** (runs from 2 to 3" in write(tmp_path, state)
 
 
 def test_notes_and_mixed_hardware(tmp_path):
@@ -223,8 +223,17 @@ def test_tables_on_disk(tmp_path):
 def test_latex(tmp_path):
     write(tmp_path, fake_state(3))
     text = (tmp_path / "results_table.tex").read_text()
-    assert text.count(r"\\") == 4 and r"\toprule" in text and r"\bottomrule" in text and "Complete." in text
-    assert len({line.count("&") for line in text.splitlines() if line.endswith(r"\\")}) == 1
+    assert (
+        text.count(r"\\") == 9
+        and "teacher (ResNet-50): 92.40" in text
+        and r"\toprule" in text
+        and r"\bottomrule" in text
+        and "Complete." in text
+    )
+    columns = len(re.search(r"begin{tabular}{(.*)}", text)[1])
+    for line in (line for line in text.splitlines() if line.endswith(r"\\")):
+        spanned = [int(number) - 1 for number in re.findall(r"multicolumn{(\d+)}", line)]
+        assert 1 + line.count("&") + sum(spanned) == columns == 8
     write(tmp_path, without(fake_state(3), "student_7x"))
     assert "PARTIAL, missing: all of 7x" in (tmp_path / "results_table.tex").read_text()
 

@@ -146,10 +146,23 @@ def test_runs_needed_is_the_smallest_number(sd):
 # ---- odd cases
 
 
-def test_identical_by_construction():
-    c = exp.paired_comparison({1: 85.1, 2: 84.3}, {1: 85.1, 2: 84.3})
+def test_identical_by_construction_is_what_has_the_same_weights():
+    frame = frame_of({"5x": [0.0, 0.0, 0.0]})
+    c = exp.compare_methods(frame, "HPM-KD", "Direct")["5x"]
+    assert exp.verdict(c) == "no verdict: all differences are equal", "equal accuracies of different networks"
+    frame["weights_sha256"] = frame.run.map(str)
+    c = exp.compare_methods(frame, "HPM-KD", "Direct")["5x"]
     assert exp.verdict(c) == "identical by construction" and math.isnan(c.t_p) and math.isnan(c.low)
     assert (c.mean, c.sd, c.improvement) == (0, 0, 0.5)
+    frame.loc[frame.run == 2, "weights_sha256"] = ["a", "b"]
+    assert exp.verdict(exp.compare_methods(frame, "HPM-KD", "Direct")["5x"]).startswith("no verdict")
+
+
+def test_two_pairs_give_no_verdict():
+    c = exp.compare_methods(frame_of({"5x": [0.50, 0.51]}), "HPM-KD", "Direct")["5x"]
+    assert c.holm_p < 0.01, "by chance alone"
+    assert exp.verdict(c) == "no verdict: fewer than 3 pairs"
+    assert exp.verdict(exp.compare_methods(frame_of({"5x": [0.50, 0.51, 0.52]}), "HPM-KD", "Direct")["5x"]) == "better"
 
 
 def test_equal_differences_that_are_not_zero_get_no_verdict():
@@ -192,7 +205,7 @@ def frame_of(differences: dict[str, list[float]], ratio_actual=None) -> pd.DataF
         for run, value in enumerate(values, 1):
             for method, accuracy in (("Direct", 85.0 + run / 10), ("HPM-KD", 85.0 + run / 10 + value)):
                 rows.append({"compression": ratio, "method": method, "run": run, "status": "done", "test_accuracy": accuracy,
-                             "teacher_accuracy": 92.0, "ratio_nominal": exp.RATIOS[ratio],
+                             "teacher_accuracy": 92.0, "weights_sha256": f"{method} {run}", "ratio_nominal": exp.RATIOS[ratio],
                              "ratio_actual": (ratio_actual or exp.RATIOS)[ratio]})  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -222,7 +235,7 @@ def test_verdict_uses_the_adjusted_p():
         ({"2.3x": BETTER, "5x": WORSE, "7x": BETTER}, "is not supported"),
         ({"5x": BETTER}, "cannot be judged yet"),
         ({"5x": UNCLEAR}, "is not supported"),
-        ({"5x": [0.0] * 3, "7x": BETTER}, "is not supported"),
+        ({"5x": [0.0] * 3, "7x": BETTER}, "cannot be judged yet"),
         ({"5x": BETTER, "7x": [0.5]}, "cannot be judged yet"),
         ({}, "cannot be judged yet"),
     ],
@@ -370,10 +383,12 @@ def test_arms_that_equal_another_method():
     for run in (2, 3):
         del state["jobs"][f"student_5x_HPM-KD-no-manager_run{run}"]
     record["same_as"] = "TraditionalKD"
-    evidence = exp.gather_evidence(state, exp.results_frame(state), {}, None)
-    assert exp.against_full(evidence, "HPM-KD-no-chain", "2.3x").no_interval == "identical by construction"
-    c = exp.against_full(evidence, "HPM-KD-no-manager", "5x")
-    assert c.mean == pytest.approx(-evidence.pairs["HPM-KD", "TraditionalKD"]["5x"].mean) and c.n == 3
+    frame = exp.results_frame(state)
+    evidence = exp.gather_evidence(state, frame, {}, None)
+    c = exp.compare_cells(frame, "2.3x", "HPM-KD-no-chain", "HPM-KD")
+    assert (c.no_interval, c.n) == ("identical by construction", 3)
+    assert evidence.twins["5x", "HPM-KD-no-manager"] == "TraditionalKD"
+    assert evidence.missing == ["5x: HPM-KD-no-manager 1 of 3 runs"]
 
 
 # ---- material
