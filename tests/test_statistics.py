@@ -314,7 +314,7 @@ def test_frame_has_the_promised_columns_in_order():
     assert list(frame)[: len(exp.CSV_COLUMNS)] == exp.CSV_COLUMNS == [
         "dataset", "compression", "ratio_nominal", "ratio_actual", "method", "run", "seed", "params", "macs", "teacher_accuracy",
         "val_accuracy", "test_accuracy", "retention", "test_nll", "test_ece", "epochs", "train_seconds", "images_per_second",
-        "device", "precision", "status"]  # fmt: skip
+        "device", "precision", "status", "same_as", "weights_sha256"]  # fmt: skip
     assert frame.compression.drop_duplicates().tolist() == ["2.3x", "5x", "7x"]
     assert frame[frame.compression == "5x"].method.drop_duplicates().tolist()[:3] == list(exp.METHODS)
     row = frame.iloc[0]
