@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -409,6 +410,18 @@ def test_report_only_writes_reports_and_trains_nothing(copied: Path, toy_run: Pa
     assert (copied / "experiment_report.md").exists()
     assert list((copied / "figures").glob("*.png"))
     assert {name: value for name, value in tree(copied / "checkpoints").items() if name.endswith(".pt")} == models
+
+
+def test_the_archive_holds_everything_small_with_the_last_line_of_the_log(copied: Path) -> None:
+    assert exp.main(["--report-only"]) == 0
+    with zipfile.ZipFile(copied / f"{copied.name}_results.zip") as archive:
+        held = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+    small = {
+        str(p.relative_to(copied)) for p in copied.rglob("*") if p.is_file() and p.suffix in (".csv", ".md", ".tex", ".png", ".pdf", ".log")
+    }
+    assert held.keys() == small >= {"results.csv", "summary.csv", "experiment_report.md", "results_table.tex", "experiment.log"}
+    assert all(held[name] == (copied / name).read_bytes() for name in small)
+    assert "finished: report:" in held["experiment.log"].decode().splitlines()[-1]
 
 
 def test_report_only_of_a_half_finished_run(half: Path, toy_run: Path) -> None:
