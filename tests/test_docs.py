@@ -34,7 +34,7 @@ NOT_TRIED = {
     QUICK_START: ["Nothing of this was tried on Kaggle itself or on a GPU", "Nada disto foi testado no próprio Kaggle nem em uma GPU"],
     INDEX: ["Nothing of this was tried on Kaggle itself or on a GPU"],
 }
-RATES = (5.0e12, 2.5e12)  # multiply-accumulates per second and device, the README's examples
+CASES = [(1, 5.0e12), (2, 5.0e12), (2, 2.5e12)]  # devices, multiply-accumulates per second on each: the README's examples
 ROLES = {"experiment": "fixed once a run exists", "scope": "may grow with `--resume`", "session": "this session only"}
 
 
@@ -110,24 +110,21 @@ def commands_table() -> str:
 
 
 def expected_work(mode: str) -> tuple[dict[str, tuple[int, float]], list[float]]:
-    """Jobs and multiply-accumulates by kind of work, and the hours at one device and `RATES[0]`, then at two and each of `RATES`."""
+    """(jobs, multiply-accumulates) by kind of work; and the hours that `--plan`'s formula makes of it in each of `CASES`."""
     settings, classes, images = exp.new_settings({"mode": mode}), 10, 45_000
     macs = {name: exp.network_cost(name, classes, settings.width)[1] for name in exp.ARCHITECTURES}
-    made = {
-        workers_and_rate: exp.Progress(settings, classes, images, False, workers_and_rate[0])
-        for workers_and_rate in [(1, RATES[0]), *((2, rate) for rate in RATES)]
-    }
-    for (_, rate), progress in made.items():
-        speeds = {name: exp.Speed(3 * macs[name] * settings.batch_size / rate, macs[name] / rate) for name in macs}
-        progress.expect(speeds, {})
     work: dict[str, tuple[int, float]] = {}
     for job in exp.planned_jobs(settings):
-        kind = job.kind if job.kind in ("teacher", "student") else f"{job.kind}s"
-        kind += f"s {job.compression}" if kind == "student" else ""
+        kind = {"teacher": "teacher", "student": f"students {job.compression}"}.get(job.kind, f"{job.kind}s")
         count, total = work.get(kind, (0, 0.0))
         work[kind] = (count + 1, total + exp.job_cost(job, settings, classes) * images)
-    work["teachers' passes over the images"] = (0, made[1, RATES[0]].page_seconds() * RATES[0])
-    return work, [progress.seconds_left() / 3600 for progress in made.values()]
+    hours = []
+    for devices, rate in CASES:
+        progress = exp.Progress(settings, classes, images, False, devices)
+        progress.expect({name: exp.Speed(3 * macs[name] * settings.batch_size / rate, macs[name] / rate) for name in macs}, {})
+        hours.append(progress.seconds_left() / 3600)
+        work["teachers' passes over the images"] = (0, progress.page_seconds() * rate)
+    return work, hours
 
 
 def work_table() -> str:
@@ -137,10 +134,11 @@ def work_table() -> str:
     for kind, (count, total) in quick[0].items():
         others, more = full[0][kind]
         rows.append([kind, str(count or "-"), f"{total / 1e15:.1f}", str(others or "-"), f"{more / 1e15:.1f}"])
-    sums = [[sum(c for c, _ in work.values()), sum(t for _, t in work.values()) / 1e15] for work, _ in (quick, full)]
-    rows.append(["**all**", *(f"**{value:.1f}**" if isinstance(value, float) else str(value) for pair in sums for value in pair)])
-    labels = [f"hours, {n} at {rate / 1e12:.1f} tera-MACs/s" for n, rate in [("one device", RATES[0]), *(("two devices", r) for r in RATES)]]
-    rows += [[f"{label}", "", f"{a:.1f} h", "", f"{b:.1f} h"] for label, a, b in zip(labels, quick[1], full[1], strict=True)]
+    sums = [(sum(jobs for jobs, _ in work.values()), sum(macs for _, macs in work.values()) / 1e15) for work, _ in (quick, full)]
+    rows.append(["**all**", *(text for jobs, macs in sums for text in (str(jobs), f"**{macs:.1f}**"))])
+    for (devices, rate), short, long in zip(CASES, quick[1], full[1], strict=True):
+        label = f"hours on {devices} device{'s' * (devices > 1)} at {rate / 1e12:.1f} tera-MACs/s"
+        rows.append([label, "", f"{short:.1f} h", "", f"{long:.1f} h"])
     return table(["work", "quick: jobs", "peta-MACs", "full: jobs", "peta-MACs"], rows)
 
 
@@ -202,6 +200,9 @@ def test_constants_that_the_text_repeats() -> None:
     for ratio, (direct, student, difference) in exp.PREDICTION.items():
         row = f"| {ratio} | {direct:.1f} | {student:.1f} | +{difference:.1f} pp |"
         assert all(row in text_of(document) for document in (README, INDEX)), row
+    hours = [expected_work(mode)[1][1:] for mode in ("quick", "full")]
+    quick, full = (f"{fast:.1f} ({slow:.1f}) h" for fast, slow in hours)
+    assert f"quick {quick}, full {full} (computed, not measured)" in " ".join(text_of(INDEX).split())
 
 
 def commands(text: str) -> list[list[str]]:
