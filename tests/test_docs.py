@@ -29,6 +29,12 @@ KERNEL_KEYS = {
     "id", "title", "code_file", "language", "kernel_type", "is_private", "enable_gpu", "enable_internet", "machine_shape",
     "dataset_sources", "competition_sources", "kernel_sources",
 }  # fmt: skip
+NOT_TRIED = {
+    README: ["Nothing of this was tried on Kaggle itself or on a GPU"],
+    QUICK_START: ["Nothing of this was tried on Kaggle itself or on a GPU", "Nada disto foi testado no próprio Kaggle nem em uma GPU"],
+    INDEX: ["Nothing of this was tried on Kaggle itself or on a GPU"],
+}
+CASES = [(1, 5.0e12), (2, 5.0e12), (2, 2.5e12)]  # devices, multiply-accumulates per second on each: the README's examples
 ROLES = {"experiment": "fixed once a run exists", "scope": "may grow with `--resume`", "session": "this session only"}
 
 
@@ -94,10 +100,54 @@ def networks_table() -> str:
     return table(["network", "depth", "channels", "parameters", "counted ratio", "million MACs per image"], rows)
 
 
+def commands_table() -> str:
+    """What the script can do instead of starting a new run: every such option of its parser."""
+    (actions,) = (group for group in exp.build_parser()._action_groups if group.title == "what to do instead of starting a new run")
+    wanted = [action for action in actions._group_actions if action.option_strings]
+    assert {action.dest for action in wanted} == {f.name for f in dataclasses.fields(exp.Request)} - {"given", "command"}
+    rows = [[f"`{' '.join([a.option_strings[0], *([f'{a.metavar} ...'] if a.metavar else [])])}`", str(a.help)] for a in wanted]
+    return table(["command", "what it does"], rows)
+
+
+def expected_work(mode: str) -> tuple[dict[str, tuple[int, float]], list[float]]:
+    """(jobs, multiply-accumulates) by kind of work; and the hours that `--plan`'s formula makes of it in each of `CASES`."""
+    settings, classes, images = exp.new_settings({"mode": mode}), 10, 45_000
+    macs = {name: exp.network_cost(name, classes, settings.width)[1] for name in exp.ARCHITECTURES}
+    work: dict[str, tuple[int, float]] = {}
+    for job in exp.planned_jobs(settings):
+        kind = {"teacher": "teacher", "student": f"students {job.compression}"}.get(job.kind, f"{job.kind}s")
+        count, total = work.get(kind, (0, 0.0))
+        work[kind] = (count + 1, total + exp.job_cost(job, settings, classes) * images)
+    hours = []
+    for devices, rate in CASES:
+        progress = exp.Progress(settings, classes, images, False, devices)
+        progress.expect({name: exp.Speed(3 * macs[name] * settings.batch_size / rate, macs[name] / rate) for name in macs}, {})
+        hours.append(progress.seconds_left() / 3600)
+        work["teachers' passes over the images"] = (0, progress.page_seconds() * rate)
+    return work, hours
+
+
+def work_table() -> str:
+    """What the modes compute, and the hours that `--plan`'s formula makes of it."""
+    quick, full = expected_work("quick"), expected_work("full")
+    rows = []
+    for kind, (count, total) in quick[0].items():
+        others, more = full[0][kind]
+        rows.append([kind, str(count or "-"), f"{total / 1e15:.1f}", str(others or "-"), f"{more / 1e15:.1f}"])
+    sums = [(sum(jobs for jobs, _ in work.values()), sum(macs for _, macs in work.values()) / 1e15) for work, _ in (quick, full)]
+    rows.append(["**all**", *(text for jobs, macs in sums for text in (str(jobs), f"**{macs:.1f}**"))])
+    for (devices, rate), short, long in zip(CASES, quick[1], full[1], strict=True):
+        label = f"hours on {devices} device{'s' * (devices > 1)} at {rate / 1e12:.1f} tera-MACs/s"
+        rows.append([label, "", f"{short:.1f} h", "", f"{long:.1f} h"])
+    return table(["work", "quick: jobs", "peta-MACs", "full: jobs", "peta-MACs"], rows)
+
+
 GENERATED: dict[str, Callable[[], str]] = {
     "settings": settings_table,
     "presets": presets_table,
     "networks": networks_table,
+    "commands": commands_table,
+    "work": work_table,
 }
 
 
@@ -150,6 +200,9 @@ def test_constants_that_the_text_repeats() -> None:
     for ratio, (direct, student, difference) in exp.PREDICTION.items():
         row = f"| {ratio} | {direct:.1f} | {student:.1f} | +{difference:.1f} pp |"
         assert all(row in text_of(document) for document in (README, INDEX)), row
+    hours = [expected_work(mode)[1][1:] for mode in ("quick", "full")]
+    quick, full = (f"{fast:.1f} ({slow:.1f}) h" for fast, slow in hours)
+    assert f"quick {quick}, full {full} (computed, not measured)" in " ".join(text_of(INDEX).split())
 
 
 def commands(text: str) -> list[list[str]]:
@@ -161,7 +214,7 @@ def commands(text: str) -> list[list[str]]:
     for line in lines:
         start = re.match(r"^\s*(?:!|(?:.*&& ))?(?:torchrun .*?|python3? )(?:run_exp1b_kaggle\.py|\{SCRIPT\})(.*)$", line)
         if start:
-            found.append(shlex.split(start[1].replace("{RESUME}", "--resume"), comments=True))
+            found.append(shlex.split(start[1].replace("{RESUME}", "--resume").replace("{MODE}", "quick"), comments=True))
     return found
 
 
@@ -244,6 +297,8 @@ def test_kernel_metadata_is_complete() -> None:
         assert metadata["enable_gpu"] is metadata["enable_internet"] is metadata["is_private"] is True
         assert metadata["language"] == "python"
         assert f"`{metadata['code_file']}`" in text_of(README)
+        assert metadata["kernel_sources"] == [], "before the first push there is no output to mount"
+        assert f'`"kernel_sources": ["{metadata["id"]}"]`' in text_of(README), "what the later pushes need"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -255,6 +310,11 @@ def test_plain_text(document: str) -> None:
     assert [p for p in paths if not p.startswith(("/kaggle/", "/shared/"))] == []
     assert "\t" not in text
     assert all(line == line.rstrip() for line in text.splitlines())
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_what_was_not_tried_is_said(document: str) -> None:
+    assert [sentence for sentence in NOT_TRIED[document] if sentence not in text_of(document)] == []
 
 
 def test_lengths() -> None:
