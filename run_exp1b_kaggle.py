@@ -3863,7 +3863,8 @@ LIMITATIONS = """\
 - One teacher, one chain and one pilot per ratio: the inference is conditional on them; their variation is not measured.
 - One family of networks (CIFAR ResNets) and one data set. Depth changes with the ratio (ResNet-18 at 2.3x, ResNet-10 at
   5x and 7x), so that a trend that includes 2.3x may be one over depth.
-- HPM-KD alone uses the labels of held-out images (attention, pilots); Direct and TraditionalKD do not."""
+- HPM-KD alone uses the labels of held-out images (attention, pilots); Direct and TraditionalKD do not.
+- TraditionalKD keeps the usual alpha and temperature; its tuned counterpart is TunedKD (`--ablation`)."""
 
 
 def num(value: float | None, form: str = ".2f") -> str:
@@ -4775,33 +4776,35 @@ def show_status(request: Request, platform: Platform) -> int:
         text = "waiting"
         if record is not None:
             done += 1
-            score = f", test accuracy {record['test_accuracy']:.2f}%" if "test_accuracy" in record else ""
-            text = (
-                f"failed: {record['reason']}"
-                if record["status"] == "failed"
-                else f"done in {say_hours(record.get('train_seconds', 0))}{score}"
-            )
+            text = status_text(record)
         else:
             left.append(job)
             with contextlib.suppress(FileNotFoundError, Damaged):
                 content = load_checkpoint(folder.progress_file(job.name))
                 text = f"in progress, {len(content.get('history', content.get('results', [])))} epochs or trials done"
         print(f"  {job.name:<44} {text}")
-    spent = sum(r.get("train_seconds", 0.0) for r in state["jobs"].values())
+    spent = sum(r.get("train_seconds", 0.0) for r in state["jobs"].values() if not r.get("same_as"))
     print(f"{done} of {done + len(left)} jobs done, {say_hours(spent)} of training so far{remaining_text(left, state, settings)}")
     return 0
+
+
+def status_text(record: dict[str, Plain]) -> str:
+    """What --status says of a job that has ended."""
+    if record["status"] == "failed":
+        return f"failed: {record['reason']}"
+    how = f"is {record['same_as']}'s by construction" if record.get("same_as") else f"done in {say_hours(record.get('train_seconds', 0))}"
+    return how + (f", test accuracy {record['test_accuracy']:.2f}%" if "test_accuracy" in record else "")
 
 
 def remaining_text(left: Sequence[Job], state: dict[str, Plain], settings: Settings) -> str:
     """Time left on one device, scaled from the finished jobs' seconds by the computation they took."""
     classes, records = len(state["data"]["classes"]), state["jobs"]
-    finished = [
-        j for j in planned_jobs(settings) if records.get(j.name, {}).get("status") == "done" and records[j.name].get("train_seconds")
-    ]
-    work_done = sum(job_cost(j, settings, classes) for j in finished)
+    trained = [j for j in planned_jobs(settings) if j.name in records and not records[j.name].get("same_as")]
+    trained = [j for j in trained if records[j.name].get("train_seconds")]
+    work_done = sum(job_cost(j, settings, classes) for j in trained)
     if not left or not work_done:
         return ""
-    rate = sum(records[j.name]["train_seconds"] for j in finished) / work_done
+    rate = sum(records[j.name]["train_seconds"] for j in trained) / work_done
     return f", about {say_hours(rate * sum(job_cost(j, settings, classes) for j in left))} left on one device"
 
 

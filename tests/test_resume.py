@@ -106,7 +106,7 @@ def test_an_extended_run_is_the_run_that_was_larger_from_the_start(toy: Path, ca
     assert results_without_times(toy / "grown") == results_without_times(toy / "at_once")
     epochs = epochs_in_log(toy / "grown")
     assert len(epochs) == len(set(epochs)), "something was trained twice"
-    assert ["runs 1 -> 2 after results were seen" in s["extended"] for s in index_of(toy / "grown")["sessions"]][-1]
+    assert "runs from 1 to 2 after results were seen" in index_of(toy / "grown")["sessions"][-1]["extended"]
 
 
 def test_a_reader_is_told_when_bit_equality_is_over(copied: Path, capsys: Capture) -> None:
