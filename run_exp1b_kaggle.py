@@ -485,6 +485,7 @@ def start_logging(file: Path | None, rank: int = 0) -> None:
     who = f"[worker {rank}] " if rank else ""
     console = _Console()
     console.setFormatter(logging.Formatter(who + "%(message)s"))
+    console.addFilter(lambda record: not record.exc_info)  # tracebacks are for the file
     log.addHandler(console)
     if file is not None:
         to_file = _LogFile(file, encoding="utf-8", errors="backslashreplace")
@@ -3194,7 +3195,8 @@ class Worker:
         return bool(self.store.add(f"claim/{self.generation}/{job.name}", 1) == 1)
 
     def _do(self, job: Job) -> None:
-        folder, records = self.experiment.folder, self.experiment.state["jobs"]
+        """Do a job. One that cannot be done, or whose code crashes, is marked failed."""
+        records = self.experiment.state["jobs"]
         attempts = f"attempt/{job.name}"
         try:
             if self.store.add(attempts, 1) > self.MOST_ATTEMPTS:
@@ -3207,15 +3209,34 @@ class Worker:
             if job.name not in records:
                 raise JobFailed("its finished file was damaged as soon as it was written: check the disk, then --resume")
         except JobFailed as error:
-            log.error("%s failed: %s", job.name, error)
-            identity = {n: getattr(job, n) for n in ("kind", "compression", "method", "run")}
-            identity |= {"job": job.name, "fingerprint": job_fingerprint(self.experiment.settings, self.experiment.state, job)}
-            failure = {**identity, "status": "failed", "reason": str(error), "final": isinstance(error, Diverged)}
-            save_plain(folder.failure_file(job.name), failure)
-        except (Stopped, DiskFull, UsageError):
+            self._fail(job, str(error), final=isinstance(error, Diverged))
+        except (Stopped, DiskFull, UsageError, OSError):
             self.store.add(attempts, -1)
             raise
+        except Exception as error:
+            if self.experiment.progress.workers > 1:
+                raise  # the launcher starts all anew, on devices that forget an error with their process
+            self._crashed(job, error)
         self.store.add(attempts, -1)  # a process that is killed or crashes does not get here: that is what is counted
+
+    def _crashed(self, job: Job, error: Exception) -> None:
+        """After a crash in the only process: the others go on, unless the device is lost until this process ends."""
+        log.error("%s crashed", job.name, exc_info=error)
+        what = (str(error).splitlines() or [""])[0]
+        self._fail(
+            job, f"it crashed ({type(error).__name__}: {what}): --resume tries again, {self.experiment.folder.log_file.name} says where"
+        )
+        try:
+            probe_gpu(self.experiment.device)
+        except UsageError:
+            raise Stopped(f"the loss of {self.experiment.device.name} ({what})") from None
+
+    def _fail(self, job: Job, reason: str, final: bool = False) -> None:
+        """Record a failure. One that is `final` would come again, so that `--resume` does not try."""
+        log.error("%s failed: %s", job.name, reason)
+        identity = {n: getattr(job, n) for n in ("kind", "compression", "method", "run")}
+        identity |= {"job": job.name, "fingerprint": job_fingerprint(self.experiment.settings, self.experiment.state, job)}
+        save_plain(self.experiment.folder.failure_file(job.name), {**identity, "status": "failed", "reason": reason, "final": final})
 
 
 # ======================================================================================================================
