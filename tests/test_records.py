@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import results_without_times
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from toy import DIRECT, HPMKD, INTERMEDIATE, KD, PILOT, TEACHER, leftovers, resume
 
@@ -55,6 +55,7 @@ SOME = settings(
     max_examples=EXAMPLES,
     deadline=None,
     derandomize=EXAMPLES == 40,
+    phases=[Phase.generate],  # there is little to shrink, and every attempt makes a report
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 MISSING = object()
