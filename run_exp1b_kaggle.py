@@ -212,6 +212,8 @@ class Settings:
             strange |= ({*settings.compression} - {*RATIOS}) | ({*settings.methods} - {*METHODS})
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"the run's stored settings cannot be read ({error!r}): it was written by another version") from None
+        if not (settings.compression and settings.methods):
+            raise UsageError("the run's stored settings name no ratio or no method: it was written by another version")
         if strange:  # they become parts of file names
             raise UsageError(f"the run's stored settings hold {sorted(map(str, strange))}, which this version does not know")
         return settings
@@ -484,6 +486,7 @@ def start_logging(file: Path | None, rank: int = 0) -> None:
     who = f"[worker {rank}] " if rank else ""
     console = _Console()
     console.setFormatter(logging.Formatter(who + "%(message)s"))
+    console.addFilter(lambda record: not record.exc_info)  # tracebacks are for the file
     log.addHandler(console)
     if file is not None:
         to_file = _LogFile(file, encoding="utf-8", errors="backslashreplace")
@@ -1620,34 +1623,109 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-INDEX_TYPES: dict[str, type] = {
-    "format": int,
-    "script": dict,
-    "created": str,
-    "settings": dict,
-    "fingerprint": str,
-    "precision": str,
-    "data": dict,
-    "sessions": list,
-    "notes": list,
-    "jobs": dict,
-}
+# What is read back, so that no reader of it meets a surprise: `misfit` says how to read these. What a later version adds has to be
+# optional ("name?"), so that the runs of this one are not set aside by it (taught_by came so).
+WHOLE, COUNT, POSITIVE = range(-(10**15), 10**15), range(10**15), range(1, 10**15)
+NOTHING = {str: ()}  # an empty dict
+PAGES = {str: {str: float}}
+TEACHER_KEYS = tuple(ARCHITECTURES)
+CONFIG = {
+    "alpha": float, "temperature": float, "schedule": ("constant", "cosine", "loss", "convergence"), "teachers": [TEACHER_KEYS],
+    "attention": bool,
+}  # fmt: skip
+EPOCH = {"epoch": COUNT, "loss": float, "val_accuracy": float, "lr": float, "seconds": float, "temperature": (float, None)}
+ATTENTION = tuple(  # of two teachers, of three
+    {"teachers": [TEACHER_KEYS] * count, "select": block, "train": block}
+    for count, block in (
+        (n, {"mean_weight": [float] * n, "weight_sd": [float] * n, "best_single": TEACHER_KEYS}
+         | dict.fromkeys(("nll_mixture", "nll_uniform", "nll_best_single"), float))
+        for n in (2, 3)
+    )
+)  # fmt: skip
+IDENTITY = {
+    "job": str, "kind": str, "compression": str, "method": str, "run": COUNT, "fingerprint": str, "status": str, "reason": str,
+}  # fmt: skip
+FAILED = {**IDENTITY, "status": "failed"}
+DONE = {
+    **IDENTITY, "status": "done", "seed": WHOLE, "network": TEACHER_KEYS, "classes": POSITIVE, "width": POSITIVE, "mean": [float] * 3,
+    "std": [float] * 3, "params": POSITIVE, "macs": POSITIVE, "file": str, "taught_by?": {str: str}, "device": str, "precision": PRECISIONS,
+    "threads": POSITIVE, "torch": str, "notes": [str], "finished": str, "train_seconds": float, "pages": PAGES,
+}  # fmt: skip
+PILOT = {
+    **DONE, "config": CONFIG, "chosen": COUNT, "reason_chosen": str, "steps_per_epoch": POSITIVE, "problem": dict, "pilot_for": str,
+    "candidates": [
+        {"config": CONFIG, "rungs": [[COUNT, float]], "difference": float, "standard_error": float, "kept": bool},
+    ],
+    "reused_from?": str, "seconds_saved?": float,
+}  # fmt: skip
+TRAINED = {
+    **DONE, "config": (CONFIG, NOTHING), "attention": (NOTHING, *ATTENTION), "same_as": str, "epochs": POSITIVE, "history": [EPOCH],
+    "prepare_seconds": float, "images_per_second": float, "val_accuracy": float, "test_accuracy": float, "test_class_accuracy": [float],
+    "test_nll": float, "test_ece": float, "weights_sha256": str, "file_bytes": COUNT, "latency_ms?": {str: float},
+    "teacher_agreement?": float,
+}  # fmt: skip
+DATA = {
+    "name": DATASETS, "classes": [str], "train": COUNT, "fit": COUNT, "select": COUNT, "test": COUNT, "source": str, "sha256": str,
+}  # fmt: skip
+SESSION = {
+    "started": str, "ended": str, "command": str, "host_gpu": str, "threads": POSITIVE, "workers": POSITIVE, "devices": [str],
+    "stopped": str, "extended": str, "python?": str, "torch?": str, "torchvision?": str, "numpy?": str,
+}  # fmt: skip
+INDEX = {
+    "format": 1, "script": {"version": str, "sha256": str}, "created": str, "settings": dict, "fingerprint": str, "precision": PRECISIONS,
+    "data": DATA, "sessions": [SESSION], "notes": [str], "jobs": {str: (FAILED, PILOT, TRAINED)},
+    "memory?": (None, {"folder": str, "pilots": {str: PILOT}}),
+    "merged?": {"sources": [str], "teachers": {str: (NOTHING, TRAINED)}},
+}  # fmt: skip
+PROGRESS = {
+    "identity": str, "model": {str: torch.Tensor}, "optimizer": dict, "scaler": dict, "history": [EPOCH], "pages": PAGES, "seconds": float,
+    "micro_batch": POSITIVE, "index": dict,
+}  # fmt: skip
+TRIALS = {"identity": str, "results": {str: {"correct": torch.Tensor, "seconds": float, "pages": PAGES}}, "index": dict}
 
 
-def check_index(state: dict[str, Any]) -> None:
+def misfit(value: Any, shape: Any, name: str = "content") -> str:
+    """The name of a part of `value` that is not of this shape ("" where all of it is).
+
+    A type stands for its values (float: any number but infinity), a range for the whole numbers in it, [shape] for a list of any length,
+    a longer list for one of just that length, a dict for one with these keys ("key?" may be missing; {str: shape}: any keys), a tuple
+    for alternatives, and everything else for itself.
+    """
+    parts: list[tuple[str, Any, Any]] = []
+    if isinstance(shape, tuple):
+        fits = any(not misfit(value, alternative) for alternative in shape)
+    elif isinstance(shape, range):
+        fits = type(value) is int and value in shape
+    elif shape is float:
+        fits = type(value) in (int, float) and not abs(value) > 1e15
+    elif isinstance(shape, type):
+        fits = isinstance(value, shape)
+    elif isinstance(shape, list):
+        fits = isinstance(value, list) and (len(shape) == 1 or len(value) == len(shape))
+        parts = [(f"{name}[{i}]", item, shape[i % len(shape)]) for i, item in enumerate(value)] if fits else []
+    elif isinstance(shape, dict) and str in shape:
+        fits = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+        parts = [(f"{name}.{key}", item, shape[str]) for key, item in value.items()] if fits else []
+    elif isinstance(shape, dict):
+        fits = isinstance(value, dict)
+        keys = {key.rstrip("?"): key for key in shape if fits and (key[-1] != "?" or key[:-1] in value)}
+        parts = [(f"{name}.{key}", value.get(key, ...), shape[declared]) for key, declared in keys.items()]
+    else:
+        fits = type(value) is type(shape) and value == shape
+    return next((wrong for part in parts if (wrong := misfit(part[1], part[2], part[0]))), "") if fits else name
+
+
+def check_shape(value: Any, shape: Any, name: str) -> None:
+    """Raise `Damaged` unless a value is of a shape (see `misfit`)."""
+    if wrong := misfit(value, shape, name):
+        raise Damaged(f"holds no sound {wrong}")
+
+
+def check_index(state: Any) -> None:
     """Raise `Damaged` unless this is an index, `UsageError` if it is one that this version cannot continue."""
-    if isinstance(state.get("format"), int) and state["format"] != 1:
+    if isinstance(state, dict) and isinstance(state.get("format"), int) and state["format"] != 1:
         raise UsageError(f"the run was written in format {state['format']}, this script knows format 1: use the script that wrote it")
-    wrong = [n for n, kind in INDEX_TYPES.items() if not isinstance(state.get(n), kind)]
-    if wrong or not isinstance(state["data"].get("sha256"), str):
-        raise Damaged(f"lacks {', '.join(wrong) or 'the data checksum'}")
-    records, merged = state["jobs"].values(), state.get("merged", {})
-    if not all(isinstance(item, dict) for item in (merged, *state["sessions"], *records)):
-        raise Damaged("holds sessions or records that are none")
-    if not all(isinstance(r.get(n), str) for r in records for n in ("kind", "status", "reason", "compression", "method")):
-        raise Damaged("holds incomplete records")
-    if state["precision"] not in PRECISIONS or (merged and not isinstance(merged.get("teachers"), dict)):
-        raise Damaged("holds a precision or teachers that are none")
+    check_shape(state, INDEX, "index")
     try:
         expected = fingerprint(Settings.from_plain(state["settings"]), state["precision"], state["data"]["sha256"])
     except (TypeError, ValueError) as error:
@@ -1668,7 +1746,7 @@ def check_belongs(folder: RunFolder, state: dict[str, Any]) -> None:
         with contextlib.suppress(Damaged, FileNotFoundError):
             content = load_checkpoint(path)
             models += 1
-            check_content(content, files[path], job_fingerprint(settings, state, files[path]), {})
+            check_content(content, files[path], settings, state, {})
             return
     if models:
         raise Damaged("belongs to another run than the models beside it")
@@ -1686,9 +1764,9 @@ def load_index(folder: RunFolder, repair: bool = True) -> dict[str, Plain]:
     for path in sorted([*folder.checkpoints.glob("*.pt"), *folder.checkpoints.glob("*.progress")]):
         with contextlib.suppress(Damaged, FileNotFoundError):
             content = load_checkpoint(path)
-            check_index(cast("dict[str, Any]", content.get("index", {})))
+            check_index(content.get("index"))
             states.append(content["index"])
-            if "record" in content:
+            if not misfit(content.get("record"), (PILOT, TRAINED)):
                 jobs[path.stem] = content["record"]
     if not states:
         raise UsageError(f"{folder.path} holds no run that can be continued (no sound {STATE_NAME}, no sound model)")
@@ -1697,18 +1775,27 @@ def load_index(folder: RunFolder, repair: bool = True) -> dict[str, Plain]:
     return {**state, "jobs": jobs, "notes": [*state["notes"], "The index was lost and rebuilt from the model files."]}
 
 
-def check_content(content: dict[str, Any], job: Job, expected: str, teachers: Mapping[str, str]) -> None:
+def check_content(content: dict[str, Any], job: Job, settings: Settings, state: dict[str, Plain], teachers: Mapping[str, str]) -> None:
     """Raise `Damaged` unless this is the finished file of `job`, of this run, and distilled from these `teachers` (checksums by name)."""
-    record = content.get("record")
-    if not isinstance(record, dict) or record.get("job") != job.name or record.get("status") != "done":
+    record, data = content.get("record"), state["data"]
+    own = {"job": job.name, "status": "done"} | {n: getattr(job, n) for n in ("kind", "compression", "method", "run")}
+    if misfit(record, IDENTITY) or not isinstance(record, dict) or any(record[n] != value for n, value in own.items()):
         raise Damaged(f"is not the finished file of {job.name}")
-    if record.get("fingerprint") != expected:
+    if record["fingerprint"] != job_fingerprint(settings, state, job):
         raise Damaged("belongs to a run with other settings")
-    if job.kind != "pilot" and not isinstance(record.get("weights_sha256"), str):
-        raise Damaged("has no checksum of its weights")
+    check_shape(record, PILOT if job.kind == "pilot" else TRAINED, "record")
     for name, sha256 in record.get("taught_by", {}).items():
         if teachers.get(name, sha256) != sha256:
             raise Damaged(f"was distilled from another {name} than this run's")
+    if job.kind != "pilot":
+        parts = ("test", "select") if job.kind == "student" else ("test", "select", "fit")
+        check_shape(content, {"model": {str: torch.Tensor}} | {f"{part}_logits": torch.Tensor for part in parts}, "file")
+        shapes = {part: (content[f"{part}_logits"].shape, (data[part], len(data["classes"]))) for part in parts}
+        wrong = [f"{part}_logits" for part, (found, expected) in shapes.items() if found != expected]
+        wrong += ["history"] if [entry["epoch"] for entry in record["history"]] != [*range(record["epochs"])] else []
+        wrong += ["test_class_accuracy"] if len(record["test_class_accuracy"]) != len(data["classes"]) else []
+        if wrong:
+            raise Damaged(f"holds a {wrong[0]} of another length")
 
 
 class RunLock:
@@ -2122,8 +2209,11 @@ class Fitting:
         log.info("%s continues after epoch %d of %d", self.name, len(self.history), self.schedule.epochs)
 
     def _check(self, content: dict[str, Any]) -> None:
-        if content.get("identity") != self.identity:
+        check_shape(content, PROGRESS, "checkpoint")
+        if content["identity"] != self.identity:
             raise Damaged("belongs to another run or to other settings")
+        if {n: v.shape for n, v in content["model"].items()} != {n: v.shape for n, v in self.model.state_dict().items()}:
+            raise Damaged("holds another network")
 
 
 def percent_correct(predicted: torch.Tensor, labels: torch.Tensor) -> float:
@@ -2192,6 +2282,7 @@ class TeacherOutputs:
             str(torch.__version__),
             CHUNK,
             PROTOCOL,
+            2,  # the form of a page's file
         ]
         return experiment.scratch / digest(parts)[:32]
 
@@ -2201,13 +2292,15 @@ class TeacherOutputs:
         self._make_private(folder)
         path = folder / f"page_{page:03d}"
         with file_lock(folder / f"page_{page:03d}.lock", self.experiment.session.check):
+            identity = hashlib.sha256(f"{folder.name} {page}".encode()).digest()  # else a page in the place of another went unnoticed
             try:
-                payload = read_sealed(path)
+                if not (payload := read_sealed(path)).startswith(identity):
+                    raise Damaged("is another page")
             except (FileNotFoundError, Damaged):
-                payload = self._compute(teacher, page)
+                payload = identity + self._compute(teacher, page)
                 write_sealed(path, payload)
-        seconds = float(np.frombuffer(payload[:8], np.float64)[0])
-        logits = np.frombuffer(payload, np.float16, offset=8).reshape(len(self.experiment.images), -1)
+        seconds = float(np.frombuffer(payload[32:40], np.float64)[0])
+        logits = np.frombuffer(payload, np.float16, offset=40).reshape(len(self.experiment.images), -1)
         return torch.from_numpy(logits.copy()).to(self.experiment.device.torch), seconds
 
     def _make_private(self, folder: Path) -> None:
@@ -2492,8 +2585,11 @@ class _Pilot:
             self.results = content["results"]
 
     def _check(self, content: dict[str, Any]) -> None:
-        if content.get("identity") != self.identity or not isinstance(content.get("results"), dict):
+        check_shape(content, TRIALS, "checkpoint")
+        if content["identity"] != self.identity:
             raise Damaged("belongs to another run or to other settings")
+        if any(r["correct"].shape != self.experiment.images.select.labels.shape for r in content["results"].values()):
+            raise Damaged("holds results of other images")
 
     def evaluate(self, rung: int, candidate: int, steps: int) -> np.ndarray:
         """Which of the `select` images candidate gets right after `steps` steps of training."""
@@ -3046,7 +3142,11 @@ class Collector:
         records, path = self.state["jobs"], self.folder.model_file(job.name)
         try:
             content = load_checkpoint(path)
-            check_content(content, job, job_fingerprint(self.settings, self.state, job), self._teachers(job))
+            check_content(content, job, self.settings, self.state, self._teachers(job))
+            pilot = pilot_of(job)
+            if pilot is not None and records.get(pilot.name, {}).get("status") == "done":
+                if content["record"]["config"] != cast(Distillation, config_of(job, records)).plain():
+                    raise Damaged(f"was configured by another {pilot.name} than this run's")
             records[job.name] = content["record"]
             if "test_logits" in content:
                 self.logits[job.name] = content["test_logits"].float().numpy()
@@ -3061,8 +3161,9 @@ class Collector:
         return failed is not None
 
     def _check_failure(self, job: Job, content: dict[str, Any]) -> None:
-        expected = {"job": job.name, "status": "failed", "fingerprint": job_fingerprint(self.settings, self.state, job)}
-        if any(content.get(key) != value for key, value in expected.items()) or not isinstance(content.get("reason"), str):
+        own = {n: getattr(job, n) for n in ("kind", "compression", "method", "run")}
+        own |= {"job": job.name, "fingerprint": job_fingerprint(self.settings, self.state, job)}
+        if misfit(content, FAILED) or any(content[n] != value for n, value in own.items()):
             raise Damaged(f"is not the failure record of {job.name} in this run")
 
 
@@ -3099,7 +3200,8 @@ class Worker:
         return bool(self.store.add(f"claim/{self.generation}/{job.name}", 1) == 1)
 
     def _do(self, job: Job) -> None:
-        folder, records = self.experiment.folder, self.experiment.state["jobs"]
+        """Do a job. One that cannot be done, or whose code crashes, is marked failed."""
+        records = self.experiment.state["jobs"]
         attempts = f"attempt/{job.name}"
         try:
             if self.store.add(attempts, 1) > self.MOST_ATTEMPTS:
@@ -3112,15 +3214,34 @@ class Worker:
             if job.name not in records:
                 raise JobFailed("its finished file was damaged as soon as it was written: check the disk, then --resume")
         except JobFailed as error:
-            log.error("%s failed: %s", job.name, error)
-            identity = {n: getattr(job, n) for n in ("kind", "compression", "method", "run")}
-            identity |= {"job": job.name, "fingerprint": job_fingerprint(self.experiment.settings, self.experiment.state, job)}
-            failure = {**identity, "status": "failed", "reason": str(error), "final": isinstance(error, Diverged)}
-            save_plain(folder.failure_file(job.name), failure)
-        except (Stopped, DiskFull, UsageError):
+            self._fail(job, str(error), final=isinstance(error, Diverged))
+        except (Stopped, DiskFull, UsageError, OSError):
             self.store.add(attempts, -1)
             raise
+        except Exception as error:
+            if self.experiment.progress.workers > 1:
+                raise  # the launcher starts all anew, on devices that forget an error with their process
+            self._crashed(job, error)
         self.store.add(attempts, -1)  # a process that is killed or crashes does not get here: that is what is counted
+
+    def _crashed(self, job: Job, error: Exception) -> None:
+        """After a crash in the only process: the others go on, unless the device is lost until this process ends."""
+        log.error("%s crashed", job.name, exc_info=error)
+        what = (str(error).splitlines() or [""])[0]
+        self._fail(
+            job, f"it crashed ({type(error).__name__}: {what}): --resume tries again, {self.experiment.folder.log_file.name} says where"
+        )
+        try:
+            probe_gpu(self.experiment.device)
+        except UsageError:
+            raise Stopped(f"the loss of {self.experiment.device.name} ({what})") from None
+
+    def _fail(self, job: Job, reason: str, final: bool = False) -> None:
+        """Record a failure. One that is `final` would come again, so that `--resume` does not try."""
+        log.error("%s failed: %s", job.name, reason)
+        identity = {n: getattr(job, n) for n in ("kind", "compression", "method", "run")}
+        identity |= {"job": job.name, "fingerprint": job_fingerprint(self.experiment.settings, self.experiment.state, job)}
+        save_plain(self.experiment.folder.failure_file(job.name), {**identity, "status": "failed", "reason": reason, "final": final})
 
 
 # ======================================================================================================================
@@ -3197,7 +3318,7 @@ def results_frame(state: dict[str, Any]) -> pd.DataFrame:
             "ratio_nominal": RATIOS[record["compression"]],
             "ratio_actual": teachers[record["compression"]].get("params", math.nan) / record.get("params", math.nan),
             "teacher_accuracy": accuracy[record["compression"]],
-            "retention": 100 * record.get("test_accuracy", math.nan) / accuracy[record["compression"]],
+            "retention": 100 * record.get("test_accuracy", math.nan) / (accuracy[record["compression"]] or math.nan),
             **{f"latency_{batch}": ms for batch, ms in record.get("latency_ms", {}).items()},
         }
         for record in [*finished(state, "student"), *failed]
@@ -4521,12 +4642,11 @@ def reuse_teachers(run: OpenRun) -> None:
     teachers: dict[str, str] = {}
     for job in (j for j in planned_jobs(run.settings) if j.kind in ("teacher", "intermediate")):
         own = run.folder.model_file(job.name)
-        expected = job.fingerprint(run.settings, run.state["precision"], run.raw.sha256)
         places = [own, *(p for root in (run.platform.output_root, *run.platform.inputs) for p in find_files(root, {own.name}))]
         for path in places:
             try:
                 content = load_checkpoint(path)
-                check_content(content, job, expected, teachers)
+                check_content(content, job, run.settings, run.state, teachers)
             except (FileNotFoundError, Damaged):
                 continue
             if path != own:
@@ -4781,6 +4901,7 @@ def show_status(request: Request, platform: Platform) -> int:
             left.append(job)
             with contextlib.suppress(FileNotFoundError, Damaged):
                 content = load_checkpoint(folder.progress_file(job.name))
+                check_shape(content, (PROGRESS, TRIALS), "checkpoint")
                 text = f"in progress, {len(content.get('history', content.get('results', [])))} epochs or trials done"
         print(f"  {job.name:<44} {text}")
     spent = sum(r.get("train_seconds", 0.0) for r in state["jobs"].values() if not r.get("same_as"))
@@ -4964,7 +5085,7 @@ def finished_files(
         with contextlib.suppress(FileNotFoundError):
             try:
                 content = load_checkpoint(folder.model_file(name))
-                check_content(content, job, job_fingerprint(settings, state, job), {})
+                check_content(content, job, settings, state, {})
                 if "taught_by" not in content["record"]:
                     raise UsageError(f"{folder.model_file(name)} was written by an earlier version of this script: merge with that one")
             except Damaged as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -59,6 +60,49 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         install_toy(patch, folder.parent)
         assert new_toy(folder) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(toy: Path, toy_run: Path) -> Path:
+    """A copy of a finished toy, to be damaged."""
+    shutil.copytree(toy_run, toy / "run")
+    return toy / "run"
+
+
+@pytest.fixture
+def redone(monkeypatch: pytest.MonkeyPatch, toy_run: Path) -> list[str]:
+    """The jobs that are done again; doing one means copying its file from the undamaged run."""
+    names: list[str] = []
+
+    def again(runner: exp.JobRunner) -> None:
+        names.append(runner.job.name)
+        target = runner.experiment.folder.model_file(runner.job.name)
+        shutil.copyfile(toy_run / "checkpoints" / target.name, target)
+
+    monkeypatch.setattr(exp.JobRunner, "run", again)
+    return names
+
+
+@pytest.fixture(scope="session")
+def half_trained(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the finished toy whose Direct student has only two of its three epochs. Read only."""
+    from toy import DIRECT, install_toy, resume
+
+    folder = tmp_path_factory.mktemp("half") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        install_toy(patch, folder.parent)
+        shutil.copytree(toy_run, folder)
+        (folder / f"checkpoints/{DIRECT}.pt").unlink()
+        epoch = exp.Fitting._epoch
+
+        def stop(fitting: exp.Fitting, number: int) -> None:
+            if number == 2:
+                raise exp.Stopped("session clock")
+            epoch(fitting, number)
+
+        patch.setattr(exp.Fitting, "_epoch", stop)
+        assert resume(folder) == 0
     return folder
 
 

@@ -32,6 +32,7 @@ from toy import (
     new_toy,
     repeated,
     resume,
+    strike_before,
     struck,
 )
 
@@ -139,8 +140,8 @@ def test_a_signal_saves_and_says_how_to_continue(
 
 
 def test_ctrl_c_during_the_last_figures(toy: Path, toy_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What was being drawn is drawn to its end."""
-    with struck("the figures", 1, lambda: os.kill(os.getpid(), signal.SIGINT)):
+    """What was being drawn is drawn to its end, also when it is pressed twice."""
+    with struck("the figures", 1, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]):  # type: ignore[arg-type,return-value]
         assert new_toy(toy / "run") == 130
     assert "6 of 6 jobs done" in capsys.readouterr().out.splitlines()[-1]
     assert_as_if_undisturbed(toy / "run", toy_run)
@@ -152,6 +153,44 @@ def test_a_signal_during_the_download(toy: Path, capsys: pytest.CaptureFixture[s
     assert "the same command starts again" in capsys.readouterr().out.splitlines()[-1]
     assert leftovers(toy / "run") == []
     assert new_toy(toy / "run") == 0
+
+
+WORK = [
+    (exp.Fitting, "_step"), (exp.Experiment, "infer"), (exp._Pilot, "evaluate"), (exp, "train_attention"), (exp.JobRunner, "_evaluate"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("point", "number", "under_way"),
+    [
+        ("an epoch", 2, ["_step"]),
+        ("the validation", 1, []),
+        ("the evaluation", 1, ["_evaluate"]),
+        ("a page of teacher outputs", 1, []),
+        ("a pilot", 1, ["evaluate"]),
+        ("the attention", 1, ["train_attention"]),
+        ("the download", 2, []),
+    ],
+)
+def test_ctrl_c_twice_ends_the_work_at_once(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, point: str, number: int, under_way: list[str]
+) -> None:
+    """Of all steps, batches of inference and pieces of a download, nothing is begun any more: an epoch or a page may take minutes."""
+    monkeypatch.setattr(exp, "CHUNK", 16)
+    begun: list[str] = []
+    interrupted = []
+    for owner, name in WORK:
+        strike_before(monkeypatch, owner, name, lambda name=name: interrupted and begun.append(name))
+
+    def interrupt() -> None:
+        interrupted.append(True)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with struck(point, number, interrupt) as visits:
+        assert new_toy(toy / "run", "--batch-size", "30") == 130
+    assert visits[0] == number
+    assert begun == under_way
 
 
 # ---- The session's clock ---------------------------------------------------------------------------------------------
@@ -256,6 +295,34 @@ def test_a_full_disk_is_said_and_the_run_goes_on_with_room(
             assert "free some space, then continue with --resume" in last
     assert resume(toy / "run") == 0
     assert_as_if_undisturbed(toy / "run", toy_run)
+
+
+WRITTEN = ["page_", ".page_", ".progress.", ".pt.", ".pkl.", "results.csv.", "report.md.", ".png.", "results.zip."]  # parts of names
+
+
+def test_a_full_disk_wherever_something_is_written(toy: Path, toy_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Scratch, checkpoint, model, index, tables, report, figures, archive, lock: no room for one of them in each session."""
+    shutil.copytree(toy_run, toy / "run")
+    (toy / f"run/checkpoints/{KD}.pt").unlink()
+    for name in WRITTEN:
+        failed: list[Path] = []
+
+        def full(path: Path, mode: str = "r", name: str = name, failed: list[Path] = failed) -> Any:
+            if mode in ("w", "wb") and name in path.name:
+                failed.append(path)
+                no_room()
+            return open(path, mode)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(exp, "open", full, raising=False)
+            code = resume(toy / "run")
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert failed, f"{name} is never written"
+        assert (code, "free some space, then continue with --resume" in last) == (1, True), f"{name}: {code} {last}"
+    assert resume(toy / "run") == 0
+    assert leftovers(toy / "run") == []
+    assert repeated(epochs_in_log(toy / "run")[len(epochs_in_log(toy_run)) :]) == []
+    assert results_without_times(toy / "run") == results_without_times(toy_run)
 
 
 def test_a_full_file_system(toy: Path, toy_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -426,6 +493,68 @@ def test_an_empty_class(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = exp.load_index(exp.RunFolder(toy / "run"))["jobs"][DIRECT]
     assert exp.math.isnan(record["test_class_accuracy"][9])
     assert 0 <= record["test_accuracy"] <= 100
+
+
+# ---- Crashes ---------------------------------------------------------------------------------------------------------
+
+CRASH = RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported later")
+
+
+def crash(patch: pytest.MonkeyPatch, job: str, number: int) -> None:
+    """Raise what nobody expects from one job's step with this number."""
+    steps = [0]
+    step = exp.Fitting._step
+
+    def crashing(fitting: exp.Fitting, index: torch.Tensor, page: int) -> torch.Tensor:
+        steps[0] += fitting.name == job
+        if fitting.name == job and steps[0] == number:
+            raise CRASH
+        return step(fitting, index, page)
+
+    patch.setattr(exp.Fitting, "_step", crashing)
+
+
+def test_a_crash_in_a_job_costs_that_job_and_not_the_session(
+    toy: Path, toy_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its reason is in the report, the traceback in the log alone; --resume continues it from its last epoch."""
+    shutil.copytree(toy_run, toy / "exp1b_earlier")  # its teacher is reused
+    with pytest.MonkeyPatch.context() as patch:
+        crash(patch, DIRECT, 4)  # in the second epoch
+        assert new_toy(toy / "run") == 1
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].startswith(f"finished: 5 of 6 jobs done; 1 failed ({DIRECT})")
+    assert "Traceback" not in out
+    assert "raise CRASH\nRuntimeError: CUDA error: an illegal" in (toy / "run/experiment.log").read_text()
+    reason = "it crashed (RuntimeError: CUDA error: an illegal memory access was encountered): --resume tries again"
+    assert f"Failed: {DIRECT} ({reason}" in (toy / "run/experiment_report.md").read_text()
+    before = len(epochs_in_log(toy / "run"))
+    assert resume(toy / "run") == 0
+    assert epochs_in_log(toy / "run")[before:] == [f"{DIRECT} epoch 2", f"{DIRECT} epoch 3"]
+    assert results_without_times(toy / "run") == results_without_times(toy_run)
+
+
+def test_a_lost_device_ends_the_session_and_not_every_job(toy: Path, toy_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a GPU an error may stick to the process: then all other jobs would fail of it, one after the other."""
+    shutil.copytree(toy_run, toy / "exp1b_earlier")
+
+    def lost(_device: exp.Device) -> None:
+        raise exp.UsageError("the device fails")
+
+    with pytest.MonkeyPatch.context() as patch:
+        crash(patch, DIRECT, 1)
+        patch.setattr(exp, "probe_gpu", lost)
+        assert new_toy(toy / "run") == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("stopped by the loss of CPU")
+    assert "(CUDA error: an illegal memory access was encountered)" in last
+    assert f"1 failed ({DIRECT})" in last
+    assert "continue with: python run_exp1b_kaggle.py --resume" in last
+    jobs = exp.load_index(exp.RunFolder(toy / "run"))["jobs"]
+    assert [name for name, record in jobs.items() if record["status"] == "failed"] == [DIRECT]
+    assert (toy / "run/experiment_report.md").exists()
+    assert resume(toy / "run") == 0
+    assert results_without_times(toy / "run") == results_without_times(toy_run)
 
 
 # ---- Two processes ---------------------------------------------------------------------------------------------------

@@ -564,7 +564,7 @@ def test_an_unusable_memory_is_one_line_and_exit_code_2(tmp_path: Path, capsys: 
         exp.RunFolder(tmp_path / name).create()
     broken = exp.RunFolder(tmp_path / "broken").index_file
     broken.write_bytes(exp.RunFolder(good).index_file.read_bytes().replace(b"SYNTHETIC", b"SYNTHETIK", 1))
-    exp.save_plain(exp.RunFolder(tmp_path / "version").index_file, {**state, "script": {"version": "0.1"}})
+    exp.save_plain(exp.RunFolder(tmp_path / "version").index_file, {**state, "script": {"version": "0.1", "sha256": ""}})
     exp.save_plain(exp.RunFolder(tmp_path / "pilotless").index_file, {**state, "jobs": {}})
     for name, reason in cases.items():
         before = sorted((tmp_path / name).rglob("*"))

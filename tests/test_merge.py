@@ -65,7 +65,8 @@ def as_if(source: Path, target: Path, settings: dict[str, Any] | None = None, **
     """A run that has only started, whose index is `source`'s but for this."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.pt", "*.previous"))
     index = exp.RunFolder(target).index_file
-    state = {**exp.load_plain(index), **changes}
+    state = exp.load_plain(index)
+    state |= {key: {**state[key], **value} if isinstance(value, dict) else value for key, value in changes.items()}
     state["settings"] |= settings or {}
     experiment = exp.Settings.from_plain(state["settings"])
     state["fingerprint"] = exp.fingerprint(experiment, state["precision"], state["data"]["sha256"])

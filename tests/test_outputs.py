@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from lab import do, open_lab, shortcuts, teacher
+from toy import forbid, make_folder
 
 import run_exp1b_kaggle as exp
 
 NAME = "teacher_resnet50_SYNTHETIC"
-SECONDS = 8  # bytes in front of the logits
+HEAD = 40  # bytes in front of the logits: which page it is, and the seconds that it took
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def apart(experiment: exp.Experiment, scratch: Path) -> exp.TeacherOutputs:
 def page_bytes(outputs: exp.TeacherOutputs, page: int) -> bytes:
     """The logits of a page as they lie on the disk."""
     outputs.page(NAME, page)
-    return exp.read_sealed(outputs._folder(NAME) / f"page_{page:03d}")[SECONDS:]
+    return exp.read_sealed(outputs._folder(NAME) / f"page_{page:03d}")[HEAD:]
 
 
 def test_a_page_holds_the_teachers_logits_for_its_views_in_image_order(taught: exp.Experiment, tmp_path: Path) -> None:
@@ -126,6 +127,41 @@ def test_a_damaged_page_is_computed_again(taught: exp.Experiment, tmp_path: Path
         assert page_bytes(outputs, 9) == good
         assert computed[NAME, 9] == times
     assert page_bytes(outputs, 9) == good and computed[NAME, 9] == 5, "a sound one is not"
+
+
+@pytest.mark.parametrize("damage", ["another page", "of another teacher", "sealed rubbish", "unreadable"])
+def test_a_page_that_is_none_is_computed_again(
+    taught: exp.Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, computed: collections.Counter[tuple[str, int]], damage: str
+) -> None:
+    """Sound files, but not the page: taken for it, they would teach something else without a word."""
+    outputs = apart(taught, tmp_path)
+    good, other = page_bytes(outputs, 9), page_bytes(outputs, 10)
+    assert good != other
+    path = outputs._folder(NAME) / "page_009"
+    if damage == "another page":
+        shutil.copyfile(path.with_name("page_010"), path)
+    elif damage == "of another teacher":
+        state = exp.copy.deepcopy(taught.state)
+        state["jobs"][NAME]["weights_sha256"] = "0" * 64
+        stranger = apart(exp.dataclasses.replace(taught, state=state), tmp_path)
+        stranger.page(NAME, 9)
+        shutil.copyfile(stranger._folder(NAME) / "page_009", path)
+    elif damage == "sealed rubbish":
+        exp.write_sealed(path, b"rubbish")
+    else:
+        forbid(monkeypatch, path)
+    before = computed[NAME, 9]
+    logits, _ = outputs.page(NAME, 9)
+    assert computed[NAME, 9] == before + 1
+    assert logits.numpy().tobytes() == good
+
+
+def test_a_folder_in_the_place_of_a_page_is_one_line(taught: exp.Experiment, tmp_path: Path) -> None:
+    outputs = apart(taught, tmp_path)
+    outputs.page(NAME, 9)
+    make_folder(outputs._folder(NAME) / "page_009")
+    with pytest.raises(exp.UsageError, match=r"cannot write .*page_009"):
+        outputs.page(NAME, 9)
 
 
 def test_a_lost_scratch_folder_does_no_harm(taught: exp.Experiment, tmp_path: Path, computed: collections.Counter[tuple[str, int]]) -> None:

@@ -7,6 +7,7 @@ by a pretended download, one small figure is drawn and the report has one sectio
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -138,6 +139,18 @@ def make_folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
     (path / "something").write_text("else")
+
+
+def forbid(patch: pytest.MonkeyPatch, forbidden: Path) -> None:
+    """Make a file unreadable, wherever it is moved (its mode would mean nothing to root)."""
+    read, inode = Path.read_bytes, forbidden.stat().st_ino
+
+    def refused(path: Path) -> bytes:
+        if path.exists() and path.stat().st_ino == inode:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return read(path)
+
+    patch.setattr(Path, "read_bytes", refused)
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
