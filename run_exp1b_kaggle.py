@@ -614,6 +614,12 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim, (1 << 31) - 1)
 
 
+def release_freed_memory() -> None:
+    """Return to the kernel what `keep_freed_memory` has kept: another network would not fit exactly into the gaps of the last one."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def versions() -> dict[str, str]:
     """Versions of everything that could change a result."""
     found = {"python": platform.python_version()}
@@ -2740,6 +2746,7 @@ def measure_speeds(experiment: Experiment, networks: Iterable[str]) -> dict[str,
     """Time a few real steps and inference chunks of each network; one that does not fit into the memory at full batch size is left out."""
     speeds, images = {}, experiment.images
     for name in networks:
+        release_freed_memory()
         network = experiment.place(build_network(name, len(images.classes), experiment.settings.width)).train()
         index = torch.arange(min(experiment.settings.batch_size, len(images)), device=experiment.device.torch)
         chunk = torch.arange(min(CHUNK, len(images)), device=experiment.device.torch)
@@ -2861,6 +2868,7 @@ class JobRunner:
 
     def run(self) -> None:
         """Finish the job. Raises `JobFailed`, `Stopped` or `DiskFull`."""
+        release_freed_memory()
         twin = twin_of(self.job, self.experiment.settings, self.records)
         if twin is not None:
             content = self._copy(twin)
@@ -4413,6 +4421,7 @@ def open_run(request: Request, platform: Platform, session: Session) -> Iterator
         jobs, state["jobs"] = state["jobs"], {}  # every file is verified anew
         deadline = session.deadline
         run = OpenRun(folder, settings, state, raw, devices, deadline, platform)
+        del raw  # `run` alone holds the pixels, and only until they are on the device
         if not settings.fresh_teacher:
             reuse_teachers(run)
         save_plain(folder.index_file, {**state, "jobs": jobs})
