@@ -35,8 +35,7 @@ class Watch:
     """Looks at the memory again and again, and remembers the fullest moment of every stage."""
 
     def __init__(self) -> None:
-        self.stage, self.fullest = "imports", dict[str, tuple[int, int]]()
-        self.look()
+        self.stage, self.fullest = "start", dict[str, tuple[int, int]]()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def look(self) -> None:
@@ -54,12 +53,12 @@ class Watch:
         """`action`, as a stage whose name is `stage` of its arguments."""
 
         def watched(*values: Any, **named: Any) -> Any:
-            before, self.stage = self.stage, stage(*values)
+            self.stage = stage(*values)
             try:
                 return action(*values, **named)
             finally:
                 self.look()
-                self.stage = before
+                self.stage = "between"
 
         return watched
 
@@ -91,7 +90,7 @@ def main() -> None:
     """Measure and print."""
     options = parser(__doc__)
     options.add_argument("--images", type=int, default=50_000, help="training images, held-out ones included")
-    options.add_argument("--steps", type=int, default=4, help="steps of an epoch and chunks of a page")
+    options.add_argument("--steps", type=int, default=3, help="steps of an epoch and chunks of a page")
     options.add_argument("--data-dir", type=Path, help="folder with CIFAR-10, to be used instead of SYNTHETIC")
     options.add_argument("--compression", nargs="+", default=["7x"], help="7x has every kind of job and three teachers")
     chosen = options.parse_args()
