@@ -110,7 +110,7 @@ def test_the_held_out_split(classes: int, per_class: int, half: int) -> None:
 
 
 def test_held_out_images_are_in_no_view_of_the_training_images(raw: exp.RawData, images: exp.Images) -> None:
-    plain = images.windows[:, 4, 4].reshape(len(images), -1)
+    plain = images.pixels.reshape(len(images), -1)
     trained = {row.numpy().tobytes() for row in plain}
     for part in (images.fit, images.select, images.test):
         assert not trained & {image.numpy().tobytes() for image in part.pixels}
@@ -122,7 +122,7 @@ def test_held_out_images_are_in_no_view_of_the_training_images(raw: exp.RawData,
 def test_labels_stay_with_their_images(raw: exp.RawData, images: exp.Images) -> None:
     label = {image.tobytes(): int(k) for image, k in zip(raw.train_pixels, raw.train_labels, strict=True)}
     for pixels, labels in (
-        (images.windows[:, 4, 4].reshape(-1, 32, 32, 3), images.labels),
+        (images.pixels, images.labels),
         (images.fit.pixels, images.fit.labels),
         (images.select.pixels, images.select.labels),
     ):

@@ -189,6 +189,41 @@ def test_a_signal_before_the_launcher_listens_is_not_lost(two_workers: exp.OpenR
     assert session.signal == signal.SIGTERM
 
 
+def test_two_gpus_get_a_worker_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the command line to the launcher: nobody says how many workers, two are started, and each takes its own GPU."""
+    t4 = {"is_available": True, "device_count": 2, "get_device_name": "T4", "get_device_capability": (7, 5), "get_arch_list": ["sm_75"]}
+    for name, value in t4.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    chosen, worked = list[torch.device](), list[exp.Device]()
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(exp, "probe_gpu", lambda device: None)
+    monkeypatch.setattr(exp, "group_store", lambda: store)
+
+    def make_experiment(run: exp.OpenRun, session: exp.Session, device: exp.Device) -> exp.Experiment:
+        worked.append(device)
+        raise exp.Stopped("session clock")
+
+    def launcher(config: exp.LaunchConfig, main: Callable[..., str]) -> Callable[..., dict[int, str]]:
+        def start(*arguments: object) -> dict[int, str]:
+            outcomes = {}
+            for rank in map(str, range(config.nproc_per_node)):
+                for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("TORCHELASTIC_RESTART_COUNT", "0")):
+                    monkeypatch.setenv(name, value)
+                outcomes[int(rank)] = main(*arguments)
+            return outcomes
+
+        return start
+
+    monkeypatch.setattr(exp, "make_experiment", make_experiment)
+    monkeypatch.setattr(exp, "elastic_launch", launcher)
+    assert exp.main([*TINY, "--device", "auto", "--output-dir", str(tmp_path / "run")]) == 0
+    assert [device.index for device in worked] == [0, 1]
+    assert chosen == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    state = exp.load_plain(exp.RunFolder(tmp_path / "run").index_file)
+    assert (state["precision"], state["sessions"][-1]["workers"], state["sessions"][-1]["stopped"]) == ("fp16", 2, "session clock")
+
+
 MEMBER = {
     "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0", "GROUP_WORLD_SIZE": "1",
     "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "RANK": "1", "LOCAL_RANK": "1",

@@ -56,6 +56,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--images", type=int, nargs="+", default=[1_000, 2_000, 4_000, 8_000], help="held-out ones included")
     options.add_argument("--runs", type=int, nargs="+", default=[1, 2, 4])
+    options.add_argument("--student-images", type=int, default=1_000, help="for the runs and ratios")
     options.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     chosen = options.parse_args()
     epochs, pages = [], []
@@ -72,11 +73,11 @@ def main() -> None:
     say("exponent_of_pages_in_images", exponent(chosen.images, pages))
     times = []
     for runs in chosen.runs:
-        with experiment(chosen, cifar_like(1_000)) as made:
+        with experiment(chosen, cifar_like(chosen.student_images)) as made:
             times.append(students_seconds(made, ("7x",), runs))
             say(f"students_seconds_of_{runs}_runs", times[-1])
     say("exponent_in_runs", exponent(chosen.runs, times))
-    with experiment(chosen, cifar_like(1_000)) as made:
+    with experiment(chosen, cifar_like(chosen.student_images)) as made:
         single = {ratio: students_seconds(made, (ratio,), 1) for ratio in RATIOS}
         for ratio, spent in single.items():
             say(f"students_seconds_at_{ratio}", spent)

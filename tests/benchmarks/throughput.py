@@ -1,9 +1,10 @@
 """Images per second of every network, what an epoch costs beside the network, bytes of the page cache, peak memory.
 
-    python tests/benchmarks/throughput.py [--images 50000] [--steps 12] [--epoch-network 7x]
+    python tests/benchmarks/throughput.py [--images 50000] [--steps 12] [--epoch-network 7x] [--profile]
 
 Prints `name: value` lines. Random pixels in CIFAR-10's shapes; teachers' pages are taken as computed (their computation is the
-inference that is measured). The epoch is a whole one of the network that makes everything else weigh most, the smallest.
+inference that is measured). The epoch is a whole one of the network that makes everything else weigh most, the smallest. --profile
+adds which share of a distillation epoch torch's profiler finds in each of the main operations.
 """
 
 from __future__ import annotations
@@ -68,11 +69,55 @@ def overhead(made: exp.Experiment, network: str, method: str) -> tuple[float, fl
     return spent, 1 - watch.inside / spent
 
 
+PARTS = {  # of an epoch -> how the operations and scopes of it are called (lower case); the outermost that fits counts
+    "augmentation": ("augmentation",),
+    "loss": ("loss of a batch", "lossbackward", "klbackward", "divbackward", "logsoftmaxbackward", "soft targets"),
+    "convolution_backward": ("convolutionbackward",),
+    "convolution_forward": ("aten::conv2d",),
+    "batch_norm": ("batch_norm", "batchnorm"),
+    "activation": ("relu",),
+    "optimizer": ("optimizer",),
+}
+
+
+def part_of(event: Any) -> str:
+    """The part of an epoch that a profiled event belongs to."""
+    found = "everything_else"
+    while event is not None:
+        name = event.name.lower()
+        found = next((part for part, names in PARTS.items() if any(n in name for n in names)), found)
+        event = event.cpu_parent
+    return found
+
+
+def profile(made: exp.Experiment, network: str, method: str) -> dict[str, float]:
+    """Share of an epoch, validation included, of each part: of the GPU's time if there is one, else of the processor's."""
+    training, images = fitting(made, network, method, 1), made.images
+    scope = torch.profiler.record_function
+    images.render = scope("augmentation")(images.render)  # type: ignore[method-assign]
+    training.trainer.start_epoch = scope("soft targets")(training.trainer.start_epoch)  # type: ignore[method-assign]
+    training.trainer.loss = scope("loss of a batch")(training.trainer.loss)  # type: ignore[method-assign]
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    kind = "cpu"
+    if made.device.kind == "cuda":
+        kind, activities = "device", [*activities, torch.profiler.ProfilerActivity.CUDA]
+    try:
+        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+            training._epoch(0)
+    finally:
+        del images.render
+    spent = dict.fromkeys([*PARTS, "everything_else"], 0.0)
+    for event in profiler.events():
+        spent[part_of(event)] += getattr(event, f"self_{kind}_time_total")
+    return {part: value / sum(spent.values()) for part, value in spent.items()}
+
+
 def main() -> None:
     """Measure and print."""
     options = parser(__doc__)
     options.add_argument("--images", type=int, default=50_000, help="training images, held-out ones included")
     options.add_argument("--steps", type=int, default=6, help="training steps to time per network")
+    options.add_argument("--profile", action="store_true", help="shares of the operations in a distillation epoch")
     options.add_argument("--epoch-network", choices=list(exp.ARCHITECTURES), default="7x")
     chosen = options.parse_args()
     with experiment(chosen, cifar_like(chosen.images, 10_000)) as made:
@@ -87,6 +132,9 @@ def main() -> None:
             spent, share = overhead(made, chosen.epoch_network, method)
             say(f"{chosen.epoch_network}_{method}_epoch_seconds", spent)
             say(f"{chosen.epoch_network}_{method}_epoch_share_outside_the_network", share)
+        if chosen.profile:
+            for part, share in profile(made, chosen.epoch_network, "TraditionalKD").items():
+                say(f"{chosen.epoch_network}_TraditionalKD_share_of_{part}", share)
         page = next(made.scratch.glob("*/page_*[0-9]")).stat().st_size
         say("page_bytes_per_teacher", str(page))
         for mode in ("quick", "full"):
