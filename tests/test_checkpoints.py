@@ -279,6 +279,13 @@ def test_stored_settings_are_read_or_refused(name: str, value: object) -> None:
     assert read.dataset in exp.DATASETS
 
 
+@pytest.mark.parametrize("name", ["compression", "methods"])
+def test_stored_settings_without_a_ratio_or_a_method_are_refused(name: str) -> None:
+    """Nobody can ask for that, and a report of nothing cannot be drawn."""
+    with pytest.raises(exp.UsageError, match="no ratio or no method"):
+        exp.Settings.from_plain({**exp.new_settings({"mode": "smoke"}).plain(), name: []})
+
+
 @pytest.mark.parametrize("evil", ["../../evil", "/etc", "5x/../.."])
 @pytest.mark.parametrize("name", ["compression", "methods", "dataset", "mode"])
 def test_stored_settings_lead_nowhere_outside(name: str, evil: str) -> None:

@@ -26,7 +26,7 @@ HEAD = 40  # bytes in front of the logits: which page it is, and the seconds tha
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> exp.Experiment:
     """An experiment with a finished teacher. Its scratch folder is not to be used: take `apart`."""
-    lab = open_lab(tmp_path_factory.mktemp("taught") / "lab", teacher_epochs=1, train_size=600)
+    lab = open_lab(tmp_path_factory.mktemp("taught") / "lab", teacher_epochs=1, train_size=400)
     with shortcuts():
         do(lab, teacher(lab))
     return lab
@@ -48,7 +48,7 @@ def test_a_page_holds_the_teachers_logits_for_its_views_in_image_order(taught: e
     logits, seconds = apart(taught, tmp_path).page(NAME, 17)
     network = exp.load_student(taught.folder.model_file(NAME))[1]
     with torch.no_grad():
-        parts = [network(taught.images.render(index, 17)) for index in torch.arange(540).split(77)]
+        parts = [network(taught.images.render(index, 17)) for index in torch.arange(360).split(77)]
     assert logits.dtype == torch.float16
     torch.testing.assert_close(logits.float(), torch.cat(parts), rtol=2e-3, atol=2e-3)
     assert seconds > 0
@@ -59,7 +59,7 @@ def test_the_bytes_do_not_depend_on_the_order(taught: exp.Experiment, tmp_path: 
     pages = {number: page_bytes(one, number) for number in (3, 161, 0)}
     assert {number: page_bytes(other, number) for number in (0, 3, 161)} == pages
     assert len(set(pages.values())) == 3
-    assert len(pages[0]) == 540 * 10 * 2
+    assert len(pages[0]) == 360 * 10 * 2
 
 
 def fetch(experiment: exp.Experiment, scratch: Path, folder: Path) -> None:
@@ -194,7 +194,8 @@ def test_pages_of_other_weights_data_seeds_precisions_and_threads_lie_elsewhere(
 def test_a_whole_experiment_computes_every_distinct_page_once(tmp_path: Path, computed: collections.Counter[tuple[str, int]]) -> None:
     """All ratios, methods and runs, the chain and the pilots: as many passes of each teacher as there are distinct pages."""
     runs, epochs = 3, 9
-    with shortcuts(1, steps=False):  # HPM-KD learns from all teachers above it
+    with shortcuts(1, steps=False) as patch:  # HPM-KD learns from all teachers above it
+        patch.setattr(exp.Experiment, "infer", lambda _self, _network, images: torch.zeros(len(images), 10))  # whatever they say
         lab = open_lab(tmp_path / "lab", runs=runs, student_epochs=epochs, methods=("TraditionalKD", "HPM-KD"))
         records = do(lab)
     distinct = {page for run in range(1, runs + 1) for page in exp.page_order(42, run, epochs)}

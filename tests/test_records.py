@@ -15,7 +15,7 @@ import torch
 from conftest import results_without_times
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from toy import DIRECT, HPMKD, INTERMEDIATE, KD, PILOT, TEACHER, leftovers, resume
+from toy import DIRECT, HPMKD, KD, PILOT, TEACHER, leftovers, resume
 
 import run_exp1b_kaggle as exp
 
@@ -50,11 +50,11 @@ def test_what_does_not_fit_is_named() -> None:
 
 # ---- Any field of any record, missing or replaced ----------------------------------------------------------------------
 
-EXAMPLES = int(os.environ.get("EXAMPLES", "40"))  # EXAMPLES=20000 for a run of an hour, with new examples each time
+EXAMPLES = int(os.environ.get("EXAMPLES", "30"))  # EXAMPLES=20000 for a run of an hour, with new examples each time
 SOME = settings(
     max_examples=EXAMPLES,
     deadline=None,
-    derandomize=EXAMPLES == 40,
+    derandomize=EXAMPLES == 30,
     phases=[Phase.generate],  # there is little to shrink, and every attempt makes a report
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -158,7 +158,6 @@ def rewrite(path: Path, keys: tuple[Any, ...], new: Any) -> None:
 CONTENTS = [
     (TEACHER, ("record", "history"), MISSING),
     (TEACHER, ("fit_logits",), MISSING),
-    (INTERMEDIATE, ("model",), [1]),
     (PILOT, ("record", "config", "teachers"), ["nobody"]),
     (PILOT, ("record", "candidates", 0, "rungs"), MISSING),
     (DIRECT, ("record",), torch.zeros(2)),
@@ -166,7 +165,6 @@ CONTENTS = [
     (KD, ("record", "taught_by"), [TEACHER]),
     (DIRECT, ("record", "method"), "TraditionalKD"),
     (KD, ("test_logits",), torch.zeros(7, 10)),
-    (KD, ("record", "history"), []),
     (HPMKD, ("record", "config", "alpha"), 0.123),
 ]
 

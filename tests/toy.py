@@ -39,12 +39,17 @@ JOBS = [
 TEACHER, INTERMEDIATE, PILOT, DIRECT, KD, HPMKD = JOBS
 
 
-def install_toy(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Make the script's experiments toys, working in `folder` (run folders are made there, teacher outputs below it)."""
+def cut_networks(patch: pytest.MonkeyPatch) -> None:
+    """One block per stage."""
     for name, last in (("teacher", 64), ("2.3x", 64), ("5x", 56), ("7x", 48)):
         block = exp.Bottleneck if name == "teacher" else exp.BasicBlock
         patch.setitem(exp.ARCHITECTURES, name, exp.Architecture(block, (1, 1, 1, 1), (64, 64, 64, last)))
     patch.setattr(exp, "network_cost", exp.functools.lru_cache(exp.network_cost.__wrapped__))
+
+
+def install_toy(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Make the script's experiments toys, working in `folder` (run folders are made there, teacher outputs below it)."""
+    cut_networks(patch)
     patch.setattr(exp.AttentionNetwork, "STEPS", 3)
     patch.setattr(exp, "latency_ms", lambda *_: {})
     patch.setattr(exp, "measure_speeds", lambda *_: {})
