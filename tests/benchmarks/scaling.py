@@ -44,7 +44,8 @@ def worker_seconds(workers: int, width: int) -> float:
     """Seconds on the wall for a whole small experiment on the CPU, one thread per worker."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            "--mode", "smoke", "--width", str(width), "--train-size", "1000", "--runs", "2", "--methods", "Direct", "TraditionalKD",
+            "--mode", "smoke", "--width", str(width), "--train-size", "600", "--runs", "2", "--methods", "Direct", "TraditionalKD",
+            "--teacher-epochs", "2", "--student-epochs", "1",
             "--threads", "1", "--device", "cpu", "--fresh-teacher", "--workers", str(workers), "--output-dir", str(Path(folder) / "run"),
         ]  # fmt: skip
         started = time.perf_counter()
