@@ -3050,6 +3050,7 @@ class JobRunner:
     def _evaluate(self, network: nn.Module, record: dict[str, Plain]) -> dict[str, Any]:
         """Look at the test set, once, after the last epoch; fills in the record and returns the file's content."""
         experiment, job = self.experiment, self.job
+        release_freed_memory()
         images = experiment.images
         parts = ("test", "select") if job.kind == "student" else ("test", "select", "fit")
         logits = {part: experiment.predict(network, getattr(images, part)) for part in parts}

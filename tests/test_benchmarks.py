@@ -15,8 +15,11 @@ from conftest import ROOT
 FOLDER = ROOT / "tests/benchmarks"
 TINY = ["--width", "8", "--threads", "1", "--device", "cpu"]
 SCRIPTS = {  # arguments, and figures that must be among what is printed
-    "kill_soak": (["--minutes", "0.05"], ["runs finished", "wrong results"]),
-    "memory": ([*TINY, "--images", "400", "--steps", "1", "--batch-size", "60"], ["peak", "peak_anonymous", "peak_during_images"]),
+    "kill_soak": (["--minutes", "0.01"], ["runs finished", "wrong results"]),
+    "memory": (
+        [*TINY, "--images", "200", "--steps", "1", "--batch-size", "60", "--compression", "2.3x"],
+        ["peak", "peak_anonymous", "peak_during_images"],
+    ),
     "scaling": (
         [*TINY, "--images", "300", "600", "--runs", "1", "2", "--workers", "1", "--student-images", "200", "--batch-size", "60"],
         ["exponent_of_epochs_in_images", "exponent_in_runs", "all_ratios_over_their_sum"],
@@ -36,7 +39,7 @@ def run_script(name: str, arguments: list[str], output: Path) -> None:
     """Run a benchmark as a program, in this (forked) process: what it patches ends with it, and torch need not be imported again."""
     handle = os.open(output, os.O_CREAT | os.O_WRONLY)
     os.dup2(handle, 1)
-    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.argv = [str(FOLDER / f"{name}.py"), *arguments]
     sys.path.insert(0, str(FOLDER))
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -231,7 +231,7 @@ def test_every_command_parses(document: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_option_mentioned_exists(document: str) -> None:
     known = {option for action in exp.build_parser()._actions for option in action.option_strings}
-    known |= {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--index-url"}  # of other programs
+    known |= {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--index-url", "--profile"}  # of other programs
     assert sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text_of(document))) - known) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -78,6 +79,19 @@ def seconds(device: exp.Device, action: Callable[[], object]) -> float:
     started = clock(device)
     action()
     return clock(device) - started
+
+
+@contextlib.contextmanager
+def no_output() -> Iterator[None]:
+    """Nothing that an experiment says, its workers included, gets among the figures."""
+    console, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    try:
+        yield
+    finally:
+        os.dup2(console, 1)
+        os.close(console)
+        os.close(nothing)
 
 
 def say(name: str, value: float | str) -> None:

@@ -9,8 +9,6 @@ File-backed memory is what has been read of the libraries' code; the kernel may 
 
 from __future__ import annotations
 
-import os
-import sys
 import tempfile
 import threading
 import time
@@ -18,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import parser, say
+from bench import no_output, parser, say
 
 import run_exp1b_kaggle as exp
 
@@ -110,10 +108,8 @@ def main() -> None:
             "--teacher-epochs", "2", "--student-epochs", "1", "--runs", "1", "--compression", *chosen.compression, "--fresh-teacher",
             "--device", chosen.device, "--threads", str(chosen.threads), "--workers", "1", "--output-dir", str(Path(folder) / "run"),
         ]  # fmt: skip
-        console = os.dup(1)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = exp.main(command)
-        os.dup2(console, 1)
+        with no_output():
+            code = exp.main(command)
     assert code == 0, f"the experiment ended with {code}"
     for stage, parts in watch.fullest.items():
         say(f"peak_during_{stage}", sum(parts) / 1e9)
@@ -124,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
