@@ -4163,7 +4163,9 @@ def report_images(evidence: Evidence) -> list[str]:
         tests = {run: mcnemar(*logits, evidence.labels) for run, logits in stored.items()}
         counts = [f"run {run}: {a} / {b} (p {p_value(p)})" for run, (a, b, p) in tests.items()]
         low, high = image_bootstrap(list(stored.values()), evidence.labels)
-        rows.append([" vs ".join(pair), ratio, f"[{low:+.2f}, {high:+.2f}]", "; ".join(counts)])
+        found = [f"[{low:+.2f}, {high:+.2f}]", "; ".join(counts)]
+        same = by_ratio[ratio].no_interval.startswith("identical")
+        rows.append([" vs ".join(pair), ratio, *(["n/a", by_ratio[ratio].no_interval] if same else found)])
     if not rows:
         return ["Left out: for no pair of runs were stored logits and test labels at hand when this was written.", ""]
     columns = ["Comparison", "ratio", "95% bootstrap interval (pp)", "only first / only second"]
@@ -4406,7 +4408,7 @@ def write_tables_and_report(run_dir: Path, state: dict[str, Any], logits: Mappin
     write_atomic(run_dir / "results.csv", evidence.frame[CSV_COLUMNS].to_csv(index=False).encode())
     write_atomic(run_dir / "summary.csv", summary_table(evidence).to_csv(index=False).encode())
     write_atomic(run_dir / "results_table.tex", latex_table(evidence).encode())
-    write_atomic(run_dir / "experiment_report.md", "\n".join(report).encode())
+    write_atomic(run_dir / "experiment_report.md", "\n".join(report).encode(errors="backslashreplace"))  # a path may hold any bytes
 
 
 # ======================================================================================================================

@@ -111,7 +111,9 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished tiny experiment with all ratios and methods. Read only: copy it before changing anything."""
     folder = tmp_path_factory.mktemp("finished") / "exp1b_smoke_20260101_000000"
     torch.set_num_threads(1)
-    assert exp.main([*TINY, "--output-dir", str(folder)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exp.tempfile, "tempdir", str(folder.parent))
+        assert exp.main([*TINY, "--output-dir", str(folder)]) == 0
     return folder
 
 

@@ -32,7 +32,7 @@ def open_lab(folder: Path, raw: exp.RawData | None = None, device: exp.Device | 
     device = device or exp.Device("cpu", 0, "CPU")
     settings = exp.new_settings({**SMALLEST, **given, "output_dir": folder})
     raw = raw or lab_data(settings.train_size or 0)
-    precision = exp.choose_precision("auto", device, native_cpu_bf16=False)
+    precision = exp.choose_precision(settings.precision, device, native_cpu_bf16=False)
     state = exp.new_index(settings, precision, exp.describe_data(raw, settings.seed))
     platform = exp.Platform(False, folder.parent, folder / "scratch", (), False)
     run = exp.OpenRun(exp.RunFolder(folder), settings, state, raw, [device], None, platform)

@@ -31,6 +31,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--batch-size", type=int, default=128)
     made.add_argument("--threads", type=int, default=exp.thread_count(exp.Settings(), [exp.Device("cpu", 0, "CPU")]))
     made.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    made.add_argument("--precision", choices=("auto", *exp.PRECISIONS), default="auto")
     return made
 
 
@@ -47,7 +48,7 @@ def experiment(options: argparse.Namespace, raw: exp.RawData, **given: object) -
     """An experiment on the device of `options` that has a teacher and intermediates (untrained), in a folder that goes away."""
     exp.log.setLevel(logging.WARNING)
     device = exp.find_devices(options.device, False, True)[0]
-    shape = {"width": options.width, "batch_size": options.batch_size, "threads": options.threads}
+    shape = {name: getattr(options, name) for name in ("width", "batch_size", "threads", "precision")}
     with tempfile.TemporaryDirectory() as folder:
         made = open_lab(Path(folder) / "run", raw, device, **{**shape, **given})
         for name in exp.ARCHITECTURES:

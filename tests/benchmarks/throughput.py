@@ -1,6 +1,7 @@
-"""Images per second of every network, what an epoch costs beside the network, bytes of the page cache, peak memory.
+"""Images per second of every network, how near the device's matrix products that is, what an epoch costs besides, memory.
 
     python tests/benchmarks/throughput.py [--images 50000] [--steps 12] [--epoch-network 7x] [--profile]
+    for p in fp32 fp16 bf16; do python tests/benchmarks/throughput.py --width 64 --steps 50 --precision $p; done  # on a GPU
 
 Prints `name: value` lines. Random pixels in CIFAR-10's shapes; teachers' pages are taken as computed (their computation is the
 inference that is measured). The epoch is a whole one of the network that makes everything else weigh most, the smallest. --profile
@@ -32,6 +33,15 @@ def images_per_second(made: exp.Experiment, network: str, steps: int) -> tuple[f
     chunks = torch.arange(count, device=made.device.torch).split(exp.CHUNK)[: max(steps // 2, 3)]
     inference = [seconds(made.device, lambda c=c: made.infer(folded, made.images.render(c, 0))) / len(c) for c in chunks]
     return size / statistics.median(times[1:]), 1 / statistics.median(inference[1:])
+
+
+def matrix_product_rate(made: exp.Experiment) -> float:
+    """Multiply-accumulates per second of large square matrix products in the experiment's arithmetic: the fastest of five."""
+    size = 4096 if made.device.kind == "cuda" else 1024
+    with made.autocast():
+        matrix = torch.ones(size, size, device=made.device.torch)
+        times = [seconds(made.device, lambda: matrix @ matrix) for _ in range(6)]
+    return float(size) ** 3 / min(times[1:])
 
 
 class Stopwatch:
@@ -122,9 +132,13 @@ def main() -> None:
     chosen = options.parse_args()
     with experiment(chosen, cifar_like(chosen.images, 10_000)) as made:
         say_device(made)
+        rate = matrix_product_rate(made)
+        say("matrix_product_tera_macs_per_second", rate / 1e12)
         for network in exp.ARCHITECTURES:
             training, inference = images_per_second(made, network, chosen.steps)
+            macs = exp.network_cost(network, len(made.images.classes), chosen.width)[1]
             say(f"{network}_training_images_per_second", training)
+            say(f"{network}_training_share_of_the_matrix_product_rate", 3 * macs * training / rate)
             say(f"{network}_inference_images_per_second", inference)
         logits = np.zeros((len(made.images), 10), np.float16)
         exp.TeacherOutputs._compute = lambda *_: np.float64(1).tobytes() + logits.tobytes()  # type: ignore[method-assign]
