@@ -3605,8 +3605,12 @@ def evidence_trend(evidence: Evidence) -> Comparison:
 
 
 def say_twins(evidence: Evidence) -> str:
-    """Which of the three methods were not trained by themselves, such as "HPM-KD at 7x is TraditionalKD"; "" if none."""
-    return listed(f"{method} at {ratio} is {twin}" for (ratio, method), twin in evidence.twins.items() if method in METHODS)
+    """Which of the three methods were not trained by themselves, such as "HPM-KD at 5x and 7x is TraditionalKD"; "" if none."""
+    together: dict[tuple[str, str], list[str]] = {}
+    for (ratio, method), twin in evidence.twins.items():
+        if method in METHODS:
+            together.setdefault((method, twin), []).append(ratio)
+    return listed(f"{method} at {listed(ratios)} is {twin}" for (method, twin), ratios in together.items())
 
 
 # ======================================================================================================================
@@ -3847,7 +3851,7 @@ def draw_reliability(axis: Axes, stored: Sequence[np.ndarray], labels: np.ndarra
         table = table[table.share * len(labels) >= 20]  # per run
         axis.plot(table.confidence, table.accuracy, color=colour, **style)
     error = float(np.mean([expected_calibration_error(z, labels) for z in stored]))
-    axis.text(0.04, 0.96, f"ECE\n{100 * error:.1f}%", va="top")
+    axis.text(0.97, 0.06, f"ECE\n{100 * error:.1f}%", ha="right")
     return error
 
 
