@@ -59,6 +59,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import traceback
 import urllib.request
 import uuid
 import warnings
@@ -126,7 +127,7 @@ class UsageError(Exception):
 
 
 class Stopped(Exception):
-    """The session ends (signal or clock): everything is saved, nothing is wrong. Carries the reason."""
+    """The session ends early (a signal, the clock, a lost device): everything is saved. Carries the reason."""
 
 
 class JobFailed(Exception):
@@ -562,11 +563,18 @@ def check_gpu(device: Device, architectures: Sequence[str]) -> None:
 def probe_gpu(device: Device) -> None:
     """Raise `UsageError` unless a first convolution works. Only the process that computes on the GPU asks: it takes memory there."""
     try:
+        if device.kind == "cuda":
+            torch.cuda.empty_cache()
         F.conv2d(torch.ones(1, 1, 4, 4, device=device.torch), torch.ones(1, 1, 3, 3, device=device.torch)).sum().item()
     except RuntimeError as error:
         raise UsageError(
-            f"{device.name} fails at the first convolution ({str(error).splitlines()[0]}): is another process using all of it?"
+            f"{device.name} fails at the first convolution ({first_line(error)}): is another process using all of it?"
         ) from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def processor_name() -> str:
@@ -619,7 +627,7 @@ def keep_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Return to the kernel what `keep_freed_memory` has kept: another network would not fit exactly into the gaps of the last one."""
+    """Return to the kernel what `keep_freed_memory` has kept: the next network allocates other sizes, and the peaks would add up."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -1076,6 +1084,7 @@ PAD = 4
 SHIFTS = 2 * PAD + 1
 VIEWS = SHIFTS * SHIFTS * 2  # every crop and flip of an image: 162
 CHUNK = 250  # images per inference batch; fixed, because another batch size may round differently
+PAGE_FORMAT = 2  # of a file of teacher outputs: raised when its layout changes
 
 
 @dataclass(frozen=True)
@@ -1603,6 +1612,11 @@ class Job:
         """Key of its network in ARCHITECTURES."""
         return self.compression or "teacher"
 
+    @property
+    def identity(self) -> dict[str, Plain]:
+        """What a record says about which job it is of."""
+        return {"job": self.name} | {n: getattr(self, n) for n in ("kind", "compression", "method", "run")}
+
     def fingerprint(self, settings: Settings, precision: str, data_sha256: str) -> str:
         """Identity of what the job computes; a teacher does not depend on how long students train, so it can be shared."""
         names = [n for n in settings.names("experiment") if not (self.kind == "teacher" and n == "student_epochs")]
@@ -1635,16 +1649,16 @@ def now() -> str:
 WHOLE, COUNT, POSITIVE = range(-(10**15), 10**15), range(10**15), range(1, 10**15)
 NOTHING = {str: ()}  # an empty dict
 PAGES = {str: {str: float}}
-TEACHER_KEYS = tuple(ARCHITECTURES)
+NETWORKS = tuple(ARCHITECTURES)
 CONFIG = {
-    "alpha": float, "temperature": float, "schedule": ("constant", "cosine", "loss", "convergence"), "teachers": [TEACHER_KEYS],
+    "alpha": float, "temperature": float, "schedule": ("constant", "cosine", "loss", "convergence"), "teachers": [NETWORKS],
     "attention": bool,
 }  # fmt: skip
 EPOCH = {"epoch": COUNT, "loss": float, "val_accuracy": float, "lr": float, "seconds": float, "temperature": (float, None)}
 ATTENTION = tuple(  # of two teachers, of three
-    {"teachers": [TEACHER_KEYS] * count, "select": block, "train": block}
+    {"teachers": [NETWORKS] * count, "select": block, "train": block}
     for count, block in (
-        (n, {"mean_weight": [float] * n, "weight_sd": [float] * n, "best_single": TEACHER_KEYS}
+        (n, {"mean_weight": [float] * n, "weight_sd": [float] * n, "best_single": NETWORKS}
          | dict.fromkeys(("nll_mixture", "nll_uniform", "nll_best_single"), float))
         for n in (2, 3)
     )
@@ -1654,7 +1668,7 @@ IDENTITY = {
 }  # fmt: skip
 FAILED = {**IDENTITY, "status": "failed"}
 DONE = {
-    **IDENTITY, "status": "done", "seed": WHOLE, "network": TEACHER_KEYS, "classes": POSITIVE, "width": POSITIVE, "mean": [float] * 3,
+    **IDENTITY, "status": "done", "seed": WHOLE, "network": NETWORKS, "classes": POSITIVE, "width": POSITIVE, "mean": [float] * 3,
     "std": [float] * 3, "params": POSITIVE, "macs": POSITIVE, "file": str, "taught_by?": {str: str}, "device": str, "precision": PRECISIONS,
     "threads": POSITIVE, "torch": str, "notes": [str], "finished": str, "train_seconds": float, "pages": PAGES,
 }  # fmt: skip
@@ -1676,7 +1690,7 @@ DATA = {
 }  # fmt: skip
 SESSION = {
     "started": str, "ended": str, "command": str, "host_gpu": str, "threads": POSITIVE, "workers": POSITIVE, "devices": [str],
-    "stopped": str, "extended": str, "python?": str, "torch?": str, "torchvision?": str, "numpy?": str,
+    "stopped": str, "extended": str, "processor?": str, "script_sha256?": str, **{f"{name}?": str for name in ("python", *PACKAGES)},
 }  # fmt: skip
 INDEX = {
     "format": 1, "script": {"version": str, "sha256": str}, "created": str, "settings": dict, "fingerprint": str, "precision": PRECISIONS,
@@ -1691,40 +1705,40 @@ PROGRESS = {
 TRIALS = {"identity": str, "results": {str: {"correct": torch.Tensor, "seconds": float, "pages": PAGES}}, "index": dict}
 
 
-def misfit(value: Any, shape: Any, name: str = "content") -> str:
-    """The name of a part of `value` that is not of this shape ("" where all of it is).
+def misfit(value: Any, schema: Any, name: str = "content") -> str:
+    """The name of a part of `value` that does not fit a schema ("" where all of it does).
 
-    A type stands for its values (float: any number but infinity), a range for the whole numbers in it, [shape] for a list of any length,
-    a longer list for one of just that length, a dict for one with these keys ("key?" may be missing; {str: shape}: any keys), a tuple
-    for alternatives, and everything else for itself.
+    A type stands for its values (float: a number within 1e15, or NaN, which a class without test images has), a range for the whole
+    numbers in it, [schema] for a list of any length, a longer list for one of just that length, a dict for one with these keys
+    ("key?" may be missing; {str: schema}: any keys), a tuple for alternatives, and everything else for itself.
     """
     parts: list[tuple[str, Any, Any]] = []
-    if isinstance(shape, tuple):
-        fits = any(not misfit(value, alternative) for alternative in shape)
-    elif isinstance(shape, range):
-        fits = type(value) is int and value in shape
-    elif shape is float:
+    if isinstance(schema, tuple):
+        fits = any(not misfit(value, alternative) for alternative in schema)
+    elif isinstance(schema, range):
+        fits = type(value) is int and value in schema
+    elif schema is float:
         fits = type(value) in (int, float) and not abs(value) > 1e15
-    elif isinstance(shape, type):
-        fits = isinstance(value, shape)
-    elif isinstance(shape, list):
-        fits = isinstance(value, list) and (len(shape) == 1 or len(value) == len(shape))
-        parts = [(f"{name}[{i}]", item, shape[i % len(shape)]) for i, item in enumerate(value)] if fits else []
-    elif isinstance(shape, dict) and str in shape:
+    elif isinstance(schema, type):
+        fits = isinstance(value, schema)
+    elif isinstance(schema, list):
+        fits = isinstance(value, list) and (len(schema) == 1 or len(value) == len(schema))
+        parts = [(f"{name}[{i}]", item, schema[i % len(schema)]) for i, item in enumerate(value)] if fits else []
+    elif isinstance(schema, dict) and str in schema:
         fits = isinstance(value, dict) and all(isinstance(key, str) for key in value)
-        parts = [(f"{name}.{key}", item, shape[str]) for key, item in value.items()] if fits else []
-    elif isinstance(shape, dict):
+        parts = [(f"{name}.{key}", item, schema[str]) for key, item in value.items()] if fits else []
+    elif isinstance(schema, dict):
         fits = isinstance(value, dict)
-        keys = {key.rstrip("?"): key for key in shape if fits and (key[-1] != "?" or key[:-1] in value)}
-        parts = [(f"{name}.{key}", value.get(key, ...), shape[declared]) for key, declared in keys.items()]
+        keys = {key.rstrip("?"): key for key in schema if fits and (key[-1] != "?" or key[:-1] in value)}
+        parts = [(f"{name}.{key}", value.get(key, ...), schema[declared]) for key, declared in keys.items()]
     else:
-        fits = type(value) is type(shape) and value == shape
+        fits = type(value) is type(schema) and value == schema
     return next((wrong for part in parts if (wrong := misfit(part[1], part[2], part[0]))), "") if fits else name
 
 
-def check_shape(value: Any, shape: Any, name: str) -> None:
-    """Raise `Damaged` unless a value is of a shape (see `misfit`)."""
-    if wrong := misfit(value, shape, name):
+def check_schema(value: Any, schema: Any, name: str) -> None:
+    """Raise `Damaged` unless a value fits a schema (see `misfit`)."""
+    if wrong := misfit(value, schema, name):
         raise Damaged(f"holds no sound {wrong}")
 
 
@@ -1732,7 +1746,7 @@ def check_index(state: Any) -> None:
     """Raise `Damaged` unless this is an index, `UsageError` if it is one that this version cannot continue."""
     if isinstance(state, dict) and isinstance(state.get("format"), int) and state["format"] != 1:
         raise UsageError(f"the run was written in format {state['format']}, this script knows format 1: use the script that wrote it")
-    check_shape(state, INDEX, "index")
+    check_schema(state, INDEX, "index")
     try:
         expected = fingerprint(Settings.from_plain(state["settings"]), state["precision"], state["data"]["sha256"])
     except (TypeError, ValueError) as error:
@@ -1784,25 +1798,30 @@ def load_index(folder: RunFolder, repair: bool = True) -> dict[str, Plain]:
 
 def check_content(content: dict[str, Any], job: Job, settings: Settings, state: dict[str, Plain], teachers: Mapping[str, str]) -> None:
     """Raise `Damaged` unless this is the finished file of `job`, of this run, and distilled from these `teachers` (checksums by name)."""
-    record, data = content.get("record"), state["data"]
-    own = {"job": job.name, "status": "done"} | {n: getattr(job, n) for n in ("kind", "compression", "method", "run")}
-    if misfit(record, IDENTITY) or not isinstance(record, dict) or any(record[n] != value for n, value in own.items()):
+    record, data = cast("dict[str, Any]", content.get("record")), state["data"]
+    if misfit(record, IDENTITY) or any(record[n] != value for n, value in {**job.identity, "status": "done"}.items()):
         raise Damaged(f"is not the finished file of {job.name}")
     if record["fingerprint"] != job_fingerprint(settings, state, job):
         raise Damaged("belongs to a run with other settings")
-    check_shape(record, PILOT if job.kind == "pilot" else TRAINED, "record")
+    check_schema(record, PILOT if job.kind == "pilot" else TRAINED, "record")
+    own = {"network": job.network, "classes": len(data["classes"]), "width": settings.width, "seed": settings.seed + job.run}
+    if any(record[n] != value for n, value in own.items()):
+        raise Damaged("is about another network or seed")
     for name, sha256 in record.get("taught_by", {}).items():
         if teachers.get(name, sha256) != sha256:
             raise Damaged(f"was distilled from another {name} than this run's")
     if job.kind != "pilot":
         parts = ("test", "select") if job.kind == "student" else ("test", "select", "fit")
-        check_shape(content, {"model": {str: torch.Tensor}} | {f"{part}_logits": torch.Tensor for part in parts}, "file")
+        check_schema(content, {"model": {str: torch.Tensor}} | {f"{part}_logits": torch.Tensor for part in parts}, "file")
         shapes = {part: (content[f"{part}_logits"].shape, (data[part], len(data["classes"]))) for part in parts}
         wrong = [f"{part}_logits" for part, (found, expected) in shapes.items() if found != expected]
         wrong += ["history"] if [entry["epoch"] for entry in record["history"]] != [*range(record["epochs"])] else []
         wrong += ["test_class_accuracy"] if len(record["test_class_accuracy"]) != len(data["classes"]) else []
         if wrong:
             raise Damaged(f"holds a {wrong[0]} of another length")
+        plain = all(value.dtype in (torch.float32, torch.int64) for value in content["model"].values())
+        if not plain or tensors_sha256(content["model"]) != record["weights_sha256"]:
+            raise Damaged("holds other weights than its record says")
 
 
 class RunLock:
@@ -2216,7 +2235,7 @@ class Fitting:
         log.info("%s continues after epoch %d of %d", self.name, len(self.history), self.schedule.epochs)
 
     def _check(self, content: dict[str, Any]) -> None:
-        check_shape(content, PROGRESS, "checkpoint")
+        check_schema(content, PROGRESS, "checkpoint")
         if content["identity"] != self.identity:
             raise Damaged("belongs to another run or to other settings")
         if {n: v.shape for n, v in content["model"].items()} != {n: v.shape for n, v in self.model.state_dict().items()}:
@@ -2289,7 +2308,7 @@ class TeacherOutputs:
             str(torch.__version__),
             CHUNK,
             PROTOCOL,
-            2,  # the form of a page's file
+            PAGE_FORMAT,
         ]
         return experiment.scratch / digest(parts)[:32]
 
@@ -2592,7 +2611,7 @@ class _Pilot:
             self.results = content["results"]
 
     def _check(self, content: dict[str, Any]) -> None:
-        check_shape(content, TRIALS, "checkpoint")
+        check_schema(content, TRIALS, "checkpoint")
         if content["identity"] != self.identity:
             raise Damaged("belongs to another run or to other settings")
         if any(r["correct"].shape != self.experiment.images.select.labels.shape for r in content["results"].values()):
@@ -2992,8 +3011,7 @@ class JobRunner:
         settings = experiment.settings
         params, macs = network_cost(job.network, len(experiment.images.classes), settings.width)
         identity = {
-            "job": job.name, "kind": job.kind, "compression": job.compression, "method": job.method, "run": job.run,
-            "seed": settings.seed + job.run, "status": "done", "reason": "",
+            **job.identity, "seed": settings.seed + job.run, "status": "done", "reason": "",
             "fingerprint": job_fingerprint(settings, experiment.state, job),
             "network": job.network, "classes": len(experiment.images.classes), "width": settings.width,
             "mean": experiment.images.mean, "std": experiment.images.std, "params": params, "macs": macs,
@@ -3005,10 +3023,9 @@ class JobRunner:
 
     def _copy(self, twin: Job) -> dict[str, Any]:
         content = load_checkpoint(self.experiment.folder.model_file(twin.name))
-        own = {n: getattr(self.job, n) for n in ("kind", "compression", "method", "run")}
         same = content["record"]["same_as"] or twin.method
-        own |= {
-            "job": self.job.name,
+        own = {
+            **self.job.identity,
             "fingerprint": job_fingerprint(self.experiment.settings, self.experiment.state, self.job),
             "taught_by": taught_by(self.job, self.records),
             "same_as": same,
@@ -3111,6 +3128,8 @@ class Collector:
         """Take in what has finished since the last look; if this process `writes`, rewrite index, tables and report."""
         records = self.state["jobs"]
         fresh = [job for job in self.jobs if job.name not in records and self._take_in(job)]
+        if any(job.kind != "student" for job in fresh):
+            fresh += self._look_again([job for job in self.jobs if distils(job) and job not in fresh and job.name in records])
         if not self.writes or not (fresh or final):
             return
         for job in fresh:
@@ -3125,6 +3144,13 @@ class Collector:
         write_outputs(self.folder, self.state, self.logits, self.labels, figures)
         if figures:
             self._drawn = time.monotonic()
+
+    def _look_again(self, jobs: list[Job]) -> list[Job]:
+        """Take in anew what may have learned from a predecessor of a job that has been done again; what has not is returned."""
+        for job in jobs:
+            del self.state["jobs"][job.name]
+            self.logits.pop(job.name, None)
+        return [job for job in jobs if self._take_in(job)]
 
     def _compare_with_teacher(self) -> None:
         """Agreement of every student with the teacher's decisions on the test images (a Direct student may finish before it)."""
@@ -3171,8 +3197,7 @@ class Collector:
         return failed is not None
 
     def _check_failure(self, job: Job, content: dict[str, Any]) -> None:
-        own = {n: getattr(job, n) for n in ("kind", "compression", "method", "run")}
-        own |= {"job": job.name, "fingerprint": job_fingerprint(self.settings, self.state, job)}
+        own = {**job.identity, "fingerprint": job_fingerprint(self.settings, self.state, job)}
         if misfit(content, FAILED) or any(content[n] != value for n, value in own.items()):
             raise Damaged(f"is not the failure record of {job.name} in this run")
 
@@ -3232,25 +3257,27 @@ class Worker:
             if self.experiment.progress.workers > 1:
                 raise  # the launcher starts all anew, on devices that forget an error with their process
             self._crashed(job, error)
-        self.store.add(attempts, -1)  # a process that is killed or crashes does not get here: that is what is counted
+        self.store.add(attempts, -1)  # a process that dies does not get here: that is what is counted
 
     def _crashed(self, job: Job, error: Exception) -> None:
         """After a crash in the only process: the others go on, unless the device is lost until this process ends."""
         log.error("%s crashed", job.name, exc_info=error)
-        what = (str(error).splitlines() or [""])[0]
-        self._fail(
-            job, f"it crashed ({type(error).__name__}: {what}): --resume tries again, {self.experiment.folder.log_file.name} says where"
-        )
+        device, what = self.experiment.device, first_line(error)
+        where = f"{self.experiment.folder.log_file.name} says where"
+        if job.name in self.experiment.state["jobs"]:  # it is done: what crashed was the writing of tables and figures
+            log.error("after %s: tables, figures and report could not be written (%s); %s", job.name, what, where)
+            return
+        self._fail(job, f"it crashed ({type(error).__name__}: {what}): --resume tries again, {where}")
+        traceback.clear_frames(error.__traceback__)  # the crashed training's tensors live there
         try:
-            probe_gpu(self.experiment.device)
+            probe_gpu(device)
         except UsageError:
-            raise Stopped(f"the loss of {self.experiment.device.name} ({what})") from None
+            raise Stopped(f"the loss of {device.name} ({what})") from None
 
     def _fail(self, job: Job, reason: str, final: bool = False) -> None:
         """Record a failure. One that is `final` would come again, so that `--resume` does not try."""
         log.error("%s failed: %s", job.name, reason)
-        identity = {n: getattr(job, n) for n in ("kind", "compression", "method", "run")}
-        identity |= {"job": job.name, "fingerprint": job_fingerprint(self.experiment.settings, self.experiment.state, job)}
+        identity = {**job.identity, "fingerprint": job_fingerprint(self.experiment.settings, self.experiment.state, job)}
         save_plain(self.experiment.folder.failure_file(job.name), {**identity, "status": "failed", "reason": reason, "final": final})
 
 
@@ -3763,7 +3790,7 @@ def draw_differences(evidence: Evidence) -> Figure:
     controls = list(dict.fromkeys(control for _, control in evidence.pairs)) or ["Direct"]
     figure, axes = new_figure(1.2 + 1.7 * len(controls), len(controls))
     shown = [method for method in ("TraditionalKD", "HPM-KD") if any(treatment == method for treatment, _ in evidence.pairs)]
-    handles, titles = [], []
+    handles, titles, subject = [], [], shown[-1] if shown else "HPM-KD"
     for axis, control in zip(axes[:, 0], controls, strict=True):
         positions = label_ratios(axis, evidence)
         against = {method: evidence.pairs[method, control] for method in shown if (method, control) in evidence.pairs}
@@ -3778,12 +3805,12 @@ def draw_differences(evidence: Evidence) -> Figure:
             handles = axis.plot(x, y, "*", color="0.3", markerfacecolor="white", markersize=6, label="predicted HPM-KD")
         elif not any(c.n for by_ratio in against.values() for c in by_ratio.values()):
             say_empty(axis, "no complete pair of runs yet")
-        found = [f"{c.mean:+.2f} pp at {ratio}" for ratio, c in against.get("HPM-KD", {}).items() if c.n]
+        found = [f"{c.mean:+.2f} pp at {ratio}" for ratio, c in against.get(subject, {}).items() if c.n]
         titles.append(f"minus {control} {listed(found) or 'unknown'}")
     for axis in axes[:-1, 0]:
         axis.set_xlabel("")
-    counts = sorted({c.n for by_ratio in evidence.pairs.values() for c in by_ratio.values()})
-    title = f"Test accuracy of HPM-KD {'; '.join(titles)} ({' or '.join(map(str, counts)) or 'no'} pairs)"
+    counts = sorted({c.n for (treatment, _), by_ratio in evidence.pairs.items() if treatment == subject for c in by_ratio.values()})
+    title = f"Test accuracy of {subject} {'; '.join(titles)} ({' or '.join(map(str, counts)) or 'no'} pair{'s' * (counts != [1])})"
     return finish_figure(figure, evidence, title, f"{NOTE_PAIRS} {NOTE_ASIDE}", shown, handles)
 
 
@@ -3957,6 +3984,8 @@ def draw_figures(
     with matplotlib.rc_context(FIGURE_STYLE):
         for name, draw in FIGURES.items():
             if (figure := draw(evidence)) is None:
+                for kind in ("png", "pdf"):  # of a time when there was something to show
+                    (folder / f"{name}.{kind}").unlink(missing_ok=True)
                 continue
             for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
                 buffer = io.BytesIO()
@@ -4044,6 +4073,8 @@ def say_trend(trend: Comparison) -> str:
     """How a difference moves with the ratio, to follow "the advantage"."""
     if trend.no_interval:
         return f"has no measurable trend over the ratio ({trend.no_interval})"
+    if trend.n < LEAST_PAIRS:
+        return f"has a slope of {trend.mean:+.2f} pp per doubling of the ratio, which fewer than {LEAST_PAIRS} runs cannot judge"
     word = {"better": "grows with", "worse": "shrinks with"}.get(verdict(trend), "has no distinguishable trend over")
     slope = f"{trend.mean:+.2f} pp per doubling, 95% interval {interval(trend)}"
     return f"{word} the compression ratio ({slope}, p {p_value(trend.t_p)}, {trend.n} runs)"
@@ -4883,7 +4914,9 @@ def conclude(run: OpenRun, session: Session, reason: str) -> int:
         parts.append(f"{len(failed)} failed ({', '.join(failed[:3])}{' ...' if len(failed) > 3 else ''})")
     if left:
         parts.append(
-            f"{left} left; continue with: {continue_command(run)}" if reason else f"{left} not done, because they need a failed one"
+            f"{left} not done, because they need a failed one"
+            if failed and not reason
+            else f"{left} left; continue with: {continue_command(run)}"
         )
     parts.append(f"report: {run.folder.path / 'experiment_report.md'}")
     log.info("%s", "; ".join(parts))
@@ -4918,7 +4951,7 @@ def show_status(request: Request, platform: Platform) -> int:
             left.append(job)
             with contextlib.suppress(FileNotFoundError, Damaged):
                 content = load_checkpoint(folder.progress_file(job.name))
-                check_shape(content, (PROGRESS, TRIALS), "checkpoint")
+                check_schema(content, (PROGRESS, TRIALS), "checkpoint")
                 text = f"in progress, {len(content.get('history', content.get('results', [])))} epochs or trials done"
         print(f"  {job.name:<44} {text}")
     spent = sum(r.get("train_seconds", 0.0) for r in state["jobs"].values() if not r.get("same_as"))
@@ -4938,7 +4971,7 @@ def remaining_text(left: Sequence[Job], state: dict[str, Plain], settings: Setti
     """Time left on one device, scaled from the finished jobs' seconds by the computation they took."""
     classes, records = len(state["data"]["classes"]), state["jobs"]
     trained = [j for j in planned_jobs(settings) if j.name in records and not records[j.name].get("same_as")]
-    trained = [j for j in trained if records[j.name].get("train_seconds")]
+    trained = [j for j in trained if records[j.name].get("train_seconds") and j.method != EQUAL_COST]
     work_done = sum(job_cost(j, settings, classes) for j in trained)
     if not left or not work_done:
         return ""

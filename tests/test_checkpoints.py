@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import results_without_times
@@ -376,6 +377,32 @@ def test_a_student_of_another_chain_is_not_taken(copied: Path, redone: list[str]
     exp.save_checkpoint(path, content)
     assert resume(copied) == 0
     assert redone == [HPMKD]
+
+
+def test_weights_that_are_not_those_of_the_record_are_noticed(copied: Path, redone: list[str]) -> None:
+    """The seal is right: somebody wrote it. One network in the place of another of the same run."""
+    contents = {name: exp.load_checkpoint(copied / f"checkpoints/{name}.pt") for name in (DIRECT, KD)}
+    exp.save_checkpoint(copied / f"checkpoints/{DIRECT}.pt", {**contents[DIRECT], "model": contents[KD]["model"]})
+    assert resume(copied) == 0
+    assert redone == [DIRECT]
+
+
+def test_a_pilot_that_chooses_otherwise_the_second_time_gets_its_students_redone(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that can happen; within the session, or its students would be missed at its end."""
+    path, student = copied / f"checkpoints/{PILOT}.pt", copied / f"checkpoints/{HPMKD}.pt"
+    before = exp.load_checkpoint(path)["record"]
+    other = 4 if before["chosen"] != 4 else 2
+
+    def decide(candidates: int, _budget: int, _evaluate: object) -> exp.Halving:
+        correct = {(0, candidate): np.array([True, False]) for candidate in range(candidates)}
+        return exp.Halving([(1, list(range(candidates)))], correct, other, "decided by the test")
+
+    monkeypatch.setattr(exp, "successive_halving", decide)
+    path.unlink()
+    assert resume(copied) == 0
+    assert exp.load_checkpoint(path)["record"]["chosen"] == other
+    assert exp.load_checkpoint(student)["record"]["config"] == before["candidates"][other]["config"]
+    assert "6 of 6 jobs done" in (copied / "experiment.log").read_text().splitlines()[-1]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -534,6 +534,22 @@ def test_a_crash_in_a_job_costs_that_job_and_not_the_session(
     assert results_without_times(toy / "run") == results_without_times(toy_run)
 
 
+def test_a_report_that_cannot_be_written_fails_no_finished_job(toy: Path, toy_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write, calls = exp.write_outputs, iter(range(1000))
+
+    def break_down_once(*given: Any) -> None:
+        if next(calls) == 2:
+            raise ValueError("no such colour")
+        write(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exp, "write_outputs", break_down_once)
+        assert new_toy(toy / "run", "--fresh-teacher") == 0
+    assert "report could not be written (no such colour)" in capsys.readouterr().out
+    assert not list((toy / "run/checkpoints").glob("*.failed"))
+    assert results_without_times(toy / "run") == results_without_times(toy_run)
+
+
 def test_a_lost_device_ends_the_session_and_not_every_job(toy: Path, toy_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On a GPU an error may stick to the process: then all other jobs would fail of it, one after the other."""
     shutil.copytree(toy_run, toy / "exp1b_earlier")

@@ -134,12 +134,16 @@ def test_titles_follow_the_data():
     assert "TraditionalKD" not in texts(trained)
 
 
-def test_a_temperature_that_never_moves_is_no_figure():
+def test_a_temperature_that_never_moves_is_no_figure(tmp_path):
     state = fake_state(2)
     assert draw("temperature", state) is not None
     for record in state["jobs"].values():
         record["history"] = [{**entry, "temperature": 4.0} for entry in record["history"]]
     assert draw("temperature", state) is None
+    frame, labels = exp.results_frame(state), fake_labels(200)
+    (tmp_path / "temperature.png").touch()
+    drawn = exp.draw_figures(state, frame, {}, labels, tmp_path)
+    assert drawn and not (tmp_path / "temperature.png").exists(), "of an earlier version"
 
 
 def test_prediction_is_shown_only_where_it_applies():
