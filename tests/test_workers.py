@@ -410,8 +410,9 @@ def test_what_the_user_sees_of_the_launcher(
     assert finished.stderr == ""
     assert "Traceback" not in finished.stdout
     for text in (finished.stdout, (folder / "experiment.log").read_text()):
-        assert text.count("a worker died, so all start again from their last epochs: process") == 3
-        assert text.count("terminated with signal SIGKILL") == 3
+        deaths = text.count("a worker died, so all start again from their last epochs: process")
+        assert deaths in (2, 3), "of the three kills two may fall together"
+        assert text.count("terminated with signal SIGKILL") == deaths
 
 
 def kill_when(path: Path, number: int) -> threading.Thread:
