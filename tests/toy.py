@@ -68,6 +68,7 @@ def install_toy(patch: pytest.MonkeyPatch, folder: Path) -> None:
         pieces.put(b"")
 
     patch.setattr(exp, "_fetch", fetch)
+    patch.setattr(exp, "session_age_seconds", lambda _: 0.0)  # a pretended Kaggle session is not as old as this machine
     folder.mkdir(parents=True, exist_ok=True)
     patch.chdir(folder)
     patch.setattr(exp.tempfile, "tempdir", str(folder.resolve()))
