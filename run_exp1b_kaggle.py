@@ -4854,6 +4854,8 @@ def run_member(request: Request, platform: Platform, session: Session) -> int:
     if int(os.environ["GROUP_WORLD_SIZE"]) > 1 and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) > 0:
         raise UsageError("torchrun counts restarts per machine: on several machines leave out --max-restarts and start again with --resume")
     generation, store = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), group_store()
+    if store.check(["concluded"]):  # an exit code that tells of failed jobs makes torchrun start the group again, for nothing
+        return int(store.get("concluded"))
     member = lead_members if os.environ["RANK"] == "0" else follow_leader
     return member(request, platform, session, store, generation)
 
@@ -4867,7 +4869,10 @@ def lead_members(request: Request, platform: Platform, session: Session, store: 
             store.set(prepared, "ok")
             reason = work(run, session, 0, int(os.environ["LOCAL_RANK"]), store, generation)
             wait_for_members(store, generation, session)
-            return conclude(run, session, reason)
+            code = conclude(run, session, reason)
+        if not session.signal:  # torchrun ends the others too, by SIGTERM, when one of them has died
+            store.set("concluded", str(code))
+        return code
     except Exception as error:  # whatever it is, the others must not wait for this one
         store.set(prepared, "stopped" if isinstance(error, Stopped) else "failed")
         raise
