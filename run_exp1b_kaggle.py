@@ -4599,7 +4599,8 @@ def open_run(request: Request, platform: Platform, session: Session) -> Iterator
     try:
         start_logging(folder.log_file)
         folder.clean()
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:  # a restart of the group is no new session
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # a restart of torchrun's group is no new session
+        if not restarted:
             folder.forget_failures()
         state = load_index(folder) if state else None
         raw = load_experiment_data(settings, folder, platform, session)
@@ -4612,7 +4613,8 @@ def open_run(request: Request, platform: Platform, session: Session) -> Iterator
             raise UsageError(f"the data found ({raw.source}) are not the run's: give the right --data-dir")
         if platform.kaggle:
             check_disk(folder, disk_bytes(settings, len(raw.classes)))
-        note_session(state, settings, request, devices)
+        if not (restarted and state["sessions"]):
+            note_session(state, settings, request, devices)
         state["memory"] = memory or state.get("memory")
         jobs, state["jobs"] = state["jobs"], {}  # every file is verified anew
         deadline = session.deadline

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -25,6 +26,11 @@ TINY = [
 ]  # fmt: skip
 HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 SMALL = [*TINY, "--compression", "5x", "--runs", "1"]  # one ratio, one run: the chain's first link, about ten seconds
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first, so that the processes of pytest-xdist end together."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)
@@ -108,12 +114,20 @@ def half_trained(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished tiny experiment with all ratios and methods. Read only: copy it before changing anything."""
-    folder = tmp_path_factory.mktemp("finished") / "exp1b_smoke_20260101_000000"
+    """A finished tiny experiment with all ratios and methods. Read only: copy it before changing anything.
+
+    It takes more than a minute, so the processes of pytest-xdist share one: the first makes it while the others wait for its lock.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / "finished/exp1b_smoke_20260101_000000"
+    folder.parent.mkdir(exist_ok=True)
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, (shared / "finished.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         patch.setattr(exp.tempfile, "tempdir", str(folder.parent))
-        assert exp.main([*TINY, "--output-dir", str(folder)]) == 0
+        if not folder.exists():
+            assert exp.main([*TINY, "--output-dir", str(folder)]) == 0
     return folder
 
 
