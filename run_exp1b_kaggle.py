@@ -560,8 +560,9 @@ def check_gpu(device: Device, architectures: Sequence[str]) -> None:
     if not has_kernels(device.capability, architectures):
         raise UsageError(
             f"{device.name} (compute capability {device.capability[0]}.{device.capability[1]}) cannot run this torch build "
-            f"({', '.join(architectures)}): choose the accelerator GPU T4 x2, or install a torch build for it "
-            "(for a P100: pip install torch torchvision --index-url https://download.pytorch.org/whl/cu126)"
+            f"({', '.join(architectures)}): choose the accelerator GPU T4 x2, or install a torch build for it (for a P100: "
+            "pip install torch torchvision --index-url https://download.pytorch.org/whl/cu126), or hide it with CUDA_VISIBLE_DEVICES "
+            "and use another GPU, or --device cpu"
         )
 
 
@@ -603,13 +604,18 @@ def choose_precision(wanted: str, device: Device, native_cpu_bf16: bool) -> str:
 
     `torch.cuda.is_bf16_supported()` is not asked: it says yes on a T4, which only emulates bfloat16.
     """
-    if device.capability is None:
-        if wanted == "fp16":
-            raise UsageError("--precision fp16 needs a GPU: use fp32 or bf16 on a CPU")
-        return wanted if wanted != "auto" else "bf16" if native_cpu_bf16 else "fp32"
+    if device.capability is None and wanted == "fp16":
+        raise UsageError("--precision fp16 needs a GPU: use fp32 or bf16 on a CPU")
     if wanted != "auto":
         return wanted
-    return "bf16" if device.capability >= (8, 0) else "fp16" if device.capability >= (7, 0) else "fp32"
+    if not emulates_bf16(device, native_cpu_bf16):
+        return "bf16"
+    return "fp16" if (device.capability or (0, 0)) >= (7, 0) else "fp32"
+
+
+def emulates_bf16(device: Device, native_cpu_bf16: bool) -> bool:
+    """Whether bfloat16 works on a device, but slower than fp32: on a GPU before compute capability 8.0 cuDNN has no convolutions for it."""
+    return not native_cpu_bf16 if device.capability is None else device.capability < (8, 0)
 
 
 def configure_torch(threads: int, deterministic: bool) -> None:
@@ -617,6 +623,7 @@ def configure_torch(threads: int, deterministic: bool) -> None:
     keep_freed_memory()
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means it
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -1957,6 +1964,18 @@ class Distillation:
         return Distillation(**{**values, "teachers": tuple(values["teachers"])})
 
 
+@contextlib.contextmanager
+def out_of_memory_alike() -> Iterator[None]:
+    """Make one error, `torch.OutOfMemoryError`, of all that say so: cuDNN, cuBLAS and the CPU's allocator raise a plain RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        texts = ("unable to find an engine", "out of memory", "ALLOC_FAILED", "can't allocate memory")
+        if any(text in str(error) for text in texts):
+            raise torch.OutOfMemoryError(first_line(error)) from error
+        raise
+
+
 @dataclass
 class Experiment:
     """What every job of a run needs: settings, folder, device, images, the index so far, and the end of the session."""
@@ -1999,11 +2018,13 @@ class Experiment:
     def infer(self, network: nn.Module, images: torch.Tensor) -> torch.Tensor:
         """Logits float32 of normalised images in eval mode; halves the batch as long as the memory does not suffice."""
         try:
-            with self.autocast():
+            with out_of_memory_alike(), self.autocast():
                 return cast(torch.Tensor, network(images).float())
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             if len(images) == 1:
-                raise JobFailed("a single image does not fit into the device's memory: --resume on a larger device") from None
+                raise JobFailed(
+                    f"a single image does not fit into the device's memory ({first_line(error)}): --resume on a larger device"
+                ) from None
             torch.cuda.empty_cache()
         half = len(images) // 2
         return torch.cat([self.infer(network, images[:half]), self.infer(network, images[half:])])
@@ -2122,6 +2143,8 @@ class Fitting:
         network = build_network(schedule.network, len(experiment.images.classes), settings.width, schedule.seed)
         self.model = experiment.place(network)
         self.optimizer = torch.optim.SGD(self.model.parameters(), schedule.lr, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True)
+        for parameter in self.model.parameters():  # by itself fused SGD leaves it uninitialised where the scaler skips the very first step
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = torch.amp.GradScaler(device.kind, enabled=experiment.precision == "fp16")
         self.history: list[dict[str, Plain]] = []
         self.seconds = trainer.prepare_seconds
@@ -2186,13 +2209,16 @@ class Fitting:
         """One optimizer step on the images `index`; on out-of-memory the micro-batch is halved and the step repeated."""
         while True:
             try:
-                loss = self._gradients(index, page)
+                with out_of_memory_alike():
+                    loss = self._gradients(index, page)
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
                 return loss
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
                 if self.micro_batch <= self.SMALLEST_MICRO_BATCH:
-                    raise JobFailed(f"out of memory even with {self.micro_batch} images at a time: --resume on a larger device") from None
+                    raise JobFailed(
+                        f"out of memory even with {self.micro_batch} images at a time ({first_line(error)}): --resume on a larger device"
+                    ) from None
                 self.micro_batch = (self.micro_batch + 1) // 2
                 log.warning("%s: out of memory; going on with micro-batches of %d", self.name, self.micro_batch)
                 torch.cuda.empty_cache()
@@ -2888,7 +2914,7 @@ def measure_speeds(experiment: Experiment, networks: Iterable[str]) -> dict[str,
         def infer(network: nn.Module = network, chunk: torch.Tensor = chunk) -> None:
             experiment.infer(network.eval(), images.render(chunk, 0))[0, 0].item()
 
-        with contextlib.suppress(torch.OutOfMemoryError, JobFailed):
+        with contextlib.suppress(torch.OutOfMemoryError, JobFailed), out_of_memory_alike():
             step_seconds, infer_seconds = _seconds(step, experiment.session), _seconds(infer, experiment.session)
             speeds[name] = Speed(step_seconds, infer_seconds / len(chunk))
     return speeds
@@ -4598,6 +4624,8 @@ def open_run(request: Request, platform: Platform, session: Session) -> Iterator
     lock.acquire()
     try:
         start_logging(folder.log_file)
+        if precision == "bf16" and emulates_bf16(devices[0], cpu_has_bf16()):
+            log.warning("%s only emulates bf16, many times slower than what a new run without --precision would use", devices[0].name)
         folder.clean()
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # a restart of torchrun's group is no new session
         if not restarted:

@@ -166,6 +166,24 @@ def test_precision_is_chosen_once_and_kept(tmp_path: Path, monkeypatch: pytest.M
     assert "another processor" in Path("run/experiment_report.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("device", "native", "slow"),
+    [(gpu(T4), True, True), (gpu(P100), True, True), (gpu(A100), False, False), (CPU, False, True), (CPU, True, False)],
+)
+def test_a_device_that_only_emulates_bf16_is_said(
+    device: exp.Device, native: bool, slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By whoever asks for it, or continues a run of an A100 on a T4."""
+    raw = lab_data()
+    monkeypatch.setattr(exp, "load_data", lambda *_: raw)
+    monkeypatch.setattr(exp, "find_devices", lambda *_: [device])
+    monkeypatch.setattr(exp, "cpu_has_bf16", lambda: native)
+    request = exp.parse_request([*SMALL, "--precision", "bf16", "--output-dir", str(tmp_path / "run")])
+    with exp.open_run(request, exp.detect_platform(tmp_path), exp.Session(None)) as run:
+        assert run.state["precision"] == "bf16"
+    assert ("only emulates bf16" in capsys.readouterr().out) == slow
+
+
 def test_a_run_in_fp16_is_not_continued_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     experiment = open_lab(tmp_path)
     exp.save_plain(experiment.folder.index_file, exp.new_index(experiment.settings, "fp16", experiment.state["data"]))
@@ -173,8 +191,14 @@ def test_a_run_in_fp16_is_not_continued_on_a_cpu(tmp_path: Path, capsys: pytest.
     assert "this run computes in fp16, which needs a GPU" in capsys.readouterr().out
 
 
-def test_a_step_with_a_loss_scaler_is_the_step_without(tmp_path: Path) -> None:
-    """The scaler of fp16 (here around fp32, so that it runs on a CPU): the same step, and none where a gradient is inf."""
+@pytest.mark.parametrize("first", [False, True])
+def test_a_step_with_a_loss_scaler_is_the_step_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool) -> None:
+    """The scaler of fp16 (here around fp32, so that it runs on a CPU): the same step, and none where a gradient is inf.
+
+    Not in the very first step either, where torch's fused SGD would leave behind a momentum of whatever the memory held.
+    """
+    empty = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **named: empty(*args, **named).fill_(1e9))
 
     def fitting(scaled: bool) -> exp.Fitting:
         experiment = open_lab(tmp_path)
@@ -185,16 +209,24 @@ def test_a_step_with_a_loss_scaler_is_the_step_without(tmp_path: Path) -> None:
         return made
 
     plain, scaled = fitting(False), fitting(True)
-    index = torch.arange(20)
-    for each in (plain, scaled):
-        each._step(index, 0)
-    for a, b in zip(plain.model.parameters(), scaled.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    index, loss = torch.arange(20), scaled.trainer.loss
+
+    def step_both() -> None:
+        for each in (plain, scaled):
+            each._step(index, 0)
+        for a, b in zip(plain.model.parameters(), scaled.model.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+    if not first:
+        step_both()
     before = [p.clone() for p in scaled.model.parameters()]
     scaled.trainer.loss = lambda logits, index: logits.sum() * float("inf")  # type: ignore[method-assign]
     scaled._step(index, 0)
     assert all(torch.equal(a, b) for a, b in zip(before, scaled.model.parameters(), strict=True))
     assert scaled.scaler.get_scale() == 512.0
+    scaled.trainer.loss = loss  # type: ignore[method-assign]
+    plain.model.train()(plain.experiment.images.render(index, 0))  # the step left out has moved batch normalisation's statistics
+    step_both()
 
 
 def test_deterministic_reaches_torch_and_ends_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 from pathlib import Path
 
@@ -221,17 +222,26 @@ def test_pages_are_shared_by_methods_ratios_and_runs() -> None:
 # ---- Out of memory ---------------------------------------------------------------------------------------------------
 
 
+# What torch raises where memory does not suffice: its allocator, cuDNN (two versions), CUDA, cuBLAS, the CPU's allocator.
+SHORTAGES = [
+    torch.OutOfMemoryError("simulated"), RuntimeError("FIND was unable to find an engine to execute this computation"),
+    RuntimeError("GET was unable to find an engine to execute this computation"), RuntimeError("CUDA error: out of memory\nCUDA kernel"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+]  # fmt: skip
+
+
 class LimitedMemory(torch.nn.Module):
     """A network that runs out of memory beyond `most` images, and notes the sizes that it was given."""
 
-    def __init__(self, network: torch.nn.Module, most: int) -> None:
+    def __init__(self, network: torch.nn.Module, most: int, shortage: RuntimeError = SHORTAGES[0]) -> None:
         super().__init__()
-        self.network, self.most, self.sizes = network, most, list[int]()
+        self.network, self.most, self.shortage, self.sizes = network, most, shortage, list[int]()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         self.sizes.append(len(images))
         if len(images) > self.most:
-            raise torch.OutOfMemoryError("simulated")
+            raise self.shortage
         return self.network(images)
 
 
@@ -277,6 +287,27 @@ def test_no_micro_batch_is_small_enough(tmp_path: Path) -> None:
     with pytest.raises(exp.JobFailed, match="out of memory even with 4 images at a time"):
         hopeless._step(torch.arange(60), 0)
     assert min(hopeless.model.sizes) == 4
+
+
+@pytest.mark.parametrize("shortage", SHORTAGES)
+def test_every_way_to_say_out_of_memory_is_understood(shortage: RuntimeError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a training step, in inference, and while speeds are measured; any other error is not taken for one."""
+    experiment = open_lab(tmp_path)
+    images = experiment.images.normalise(experiment.images.test.pixels[:30])
+    build = exp.build_network
+    for error, understood in ((shortage, True), (RuntimeError("CUDA error: an illegal memory access was encountered"), False)):
+        made = fitting(experiment, 60)
+        made.model = LimitedMemory(build("7x", 10, 8), 20, error)
+        monkeypatch.setattr(exp, "build_network", lambda *_, e=error: LimitedMemory(build("7x", 10, 8), 20, e))
+        monkeypatch.setattr(exp.Experiment, "place", lambda _, network: network)
+        for action in (
+            lambda made=made: made._step(torch.arange(60), 0),
+            lambda made=made: experiment.infer(made.model, images),
+            lambda: exp.measure_speeds(experiment, ["7x"]),
+        ):
+            with contextlib.nullcontext() if understood else pytest.raises(RuntimeError, match="illegal memory access"):
+                action()
+        monkeypatch.undo()
 
 
 def test_inference_halves_as_far_as_needed(tmp_path: Path) -> None:
