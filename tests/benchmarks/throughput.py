@@ -4,7 +4,8 @@
     for p in fp32 fp16 bf16; do python tests/benchmarks/throughput.py --width 64 --steps 50 --precision $p; done  # on a GPU
 
 Prints `name: value` lines. Random pixels in CIFAR-10's shapes; teachers' pages are taken as computed (their computation is the
-inference that is measured). The epoch is a whole one of the network that makes everything else weigh most, the smallest. --profile
+inference that is measured). The epoch is a whole one of the network that makes everything else weigh most, the smallest. Operations
+are counted on a CPU only (on a GPU the backward pass has a thread of its own); each is a kernel to launch on a GPU, or a few. --profile
 adds which share of a distillation epoch torch's profiler finds in each of the main operations.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench import cifar_like, clock, experiment, fitting, parser, say, say_device, seconds
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import run_exp1b_kaggle as exp
 
@@ -33,6 +35,31 @@ def images_per_second(made: exp.Experiment, network: str, steps: int) -> tuple[f
     chunks = torch.arange(count, device=made.device.torch).split(exp.CHUNK)[: max(steps // 2, 3)]
     inference = [seconds(made.device, lambda c=c: made.infer(folded, made.images.render(c, 0))) / len(c) for c in chunks]
     return size / statistics.median(times[1:]), 1 / statistics.median(inference[1:])
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that compute something: those whose result is no view of an argument and is filled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, values: Any = (), named: Any = None) -> Any:
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in operation._schema.returns)
+        self.count += not views and "empty" not in operation.name()
+        return operation(*values, **(named or {}))
+
+
+def operations_per_step(made: exp.Experiment, network: str) -> int:
+    """Operations of a distillation step, the second one: the first prepares."""
+    training = fitting(made, network, "TraditionalKD", 1, 2)
+    training.model.train()
+    training.trainer.start_epoch(0, 1, [])
+    index = torch.arange(4, device=made.device.torch)
+    training._step(index, 0)
+    with Operations() as counted:
+        training._step(index, 0)
+    return counted.count
 
 
 def matrix_product_rate(made: exp.Experiment) -> float:
@@ -142,6 +169,9 @@ def main() -> None:
             say(f"{network}_inference_images_per_second", inference)
         logits = np.zeros((len(made.images), 10), np.float16)
         exp.TeacherOutputs._compute = lambda *_: np.float64(1).tobytes() + logits.tobytes()  # type: ignore[method-assign]
+        if made.device.kind == "cpu":
+            for network in exp.ARCHITECTURES:
+                say(f"{network}_operations_per_step", str(operations_per_step(made, network)))
         for method in ("Direct", "TraditionalKD"):
             spent, share = overhead(made, chosen.epoch_network, method)
             say(f"{chosen.epoch_network}_{method}_epoch_seconds", spent)
