@@ -1760,9 +1760,12 @@ def check_index(state: Any) -> None:
         raise UsageError(f"the run was written in format {state['format']}, this script knows format 1: use the script that wrote it")
     check_schema(state, INDEX, "index")
     try:
-        expected = fingerprint(Settings.from_plain(state["settings"]), state["precision"], state["data"]["sha256"])
+        settings = Settings.from_plain(state["settings"])
+        expected = fingerprint(settings, state["precision"], state["data"]["sha256"])
     except (TypeError, ValueError) as error:
         raise Damaged(f"holds settings that are none ({error})") from None
+    if len(state["data"]["classes"]) != DATASET_SIZES[settings.dataset][0]:
+        raise Damaged(f"names {len(state['data']['classes'])} classes of {settings.dataset}")
     if state["fingerprint"] != expected:
         raise UsageError(
             f"the run was written by version {state['script'].get('version')} of this script, which computes something else: "
