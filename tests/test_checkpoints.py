@@ -244,6 +244,15 @@ def test_a_new_index_is_accepted() -> None:
     exp.check_index(good_index())
 
 
+@pytest.mark.parametrize("count", [9, 11])
+def test_an_index_names_every_class_of_its_data_set(count: int) -> None:
+    """Tables per class would be of another length."""
+    index = good_index()
+    index["data"] = {**index["data"], "classes": [str(number) for number in range(count)]}
+    with pytest.raises(exp.Damaged, match=f"names {count} classes"):
+        exp.check_index(index)
+
+
 @pytest.mark.parametrize(
     "strange",
     [
