@@ -544,7 +544,7 @@ def test_signals_reach_all_workers_and_torchrun_continues(tmp_path: Path, finish
     assert rows(folder.path, ratio) == rows(finished_run, ratio)
     assert "Traceback" not in said
     assert said.count("finished: 10 of 10 jobs done") == 1
-    assert folder.log_file.read_text().count("intermediate_2.3x_SYNTHETIC continues after epoch 1 of 2") == 1
+    assert said.count("exitcode: -9") >= 1, "torchrun saw a member die, and started the group again"
     sessions = exp.load_plain(folder.index_file)["sessions"]
     assert [session["stopped"] for session in sessions] == ["", "SIGINT", "SIGTERM", ""]
     assert [session["workers"] for session in sessions] == [2, 2, 2, 2]
