@@ -3858,7 +3858,7 @@ def history_table(evidence: Evidence, compression: str, method: str, key: str) -
 def draw_learning(evidence: Evidence) -> Figure:
     """Validation accuracy per epoch, one panel per ratio."""
     figure, axes = new_figure(1.0 + 1.35 * len(evidence.ratios), len(evidence.ratios), sharex=True)
-    reached = []
+    reached, longest = [], 0
     for axis, ratio in zip(axes[:, 0], evidence.ratios, strict=True):
         tables = {method: history_table(evidence, ratio, method, "val_accuracy") for method in evidence.methods}
         means = {method: table.mean(axis=1) for method, table in tables.items() if len(table)}
@@ -3869,6 +3869,7 @@ def draw_learning(evidence: Evidence) -> Figure:
             marks: dict[str, Any] = {"marker": marker, "markersize": 3, "markevery": (k * every // 3, every)}
             axis.plot(mean.iloc[start:], color=colour, linestyle=line, **marks)
         axis.set_title(ratio, loc="left")
+        longest = max([longest, *map(len, means.values())])
         if not means:
             say_empty(axis, "no finished student yet")
         if {"Direct", "HPM-KD"} <= set(means):
@@ -3878,7 +3879,7 @@ def draw_learning(evidence: Evidence) -> Figure:
     axes[-1, 0].set_xlabel("epoch")
     axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
     title = f"HPM-KD's mean reaches Direct's final validation accuracy: {listed(reached) or 'not known yet'}"
-    note = f"{NOTE_CURVES} The first third of the epochs is left out."
+    note = NOTE_CURVES + " The first third of the epochs is left out." * (longest >= 3)
     return finish_figure(figure, evidence, title, note, evidence.methods)
 
 

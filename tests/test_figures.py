@@ -56,6 +56,14 @@ def test_files_sizes_and_resolution(tmp_path):
         assert pdf.startswith(b"%PDF") and b"/Subtype /Image" not in pdf  # vector throughout
 
 
+@pytest.mark.parametrize(("epochs", "cut"), [(2, False), (3, True)])
+def test_epochs_that_are_left_out_are_said(epochs, cut):
+    state = fake_state(2)
+    for record in state["jobs"].values():
+        record["history"] = record.get("history", [])[:epochs]
+    assert ("first third of the epochs is left out" in texts(draw("learning_curves", state))) == cut
+
+
 def test_same_data_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(exp, "FIGURES", {name: exp.FIGURES[name] for name in ("hpmkd_vs_direct", "temperature")})
     state = fake_state(2, ratios=("5x",))
