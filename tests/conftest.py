@@ -25,7 +25,7 @@ TINY = [
     "--teacher-epochs", "2", "--student-epochs", "2", "--runs", "2", "--threads", "1", "--device", "cpu",
 ]  # fmt: skip
 HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-SMALL = [*TINY, "--compression", "5x", "--runs", "1"]  # one ratio, one run: the chain's first link, about ten seconds
+SMALL = [*TINY, "--compression", "5x", "--runs", "1"]  # one ratio, one run: two assistants, about ten seconds
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -81,12 +81,12 @@ def redone(monkeypatch: pytest.MonkeyPatch, toy_run: Path) -> list[str]:
     """The jobs that are done again; doing one means copying its file from the undamaged run."""
     names: list[str] = []
 
-    def again(runner: exp.JobRunner) -> None:
-        names.append(runner.job.name)
-        target = runner.experiment.folder.model_file(runner.job.name)
+    def again(experiment: exp.Experiment, job: exp.Job) -> None:
+        names.append(job.name)
+        target = experiment.run.file(job)
         shutil.copyfile(toy_run / "checkpoints" / target.name, target)
 
-    monkeypatch.setattr(exp.JobRunner, "run", again)
+    monkeypatch.setattr(exp, "do_job", again)
     return names
 
 
@@ -100,14 +100,14 @@ def half_trained(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         install_toy(patch, folder.parent)
         shutil.copytree(toy_run, folder)
         (folder / f"checkpoints/{DIRECT}.pt").unlink()
-        epoch = exp.Fitting._epoch
+        epoch = exp.Training._epoch
 
-        def stop(fitting: exp.Fitting, number: int) -> None:
+        def stop(training: exp.Training, number: int) -> None:
             if number == 2:
                 raise exp.Stopped("session clock")
-            epoch(fitting, number)
+            epoch(training, number)
 
-        patch.setattr(exp.Fitting, "_epoch", stop)
+        patch.setattr(exp.Training, "_epoch", stop)
         assert resume(folder) == 0
     return folder
 

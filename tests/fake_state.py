@@ -1,15 +1,27 @@
-"""A made-up finished experiment in the format of INTERFACE.md, for the tests of statistics, figures and report."""
+"""A made-up experiment, for the tests of statistics, figures and report: every job has ended, nothing was trained."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
+import run_exp1b_kaggle as exp
+
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-PARAMS = {"2.3x": 10_235_000, "5x": 4_716_000, "7x": 3_357_000}
-LEVEL = {"2.3x": 88.6, "5x": 86.0, "7x": 84.4}
+PARAMS = {"teacher": 23_520_842, "1.5x": 15_780_000, "2.3x": 10_235_000, "5x": 4_716_000, "7x": 3_357_000}
+MACS = {
+    "teacher": 1_297_829_888,
+    "1.5x": 580_000_000,
+    "2.3x": 480_000_000,
+    "5x": 230_000_000,
+    "7x": 177_000_000,
+}
+LATENCY = {"teacher": (4.1, 0.9), "1.5x": (1.9, 0.4), "2.3x": (1.8, 0.3), "5x": (1.0, 0.2), "7x": (0.9, 0.15)}
+ACCURACY = {"teacher": 92.4, "1.5x": 90.1, "2.3x": 88.6, "5x": 86.0, "7x": 84.4}
 GAIN = {
     "Direct": 0.0,
     "TraditionalKD": 0.35,
@@ -19,218 +31,176 @@ GAIN = {
     "HPM-KD-no-attention": 0.58,
     "HPM-KD-no-temperature": 0.5,
     "HPM-KD-no-manager": 0.4,
+    "HPM-KD-no-memory": 0.3,
     "Direct-equal-cost": 0.3,
 }
+CHOSEN = {
+    ("HPM-KD", "5x"): 1,
+    ("TunedKD", "5x"): 2,
+    ("TunedKD", "7x"): 1,
+}  # every other pilot keeps its first candidate
+EQUAL_COST_EPOCHS = {"2.3x": 54, "5x": 82, "7x": 100}
 
 
-def fake_labels(n: int = 2000) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 10, n)
-
-
-def fake_logits(state: dict[str, Any], labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Logits whose accuracy is near the record's, over-confident as networks are."""
-    out = {}
-    for k, (name, record) in enumerate(state["jobs"].items()):
-        if record["kind"] in ("student", "teacher") and record["status"] == "done" and not record.get("same_as"):
-            rng = np.random.default_rng(k)
-            z = rng.normal(size=(len(labels), 10)) * 1.6
-            z[np.arange(len(labels)), labels] += 3.2 + (record["test_accuracy"] - 85) / 12
-            out[name] = (z * (1.7 if record["method"] == "Direct" else 1.3)).astype(np.float16)
-    return out
-
-
-def fake_state(
+def fake_run(
+    folder: Path,
     runs: int = 3,
-    ratios=("2.3x", "5x", "7x"),
-    methods=("Direct", "TraditionalKD", "HPM-KD"),
+    ratios: Sequence[str] = ("2.3x", "5x", "7x"),
+    methods: Sequence[str] = ("Direct", "TraditionalKD", "HPM-KD"),
     ablation: bool = False,
     equal_cost: bool = False,
     dataset: str = "CIFAR10",
     width: int = 64,
     epochs: int = 20,
     seed: int = 0,
-) -> dict[str, Any]:
-    rng = np.random.default_rng(seed)
-    arms = [
-        *methods,
-        *(["TunedKD", "HPM-KD-no-chain", "HPM-KD-no-attention", "HPM-KD-no-temperature", "HPM-KD-no-manager"] if ablation else []),
-        *(["Direct-equal-cost"] if equal_cost else []),
-    ]
-    teacher_name = f"teacher_resnet50_{dataset}"
-    jobs: dict[str, Any] = {}
+    images: int = 0,
+) -> exp.Run:
+    """A run in `folder` whose records are made up, whatever its files say. `images`: also labels and logits, of so many."""
+    given = {
+        "dataset": dataset, "compression": tuple(ratios), "methods": tuple(methods), "runs": runs, "ablation": ablation,
+        "equal_cost": equal_cost, "width": width, "student_epochs": epochs,
+    }  # fmt: skip
+    classes = CLASSES if dataset != "CIFAR100" else [f"class {number}" for number in range(100)]
+    data = exp.DataDescription(dataset, classes, 45_000, 2_500, 2_500, 10_000, "a test", "34" * 32)
+    session = exp.SessionRecord(
+        started="2026-11-24T03:41:57+00:00", ended="2026-11-24T05:10:00+00:00", devices=["Tesla T4", "Tesla T4"],
+        command=f"python run_exp1b_kaggle.py --mode quick --dataset {dataset}", processor="Xeon", workers=2, threads=2,
+        versions={"python": "3.12.1", "torch": "2.10.0"}, script_sha256="12" * 32,
+    )  # fmt: skip
+    index = exp.Index(
+        exp.new_settings(given), "fp16", data, "ef" * 32, created="2026-11-24T03:41:57+00:00", sessions=[session],
+        equal_cost_epochs={ratio: EQUAL_COST_EPOCHS[ratio] for ratio in ratios} if equal_cost else {},
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    run = exp.Run(folder, index)
+    luck = np.random.default_rng(seed)
+    shared = luck.normal(0, 0.25, (len(exp.RATIOS), runs))  # a run's own luck, common to all methods
+    for job in run.jobs:
+        run.records[job.name] = fake_record(run, job, luck, shared)
+    if images:
+        run.labels = np.random.default_rng(0).integers(0, len(classes), images)
+        run.logits = fake_logits(run)
+    return run
 
-    def add(name: str, kind: str, method: str, compression: str, run: int, accuracy: float, seconds: float, **more: Any) -> None:
-        history = [
-            {
-                "epoch": e,
-                "loss": 2 - e / epochs,
-                "val_accuracy": accuracy * (1 - 0.6 * np.exp(-5 * (e + 1) / epochs)) + float(rng.normal(0, 0.3)),
-                "lr": 0.1,
-                "temperature": 2 + 2 * (1 + np.cos(np.pi * e / (epochs - 1))) / 2,
-                "seconds": seconds / epochs,
-            }
-            for e in range(epochs)
-        ]
-        jobs[name] = {
-            "job": name,
-            "kind": kind,
-            "compression": compression,
-            "method": method,
-            "run": run,
-            "seed": 42 + run,
-            "status": "done",
-            "reason": "",
-            "params": PARAMS.get(compression, 23_520_842),
-            "macs": 1_300_000_000 if kind == "teacher" else 170_000_000,
-            "epochs": epochs,
-            "file": name + ".pt",
-            "file_bytes": 4 * PARAMS.get(compression, 23_520_842),
-            "weights_sha256": hashlib.sha256(name.encode()).hexdigest(),
-            "taught_by": {} if method in ("", "Direct") else {"teacher_resnet50_CIFAR10": "cd" * 32},
-            "val_accuracy": accuracy + 0.2,
-            "test_accuracy": round(accuracy, 2),
-            "test_nll": 0.5,
-            "test_ece": 0.03,
-            "test_class_accuracy": [accuracy + d for d in range(-5, 5)],
-            "teacher_agreement": 91.0,
-            "latency_ms": {"1": 2.1, "256": 0.2},
-            "train_seconds": seconds,
-            "pages": {},
-            "prepare_seconds": 1.0,
-            "images_per_second": 5500.0,
-            "device": "Tesla T4",
-            "precision": "fp16",
-            "notes": [],
-            "history": history,
-            "config": {},
-            "attention": {},
-            "same_as": "",
-            **more,
-        }
 
-    add(teacher_name, "teacher", "", "", 0, 92.4, 4000.0)
-    config = {"alpha": 0.5, "temperature": 4.0, "schedule": "constant", "teachers": ["teacher"], "attention": False}
-    pages = {teacher_name: {str(p): 10.0 for p in range(epochs)}}
-    if "HPM-KD" in arms:
-        for r in ("2.3x", "5x"):
-            if any(float(x[:-1]) > float(r[:-1]) for x in ratios):
-                add(f"intermediate_{r}_{dataset}", "intermediate", "HPM-KD", r, 0, LEVEL[r], 800.0, pages=pages, config=config)
-        for r in ratios:
-            better = {
-                **config,
-                "temperature": 6.0,
-                "schedule": "cosine",
-                "teachers": ["teacher", "2.3x"] if r != "2.3x" else ["teacher"],
-                "attention": r != "2.3x",
-            }
-            candidates = [
-                {"config": config, "rungs": [[2, 60.1], [4, 70.2]], "difference": 0.0, "standard_error": 0.0, "kept": True},
-                {"config": better, "rungs": [[2, 61.0], [4, 71.5]], "difference": 1.3, "standard_error": 0.6, "kept": True},
-                {"config": config, "rungs": [[2, 55.0]], "difference": -5.1, "standard_error": 0.7, "kept": False},
-            ]
-            add(
-                f"pilot_{r}",
-                "pilot",
-                "",
-                r,
-                0,
-                70.0,
-                500.0,
-                pages=pages,
-                candidates=candidates,
-                chosen=1,
-                reason_chosen="beat candidate 1 by 2.2 standard errors",
-                pilot_for="HPM-KD",
-                reused_from="",
-                seconds_saved=0.0,
-                config=better,
+def fake_record(run: exp.Run, job: exp.Job, luck: np.random.Generator, shared: np.ndarray) -> exp.Record:
+    """The record of a finished job."""
+    identity = run.identity(job)
+    twin = exp.twin_of(job, run.settings, run.records)
+    if twin is not None:
+        return replace(run.records[twin.name], **identity, same_as=twin.method)
+    if job.kind == "pilot":
+        return fake_pilot(run, job)
+
+    config = exp.config_of(job, run.records)
+    accuracy = ACCURACY[job.network] + luck.normal(0, 0.12)
+    if job.kind == "teacher":
+        accuracy = ACCURACY["teacher"]
+    if job.kind == "student":
+        accuracy += GAIN.get(job.method, 0.2) * exp.RATIOS[job.compression] / 5
+        accuracy += shared[list(exp.RATIOS).index(job.compression), job.run - 1]
+    epochs = int(exp.job_epochs(job, run.settings, run.index.equal_cost_epochs))
+    seconds = {"teacher": 4000.0, "assistant": 800.0}.get(job.kind, 10.0 * epochs + (40.0 if config else 0.0))
+    taught_by = (
+        {exp.teacher_job(name, job.dataset).name: "cd" * 32 for name in config.teachers} if config else {}
+    )
+    return exp.Record(
+        **identity, seed=run.settings.seed + job.run, network=job.network, classes=len(run.index.data.classes),
+        width=run.settings.width, params=PARAMS[job.network], macs=MACS[job.network], mean=[0.5] * 3, std=[0.25] * 3,
+        config=config, taught_by=taught_by, attention=fake_attention(config), history=fake_history(epochs, accuracy, seconds, config, luck),
+        train_seconds=seconds, images_per_second=5500.0, val_accuracy=round(accuracy + 0.2, 2), test_accuracy=round(accuracy, 2),
+        test_class_accuracy=[accuracy + offset % 10 - 4.5 for offset in range(len(run.index.data.classes))], test_nll=0.5,
+        test_ece=0.03, weights_sha256=hashlib.sha256(job.name.encode()).hexdigest(),
+        latency_ms=dict(zip(("1", "256"), LATENCY[job.network], strict=True)), inference_seconds=10 / 45_000, device="Tesla T4",
+        precision="fp16", threads=2, torch="2.10.0", finished="2026-11-24T05:00:00+00:00",
+    )  # fmt: skip
+
+
+def fake_history(
+    epochs: int, accuracy: float, seconds: float, config: exp.Distillation | None, luck: np.random.Generator
+) -> list[exp.Epoch]:
+    """A learning curve that ends near an accuracy; the temperature follows the schedule."""
+    history: list[exp.Epoch] = []
+    for number in range(epochs):
+        reached = accuracy * (1 - 0.6 * np.exp(-5 * (number + 1) / epochs)) + luck.normal(0, 0.3)
+        losses = [epoch.loss for epoch in history]
+        temperature = (
+            exp.temperature_at(config.schedule, config.temperature, epochs, losses) if config else None
+        )
+        loss = 0.3 + 1.7 * np.exp(-3 * number / epochs)
+        history.append(
+            exp.Epoch(float(loss), float(reached), 0.1 * (1 - number / epochs), seconds / epochs, temperature)
+        )
+    return history
+
+
+def fake_pilot(run: exp.Run, job: exp.Job) -> exp.Record:
+    """A pilot of two rungs: half of the candidates go on to the second."""
+    candidates = []
+    for number, config in enumerate(job.arm.candidates(job.compression)):
+        accuracies = [60.1 + number / 10, 70.2 + number][: 2 if number < 4 else 1]
+        candidates.append(
+            exp.Candidate(
+                config, [240, 480][: len(accuracies)], accuracies, 0.3 * number, 0.6 if number else 0.0
             )
-    shared = {(r, i): rng.normal(0, 0.25) for r in ratios for i in range(runs)}  # the run's own luck, common to the arms
-    for r in ratios:
-        for method in arms:
-            for i in range(runs):
-                more: dict[str, Any] = {}
-                if method not in ("Direct", "Direct-equal-cost"):
-                    start = i * epochs // 2
-                    more = {"config": config, "pages": {teacher_name: {str(p): 10.0 for p in range(start, start + epochs)}}}
-                if method == "HPM-KD" and r != "2.3x":
-                    block = {
-                        "mean_weight": [0.6, 0.4],
-                        "weight_sd": [0.1, 0.1],
-                        "nll_mixture": 0.31,
-                        "nll_uniform": 0.30,
-                        "nll_best_single": 0.33,
-                        "best_single": "teacher",
-                    }
-                    more["attention"] = {
-                        "teachers": ["teacher", "2.3x"],
-                        "select": block,
-                        "train": {**block, "nll_mixture": 0.1, "nll_uniform": 0.2},
-                    }
-                accuracy = LEVEL[r] + GAIN[method] * float(r[:-1]) / 5 + shared[r, i] + rng.normal(0, 0.12)
-                if r == "2.3x" and method in ("HPM-KD-no-chain", "HPM-KD-no-attention"):
-                    twin = jobs[f"student_{r}_HPM-KD_run{i + 1}"]
-                    accuracy = twin["test_accuracy"]
-                    more |= {"same_as": "HPM-KD", "weights_sha256": twin["weights_sha256"]}
-                add(
-                    f"student_{r}_{method}_run{i + 1}",
-                    "student",
-                    method,
-                    r,
-                    i + 1,
-                    accuracy,
-                    200.0 if method == "Direct" else 240.0,
-                    **more,
-                )
-    session = {
-        "started": "2026-11-24T03:41:57+00:00",
-        "ended": "2026-11-24T05:10:00+00:00",
-        "command": f"python run_exp1b_kaggle.py --mode quick --dataset {dataset}",
-        "host_gpu": "2 x Tesla T4",
-        "python": "3.12.1",
-        "torch": "2.10.0",
-        "torchvision": "0.25.0",
-        "numpy": "2.0.2",
-        "threads": 2,
-        "workers": 2,
-        "devices": ["cuda:0", "cuda:1"],
-        "stopped": "",
-        "extended": "",
+        )
+    chosen = CHOSEN.get((job.method, job.compression), 0)
+    return exp.Record(
+        **run.identity(job), seed=run.settings.seed, network=job.network, config=candidates[chosen].config, candidates=candidates,
+        chosen=chosen, reason=f"candidate 2 {'leads' if chosen else 'does not lead'} candidate 1 by more than one standard error",
+        train_seconds=500.0, device="Tesla T4", precision="fp16",
+    )  # fmt: skip
+
+
+def fake_attention(config: exp.Distillation | None) -> dict[str, exp.AttentionReport]:
+    """What attention has learned: no better than uniform weights on `select`."""
+    if config is None or not config.attention:
+        return {}
+    count = len(config.teachers)
+    weights = [2 / (count + 1), *([1 / (count + 1)] * (count - 1))]
+    select = exp.AttentionReport(weights, [0.1] * count, 0.31, 0.30, 0.33, 91.4, 91.5, 91.0, "teacher")
+    return {"select": select, "train": replace(select, nll_mixture=0.1, nll_uniform=0.2)}
+
+
+def fake_logits(run: exp.Run) -> dict[str, np.ndarray]:
+    """Logits whose accuracy is near the record's, over-confident as networks are."""
+    assert run.labels is not None
+    logits = {}
+    for number, (name, record) in enumerate(run.records.items()):
+        if record.kind == "pilot" or not record.done:
+            continue
+        luck = np.random.default_rng(number)
+        values = luck.normal(size=(len(run.labels), record.classes)) * 1.6
+        values[np.arange(len(run.labels)), run.labels] += 3.2 + (record.test_accuracy - 85) / 12
+        logits[name] = (values * (1.3 if record.config else 1.7)).astype(np.float32)
+    return logits
+
+
+def without(run: exp.Run, *parts: str) -> exp.Run:
+    """The run without the jobs whose name contains one of `parts`."""
+    run.records = {
+        name: record for name, record in run.records.items() if not any(part in name for part in parts)
     }
-    return {
-        "format": 1,
-        "script": {"version": "1.0.0", "sha256": "12" * 32},
-        "created": "2026-11-24T03:41:57+00:00",
-        "settings": {
-            "mode": "quick",
-            "dataset": dataset,
-            "compression": list(ratios),
-            "methods": list(methods),
-            "runs": runs,
-            "teacher_epochs": 50,
-            "student_epochs": epochs,
-            "batch_size": 128,
-            "lr": 0.1,
-            "width": width,
-            "train_size": None,
-            "seed": 42,
-            "precision": "auto",
-            "ablation": ablation,
-            "equal_cost": equal_cost,
-        },
-        "fingerprint": "ef" * 32,
-        "precision": "fp16",
-        "data": {
-            "name": dataset,
-            "classes": CLASSES,
-            "train": 45000,
-            "fit": 2500,
-            "select": 2500,
-            "test": 10000,
-            "source": "a test",
-            "sha256": "34" * 32,
-        },
-        "sessions": [session],
-        "notes": [],
-        "jobs": jobs,
-    }
+    return run
+
+
+def failed(run: exp.Run, name: str, reason: str = "the loss became NaN") -> exp.Run:
+    """The run with one job failed: no results, no history."""
+    job = next(job for job in run.jobs if job.name == name)
+    run.records[name] = exp.Record(**run.identity(job), failure=reason, final=True)
+    return run
+
+
+def change(run: exp.Run, name: str, **values: object) -> exp.Run:
+    """The run with one record changed."""
+    run.records[name] = replace(run.records[name], **values)
+    return run
+
+
+def merged(run: exp.Run, ratio: str, accuracy: float) -> exp.Run:
+    """The run, merged with one that had another teacher at a ratio."""
+    own = {name: record for name, record in run.records.items() if record.kind in ("teacher", "assistant")}
+    teacher = "teacher_resnet50_CIFAR10"
+    other = {**own, teacher: replace(own[teacher], test_accuracy=accuracy, weights_sha256="99" * 32)}
+    run.index.merged_teachers = {r: other if r == ratio else own for r in run.settings.compression}
+    return run

@@ -6,21 +6,27 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import json
 import os
 import re
 import shlex
-from collections.abc import Callable
+import signal
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 
 import run_exp1b_kaggle as exp
 
-README, QUICK_START, INDEX = "README_KAGGLE.md", "QUICK_START_KAGGLE.md", "INDEX.md"
-DOCUMENTS = (README, QUICK_START, INDEX)
+README, QUICK_START, INDEX, TESTS = "README_KAGGLE.md", "QUICK_START_KAGGLE.md", "INDEX.md", "tests/README.md"
+DOCUMENTS = (README, QUICK_START, INDEX, TESTS)
 SETUP = [
     "pip install -r requirements.txt && python run_exp1b_kaggle.py --mode smoke",
     "pip install -r tests/requirements.txt && python -m pytest tests",
@@ -29,13 +35,17 @@ KERNEL_KEYS = {
     "id", "title", "code_file", "language", "kernel_type", "is_private", "enable_gpu", "enable_internet", "machine_shape",
     "dataset_sources", "competition_sources", "kernel_sources",
 }  # fmt: skip
-NOT_TRIED = {
-    README: ["Nothing of this was tried on Kaggle itself or on a GPU"],
-    QUICK_START: ["Nothing of this was tried on Kaggle itself or on a GPU", "Nada disto foi testado no próprio Kaggle nem em uma GPU"],
-    INDEX: ["Nothing of this was tried on Kaggle itself or on a GPU"],
-}
-CASES = [(1, 5.0e12), (2, 5.0e12), (2, 2.5e12)]  # devices, multiply-accumulates per second on each: the README's examples
-ROLES = {"experiment": "fixed once a run exists", "scope": "may grow with `--resume`", "session": "this session only"}
+NOT_TRIED = "Nothing was tried on a GPU or on Kaggle itself so far"  # said once, in "Where it runs"
+NOT_MEASURED = "The evidence of version 2 has not been measured yet"
+CASES = [
+    (1, 5.0e12),
+    (2, 5.0e12),
+    (2, 2.5e12),
+]  # devices, multiply-accumulates per second on each: the INDEX's examples
+ROLES = {
+    "experiment": "fixed once a run exists", "scope": "may grow with `--resume`, never shrink", "session": "may differ in every session",
+}  # fmt: skip
+PLUGIN = "dkd.py"  # what README calls its example of a method
 
 
 def text_of(name: str) -> str:
@@ -63,15 +73,12 @@ def shown(value: Any) -> str:
 
 
 def settings_table() -> str:
-    """Every field of `Settings`: option, default, meaning, and when it may change."""
-    rows = []
-    for field in dataclasses.fields(exp.Settings):
-        meta = field.metadata
-        choices = meta["argparse"].get("choices")
-        meaning = meta["help"] + (f" ({', '.join(choices)})" if choices and choices[0] not in meta["help"] else "")
-        option = f"`--{field.name.replace('_', '-')}`"
-        rows.append([option, shown(field.default), meaning.replace("|", "\\|"), ROLES[meta["role"]]])
-    return table(["option", "default", "meaning", "when it may change"], rows)
+    """Every option of `Settings`, by when it may change."""
+    rows = [
+        [", ".join(f"`{exp.flag(name)}`" for name in exp.setting_names(role)), when]
+        for role, when in ROLES.items()
+    ]
+    return table(["options", "when they may change"], rows)
 
 
 def presets_table() -> str:
@@ -90,63 +97,85 @@ def presets_table() -> str:
 
 def networks_table() -> str:
     """The networks, counted at full width with 10 classes."""
-    teacher = exp.network_cost("teacher", 10, 64)[0]
+    teacher = exp.network_cost("teacher", 10, exp.FULL_WIDTH)[0]
     depth = {(3, 4, 6, 3): "ResNet-50", (2, 2, 2, 2): "ResNet-18", (1, 1, 1, 1): "ResNet-10"}
     rows = []
     for name, a in exp.ARCHITECTURES.items():
-        params, macs = exp.network_cost(name, 10, 64)
-        widths = ", ".join(map(str, a.channels))
-        rows.append([name, depth[a.blocks], widths, f"{params:,}", f"{teacher / params:.3f}", f"{macs / 1e6:,.0f}"])
-    return table(["network", "depth", "channels", "parameters", "counted ratio", "million MACs per image"], rows)
-
-
-def commands_table() -> str:
-    """What the script can do instead of starting a new run: every such option of its parser."""
-    (actions,) = (group for group in exp.build_parser()._action_groups if group.title == "what to do instead of starting a new run")
-    wanted = [action for action in actions._group_actions if action.option_strings]
-    assert {action.dest for action in wanted} == {f.name for f in dataclasses.fields(exp.Request)} - {"given", "command"}
-    rows = [[f"`{' '.join([a.option_strings[0], *([f'{a.metavar} ...'] if a.metavar else [])])}`", str(a.help)] for a in wanted]
-    return table(["command", "what it does"], rows)
+        roles = [
+            role for role, names in (("assistant", exp.LADDER), ("student", exp.RATIOS)) if name in names
+        ]
+        params, macs = exp.network_cost(name, 10, exp.FULL_WIDTH)
+        counted = [f"{params:,}", f"{teacher / params:.3f}", f"{macs / 1e6:,.0f}"]
+        rows.append(
+            [
+                name,
+                " and ".join(roles) or "teacher",
+                depth[a.blocks],
+                ", ".join(map(str, a.channels)),
+                *counted,
+            ]
+        )
+    return table(
+        ["network", "role", "depth", "channels", "parameters", "counted ratio", "million MACs per image"],
+        rows,
+    )
 
 
 def expected_work(mode: str) -> tuple[dict[str, tuple[int, float]], list[float]]:
     """(jobs, multiply-accumulates) by kind of work; and the hours that `--plan`'s formula makes of it in each of `CASES`."""
     settings, classes, images = exp.new_settings({"mode": mode}), 10, 45_000
     macs = {name: exp.network_cost(name, classes, settings.width)[1] for name in exp.ARCHITECTURES}
+    jobs = exp.planned_jobs(settings)
     work: dict[str, tuple[int, float]] = {}
-    for job in exp.planned_jobs(settings):
+    for job in jobs:
         kind = {"teacher": "teacher", "student": f"students {job.compression}"}.get(job.kind, f"{job.kind}s")
         count, total = work.get(kind, (0, 0.0))
-        work[kind] = (count + 1, total + exp.job_cost(job, settings, classes) * images)
+        work[kind] = (count + 1, total + exp.job_macs(job, settings, {}) * images)
     hours = []
     for devices, rate in CASES:
-        progress = exp.Progress(settings, classes, images, False, devices)
-        progress.expect({name: exp.Speed(3 * macs[name] * settings.batch_size / rate, macs[name] / rate) for name in macs}, {})
-        hours.append(progress.seconds_left() / 3600)
-        work["teachers' passes over the images"] = (0, progress.page_seconds() * rate)
+        speeds = {
+            name: exp.Speed(3 * macs[name] * settings.batch_size / rate, macs[name] / rate) for name in macs
+        }
+        estimate = exp.Estimate(settings, images, devices, {}, speeds)
+        hours.append(estimate.seconds_left(jobs) / 3600)
+        work["teachers' passes over the images"] = (0, estimate.page_seconds(jobs) * rate)
     return work, hours
 
 
 def work_table() -> str:
     """What the modes compute, and the hours that `--plan`'s formula makes of it."""
-    quick, full = expected_work("quick"), expected_work("full")
+    quick, full = expected_work("quick")[0], expected_work("full")[0]
     rows = []
-    for kind, (count, total) in quick[0].items():
-        others, more = full[0][kind]
-        rows.append([kind, str(count or "-"), f"{total / 1e15:.1f}", str(others or "-"), f"{more / 1e15:.1f}"])
-    sums = [(sum(jobs for jobs, _ in work.values()), sum(macs for _, macs in work.values()) / 1e15) for work, _ in (quick, full)]
+    for kind, (count, total) in quick.items():
+        others, more = full[kind]
+        rows.append(
+            [kind, str(count or "-"), f"{total / 1e15:.1f}", str(others or "-"), f"{more / 1e15:.1f}"]
+        )
+    sums = [
+        (sum(jobs for jobs, _ in work.values()), sum(macs for _, macs in work.values()) / 1e15)
+        for work in (quick, full)
+    ]
     rows.append(["**all**", *(text for jobs, macs in sums for text in (str(jobs), f"**{macs:.1f}**"))])
-    for (devices, rate), short, long in zip(CASES, quick[1], full[1], strict=True):
-        label = f"hours on {devices} device{'s' * (devices > 1)} at {rate / 1e12:.1f} tera-MACs/s"
-        rows.append([label, "", f"{short:.1f} h", "", f"{long:.1f} h"])
     return table(["work", "quick: jobs", "peta-MACs", "full: jobs", "peta-MACs"], rows)
+
+
+def hours_table() -> str:
+    """How long the modes take at assumed speeds, and what they need on disk."""
+    labels = [f"{devices} GPU{'s' if devices > 1 else ''} at {rate / 1e12:.1f}" for devices, rate in CASES]
+    rows = []
+    for mode in ("quick", "full"):
+        disk = exp.disk_bytes(exp.new_settings({"mode": mode})) / 1e9
+        rows.append(
+            [f"`--mode {mode}`", *(f"{hours:.1f} h" for hours in expected_work(mode)[1]), f"{disk:.1f} GB"]
+        )
+    return table(["mode", *labels, "run folder"], rows)
 
 
 GENERATED: dict[str, Callable[[], str]] = {
     "settings": settings_table,
     "presets": presets_table,
     "networks": networks_table,
-    "commands": commands_table,
+    "hours": hours_table,
     "work": work_table,
 }
 
@@ -165,9 +194,11 @@ def test_generated_tables_are_in_step(document: str) -> None:
     assert text == updated, "run: UPDATE_DOCS=1 python -m pytest tests/test_docs.py"
 
 
-def test_readme_has_every_generated_table() -> None:
-    text = text_of(README)
-    assert all(f"<!-- {n} -->" in text and f"<!-- /{n} -->" in text for n in GENERATED)
+def test_every_generated_table_is_in_a_document() -> None:
+    texts = [text_of(document) for document in DOCUMENTS]
+    assert all(
+        sum(f"<!-- {n} -->" in text and f"<!-- /{n} -->" in text for text in texts) == 1 for n in GENERATED
+    )
 
 
 def test_first_code_block_is_the_two_commands_that_ci_runs() -> None:
@@ -176,34 +207,93 @@ def test_first_code_block_is_the_two_commands_that_ci_runs() -> None:
 
 
 def test_exit_codes_are_the_scripts() -> None:
-    """The README's table and the script's own text name the same codes."""
+    """The README's table and the script's own text name the same codes, those of the signals that it obeys."""
     assert exp.__doc__
     said = re.search(r"Exit codes: (.*?)\n\n", exp.__doc__, re.DOTALL)
     assert said
-    ours = set(re.findall(r"\b(\d{1,3})\b", said[1]))
+    ours = set(re.findall(r"\b(\d{1,3})\b", said[1])) - {"128"}
     section = re.search(r"^## Exit codes\n(.*?)^## ", text_of(README), re.MULTILINE | re.DOTALL)
     assert section
     codes = ", ".join(re.findall(r"^\| ([\d, ]+) \|", section[1], re.MULTILINE))
-    assert set(codes.split(", ")) == ours == {"0", "1", "2", "130", "143"}
+    assert set(codes.split(", ")) == ours
+    assert all(name in section[1] and name in said[1] for name in exp.Session.SIGNALS)
+    if sys.platform == "linux":
+        assert ours == {"0", "1", "2", *(str(128 + getattr(signal, name)) for name in exp.Session.SIGNALS)}
 
 
 def test_outputs_are_described() -> None:
     text = text_of(README)
-    assert [c for c in exp.CSV_COLUMNS if f"`{c}`" not in text] == []
     assert [name for name in exp.FIGURES if f"`{name}`" not in text] == []
-    assert exp.STATE_NAME in text
+    assert exp.STATE_NAME in text and exp.REPORT_NAME in text
+    columns = re.findall(
+        r"`(\w+)`",
+        "".join(re.findall(r"^\| (`.*?) \|", text_of(INDEX).partition("## Columns of")[2], re.MULTILINE)),
+    )
+    assert columns == exp.CSV_COLUMNS, "all of them, in their order"
+
+
+def test_every_kind_of_file_in_checkpoints_is_described() -> None:
+    text = text_of(README)
+    kinds = {job.kind: job for job in exp.planned_jobs(exp.new_settings({}))}
+    assert kinds.keys() == {"teacher", "assistant", "pilot", "student"}
+    for job in kinds.values():
+        pattern = job.name.replace(job.dataset, "<dataset>")
+        if job.compression:
+            pattern = pattern.replace(job.compression, "<ratio>").replace(job.method or " ", "<method>")
+        pattern = re.sub(r"run\d+$", "run<n>", pattern)
+        assert f"{pattern}.pt`" in text
 
 
 def test_constants_that_the_text_repeats() -> None:
     text = text_of(README)
-    assert f"{exp.KAGGLE_SESSION_HOURS} h" in text
+    assert f"{exp.KAGGLE_SESSION_HOURS} h" in text and f"{exp.KAGGLE_LONGEST_HOURS} h" in text
+    assert f"keeps {exp.KAGGLE_DISK_BYTES // 10**9} GB" in text
     assert all(source in text for source in exp.ATTACHABLE.values())
     for ratio, (direct, student, difference) in exp.PREDICTION.items():
-        row = f"| {ratio} | {direct:.1f} | {student:.1f} | +{difference:.1f} pp |"
-        assert all(row in text_of(document) for document in (README, INDEX)), row
-    hours = [expected_work(mode)[1][1:] for mode in ("quick", "full")]
-    quick, full = (f"{fast:.1f} ({slow:.1f}) h" for fast, slow in hours)
-    assert f"quick {quick}, full {full} (computed, not measured)" in " ".join(text_of(INDEX).split())
+        assert f"| {ratio} | {direct:.1f} | {student:.1f} | +{difference:.1f} pp |" in text
+
+
+def test_the_method_is_the_scripts() -> None:
+    """What "Method" and "Protocol" say of configurations, arms and verdicts."""
+    text = " ".join(text_of(README).split())
+    plain = exp.TraditionalKD.configure("7x", None)
+    assert f"alpha {plain.alpha:g}, T {plain.temperature:g}" in text
+    assert f"T between {exp.TEMPERATURE_MIN:g} and {exp.TEMPERATURE_MAX:g}" in text
+    assert f"assistants at {exp.listed(exp.LADDER)}" in text
+    numbers = {8: "eight", 9: "nine", 10: "ten", 12: "twelve", 16: "sixteen"}
+    sizes = {numbers[len(exp.HPMKD.candidates(ratio))] for ratio in exp.RATIOS}
+    assert set(re.findall(r"compares (\w+) configurations", text)) == sizes
+    if all(exp.HPMKD.default(ratio).view_share == 0.5 for ratio in exp.RATIOS):
+        assert "half of each soft target is the mean over all views" in text
+    arms = [name for name, method in exp.METHODS.items() if method.option != "methods"]
+    assert [name for name in arms if f"`{name}`" not in text and f"**{name}**" not in text] == []
+    assert f"needs {exp.LEAST_PAIRS} pairs" in text and f"below {exp.LEVEL:.0%}" in text
+
+
+def test_the_messages_that_troubleshooting_quotes_exist() -> None:
+    """Each is a piece of the script, or printed by a cell of the quick start."""
+    computed = {
+        "found no full run in": "found no {what} in",
+        "ended its process 2 times": "ended its process {self.MOST_ATTEMPTS} times",
+        "is in use by process": "is in use by {holder}",
+        "will NOT finish it": "will NOT finish",
+    }
+    assert exp.Worker.MOST_ATTEMPTS == 2
+    source = (ROOT / "run_exp1b_kaggle.py").read_text(encoding="utf-8") + text_of(QUICK_START)
+    symptoms = re.findall(r"^\| (.*?) \|", text_of(README).partition("## Troubleshooting\n")[2], re.MULTILINE)
+    quoted = [quote.removesuffix(" ...") for symptom in symptoms for quote in re.findall(r'"(.*?)"', symptom)]
+    assert len(quoted) > 5
+    assert [quote for quote in quoted if computed.get(quote, quote) not in source] == []
+
+
+def test_the_python_that_is_needed() -> None:
+    source = (ROOT / "run_exp1b_kaggle.py").read_text(encoding="utf-8")
+    wanted = re.search(r"sys\.version_info < \((\d+), (\d+)\)", source)
+    assert wanted
+    version = f"Python {wanted[1]}.{wanted[2]}"
+    assert version in " ".join(text_of(README).split())
+    assert text_of(QUICK_START).count(version) == 2, "in both languages"
+    assert f"py{wanted[1]}{wanted[2]}" in text_of(".ruff.toml")
 
 
 def commands(text: str) -> list[list[str]]:
@@ -213,26 +303,69 @@ def commands(text: str) -> list[list[str]]:
     lines += re.findall(r"`([^`\n]+)`", prose)
     found = []
     for line in lines:
-        start = re.match(r"^\s*(?:!|(?:.*&& ))?(?:torchrun .*?|python3? )(?:run_exp1b_kaggle\.py|\{SCRIPT\})(.*)$", line)
+        start = re.match(
+            r"^\s*(?:!|(?:.*&& ))?(?:torchrun .*?|python3? )(?:run_exp1b_kaggle\.py|\{SCRIPT\})(.*)$", line
+        )
         if start:
-            found.append(shlex.split(start[1].replace("{RESUME}", "--resume").replace("{MODE}", "quick"), comments=True))
+            found.append(
+                shlex.split(
+                    start[1].replace("{RESUME}", "--resume").replace("{MODE}", "quick"), comments=True
+                )
+            )
     return found
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+def plugin_code() -> str:
+    """README's example of a method of one's own."""
+    (code,) = [block for block in code_blocks(text_of(README), "python") if "register(" in block]
+    return code
+
+
+@pytest.fixture
+def plugin_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """README's plugin in the current folder; the methods are as before afterwards."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / PLUGIN).write_text(plugin_code(), encoding="utf-8")
+    before = dict(exp.METHODS)
+    yield tmp_path / PLUGIN
+    exp.METHODS.clear()
+    exp.METHODS.update(before)
+
+
+@pytest.mark.parametrize("document", [README, QUICK_START, INDEX])
+@pytest.mark.usefixtures("plugin_here")
 def test_every_command_parses(document: str) -> None:
     found = commands(text_of(document))
     assert len(found) >= 3
     for arguments in found:
-        request = exp.parse_request(arguments)
-        if not (request.resume or request.merge or request.status or request.report_only):
-            exp.new_settings(request.given)
+        args = exp.parse_args(arguments)
+        if args.action in ("run", "plan") and not args.resume:
+            exp.new_settings(args.given)
+
+
+def test_the_commands_that_the_help_shows_parse(plugin_here: Path) -> None:
+    plugin_here.rename("my_kd.py").write_text(plugin_code().replace("DKD", "MyKD"), encoding="utf-8")
+    lines = [
+        line.strip().split("  ")[0] for line in exp.EXAMPLES.splitlines()
+    ]  # without the remarks beside them
+    found = commands("\n".join(["```", *lines, "```", ""]))
+    assert len(found) >= 5
+    for arguments in found:
+        args = exp.parse_args(arguments)
+        if not args.resume:
+            exp.new_settings(args.given)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_option_mentioned_exists(document: str) -> None:
     known = {option for action in exp.build_parser()._actions for option in action.option_strings}
-    known |= {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--index-url", "--profile"}  # of other programs
+    known |= {
+        "--nnodes",
+        "--nproc-per-node",
+        "--rdzv-backend",
+        "--rdzv-endpoint",
+        "--minutes",
+    }  # of other programs
     assert sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text_of(document))) - known) == []
 
 
@@ -240,16 +373,19 @@ def test_every_option_mentioned_exists(document: str) -> None:
 def test_every_file_mentioned_exists(document: str) -> None:
     text = text_of(document)
     links = [link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
-    missing = [path for path, _, _ in links if path and not (ROOT / path).exists()]
+    here = (ROOT / document).parent
+    missing = [path for path, _, _ in links if path and not (here / path).exists()]
     inline = re.findall(r"`((?:tests/|\.ci/)[\w./-]*|[\w.-]+_KAGGLE\.md|INDEX\.md|requirements\.txt)`", text)
     missing += [path for path in inline if not (ROOT / path).exists()]
     assert sorted(set(missing)) == []
 
 
 def test_every_test_that_is_named_exists() -> None:
-    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text_of(README))
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text_of(TESTS))
     assert len(named) > 20
-    assert [(file, test) for file, test in named if f"def {test}(" not in (ROOT / "tests" / file).read_text()] == []
+    assert [
+        (file, test) for file, test in named if f"def {test}(" not in (ROOT / "tests" / file).read_text()
+    ] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -258,7 +394,8 @@ def test_every_anchor_exists(document: str) -> None:
     for path, anchor in re.findall(r"\]\(([^)\s#]*)#([^)\s]+)\)", text):
         if "://" in path:
             continue
-        headings = re.findall(r"^#+ (.*)$", text_of(path or document), re.MULTILINE)
+        target = (ROOT / document).parent / path if path else ROOT / document
+        headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
         anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
         assert anchor in anchors, anchor
 
@@ -290,16 +427,16 @@ def test_quick_start_is_the_same_in_both_languages() -> None:
 
 
 def test_kernel_metadata_is_complete() -> None:
-    blocks = [json.loads(block) for block in code_blocks(text_of(README), "json")]
+    blocks = [json.loads(block) for block in code_blocks(text_of(TESTS), "json")]
     assert blocks
     for metadata in blocks:
         assert metadata.keys() == KERNEL_KEYS
         assert metadata["machine_shape"] == "NvidiaTeslaT4"
         assert metadata["enable_gpu"] is metadata["enable_internet"] is metadata["is_private"] is True
         assert metadata["language"] == "python"
-        assert f"`{metadata['code_file']}`" in text_of(README)
+        assert f"`{metadata['code_file']}`" in text_of(TESTS)
         assert metadata["kernel_sources"] == [], "before the first push there is no output to mount"
-        assert f'`"kernel_sources": ["{metadata["id"]}"]`' in text_of(README), "what the later pushes need"
+        assert f'`"kernel_sources": ["{metadata["id"]}"]`' in text_of(TESTS), "what the later pushes need"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -313,14 +450,65 @@ def test_plain_text(document: str) -> None:
     assert all(line == line.rstrip() for line in text.splitlines())
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_what_was_not_tried_is_said(document: str) -> None:
-    assert [sentence for sentence in NOT_TRIED[document] if sentence not in text_of(document)] == []
+def test_what_was_not_tried_is_said_once() -> None:
+    section = text_of(README).partition("## Where it runs\n")[2].partition("\n## ")[0]
+    assert NOT_TRIED in section
+    assert sum(text_of(document).count(NOT_TRIED) for document in DOCUMENTS) == 1
+    for place in ("Linux", "Kaggle", "Colab", "macOS", "Windows", "AMD", "Apple", "clusters"):
+        assert place in section
+
+
+def test_results_are_either_evidence_or_said_to_be_missing() -> None:
+    """The documents say that nothing was measured, or show the means of `.github/evidence/summary.csv` and the main figure."""
+    summary = ROOT / ".github/evidence/summary.csv"
+    texts = {document: " ".join(text_of(document).split()) for document in (README, INDEX)}
+    if not summary.exists():
+        assert all(NOT_MEASURED in text for text in texts.values())
+        return
+    assert not any(NOT_MEASURED in text for text in texts.values())
+    found = pd.read_csv(summary)
+    for row in found[found.method.isin(exp.MAIN_METHODS)].itertuples():
+        shown = f"{row.test_accuracy_mean:.2f} ± {row.test_accuracy_sd:.2f}"
+        assert [document for document, text in texts.items() if shown not in text] == [], (
+            row.compression,
+            row.method,
+        )
+    assert "](.github/figures/accuracy_vs_compression.png)" in texts[README]
 
 
 def test_lengths() -> None:
-    assert len(text_of(README).splitlines()) <= 560
+    assert len(text_of(README).splitlines()) <= 350
     assert len(text_of(INDEX).splitlines()) <= 110
+
+
+def test_the_readmes_plugin_is_dkd(plugin_here: Path) -> None:
+    """The example registers; its loss is the paper's formula, here with loops in float64."""
+    args = exp.parse_args(["--plugin", PLUGIN, "--methods", "Direct", "HPM-KD", "DKD"])
+    assert args.given["methods"] == ("Direct", "HPM-KD", "DKD")
+    method = exp.METHODS["DKD"]
+    assert issubclass(method, exp.TraditionalKD)
+    assert method.teachers("7x") == ("teacher",)
+
+    images, classes, temperature = 12, 10, 4.0
+    generator = torch.Generator().manual_seed(5)
+    logits, teacher = (
+        torch.randn(images, classes, generator=generator, dtype=torch.float64) * 3 for _ in range(2)
+    )
+    labels = torch.randint(0, classes, (images,), generator=generator)
+    expected = 0.0
+    for z, v, label in zip(logits, teacher, labels, strict=True):
+        q, p = (np.exp(x.numpy() / temperature) / np.exp(x.numpy() / temperature).sum() for x in (z, v))
+        others = [c for c in range(classes) if c != label]
+        target = sum(a * np.log(a / b) for a, b in ((p[label], q[label]), (1 - p[label], 1 - q[label])))
+        p, q = p[others] / p[others].sum(), q[others] / q[others].sum()
+        rest = sum(a * np.log(a / b) for a, b in zip(p, q, strict=True))
+        cross_entropy = np.log(np.exp(z.numpy()).sum()) - z[label].item()
+        expected += (cross_entropy + temperature**2 * (1.0 * target + 8.0 * rest)) / images
+
+    student = method.__new__(method)
+    student.experiment = types.SimpleNamespace(images=types.SimpleNamespace(labels=labels))  # type: ignore[assignment]
+    student.temperature, student.soft_targets = temperature, torch.softmax(teacher / temperature, 1)
+    assert student.loss(logits, torch.arange(images)).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_workflow_is_drawn() -> None:

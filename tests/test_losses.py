@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lab import open_lab
+from lab import open_lab, student
 
 import run_exp1b_kaggle as exp
 
@@ -43,7 +44,9 @@ def test_the_distillation_loss_is_the_textbooks(temperature: float, alpha: float
     z, y, teacher = batch()
     q = softmax(teacher / temperature)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
-        loss = exp.distillation_loss(torch.tensor(z, dtype=dtype), torch.tensor(y), torch.tensor(q, dtype=dtype), temperature, alpha)
+        loss = exp.distillation_loss(
+            torch.tensor(z, dtype=dtype), torch.tensor(y), torch.tensor(q, dtype=dtype), temperature, alpha
+        )
         assert loss.item() == pytest.approx(textbook(z, y, q, temperature, alpha), rel=tolerance)
 
 
@@ -53,9 +56,13 @@ def test_its_gradient_is_the_textbooks() -> None:
     logits, temperature, alpha = torch.tensor(z, requires_grad=True), 4.0, 0.7
     q = softmax(teacher / temperature)
     exp.distillation_loss(logits, torch.tensor(y), torch.tensor(q), temperature, alpha).backward()
-    expected = alpha * temperature * (softmax(z / temperature) - q) + (1 - alpha) * (softmax(z) - np.eye(10)[y])
+    expected = alpha * temperature * (softmax(z / temperature) - q) + (1 - alpha) * (
+        softmax(z) - np.eye(10)[y]
+    )
     np.testing.assert_allclose(logits.grad.numpy(), expected / 8, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda z: exp.distillation_loss(z, torch.tensor(y), torch.tensor(q), temperature, alpha), logits)
+    assert torch.autograd.gradcheck(
+        lambda z: exp.distillation_loss(z, torch.tensor(y), torch.tensor(q), temperature, alpha), logits
+    )
 
 
 def test_a_student_that_equals_its_teacher_has_no_divergence() -> None:
@@ -67,34 +74,39 @@ def test_a_student_that_equals_its_teacher_has_no_divergence() -> None:
 def test_the_mixture_of_teachers() -> None:
     rng = np.random.default_rng(3)
     logits, weights = rng.normal(0, 4, (3, 20, 10)), softmax(rng.normal(0, 1, (20, 3)))
-    expected = np.stack([sum(weights[n, m] * softmax(logits[m, n] / 2.5) for m in range(3)) for n in range(20)])
+    expected = np.stack(
+        [sum(weights[n, m] * softmax(logits[m, n] / 2.5) for m in range(3)) for n in range(20)]
+    )
     q = exp.mixture(torch.tensor(logits), torch.tensor(weights), 2.5).numpy()
     np.testing.assert_allclose(q, expected, atol=1e-14)
     np.testing.assert_allclose(q.sum(1), 1, atol=1e-14)
 
 
-# ---- What the trainers make of it ------------------------------------------------------------------------------------
+# ---- What the methods make of it -------------------------------------------------------------------------------------
+
+PAGES = [3, 7, 11, 5]
 
 
 @pytest.fixture
 def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> exp.Experiment:
     """An untrained experiment whose teachers' pages are random numbers, different for every teacher and page."""
 
-    def page(self: exp.TeacherOutputs, teacher: str, number: int) -> tuple[torch.Tensor, float]:
-        seed = sum(teacher.encode()) * 1000 + number
-        logits = np.random.default_rng(seed).normal(0, 4, (len(self.experiment.images), 10))
-        return torch.from_numpy(logits).half(), 1.0
+    def page(outputs: exp.TeacherOutputs, teachers: Sequence[exp.Network], number: int) -> torch.Tensor:
+        stack = []
+        for teacher in teachers:
+            rng = np.random.default_rng(sum(teacher.encode()) * 1000 + number)
+            stack.append(rng.normal(0, 4, (len(outputs.experiment.images), 10)))
+        return torch.from_numpy(np.stack(stack)).half()
 
     monkeypatch.setattr(exp.TeacherOutputs, "page", page)
     return open_lab(tmp_path / "lab")
 
 
-def started(experiment: exp.Experiment, method: str, config: exp.Distillation | None = None) -> exp.DirectTrainer:
-    """A method's trainer at its second of four epochs, on page 7."""
-    trainer = exp.make_trainer(experiment, method, config)
-    trainer.prepare()
-    trainer.start_epoch(7, 4, [1.5])
-    return trainer
+def started(experiment: exp.Experiment, name: str, config: exp.Distillation | None = None) -> exp.Direct:
+    """A method at its second of four epochs, on page 7."""
+    method = exp.METHODS[name](experiment, config, PAGES)
+    method.start_epoch(1, [1.5])
+    return method
 
 
 INDEX = torch.tensor([3, 170, 42, 3, 99])
@@ -104,55 +116,85 @@ def student_logits() -> torch.Tensor:
     return torch.randn(len(INDEX), 10, generator=torch.Generator().manual_seed(0)) * 3
 
 
-def test_the_trainers_losses_by_hand(experiment: exp.Experiment) -> None:
+def page_logits(experiment: exp.Experiment, teacher: str, page: int) -> np.ndarray:
+    """What the teacher of the test says about the images of INDEX."""
+    return experiment.outputs.page([teacher], page)[0][INDEX].double().numpy()
+
+
+def test_the_methods_losses_by_hand(experiment: exp.Experiment) -> None:
     """Direct is cross-entropy, TraditionalKD the textbook at T = 4, alpha = 0.5, HPM-KD a uniform mixture."""
     z, y = student_logits(), experiment.images.labels[INDEX].numpy()
-    outputs = exp.TeacherOutputs(experiment)
-    pages = [outputs.page(f"{name}_SYNTHETIC", 7)[0][INDEX].double().numpy() for name in ("teacher_resnet50", "intermediate_2.3x")]
+    pages = [page_logits(experiment, name, 7) for name in ("teacher", "2.3x")]
     direct = started(experiment, "Direct").loss(z, INDEX).item()
     assert direct == pytest.approx(-np.log(softmax(z.double().numpy()))[range(5), y].mean(), rel=1e-6)
-    traditional = started(experiment, "TraditionalKD").loss(z, INDEX).item()
+    traditional = (
+        started(experiment, "TraditionalKD", exp.TraditionalKD.configure("5x", None)).loss(z, INDEX).item()
+    )
     assert traditional == pytest.approx(textbook(z.numpy(), y, softmax(pages[0] / 4), 4.0, 0.5), rel=1e-5)
-    trainer = started(experiment, "HPM-KD", exp.Distillation(0.7, 6.0, "cosine", ("teacher", "2.3x")))
+    method = started(experiment, "HPM-KD", exp.Distillation(0.7, 6.0, "cosine", ("teacher", "2.3x")))
     temperature = 2 + 4 * (1 + math.cos(math.pi / 3)) / 2
     q = (softmax(pages[0] / temperature) + softmax(pages[1] / temperature)) / 2
-    assert trainer.temperature == pytest.approx(temperature)
-    hpmkd = trainer.loss(z, INDEX).item()
+    assert method.temperature == pytest.approx(temperature)
+    hpmkd = method.loss(z, INDEX).item()
     assert hpmkd == pytest.approx(textbook(z.numpy(), y, q, temperature, 0.7), rel=1e-5)
     assert len({round(loss, 4) for loss in (direct, traditional, hpmkd)}) == 3, "the three methods differ"
 
 
-def test_hpmkd_with_one_teacher_is_traditional_kd_exactly(experiment: exp.Experiment) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5])
+def test_the_other_share_of_the_soft_targets_is_the_mean_over_the_views_of_the_training(
+    experiment: exp.Experiment, share: float
+) -> None:
+    """Component 6: every page of the training once, at the epoch's temperature."""
+    method = started(experiment, "HPM-KD", exp.Distillation(0.5, 3.0, view_share=share))
+    by_page = {page: softmax(page_logits(experiment, "teacher", page) / 3) for page in PAGES}
+    expected = share * by_page[7] + (1 - share) * sum(by_page.values()) / 4
+    np.testing.assert_allclose(method.soft_targets[INDEX].numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(method.soft_targets.sum(1).numpy(), 1, atol=1e-5)
+
+
+def test_hpmkd_with_one_teacher_and_one_view_is_traditional_kd_exactly(experiment: exp.Experiment) -> None:
     z = student_logits()
-    expected = started(experiment, "TraditionalKD").loss(z, INDEX)
+    expected = started(experiment, "TraditionalKD", exp.Distillation()).loss(z, INDEX)
     for attention in (False, True):
-        assert torch.equal(started(experiment, "HPM-KD", exp.Distillation(attention=attention)).loss(z, INDEX), expected)
-    other = started(experiment, "HPM-KD", exp.Distillation(teachers=("2.3x",))).loss(z, INDEX)
-    assert not torch.equal(other, expected), "the teacher matters"
+        assert torch.equal(
+            started(experiment, "HPM-KD", exp.Distillation(attention=attention)).loss(z, INDEX), expected
+        )
+    for changed in ({"teachers": ("2.3x",)}, {"view_share": 0.5}):
+        other = started(experiment, "HPM-KD", exp.Distillation(**changed)).loss(z, INDEX)
+        assert not torch.equal(other, expected), "the teacher and the views matter"
 
 
-def test_the_attentions_weights_reach_the_soft_targets(experiment: exp.Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_attentions_weights_reach_the_soft_targets(
+    experiment: exp.Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each image's own weights, for a fitted network that looks at the first teacher for even images alone."""
     first = torch.arange(len(experiment.images)) % 2 == 0
     weights = torch.stack([first, ~first], 1).float()
-    monkeypatch.setattr(exp, "fit_attention", lambda *_: (object(), {}, 0.0))
+    monkeypatch.setattr(exp, "fit_attention", lambda *_: (object(), {}))
     monkeypatch.setattr(exp, "attention_weights", lambda *_: weights)
-    config = exp.Distillation(teachers=("teacher", "2.3x"), attention=True)
-    mixed = started(experiment, "HPM-KD", config).soft_targets
-    alone = [started(experiment, "HPM-KD", exp.Distillation(teachers=(name,))).soft_targets for name in config.teachers]
-    torch.testing.assert_close(mixed, torch.where(first[:, None], *alone))
+    for share in (1.0, 0.5):
+        config = exp.Distillation(teachers=("teacher", "2.3x"), attention=True, view_share=share)
+        mixed = started(experiment, "HPM-KD", config).soft_targets
+        alone = [
+            started(experiment, "HPM-KD", exp.Distillation(teachers=(name,), view_share=share)).soft_targets
+            for name in config.teachers
+        ]
+        torch.testing.assert_close(mixed, torch.where(first[:, None], *alone))
 
 
-def trained(experiment: exp.Experiment, name: str, trainer: exp.DirectTrainer) -> dict[str, torch.Tensor]:
-    schedule = exp.Schedule("7x", 6, 3, 0.05, 43, 1)
-    return copy.deepcopy(exp.Fitting(experiment, name, "", schedule, trainer).run().state_dict())
+def trained(experiment: exp.Experiment, name: str, method: exp.Direct) -> dict[str, torch.Tensor]:
+    """The weights of a student of seed 43 after two epochs."""
+    training = exp.Training(experiment, student(experiment, "Direct", "7x"), name, 6, method)
+    return copy.deepcopy(training.run().state_dict())
 
 
 def test_alpha_zero_is_direct_digit_for_digit(experiment: exp.Experiment) -> None:
     """After two epochs every weight has the same bits; with any alpha above zero it has not."""
-    direct = trained(experiment, "direct", exp.DirectTrainer(experiment))
+    direct = trained(experiment, "direct", exp.Direct(experiment, None, PAGES))
     for alpha, equal in ((0.0, True), (0.1, False)):
-        other = trained(experiment, f"kd{alpha}", exp.TraditionalKDTrainer(experiment, exp.Distillation(alpha)))
+        other = trained(
+            experiment, f"kd{alpha}", exp.TraditionalKD(experiment, exp.Distillation(alpha), PAGES)
+        )
         assert all(torch.equal(other[key], value) for key, value in direct.items()) == equal
 
 
@@ -167,7 +209,10 @@ def temperatures(schedule: str, start: float, losses: list[float]) -> list[float
 
 
 def smoothed(losses: list[float]) -> list[float]:
-    return [0.5**k * losses[0] + sum(0.5 ** (k - j + 1) * losses[j] for j in range(1, k + 1)) for k in range(len(losses))]
+    return [
+        0.5**k * losses[0] + sum(0.5 ** (k - j + 1) * losses[j] for j in range(1, k + 1))
+        for k in range(len(losses))
+    ]
 
 
 @pytest.mark.parametrize("start", [2.0, 4.0, 6.0])
@@ -176,7 +221,9 @@ def test_constant_and_cosine(start: float) -> None:
     cosine = temperatures("cosine", start, FALLING)
     assert cosine[0] == start
     assert cosine[-1] == 2.0
-    assert temperatures("cosine", start, FALLING[:9])[4] == pytest.approx((start + 2) / 2), "half-way in the middle"
+    assert temperatures("cosine", start, FALLING[:9])[4] == pytest.approx((start + 2) / 2), (
+        "half-way in the middle"
+    )
     assert cosine == sorted(cosine, reverse=True)
 
 

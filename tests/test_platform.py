@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import logging
 import os
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import results_without_times
-from toy import TOY, new_toy, tree
+from toy import TOY
 
 import run_exp1b_kaggle as exp
 
@@ -31,7 +30,9 @@ Capture = pytest.CaptureFixture[str]
 def process_state() -> dict[str, Any]:
     """What a well-behaved import leaves alone."""
     return {
-        "handlers": {number: signal.getsignal(number) for number in signal.valid_signals() if number not in (9, 19)},
+        "handlers": {
+            number: signal.getsignal(number) for number in signal.valid_signals() if number not in (9, 19)
+        },
         "environment": dict(os.environ),
         "threads": (torch.get_num_threads(), threading.active_count()),
         "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
@@ -41,25 +42,6 @@ def process_state() -> dict[str, Any]:
         "folder": os.getcwd(),
         "argv": list(sys.argv),
     }
-
-
-def test_importing_has_no_side_effects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No files, no handlers, no threads, no use of the GPU, no output, nothing in the global state of a library."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("looked for a GPU"))
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
-    before = process_state()
-    spec = importlib.util.spec_from_file_location("imported_again", exp.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "imported_again", module)
-    spec.loader.exec_module(module)
-    assert process_state() == before
-    assert sys.stdout.getvalue() == ""
-    assert list(tmp_path.iterdir()) == []
-    assert not torch.cuda.is_initialized()
-    assert module.parse_request([]).given == {}
 
 
 # ---- Where we are ----------------------------------------------------------------------------------------------------
@@ -74,7 +56,9 @@ def kaggle(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_kaggle_is_its_run_type_and_its_folder(kaggle: Path, monkeypatch: pytest.MonkeyPatch, toy: Path) -> None:
+def test_kaggle_is_its_run_type_and_its_folder(
+    kaggle: Path, monkeypatch: pytest.MonkeyPatch, toy: Path
+) -> None:
     found = exp.detect_platform(kaggle)
     assert found.kaggle
     assert found.output_root == kaggle / "kaggle/working"
@@ -83,16 +67,6 @@ def test_kaggle_is_its_run_type_and_its_folder(kaggle: Path, monkeypatch: pytest
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
     here = exp.detect_platform(kaggle)
     assert (here.kaggle, here.output_root, here.inputs) == (False, toy, ()), "the folder alone is not enough"
-
-
-@pytest.mark.parametrize(
-    ("run_type", "terminal", "bars"), [("Batch", False, False), ("Interactive", False, True), ("", False, False), ("", True, True)]
-)
-def test_bars_only_where_somebody_watches(kaggle: Path, monkeypatch: pytest.MonkeyPatch, run_type: str, terminal: bool, bars: bool) -> None:
-    """A bar in a batch log writes a line per refresh."""
-    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", run_type)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
-    assert exp.detect_platform(kaggle).bars == bars
 
 
 def test_run_folders_are_made_in_the_working_folder(kaggle: Path, toy_run: Path) -> None:
@@ -104,58 +78,16 @@ def test_run_folders_are_made_in_the_working_folder(kaggle: Path, toy_run: Path)
     assert not list((kaggle / "kaggle").rglob("page_*"))
 
 
-def test_elsewhere_they_are_made_here(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exp, "work", lambda *_: "session clock")
-    assert exp.main(TOY) == 0
-    (folder,) = toy.glob("exp1b_*")
-    assert exp.re.fullmatch(r"exp1b_smoke_\d{8}_\d{6}", folder.name)
-
-
-def test_a_session_is_as_old_as_process_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its start is in ticks since boot, behind a command name that may hold spaces and brackets."""
-    ticks = os.sysconf("SC_CLK_TCK")
-    files = {
-        "/proc/1/stat": f"1 (a ) b) S {'0 ' * 18}{100 * ticks} 5 6",
-        "/proc/uptime": "4000.5 9.0",
-    }
-    monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
-    assert exp.session_age_seconds(True) == pytest.approx(3900.5)
-    assert exp.session_age_seconds(False) == 0
-    for uptime, age in (("43299.5 9.0", 43199.5), ("43301.0 9.0", 0), ("99.0 9.0", 0)):  # 12 hours, the host's, before its start
-        files["/proc/uptime"] = uptime
-        assert exp.session_age_seconds(True) == pytest.approx(age)
-    files["/proc/1/stat"] = "nonsense"
-    assert exp.session_age_seconds(True) == 0
-
-
 def test_the_real_session_age_is_a_time() -> None:
-    assert 0 <= exp.session_age_seconds(True) <= 12 * 3600
-
-
-@pytest.mark.parametrize(("hours", "margin"), [(1.0, 72.0), (11.5, 120.0)])
-def test_the_deadline_leaves_time_for_the_report(toy: Path, monkeypatch: pytest.MonkeyPatch, hours: float, margin: float) -> None:
-    seen: list[float | None] = []
-    monkeypatch.setattr(exp.time, "time", lambda: 1e9)
-    monkeypatch.setattr(exp, "work", lambda run, session, *_: seen.append(session.deadline) or "session clock")
-    assert new_toy(toy / "run", "--max-hours", str(hours)) == 0
-    assert seen == [pytest.approx(1e9 + 3600 * hours - margin)]
-
-
-def test_kaggle_has_a_deadline_by_default(kaggle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[float | None] = []
-    monkeypatch.setattr(exp.time, "time", lambda: 1e9)
-    monkeypatch.setattr(exp, "session_age_seconds", lambda on_kaggle: 600.0 * on_kaggle)
-    monkeypatch.setattr(exp, "work", lambda run, session, *_: seen.append(session.deadline) or "session clock")
-    assert exp.main([*TOY, "--output-dir", str(kaggle / "kaggle/working/run")], root=kaggle) == 0
-    assert seen == [pytest.approx(1e9 - 600 + 11.5 * 3600 - 120)]
-    assert exp.main([*TOY, "--output-dir", str(kaggle / "run")], root=kaggle / "elsewhere") == 0
-    assert seen[1] is None
+    assert 0 <= exp.session_age_seconds() <= 12 * 3600
 
 
 # ---- No GPU on Kaggle ------------------------------------------------------------------------------------------------
 
 
-def test_a_kaggle_session_without_gpu_stops_with_the_remedy(kaggle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_a_kaggle_session_without_gpu_stops_with_the_remedy(
+    kaggle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
     """It would silently burn twelve hours. Before anything is downloaded or written."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(exp, "load_data", lambda *_: pytest.fail("loaded data"))
@@ -164,23 +96,7 @@ def test_a_kaggle_session_without_gpu_stops_with_the_remedy(kaggle: Path, monkey
     assert list((kaggle / "kaggle/working").iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [["--mode", "smoke"], ["--mode", "quick", "--device", "cpu"]])
-def test_unless_it_is_meant(kaggle: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(exp, "work", lambda *_: "session clock")
-    assert exp.main([*options, "--dataset", "CIFAR10", "--train-size", "300", "--threads", "1"], root=kaggle) == 0
-
-
 # ---- Logs ------------------------------------------------------------------------------------------------------------
-
-
-def test_secrets_in_the_environment_are_not_written(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    """Kaggle's variables hold live tokens."""
-    monkeypatch.setenv("KAGGLE_USER_SECRETS_TOKEN", "t0ken-that-nobody-may-see")
-    monkeypatch.setattr(exp, "work", lambda *_: "session clock")
-    assert new_toy(toy / "run") == 0
-    written = b"".join(path.read_bytes() for path in (toy / "run").rglob("*") if path.is_file())
-    assert b"t0ken" not in written + capsys.readouterr().out.encode()
 
 
 class Gone(io.StringIO):
@@ -192,14 +108,6 @@ class Gone(io.StringIO):
         raise BrokenPipeError(32, "Broken pipe")
 
 
-def test_a_console_that_is_gone_stops_nothing(toy: Path, toy_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lost connection, or `| head`: the log file has everything."""
-    monkeypatch.setattr(sys, "stdout", Gone())
-    assert new_toy(toy / "run") == 0
-    assert results_without_times(toy / "run") == results_without_times(toy_run)
-    assert "finished: 6 of 6" in (toy / "run/experiment.log").read_text()
-
-
 def test_a_console_that_lacks_a_letter(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot be shown is shown escaped, also the bytes of a name that is no text at all."""
     raw = io.BytesIO()
@@ -208,7 +116,9 @@ def test_a_console_that_lacks_a_letter(toy: Path, monkeypatch: pytest.MonkeyPatc
     assert b"\\xe9\\udcff holds no run" in raw.getvalue()
 
 
-def test_a_log_that_cannot_be_written_any_more_stops_nothing(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_a_log_that_cannot_be_written_any_more_stops_nothing(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
     exp.start_logging(toy / "experiment.log")
     exp.log.info("one")
     (handler,) = (h for h in exp.log.handlers if isinstance(h, logging.FileHandler))
@@ -221,7 +131,10 @@ def test_a_log_that_cannot_be_written_any_more_stops_nothing(toy: Path, monkeypa
     monkeypatch.undo()
     exp.log.info("three")
     exp.start_logging(None)
-    assert [line.split()[-1] for line in (toy / "experiment.log").read_text().splitlines()] == ["one", "three"]
+    assert [line.split()[-1] for line in (toy / "experiment.log").read_text().splitlines()] == [
+        "one",
+        "three",
+    ]
     assert capsys.readouterr().out.split() == ["one", "two", "three"]
 
 
@@ -235,21 +148,3 @@ def test_the_log_is_appended_to(toy: Path, toy_run: Path) -> None:
 
 
 # ---- Where nothing can be written ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("place", ["file/run", "/proc/run", "x" * 300])
-def test_an_impossible_output_folder_is_one_line(toy: Path, place: str, capsys: Capture) -> None:
-    (toy / "file").write_text("")
-    before = tree(toy)
-    assert new_toy(toy / place) == 2
-    out = capsys.readouterr().out
-    assert out.startswith("error: ")
-    assert out.count("\n") == 1
-    assert {k: v for k, v in tree(toy).items() if "teacher_outputs" not in k} == before
-
-
-def test_a_scratch_folder_that_is_none_is_one_line(toy: Path, capsys: Capture) -> None:
-    """The error of the system names the path."""
-    exp.detect_platform().scratch.write_text("a file")
-    assert new_toy(toy / "run") == 2
-    assert "exp1b_teacher_outputs" in capsys.readouterr().out.splitlines()[-1]

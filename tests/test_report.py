@@ -1,247 +1,657 @@
-"""Section 15: the report says what the numbers say, whatever they are, and is valid Markdown."""
+"""The report says what the numbers say, whatever they are; its first screen answers the question; it is valid Markdown."""
 
 from __future__ import annotations
 
 import re
+import warnings
+import zipfile
+from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
-from fake_state import fake_labels, fake_logits, fake_state
-from test_figures import CASES, failed, without
+from fake_state import change, failed, fake_run, merged, without
 
 import run_exp1b_kaggle as exp
 
-
-def write(tmp_path, state, logits=None, labels=None):
-    exp.write_tables_and_report(tmp_path, state, logits or {}, labels)
-    return (tmp_path / "experiment_report.md").read_text()
+UP = {"2.3x": 0.5, "5x": 0.5, "7x": 0.5}
 
 
-def shifted(state, method, shift):
-    """Set an arm's accuracy to Direct's plus `shift[ratio]`, with a little spread over the runs."""
-    for name, record in state["jobs"].items():
-        if record["kind"] == "student" and record["method"] == method:
-            twin = state["jobs"][name.replace(f"_{method}_", "_Direct_")]["test_accuracy"]
-            spread = {"2.3x": 0.01, "5x": -0.02, "7x": 0.015}[record["compression"]]
-            record["test_accuracy"] = twin + shift[record["compression"]] + spread * (record["run"] - 2)
-    return state
+def write(run, figures=False):
+    exp.write_outputs(run, figures)
+    return (run.path / exp.REPORT_NAME).read_text()
 
 
-def first_paragraph(report):
-    return report.split("\n\n")[1]
+def shifted(run, method, shift, control="Direct"):
+    """Set a method's accuracies to the control's plus `shift[ratio]`, with a little spread over the runs."""
+    spread = {"2.3x": 0.01, "5x": -0.02, "7x": 0.015}
+    for name, record in list(run.records.items()):
+        if (record.kind, record.method) == ("student", method):
+            twin = run.records[name.replace(f"_{method}_", f"_{control}_")].test_accuracy
+            accuracy = twin + shift[record.compression] + spread[record.compression] * (record.run - 2)
+            change(run, name, test_accuracy=accuracy)
+    return run
+
+
+def section(report, title):
+    """The text below a heading, up to the next one of the same level."""
+    level = title.split()[0]
+    return report.split(f"\n{title}", 1)[1].split(f"\n{level} ")[0]
+
+
+def first_screen(report):
+    """The paragraphs before the first section."""
+    return report.split("\n## ")[0].strip().split("\n\n")
+
+
+def tables(text):
+    """Every table as a list of rows of cells, heading first."""
+    blocks = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+    return [
+        [[cell.strip() for cell in line.strip("|").split(" | ")] for line in block.strip().splitlines()]
+        for block in blocks
+    ]
+
+
+CASES = {
+    "nothing": lambda path: without(fake_run(path), "_"),
+    "only the teacher": lambda path: without(fake_run(path), "student", "pilot", "assistant"),
+    "no teacher": lambda path: without(fake_run(path), "teacher", "assistant", "pilot", "KD"),
+    "one run": lambda path: fake_run(path, 1),
+    "one ratio": lambda path: fake_run(path, ratios=("7x",)),
+    "one method": lambda path: fake_run(path, methods=("HPM-KD",)),
+    "no HPM-KD": lambda path: fake_run(path, methods=("Direct", "TraditionalKD")),
+    "no Direct": lambda path: fake_run(path, methods=("TraditionalKD", "HPM-KD")),
+    "no TraditionalKD": lambda path: fake_run(path, methods=("Direct", "HPM-KD")),
+    "a run short": lambda path: without(fake_run(path), "student_5x_HPM-KD_run2"),
+    "a ratio short": lambda path: without(fake_run(path), "student_7x"),
+    "no pilot yet": lambda path: without(fake_run(path, ablation=True), "pilot", "_HPM-KD", "TunedKD"),
+    "a failed teacher": lambda path: failed(
+        without(fake_run(path), "student", "pilot", "assistant"), "teacher_resnet50_CIFAR10"
+    ),
+    "a failed student": lambda path: failed(fake_run(path), "student_5x_Direct_run2"),
+    "everything": lambda path: fake_run(path, 5, ablation=True, equal_cost=True),
+    "a hundred classes": lambda path: fake_run(path, 2, dataset="CIFAR100"),
+    "two teachers": lambda path: merged(fake_run(path), "7x", 90.0),
+    "short trainings": lambda path: fake_run(path, 3, epochs=1, dataset="SYNTHETIC", width=16),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    """A run in whatever state, and its report, which must be written without a warning."""
+    run = CASES[request.param](tmp_path_factory.mktemp("case"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return run, write(run)
 
 
 # ---- the answer
 
 
-def test_the_first_paragraph_is_three_sentences(tmp_path):
-    answer = first_paragraph(write(tmp_path, fake_state(5)))
-    assert len(re.findall(r"\.(?:\s|$)", answer)) == 3
+@pytest.mark.parametrize(
+    ("shift", "rival", "said"),
+    [
+        (UP, UP, "HPM-KD beats Direct at every ratio; it beats TraditionalKD at every ratio."),
+        ({**UP, "2.3x": 0.0}, {"2.3x": 0.0, "5x": 0.0, "7x": 0.0},
+         "HPM-KD beats Direct at 5x and 7x and is not distinguishable from it at 2.3x; "
+         "it is not distinguishable from TraditionalKD at any ratio."),
+        ({"2.3x": -0.5, "5x": -0.5, "7x": -0.5}, {"2.3x": -0.5, "5x": 0.5, "7x": 0.0},
+         "HPM-KD is worse than Direct at every ratio; it beats TraditionalKD at 5x, is worse than it at 2.3x and is not "
+         "distinguishable from it at 7x."),
+    ],
+)  # fmt: skip
+def test_the_answer_follows_the_verdicts(tmp_path, shift, rival, said):
+    run = shifted(fake_run(tmp_path), "HPM-KD", shift)
+    shifted(run, "TraditionalKD", {ratio: -value for ratio, value in rival.items()}, control="HPM-KD")
+    assert exp.answer(exp.gather_evidence(run)) == said
+    assert first_screen(write(run))[1] == f"**{said}**"
 
 
 @pytest.mark.parametrize(
-    ("shift", "said"),
+    ("case", "said"),
     [
-        ({"2.3x": 0.1, "5x": 0.5, "7x": 0.9}, ["beats Direct at 5x and above holds", "grows with the compression ratio"]),
-        ({"2.3x": 0.9, "5x": 0.5, "7x": 0.1}, ["holds", "shrinks with the compression ratio"]),
-        ({"2.3x": -0.5, "5x": -0.5, "7x": -0.5}, ["is not supported (5x: worse; 7x: worse)", "-0.50 pp at 2.3x", "no distinguishable trend"]),
-        ({"2.3x": 0.5, "5x": 0.5, "7x": 0.0}, ["is not supported (5x: better; 7x: not distinguishable at 3 runs)"]),
+        ("nothing", "No student has been trained yet."),
+        ("only the teacher", "No student has been trained yet."),
+        ("one run", "there is no verdict on HPM-KD: it needs 3 complete pairs of runs."),
+        (
+            "one method",
+            "Direct is not among the methods of this run; HPM-KD is the only method, so that there is nothing to compare.",
+        ),
+        (
+            "no HPM-KD",
+            "HPM-KD is not among the methods of this run; TraditionalKD is not distinguishable from Direct at any ratio.",
+        ),
+        (
+            "no Direct",
+            "Direct is not among the methods of this run; HPM-KD is not distinguishable from TraditionalKD at any ratio.",
+        ),
     ],
-)  # fmt: skip
-def test_the_answer_follows_the_numbers(tmp_path, shift, said):
-    state = shifted(fake_state(3), "HPM-KD", shift)
-    answer = first_paragraph(write(tmp_path, state))
-    assert all(text in answer for text in said), answer
+)
+def test_the_answer_where_there_is_none(tmp_path, case, said):
+    assert exp.answer(exp.gather_evidence(CASES[case](tmp_path))).casefold() == said.casefold()
 
 
-def test_the_answer_says_how_plain_distillation_does(tmp_path):
-    """A gain over Direct may be distillation's alone."""
-    state = fake_state(3)
-    theirs = {(r["compression"], r["run"]): r["test_accuracy"] for r in state["jobs"].values() if r.get("method") == "TraditionalKD"}
-    for record in state["jobs"].values():
-        if (record["kind"], record["method"]) == ("student", "HPM-KD"):
-            record["test_accuracy"] = theirs[record["compression"], record["run"]] + 0.01 * record["run"] - 1.0
-    assert "against TraditionalKD, HPM-KD is -0.98 pp at 2.3x (worse), -0.98 pp at 5x (worse)" in first_paragraph(write(tmp_path, state))
+def test_a_ratio_without_a_verdict_is_said(tmp_path):
+    run = without(shifted(fake_run(tmp_path), "HPM-KD", UP), "student_7x_HPM-KD_run2")
+    answer = exp.answer(exp.gather_evidence(run))
+    assert answer.startswith(
+        "So far, HPM-KD beats Direct at 2.3x and 5x and has no verdict against it at 7x;"
+    )
 
 
-def test_a_weak_teacher_is_flagged(tmp_path):
-    state = fake_state(3)
-    assert "Premise" not in write(tmp_path, state)
-    state["jobs"]["teacher_resnet50_CIFAR10"]["test_accuracy"] = 86.5
-    report = write(tmp_path, state)
-    assert "**Premise of distillation not met** at 2.3x" in report and "not met** at 5x" not in report
+def test_equal_results_are_no_verdict(tmp_path):
+    run = fake_run(tmp_path, methods=("Direct", "HPM-KD"))
+    for name, record in list(run.records.items()):
+        change(run, name, test_accuracy=85.0 if record.kind == "student" else 92.4)
+    assert exp.answer(exp.gather_evidence(run)) == "there is no verdict on HPM-KD: all differences are equal."
 
 
 def test_synthetic_data_are_no_evidence(tmp_path):
-    assert "nothing about the method" in write(tmp_path, fake_state(2, dataset="SYNTHETIC", width=16))
+    said = exp.answer(exp.gather_evidence(fake_run(tmp_path, dataset="SYNTHETIC", width=16)))
+    assert said.startswith(
+        "On synthetic images (this shows that the program works, nothing about the method), HPM-KD "
+    )
 
 
-# ---- partial data
+def test_a_method_of_a_plugin_is_in_the_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(exp, "METHODS", dict(exp.METHODS))
+    exp.register("MyKD")(type("MyKD", (exp.TraditionalKD,), {"__doc__": "Mine.", "__module__": "plugin"}))
+    run = shifted(
+        fake_run(tmp_path, methods=("Direct", "HPM-KD", "MyKD")), "MyKD", {"2.3x": 5, "5x": 5, "7x": 5}
+    )
+    assert exp.answer(exp.gather_evidence(run)).endswith("; MyKD beats HPM-KD at every ratio.")
+    report = write(run)
+    assert "MyKD minus HPM-KD" in first_screen(report)[3] and "MyKD minus Direct" in section(
+        report, "## Statistics"
+    )
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_partial_experiments_are_reported(tmp_path, case):
-    state = CASES[case]()
-    report = write(tmp_path, state)
-    missing = exp.gather_evidence(state, exp.results_frame(state), {}, None).missing
-    assert ("**Partial experiment**" in report) == bool(missing)
-    assert all(gap in report for gap in missing)
-    assert not re.search(r"\bnan\b|\binf\b|None(?! yet|\.)", report)
+# ---- the first screen
+
+
+def test_first_screen(tmp_path):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures/accuracy_vs_compression.png").write_bytes(b"")
+    parts = first_screen(write(without(shifted(fake_run(tmp_path), "HPM-KD", UP), "student_7x_Direct_run3")))
+    title, answer, _, table, note, figure, remarks = parts
+    assert title == "# Experiment 1B: HPM-KD on CIFAR10 (quick)"
+    assert answer.count("**") == 2 and answer.count(".**") == 1 and len(answer.split()) < 50
+    head, _, *rows = tables(table + "\n")[0]
+    assert head == [
+        "Ratio",
+        "Direct",
+        "TraditionalKD",
+        "HPM-KD",
+        "HPM-KD minus Direct",
+        "verdict",
+        "HPM-KD minus TraditionalKD",
+        "verdict",
+    ]
+    assert [row[0] for row in rows] == ["2.3x", "5x", "7x"]
+    assert re.fullmatch(r"\d\d\.\d\d ± \d\.\d\d", rows[0][1]) and rows[2][1].endswith("(2)")
+    assert (
+        re.fullmatch(r"\+0\.50 \[\+0\.4\d, \+0\.5\d\]", rows[0][4])
+        and rows[0][5] == "better"
+        and rows[2][5] == "n/a"
+    )
+    assert "paired t-test" in note and "Holm" in note and "92.40%" in note
+    assert figure == "![accuracy vs compression](figures/accuracy_vs_compression.png)"
+    what, cost, missing = remarks.splitlines()
+    assert (
+        "teacher + 1.5x at 2.3x" in what and what.count("alpha 0.5") == 1
+    )  # said once where two ratios share it
+    assert re.search(r"Direct 3 min, TraditionalKD \d+ min and HPM-KD \d+ min", cost)
+    assert "7x: Direct 2 of 3 runs" in missing
+
+
+def test_the_first_table_holds_the_statistics(tmp_path):
+    run = fake_run(tmp_path, 5)
+    rows = tables(first_screen(write(run))[3] + "\n")[0][2:]
+    evidence = exp.gather_evidence(run)
+    for row in rows:
+        c = evidence.pairs["HPM-KD", "TraditionalKD"][row[0]]
+        assert row[6] == f"{c.mean:+.2f} [{c.low:+.2f}, {c.high:+.2f}]"
+        values = exp.cell(evidence.frame, row[0], "Direct")
+        assert row[1] == f"{values.mean():.2f} ± {values.std():.2f}"
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_too_few_pairs_are_said_once_and_have_no_interval(tmp_path, runs):
+    report = write(fake_run(tmp_path, runs, dataset="SYNTHETIC", width=16))
+    assert report.count("3 complete pairs") == 1 and "fewer than" not in "\n\n".join(first_screen(report))
+    assert "[" not in first_screen(report)[3] and "verdict" not in first_screen(report)[3]
+    assert "± sd" in report if runs == 2 else "±" not in first_screen(report)[2]
+    assert "1 runs" not in report and "95% interval" not in report
+
+
+def test_a_weak_teacher_is_flagged(tmp_path):
+    run = fake_run(tmp_path)
+    assert "Premise" not in write(run)
+    report = write(change(run, "teacher_resnet50_CIFAR10", test_accuracy=86.5))
+    assert "Premise not met at 2.3x: the teacher is no better than Direct" in first_screen(report)[-1]
+
+
+def test_chance_level_is_called_that(tmp_path):
+    run = fake_run(tmp_path)
+    assert "chance level" not in write(run)
+    report = write(change(run, "student_7x_HPM-KD_run1", test_accuracy=10.4))
+    assert "At chance level, no better than guessing: student_7x_HPM-KD_run1" in first_screen(report)[-1]
+    assert "- student_7x_HPM-KD_run1 is at chance level." in section(report, "## Notes")
+    for name in [name for name in run.records if "HPM-KD_run" in name]:
+        change(run, name, test_accuracy=10.4)
+    assert "9 networks (see Notes)" in first_screen(write(run))[-1]
+
+
+def test_merged_ratios_show_their_own_teacher(tmp_path):
+    report = write(merged(fake_run(tmp_path), "7x", 90.0))
+    head, _, *rows = tables(first_screen(report)[3] + "\n")[0]
+    assert [row[head.index("Teacher")] for row in rows] == ["92.40", "92.40", "90.00"]
+    assert "The teacher (ResNet-50) reaches" not in report and "the ratios have different teachers" in report
+    assert "92.40 and 90.00" in section(report, "## Results")
+
+
+# ---- whatever there is
+
+
+def test_every_state_is_reported(case):
+    run, report = case
+    missing = exp.gather_evidence(run).missing
+    assert ("verdicts are provisional" in report) == bool(missing)
+    assert all(f"- Missing: {gap}." in report for gap in missing)
+    assert not re.search(r"\bnan\b|\binf\b|None(?!\.)|\b1 (runs|epochs|images|students)\b", report)
+    assert "\n\n\n" not in report
+
+
+def test_tables_are_well_formed_narrow_and_full(case):
+    for head, rule, *rows in tables(case[1]):
+        assert len(head) == len(rule) and all(re.fullmatch(r":--|--:", cell) for cell in rule)
+        assert rows and all(len(row) == len(head) for row in rows)
+        for column in zip(head, *rows, strict=True):
+            assert set(column[1:]) - {"", "n/a"}, f"empty column {column[0]}"
+            assert not all(re.fullmatch(r"[-+]?0(\.0+)?( \w+)?", cell) for cell in column[1:]), (
+                f"column {column[0]} is zero"
+            )
+        for row in rows:
+            assert sum(map(len, row)) <= 100, row
+
+
+def test_sections_open_with_a_sentence(case):
+    for text in case[1].split("\n## ")[1:]:
+        opening = text.split("\n\n")[1]
+        assert opening[0] not in "|#!<`" and opening.rstrip()[-1] in ".:", opening
+
+
+def test_terms_are_explained_where_they_are_used_first(tmp_path):
+    report = write(fake_run(tmp_path, ablation=True))
+    for term, explanation in (("page", "is one view"), ("rungs", "better half goes on"), ("`select`", "held-out training images"),
+                              ("assistants", "are assistants")):  # fmt: skip
+        first = report.index(term)
+        assert explanation in report[max(0, first - 50) : first + 250], term
 
 
 def test_failures_and_unmatched_runs_are_said(tmp_path):
-    report = write(tmp_path, failed(fake_state(3), "student_5x_Direct_run2"))
-    assert "- Failed: student_5x_Direct_run2 (loss became NaN)." in report
-    assert "HPM-KD vs Direct at 5x: run 2" in report
-    assert "Missing: 5x: Direct 2 of 3 runs" in report
+    report = write(failed(fake_run(tmp_path), "student_5x_Direct_run2"))
+    assert "- Failed: student_5x_Direct_run2 (the loss became NaN)." in report
+    assert "Failed: student_5x_Direct_run2." in first_screen(report)[-1]
+    assert "HPM-KD minus Direct at 5x: run 2" in section(report, "## Statistics")
+    assert "- Missing: 5x: Direct 2 of 3 runs." in report
 
 
 # ---- sections
 
 
+@pytest.mark.parametrize(
+    ("shift", "said"),
+    [
+        ({"2.3x": 0.1, "5x": 0.5, "7x": 0.9}, ["at 5x and above holds", "grows with the compression ratio"]),
+        ({"2.3x": 0.9, "5x": 0.5, "7x": 0.1}, ["holds", "shrinks with the compression ratio"]),
+        (
+            {"2.3x": -0.5, "5x": -0.5, "7x": -0.5},
+            ["is not supported (5x: worse; 7x: worse)", "no distinguishable trend"],
+        ),
+        ({"2.3x": 0.5, "5x": 0.5, "7x": 0.0}, ["is not supported (5x: better; 7x: not distinguishable)"]),
+    ],
+)
+def test_hypothesis_and_trend_follow_the_numbers(tmp_path, shift, said):
+    statistics = section(write(shifted(fake_run(tmp_path), "HPM-KD", shift)), "## Statistics")
+    assert all(text in statistics for text in said), statistics
+
+
 def test_prediction_beside_the_measurement(tmp_path):
-    state = shifted(fake_state(3), "HPM-KD", {"2.3x": 0.2, "5x": 0.2, "7x": 4.0})
-    section = write(tmp_path, state).split("## Original prediction")[1].split("##")[0]
-    rows = {line.split(" | ")[0].strip("| "): line for line in section.splitlines() if line.startswith("| ") and "x |" in line}
-    assert "88.5" in rows["2.3x"] and "88.7" in rows["2.3x"] and rows["2.3x"].endswith("| yes |")
-    assert "+2.5 | +0.20" in rows["5x"] and rows["5x"].endswith("| no |")
-    assert rows["7x"].endswith("| yes |")
-    assert "does not apply" in write(tmp_path, fake_state(2, width=16))
-    assert "does not apply" in write(tmp_path, fake_state(2, dataset="CIFAR100"))
+    run = shifted(fake_run(tmp_path), "HPM-KD", {"2.3x": 0.2, "5x": 0.2, "7x": 4.0})
+    _, _, *rows = tables(section(write(run), "## Original prediction"))[0]
+    assert [row[0] for row in rows] == ["2.3x", "5x", "7x"] and [row[-1] for row in rows] == [
+        "yes",
+        "no",
+        "yes",
+    ]
+    assert rows[1][1:4] == ["85.0", "87.5", "+2.5"] and rows[1][4].startswith("+0.20 [")
 
 
-def test_attention_that_does_not_help_is_said(tmp_path):
-    state = fake_state(2)
-    section = write(tmp_path, state).split("### Attention")[1].split("##")[0]
-    assert "not better than uniform; better than best single (teacher)" in section  # the fake's numbers on `select`
-    for record in state["jobs"].values():
-        if record["attention"]:
-            record["attention"]["select"] = {**record["attention"]["select"], "nll_mixture": 0.29}
-    assert "not better than uniform" not in write(tmp_path, state)
-    assert "No finished HPM-KD student has used attention" in write(tmp_path, without(state, "_HPM-KD_"))
+@pytest.mark.parametrize(
+    "other",
+    [{"width": 16}, {"dataset": "CIFAR100"}, {"epochs": 19}, {"methods": ("Direct", "TraditionalKD")}],
+)
+def test_prediction_is_left_out_where_it_does_not_apply(tmp_path, other):
+    assert "## Original prediction" not in write(fake_run(tmp_path, 2, **other))
+
+
+def test_networks_are_counted(tmp_path):
+    head, _, *rows = tables(section(write(fake_run(tmp_path)), "## Results"))[1]
+    assert [row[0] for row in rows] == ["teacher", "1.5x", "2.3x", "5x", "7x"]
+    assert [row[head.index("counted ratio")] for row in rows] == ["1.000", "1.491", "2.298", "4.987", "7.007"]
+    accuracies = [row[-1] for row in rows]
+    assert (
+        accuracies[0] == "92.40" and all(accuracies[1:4]) and accuracies[4] == ""
+    )  # nobody is taught by a 7x
+    assert [row[head.index("ms, batch 1")] for row in rows] == ["4.10", "1.90", "1.80", "1.00", "0.90"]
+
+
+def test_accuracy_per_class(tmp_path):
+    run = fake_run(tmp_path, 2)
+    for name, record in list(run.records.items()):
+        if record.kind == "student":
+            change(
+                run,
+                name,
+                test_class_accuracy=[float(exp.RATIOS[record.compression])] * 9
+                + [90.0 if record.method == "HPM-KD" else 10.0],
+            )
+    rows = tables(section(write(run), "### Accuracy per class"))[0]
+    assert rows[0] == ["Class", "Direct", "TraditionalKD", "HPM-KD"] and len(rows) == 12
+    assert rows[2] == ["airplane", "4.8", "4.8", "4.8"] and rows[-1] == ["truck", "10.0", "10.0", "90.0"]
+    only = tables(
+        section(write(without(run, "student_7x_Direct", "student_2.3x_Direct")), "### Accuracy per class")
+    )[0]
+    assert only[2] == ["airplane", "5.0", "5.0", "5.0"], "only the ratio at which every method has students"
+
+
+def test_many_classes_are_cut_to_those_that_differ_most(tmp_path):
+    run = fake_run(tmp_path, 2, dataset="CIFAR100")
+    for name, record in list(run.records.items()):
+        change(run, name, test_class_accuracy=[50.0] * 99 + [90.0 if record.method == "HPM-KD" else 10.0])
+    classes = section(write(run), "### Accuracy per class")
+    assert "the 20 of 100" in classes and "| class 99 |" in classes and classes.count("| class ") == 20
+
+
+def test_costs_choose_their_unit(tmp_path):
+    run = fake_run(tmp_path)
+    head, _, *rows = tables(section(write(run), "## Costs"))[0]
+    found = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    assert (
+        found["Direct"]["total"] == "30 min"
+        and found["Direct"]["teacher"] == ""
+        and found["HPM-KD"]["teacher"] == "67 min"
+    )
+    assert found["HPM-KD"]["total"].endswith(" h") and found["HPM-KD"]["students"] == "9"
+    assert "Sharing the pages saves HPM-KD" in section(write(run), "## Costs")
+    for name, record in list(run.records.items()):
+        change(
+            run,
+            name,
+            train_seconds=record.train_seconds / 1000,
+            inference_seconds=record.inference_seconds / 1000,
+        )
+    assert " h |" not in section(write(run), "## Costs") and re.search(
+        r"\| \d+ s \|", section(write(run), "## Costs")
+    )
+    direct = write(without(run, "KD"))
+    assert tables(section(direct, "## Costs"))[0][0] == ["Method", "students", "student training", "total"]
+
+
+def test_controls_that_were_not_trained_are_named(tmp_path):
+    bare, full = write(fake_run(tmp_path)), write(fake_run(tmp_path, ablation=True, equal_cost=True))
+    assert "(`--equal-cost`)" in bare and "(`--ablation`)" in bare
+    assert "(`--equal-cost`)" not in full and "(`--ablation`)" not in full
 
 
 def test_pilot_table(tmp_path):
-    state = fake_state(2)
-    state["jobs"]["pilot_5x"].update(reused_from="/kaggle/input/old", seconds_saved=100.0)
-    report = write(tmp_path, state)
-    assert "| 2 | alpha 0.5, T 6 (cosine), teacher + 2.3x by attention | 2: 61.00; 4: 71.50 | 1.30 | 0.60 | chosen |" in report
-    assert "Reason: beat candidate 1 by 2.2 standard errors." in report and "Reused from /kaggle/input/old" in report
+    report = write(fake_run(tmp_path, 2))
+    assert (
+        "**HPM-KD at 5x: alpha 0.7, T 4 (loss), attention, averaged views; teacher + 1.5x + 2.3x.** Reason: candidate 2 leads"
+        in report
+    )
+    assert "| 2 | 0.7 | 4 | loss | teacher + 1.5x + 2.3x | 60.20, 71.20 | +0.30 ± 0.60 | chosen |" in report
+    assert "| 8 | 0.7 | 3 | cosine | teacher + 2.3x | 60.80 | +2.10 ± 0.60 | dropped |" in report
+    assert report.count("<details>") == report.count("</details>") == 3
+
+
+def test_attention_that_does_not_help_is_said(tmp_path):
+    run = fake_run(tmp_path, 2)
+    attention = section(write(run), "### Attention")
+    assert (
+        "uniform weights at no ratio and the best single teacher at 2.3x, 5x and 7x" in attention
+    )  # the fake's numbers
+    assert (
+        "| 5x | select | teacher 0.50, 1.5x 0.25, 2.3x 0.25 | 0.310 (91.40%) | 0.300 (91.50%) | 0.330 (91.00%) |"
+        in attention
+    )
+    for name, record in list(run.records.items()):
+        if record.method == "HPM-KD" and record.compression == "5x" and record.attention:
+            change(
+                run,
+                name,
+                attention={
+                    **record.attention,
+                    "select": replace(record.attention["select"], nll_mixture=0.29),
+                },
+            )
+    assert "uniform weights at 5x and the best" in section(write(run), "### Attention")
+    assert "### Attention" not in write(without(run, "_HPM-KD_"))
 
 
 def test_ablation_and_equal_cost(tmp_path):
-    report = write(tmp_path, fake_state(3, ablation=True, equal_cost=True))
-    assert "| 2.3x | HPM-KD-no-chain | 20 | 3 | +0.00 | n/a | n/a | identical by construction |" in report
-    assert re.search(r"\| 5x \| Direct-equal-cost \| 20 \| 3 \| -?\+?\d", report)
-    assert "= HPM-KD" in report  # in the accuracy table
-    assert "## Ablation" not in write(tmp_path, fake_state(3))
+    report = write(fake_run(tmp_path, ablation=True, equal_cost=True))
+    arms = section(report, "## Ablation")
+    for name, method in exp.METHODS.items():
+        assert (f"- {name}: {method.about}.\n" in arms) == (method.option != "methods")
+    assert "| HPM-KD-no-manager | 7x |" in arms and "| +0.00 | n/a | copy of HPM-KD |" in arms
+    assert re.search(r"\| Direct-equal-cost \| 5x \| [\d.]+ ± [\d.]+ \| 82 \| -\d", arms)
+    evidence = exp.gather_evidence(fake_run(tmp_path, ablation=True, equal_cost=True))
+    c = exp.compare_cells(evidence.frame, "5x", "HPM-KD-no-chain", "HPM-KD")
+    assert f"| {c.mean:+.2f} [{c.low:+.2f}, {c.high:+.2f}] | {exp.p_value(c.t_p)} |" in arms
+    assert "## Ablation" not in write(fake_run(tmp_path))
 
 
 def test_late_runs_are_declared(tmp_path):
-    state = fake_state(3)
-    assert "extended after results" not in write(tmp_path, state)
-    state["sessions"].append({**state["sessions"][0], "extended": "runs from 2 to 3 after results were seen"})
-    assert "**The experiment was extended after results were seen** (runs from 2 to 3" in write(tmp_path, state)
+    run = fake_run(tmp_path)
+    assert "extended after results" not in write(run)
+    run.index.sessions.append(replace(run.index.sessions[0], extended="runs from 2 to 3"))
+    assert "**The experiment was extended after results were seen** (runs from 2 to 3)" in write(run)
+
+
+def test_sessions_and_protocol(tmp_path):
+    run = fake_run(tmp_path, 1, epochs=1)
+    run.index.sessions.append(replace(run.index.sessions[0], ended="", stopped=""))
+    report = write(run)
+    assert "| 2026-11-24 03:41 | 2026-11-24 05:10 | 2 x Tesla T4 | 2 | 2 |" in report
+    assert "| not recorded (killed, or still running) |" in report and "stopped by" not in report
+    assert "Students:\n1 epoch, 1 run per" in report and "45,000 images" in report
+    run.index.sessions[0].stopped = "SIGTERM"
+    assert "| stopped by |" in write(run)
 
 
 def test_notes_and_mixed_hardware(tmp_path):
-    state = fake_state(2)
-    state["notes"] = ["the session of today ran on another GPU"]
-    state["jobs"]["student_5x_HPM-KD_run1"].update(notes=["micro-batch 64 after running out of memory"], device="Tesla P100")
-    report = write(tmp_path, state)
+    run = fake_run(tmp_path, 2)
+    run.index.notes = ["the session of today ran on another GPU"]
+    report = write(
+        change(
+            run,
+            "student_5x_HPM-KD_run1",
+            notes=["micro-batch 64 after running out of memory"],
+            device="Tesla P100",
+        )
+    )
     assert "- the session of today ran on another GPU" in report
-    assert "- student_5x_HPM-KD_run1: micro-batch 64" in report and "differ in device: Tesla T4 and Tesla P100" in report
+    assert (
+        "- student_5x_HPM-KD_run1: micro-batch 64" in report
+        and "differ in device: Tesla T4 and Tesla P100" in report
+    )
+
+
+def test_power_is_a_limitation(tmp_path):
+    run = fake_run(tmp_path)
+    c = exp.gather_evidence(run).main["5x"]
+    limits = section(write(run), "## Limitations")
+    assert f"{c.detectable:.2f} pp at 5x (n = 3)" in limits and f"{min(c.runs_needed, 1000)} at 5x" in limits
+    assert "Few runs" not in section(write(fake_run(tmp_path, 2)), "## Limitations")
 
 
 def test_reproduction_and_citation(tmp_path):
-    report = write(tmp_path, fake_state(2))
+    run = fake_run(tmp_path, 2)
+    run.index.plugins = {"mine.py": "56" * 32}
+    report = write(run)
     assert "```\npython run_exp1b_kaggle.py --mode quick --dataset CIFAR10\n```" in report
-    assert "ef" * 32 in report and "12" * 32 in report and "torch 2.10.0" in report and "arXiv 2512.09886" in report
+    assert "- Plugin: mine.py, sha256 " + "56" * 32 in report
+    assert (
+        "ef" * 32 in report
+        and "12" * 32 in report
+        and "torch 2.10.0" in report
+        and "arXiv 2512.09886" in report
+    )
+    run.index.merged_from = ["/runs/a", "/runs/b c"]
+    assert "python run_exp1b_kaggle.py --merge /runs/a '/runs/b c'\n```" in write(run)
 
 
 def test_environment_variables_never_appear(tmp_path, monkeypatch):
     monkeypatch.setenv("KAGGLE_USER_SECRETS_TOKEN", "hunter2")
-    assert "hunter2" not in write(tmp_path, fake_state(2))
-
-
-def test_image_level_part(tmp_path):
-    state, labels = fake_state(2), fake_labels(400)
-    z = fake_logits(state, labels)
-    report = write(tmp_path, state, z, labels)
-    a, b, p = exp.mcnemar(z["student_5x_HPM-KD_run1"], z["student_5x_Direct_run1"], labels)
-    assert f"run 1: {a} / {b} (p {exp.p_value(p)})" in report
-    assert "Left out" in write(tmp_path, state, z, None) and "Left out" in write(tmp_path, state, {}, labels)
-    del z["student_5x_HPM-KD_run1"]  # only that pair is left out
-    assert f"run 1: {a} / {b} (p" not in write(tmp_path, state, z, labels)
-
-
-def test_many_classes_are_cut_to_those_that_differ_most(tmp_path):
-    state = fake_state(2)
-    state["data"]["classes"] = [f"class {i}" for i in range(100)]
-    for record in state["jobs"].values():
-        record["test_class_accuracy"] = [50.0] * 99 + [90.0 if record["method"] == "HPM-KD" else 10.0]
-    section = write(tmp_path, state).split("### Accuracy per class")[1].split("##")[0]
-    assert "the 20 of 100" in section and "| class 99 |" in section and section.count("| class ") == 20
+    assert "hunter2" not in write(fake_run(tmp_path, 2))
 
 
 # ---- form
 
 
-def test_tables_are_well_formed(tmp_path):
-    report = write(tmp_path, fake_state(3, ablation=True, equal_cost=True))
-    for block in re.findall(r"(?:^\|.*\n)+", report, flags=re.MULTILINE):
-        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
-        assert len(widths) == 1, block
-        assert re.fullmatch(r"\| (---:? \| ?)+", block.splitlines()[1]), block
-    assert "\n\n\n\n" not in report
-
-
-def test_table_cells_are_escaped():
-    lines = exp.markdown_table(pd.DataFrame({"a|b": ["x | y\nz"], "n": [1.0]}))
-    assert lines[2] == "| x \\| y z | 1.00 |"
+def test_table_cells_are_escaped_and_empty_columns_left_out():
+    rows = [{"a|b": "x | y\nz", "n": 1, "none": "", "unknown": "n/a"}]
+    assert exp.markdown_table(rows).splitlines() == [
+        "| a&#124;b | n |",
+        "| :-- | --: |",
+        "| x &#124; y z | 1 |",
+    ]
+    assert exp.markdown_table([]) == exp.markdown_table([{"Ratio": "5x", "x": ""}]) == ""
 
 
 def test_figures_are_embedded_by_relative_path_if_they_exist(tmp_path):
-    assert "![" not in write(tmp_path, fake_state(2))
+    run = fake_run(tmp_path, 2)
+    assert "![" not in write(run)
     (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "hpmkd_vs_direct.png").write_bytes(b"")
-    report = write(tmp_path, fake_state(2))
-    assert re.findall(r"!\[.*?\]\((.*?)\)", report) == ["figures/hpmkd_vs_direct.png"]
+    (tmp_path / "figures/hpmkd_vs_direct.png").write_bytes(b"")
+    assert re.findall(r"!\[.*?\]\((.*?)\)", write(run)) == ["figures/hpmkd_vs_direct.png"]
+
+
+def test_every_figure_is_shown(tmp_path):
+    (tmp_path / "figures").mkdir()
+    for name in exp.FIGURES:
+        (tmp_path / f"figures/{name}.png").write_bytes(b"")
+    report = write(fake_run(tmp_path, ablation=True, equal_cost=True))
+    assert sorted(re.findall(r"figures/(\w+).png", report)) == sorted(exp.FIGURES)
+
+
+def test_figures_that_fail_cost_no_table(tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError("no font")
+
+    monkeypatch.setattr(exp, "draw_figures", fail)
+    with pytest.raises(ValueError, match="no font"):
+        write(fake_run(tmp_path, 2), figures=True)
+    assert "## Results" in (tmp_path / exp.REPORT_NAME).read_text() and (tmp_path / "results.csv").exists()
 
 
 def test_tables_on_disk(tmp_path):
-    state = fake_state(3)
-    write(tmp_path, state)
-    results, summary = pd.read_csv(tmp_path / "results.csv"), pd.read_csv(tmp_path / "summary.csv")
+    write(fake_run(tmp_path))
+    results, summary = (
+        pd.read_csv(tmp_path / "results.csv", keep_default_na=False),
+        pd.read_csv(tmp_path / "summary.csv"),
+    )
+    results.test_accuracy = results.test_accuracy.astype(float)
     assert list(results) == exp.CSV_COLUMNS and len(results) == 27
     one = summary[(summary.compression == "5x") & (summary.method == "HPM-KD")].iloc[0]
     mine = results[(results.compression == "5x") & (results.method == "HPM-KD")].test_accuracy
-    assert (one.n, one.test_accuracy_mean, one.test_accuracy_sd) == pytest.approx((3, mine.mean(), mine.std()))
-    assert one.minus_direct == pytest.approx(exp.compare_methods(results, "HPM-KD", "Direct")["5x"].mean)
-
-
-def test_latex(tmp_path):
-    write(tmp_path, fake_state(3))
-    text = (tmp_path / "results_table.tex").read_text()
-    assert (
-        text.count(r"\\") == 9
-        and "teacher (ResNet-50): 92.40" in text
-        and r"\toprule" in text
-        and r"\bottomrule" in text
-        and "Complete." in text
+    assert (one.n, one.test_accuracy_mean, one.test_accuracy_sd) == pytest.approx(
+        (3, mine.mean(), mine.std())
     )
+    c = exp.compare_methods(results, "HPM-KD", "Direct", ["2.3x", "5x", "7x"])["5x"]
+    found = (one.minus_direct, one.minus_direct_low, one.minus_direct_p, one.minus_direct_p_holm)
+    assert found == pytest.approx((c.mean, c.low, c.t_p, c.holm_p), abs=1e-6)
+    assert np.isnan(one["minus_hpm-kd"])
+
+
+@pytest.mark.parametrize("runs", [1, 3])
+def test_latex(tmp_path, runs):
+    write(fake_run(tmp_path, runs))
+    text = (tmp_path / "results_table.tex").read_text()
     columns = len(re.search(r"begin{tabular}{(.*)}", text)[1])
-    for line in (line for line in text.splitlines() if line.endswith(r"\\")):
-        spanned = [int(number) - 1 for number in re.findall(r"multicolumn{(\d+)}", line)]
-        assert 1 + line.count("&") + sum(spanned) == columns == 8
-    write(tmp_path, without(fake_state(3), "student_7x"))
+    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(lines) == 4 and all(1 + line.count("&") == columns for line in lines)
+    assert not re.search(r"& *(&|\\\\)", text), "no empty cell"
+    assert (
+        all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
+        and "Teacher (ResNet-50): 92.40. Complete." in text
+    )
+    assert ("$\\pm$" in text) == ("better" in text or "unclear" in text) == (runs == 3)
+    assert "±" not in text and not re.search(r"(?<!\$)[-+]\d", text.split("midrule")[1])
+    write(without(fake_run(tmp_path), "student_7x"))
     assert "PARTIAL, missing: all of 7x" in (tmp_path / "results_table.tex").read_text()
 
 
 def test_writing_twice_gives_the_same_files(tmp_path):
-    state, labels = fake_state(2), fake_labels(200)
-    z = fake_logits(state, labels)
-    write(tmp_path, state, z, labels)
+    run = fake_run(tmp_path, 2, ablation=True)
+    write(run)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    write(tmp_path, state, z, labels)
-    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write(run)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()} and len(before) == 4
+
+
+def test_nothing_is_written_into_a_folder_that_was_lost(tmp_path):
+    run = fake_run(tmp_path, 1)
+    run.token = "mine"
+    (tmp_path / "run.owner").write_text("process 1 on host x\nanother\n")
+    for action in (lambda: exp.write_outputs(run, False), lambda: exp.write_archive(run)):
+        with pytest.raises(exp.Stopped):
+            action()
+    assert [path.name for path in tmp_path.iterdir()] == ["run.owner"]
+
+
+# ---- archive
+
+
+def test_the_archive_holds_everything_but_checkpoints_locks_and_itself(tmp_path):
+    run = fake_run(tmp_path / "exp1b_quick_1", 1)
+    write(run)
+    for name in (
+        "experiment.log",
+        "run.owner",
+        "run.lock",
+        ".hidden.tmp",
+        "checkpoints/a.pt",
+        "figures/a.png",
+        "figures/.b.tmp",
+    ):
+        (run.path / name).parent.mkdir(exist_ok=True)
+        (run.path / name).write_text("x")
+    exp.write_archive(run)
+    exp.write_archive(run)
+    names = {
+        name.removeprefix("exp1b_quick_1_results/")
+        for name in zipfile.ZipFile(run.path / "exp1b_quick_1_results.zip").namelist()
+    }
+    assert names == {
+        "experiment.log",
+        "experiment_report.md",
+        "results.csv",
+        "results_table.tex",
+        "summary.csv",
+        "figures/a.png",
+    }
+
+
+def test_an_archive_without_room_is_only_a_warning(tmp_path, monkeypatch, caplog):
+    def full(path, payload):
+        raise exp.DiskFull("no room to write it")
+
+    run = fake_run(tmp_path, 1)
+    monkeypatch.setattr(exp, "write_atomic", full)
+    monkeypatch.setattr(exp.log, "propagate", True)
+    exp.write_archive(run)
+    assert "no room to write it" in caplog.text

@@ -1,15 +1,16 @@
-"""Section 13: every statistic against scipy or a closed form, the intervals' coverage by simulation, and the odd cases."""
+"""Statistics: every number against scipy or a closed form, the intervals' coverage by simulation, and the odd cases."""
 
 from __future__ import annotations
 
-import itertools
 import math
+import warnings
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fake_state import fake_labels, fake_logits, fake_state
+from fake_state import change, failed, fake_run, merged, without
 from scipy import stats
 
 import run_exp1b_kaggle as exp
@@ -20,14 +21,19 @@ CONTROL = [85.0, 85.4, 84.9, 85.2, 85.1]
 
 def arms(differences=DIFFERENCES, control=CONTROL):
     runs = range(1, len(differences) + 1)
-    return {r: c + d for r, c, d in zip(runs, control, differences, strict=False)}, dict(zip(runs, control, strict=False))
+    return {r: c + d for r, c, d in zip(runs, control, differences, strict=False)}, dict(
+        zip(runs, control, strict=False)
+    )
 
 
 # ---- metrics
 
 
 def test_nll_is_torch_cross_entropy():
-    logits, labels = torch.randn(200, 10, generator=torch.Generator().manual_seed(0)) * 5, torch.arange(200) % 10
+    logits, labels = (
+        torch.randn(200, 10, generator=torch.Generator().manual_seed(0)) * 5,
+        torch.arange(200) % 10,
+    )
     expected = torch.nn.functional.cross_entropy(logits.double(), labels).item()
     assert exp.negative_log_likelihood(logits, labels) == pytest.approx(expected, abs=1e-12)
     assert exp.negative_log_likelihood(logits.numpy(), labels.numpy()) == pytest.approx(expected, abs=1e-12)
@@ -58,7 +64,9 @@ def test_ece_against_a_loop_over_bins():
     for low in range(15):
         inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
         if inside.any():
-            expected += inside.mean() * abs((guess[inside] == labels[inside]).mean() - confidence[inside].mean())
+            expected += inside.mean() * abs(
+                (guess[inside] == labels[inside]).mean() - confidence[inside].mean()
+            )
     assert exp.expected_calibration_error(logits, labels) == pytest.approx(expected)
 
 
@@ -81,23 +89,6 @@ def test_comparison_against_scipy():
     assert (c.mean, c.sd) == pytest.approx((np.mean(DIFFERENCES), np.std(DIFFERENCES, ddof=1)))
     assert (c.low, c.high) == pytest.approx((interval.low, interval.high))
     assert c.t_p == pytest.approx(reference.pvalue) == c.holm_p
-    pairs = list(itertools.product(treatment.values(), control.values()))
-    assert c.improvement == pytest.approx(np.mean([(a > b) + 0.5 * (a == b) for a, b in pairs]))
-
-
-@pytest.mark.parametrize("n", [2, 3, 5, 8])
-def test_sign_flip_p_is_the_exact_enumeration(n):
-    values = np.random.default_rng(n).normal(0.3, 1, n)
-    means = [np.dot(signs, values) / n for signs in itertools.product((1, -1), repeat=n)]
-    expected = np.mean([abs(m) >= abs(values.mean()) - 1e-12 for m in means])
-    c = exp.one_sample(values, range(n))
-    assert c.sign_flip_p == pytest.approx(expected)
-    assert c.sign_flip_floor == 2 / 2**n <= c.sign_flip_p
-
-
-def test_sign_flip_floors_named_in_the_design():
-    assert exp.one_sample([1.0, 2, 3], range(3)).sign_flip_p == exp.one_sample([1.0, 2, 3], range(3)).sign_flip_floor == 0.25
-    assert exp.one_sample([1.0, 2, 3, 4, 5], range(5)).sign_flip_p == 0.0625
 
 
 def test_pairs_are_formed_by_run_number():
@@ -108,10 +99,10 @@ def test_pairs_are_formed_by_run_number():
 
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_interval_covers_95_percent(n):
-    draws = np.random.default_rng(n).normal(0.4, 0.3, (4000, n))
+    draws = np.random.default_rng(n).normal(0.4, 0.3, (2000, n))
     bounds = np.array([exp.mean_interval(row)[2:] for row in draws])
     covered = ((bounds[:, 0] <= 0.4) & (bounds[:, 1] >= 0.4)).mean()
-    assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 4000)
+    assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)
 
 
 # ---- power
@@ -153,7 +144,7 @@ def test_identical_by_construction_is_what_has_the_same_weights():
     frame["weights_sha256"] = frame.run.map(str)
     c = exp.compare_methods(frame, "HPM-KD", "Direct")["5x"]
     assert exp.verdict(c) == "identical by construction" and math.isnan(c.t_p) and math.isnan(c.low)
-    assert (c.mean, c.sd, c.improvement) == (0, 0, 0.5)
+    assert (c.mean, c.sd) == (0, 0)
     frame.loc[frame.run == 2, "weights_sha256"] = ["a", "b"]
     assert exp.verdict(exp.compare_methods(frame, "HPM-KD", "Direct")["5x"]).startswith("no verdict")
 
@@ -162,18 +153,25 @@ def test_two_pairs_give_no_verdict():
     c = exp.compare_methods(frame_of({"5x": [0.50, 0.51]}), "HPM-KD", "Direct")["5x"]
     assert c.holm_p < 0.01, "by chance alone"
     assert exp.verdict(c) == "no verdict: fewer than 3 pairs"
-    assert exp.verdict(exp.compare_methods(frame_of({"5x": [0.50, 0.51, 0.52]}), "HPM-KD", "Direct")["5x"]) == "better"
+    assert (
+        exp.verdict(exp.compare_methods(frame_of({"5x": [0.50, 0.51, 0.52]}), "HPM-KD", "Direct")["5x"])
+        == "better"
+    )
 
 
 def test_equal_differences_that_are_not_zero_get_no_verdict():
-    c = exp.paired_comparison({1: 85.3, 2: 84.3, 3: 80.3}, {1: 85.1, 2: 84.1, 3: 80.1})  # 0.2 with rounding errors
+    c = exp.paired_comparison(
+        {1: 85.3, 2: 84.3, 3: 80.3}, {1: 85.1, 2: 84.1, 3: 80.1}
+    )  # 0.2 with rounding errors
     assert c.sd == 0 and c.mean == pytest.approx(0.2) and math.isnan(c.t_p)
     assert exp.verdict(c) == "no verdict: all differences are equal"
 
 
 def test_one_pair_and_none():
     one, none = exp.paired_comparison({1: 85.0}, {1: 84.0}), exp.paired_comparison({1: 85.0}, {2: 84.0})
-    assert one.mean == 1.0 and math.isnan(one.sd) and math.isnan(one.low) and "no spread" in exp.verdict(one)
+    assert (
+        one.mean == 1.0 and math.isnan(one.sd) and math.isnan(one.low) and one.no_interval == "only one pair"
+    )
     assert none.n == 0 and math.isnan(none.mean) and exp.verdict(none) == "no verdict: no complete pair"
     zero = exp.paired_comparison({1: 85.0}, {1: 85.0})  # one equality proves nothing
     assert exp.verdict(zero).startswith("no verdict")
@@ -190,7 +188,9 @@ def test_holm_by_hand():
 
 def test_holm_counts_planned_tests_without_a_p():
     adjusted = exp.holm([0.01, math.nan, 0.03])
-    assert adjusted[0] == pytest.approx(0.03) and adjusted[2] == pytest.approx(0.06) and math.isnan(adjusted[1])
+    assert (
+        adjusted[0] == pytest.approx(0.03) and adjusted[2] == pytest.approx(0.06) and math.isnan(adjusted[1])
+    )
 
 
 def test_holm_keeps_the_family_wise_error():
@@ -210,21 +210,27 @@ def frame_of(differences: dict[str, list[float]], ratio_actual=None) -> pd.DataF
     return pd.DataFrame(rows)
 
 
-BETTER, WORSE, UNCLEAR = [0.5, 0.52, 0.48, 0.51, 0.49], [-0.5, -0.52, -0.48, -0.51, -0.49], [0.5, -0.5, 0.2, -0.3, 0.1]
+BETTER, WORSE, UNCLEAR = (
+    [0.5, 0.52, 0.48, 0.51, 0.49],
+    [-0.5, -0.52, -0.48, -0.51, -0.49],
+    [0.5, -0.5, 0.2, -0.3, 0.1],
+)
 
 
 def test_verdicts():
     found = exp.compare_methods(frame_of({"2.3x": UNCLEAR, "5x": BETTER, "7x": WORSE}), "HPM-KD", "Direct")
-    assert [exp.verdict(c) for c in found.values()] == ["not distinguishable at 5 runs", "better", "worse"]
+    assert [exp.verdict(c) for c in found.values()] == ["not distinguishable", "better", "worse"]
     assert [c.holm_p for c in found.values()] == pytest.approx(exp.holm(c.t_p for c in found.values()))
 
 
 def test_verdict_uses_the_adjusted_p():
     values = [0.5, 0.1, 0.6, 0.05, 0.35]
     alone = exp.compare_methods(frame_of({"5x": values}), "HPM-KD", "Direct")["5x"]
-    among = exp.compare_methods(frame_of({"2.3x": UNCLEAR, "5x": values, "7x": UNCLEAR}), "HPM-KD", "Direct")["5x"]
+    among = exp.compare_methods(frame_of({"2.3x": UNCLEAR, "5x": values, "7x": UNCLEAR}), "HPM-KD", "Direct")[
+        "5x"
+    ]
     assert alone.t_p == among.t_p < 0.05 < among.holm_p
-    assert exp.verdict(alone) == "better" and exp.verdict(among) == "not distinguishable at 5 runs"
+    assert exp.verdict(alone) == "better" and exp.verdict(among) == "not distinguishable"
 
 
 @pytest.mark.parametrize(
@@ -254,7 +260,9 @@ def test_failed_runs_do_not_count():
 def test_premise():
     frame = frame_of({"5x": BETTER, "7x": BETTER})
     assert exp.unmet_premises(frame, ["5x", "7x", "2.3x"]) == []
-    frame.loc[frame.compression == "7x", "teacher_accuracy"] = 85.3  # what the Direct students reach on average
+    frame.loc[frame.compression == "7x", "teacher_accuracy"] = (
+        85.3  # what the Direct students reach on average
+    )
     assert exp.unmet_premises(frame, ["5x", "7x"]) == ["7x"]
     assert exp.unmet_premises(frame.assign(teacher_accuracy=math.nan), ["5x", "7x"]) == []
 
@@ -275,7 +283,6 @@ def test_trend_uses_complete_runs_and_says_when_it_cannot():
     frame = frame_of({"2.3x": [0.1, 0.2, 0.0], "5x": [0.4, 0.6], "7x": [0.7, 1.0, 0.6]})
     assert exp.trend_test(frame).runs == (1, 2) and exp.trend_test(frame).unmatched == (3,)
     assert "two ratios" in exp.trend_test(frame_of({"5x": BETTER})).no_interval
-    assert exp.trend_test(exp.results_frame({**fake_state(), "jobs": {}})).n == 0
 
 
 def test_trend_falls_back_to_nominal_ratios():
@@ -284,117 +291,237 @@ def test_trend_falls_back_to_nominal_ratios():
     assert exp.trend_test(frame).differences == exp.trend_test(frame_of(values)).differences
 
 
-# ---- images
+# ---- scipy's warnings
 
 
-def test_mcnemar_by_hand():
-    labels = np.zeros(10, int)
-    first, second = np.tile([1.0, 0.0], (10, 1)), np.tile([1.0, 0.0], (10, 1))
-    first[:1], second[1:7] = [0.0, 1.0], [0.0, 1.0]  # the first misses image 0, the second images 1 to 6
-    assert exp.mcnemar(first, second, labels) == (6, 1, pytest.approx(2 * (1 + 7) / 2**7))
-    assert exp.mcnemar(first, first, labels) == (0, 0, 1.0)
+@pytest.mark.parametrize("n", [2, 3, 5, 50])
+def test_power_is_computed_without_a_warning(n):
+    exp.detectable_effect.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert 0 < exp.detectable_effect(n) < 50
+        assert exp.runs_needed(0.3) > 2
+        with pytest.raises(RuntimeWarning), np.errstate(divide="warn"):
+            np.float64(1) / np.float64(0)  # others are still seen
 
 
-def test_bootstrap_over_images_has_the_binomial_width():
-    rng = np.random.default_rng(0)
-    labels = np.zeros(3000, int)
-    right = lambda p: np.stack([(rng.random(3000) < p) * 1.0, np.full(3000, 0.5)], 1)  # noqa: E731
-    pairs = [(right(0.9), right(0.8)) for _ in range(2)]
-    low, high = exp.image_bootstrap(pairs, labels)
-    error = 100 * math.sqrt((0.9 * 0.1 + 0.8 * 0.2) / 2 / 3000)
-    assert low < 10 < high and high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
-    assert exp.image_bootstrap(pairs, labels) == (low, high)  # a report written twice is the same
+# ---- chance level
 
 
-# ---- frame and costs
+@pytest.mark.parametrize(("accuracy", "images", "guessing"), [(10.0, 10_000, True), (11.0, 10_000, True), (12.0, 10_000, False),
+                                                             (12.0, 1_000, True), (15.0, 1_000, False), (5.0, 1_000, True)])  # fmt: skip
+def test_chance_level(tmp_path, accuracy, images, guessing):
+    record = fake_run(tmp_path, 1).records["student_5x_Direct_run1"]
+    assert exp.chance_level(replace(record, test_accuracy=accuracy), images) == guessing
 
 
-def test_frame_has_the_promised_columns_in_order():
-    frame = exp.results_frame(fake_state(3, ablation=True))
-    assert list(frame)[: len(exp.CSV_COLUMNS)] == exp.CSV_COLUMNS == [
+def test_metrics_of_known_logits():
+    logits = torch.tensor([[4.0, 0, 0], [0, 4.0, 0], [4.0, 0, 0], [0, 4.0, 0]], dtype=torch.float16)
+    metrics = exp.test_metrics(logits, torch.tensor([0, 1, 1, 1]))
+    assert metrics["test_accuracy"] == 75.0
+    assert metrics["test_class_accuracy"][:2] == pytest.approx([100, 200 / 3]) and math.isnan(
+        metrics["test_class_accuracy"][2]
+    )
+    assert metrics["test_nll"] == pytest.approx(math.log(math.exp(4) + 2) - 3)  # one of the four lacks 4 nats
+    assert metrics["test_ece"] == pytest.approx(abs(0.75 - math.exp(4) / (math.exp(4) + 2)))
+
+
+# ---- frame
+
+
+def test_frame_has_the_promised_columns_in_order(tmp_path):
+    run = fake_run(tmp_path, 3, ablation=True, equal_cost=True)
+    frame = exp.results_frame(run)
+    assert list(frame) == [*exp.CSV_COLUMNS, "job"]
+    assert exp.CSV_COLUMNS == [
         "dataset", "compression", "ratio_nominal", "ratio_actual", "method", "run", "seed", "params", "macs", "teacher_accuracy",
         "val_accuracy", "test_accuracy", "retention", "test_nll", "test_ece", "epochs", "train_seconds", "images_per_second",
         "device", "precision", "status", "same_as", "weights_sha256"]  # fmt: skip
     assert frame.compression.drop_duplicates().tolist() == ["2.3x", "5x", "7x"]
-    assert frame[frame.compression == "5x"].method.drop_duplicates().tolist()[:3] == list(exp.METHODS)
+    assert frame[frame.compression == "5x"].method.drop_duplicates().tolist() == exp.in_order(exp.METHODS)
     row = frame.iloc[0]
+    assert (row.dataset, row.seed, row.epochs, row.status) == ("CIFAR10", 43, 20, "done")
     assert row.ratio_actual == pytest.approx(23_520_842 / 10_235_000) and row.teacher_accuracy == 92.4
     assert row.retention == pytest.approx(100 * row.test_accuracy / 92.4)
-    copies = frame[(frame.method == "HPM-KD-no-chain") & (frame.compression == "2.3x")]
-    assert len(copies) == 3  # an arm that equals another by construction has its rows like any other
+    assert exp.cell(frame, "5x", "Direct-equal-cost", "epochs").tolist() == [82, 82, 82]
+    copies = frame[(frame.method == "HPM-KD-no-manager") & (frame.compression == "7x")]
+    assert copies.same_as.tolist() == ["HPM-KD"] * 3  # an arm that equals another has its rows like any other
 
 
-def test_frame_of_nothing_and_of_failures():
-    state = fake_state(1)
-    assert len(exp.results_frame({**state, "jobs": {}})) == 0
-    failed = state["jobs"]["student_5x_Direct_run1"]
-    state["jobs"] = {failed["job"]: {k: failed[k] for k in ("job", "kind", "compression", "method", "run", "seed")} | {"status": "failed"}}
-    frame = exp.results_frame(state)
-    assert frame.status.tolist() == ["failed"] and math.isnan(frame.test_accuracy[0])
+def test_frame_of_nothing_and_of_failures(tmp_path):
+    nothing = exp.results_frame(without(fake_run(tmp_path, 1), "student"))
+    assert len(nothing) == 0 and list(nothing) == [*exp.CSV_COLUMNS, "job"]
+    assert exp.trend_test(nothing).n == 0
+    run = failed(fake_run(tmp_path, 1), "student_5x_Direct_run1")
+    frame = exp.results_frame(run)
+    row = frame[frame.job == "student_5x_Direct_run1"].iloc[0]
+    assert (
+        (row.status, row.seed, row.epochs) == ("failed", 43, 0)
+        and math.isnan(row.test_accuracy)
+        and pd.isna(row.params)
+    )
+    assert len(exp.cell(frame, "5x", "Direct")) == 0
+    text = frame.to_csv()
+    assert (
+        ",4716000," in text and "4716000.0" not in text
+    )  # one missing number does not turn counts into fractions
 
 
-def tiny_costs():
-    state = fake_state(2, ratios=("5x",))
-    jobs = state["jobs"]
-    for record in jobs.values():
-        record.update(pages={}, train_seconds=10.0)
-    jobs["teacher_resnet50_CIFAR10"]["train_seconds"] = 1000.0
-    jobs["intermediate_2.3x_CIFAR10"].update(train_seconds=200.0, pages={"T": {"0": 1.0, "7": 2.0}})
-    jobs["pilot_5x"].update(train_seconds=50.0, pages={"T": {"0": 1.0}, "I": {"0": 0.5}})
-    for run, page in ((1, "1"), (2, "2")):
-        jobs[f"student_5x_TraditionalKD_run{run}"]["pages"] = {"T": {"0": 1.0, page: 1.0}}
-        jobs[f"student_5x_HPM-KD_run{run}"]["pages"] = {"T": {"0": 1.0, page: 1.0}, "I": {"0": 0.5}}
-    return state
+def test_each_ratio_of_a_merged_run_has_its_teacher(tmp_path):
+    assert exp.gather_evidence(fake_run(tmp_path, 2)).one_teacher
+    evidence = exp.gather_evidence(merged(fake_run(tmp_path, 2), "7x", 50.0))
+    accuracies = evidence.frame.groupby("compression").teacher_accuracy.first()
+    assert accuracies.to_dict() == {"2.3x": 92.4, "5x": 92.4, "7x": 50.0}
+    assert [evidence.teacher_accuracy(ratio) for ratio in evidence.ratios] == [92.4, 92.4, 50.0]
+    assert not evidence.one_teacher and "different teachers" in evidence.trend.no_interval
 
 
-def test_costs_count_each_page_once_per_method():
-    costs = exp.method_costs(tiny_costs())
-    assert costs.total["Direct"] == 20  # no teacher
-    assert costs.total["TraditionalKD"] == 1000 + 20 + 3  # pages 0, 1 and 2
-    assert costs.total["HPM-KD"] == 1000 + 200 + 50 + 20 + 5.5  # pages 0, 1, 2 and 7 of the teacher, 0 of the intermediate
-    assert costs.unshared["HPM-KD"] == 3 + 1.5 + 2 * 2.5
+# ---- costs
+
+
+def pages(run, runs):
+    """The distinct pages of some runs."""
+    return {
+        page
+        for number in runs
+        for page in exp.page_order(run.settings.seed, number, run.settings.student_epochs)
+    }
+
+
+def tiny_costs(tmp_path):
+    """One ratio, two runs; a page of the teacher takes 10 s, of an assistant 1 s."""
+    run = fake_run(tmp_path, 2, ratios=("5x",))
+    for name, record in run.records.items():
+        seconds = {"teacher": 1000.0, "assistant": 100.0, "pilot": 50.0, "student": 10.0}[record.kind]
+        per_page = {"teacher": 10.0, "assistant": 1.0}.get(record.kind, math.nan)
+        change(run, name, train_seconds=seconds, inference_seconds=per_page / run.index.data.train)
+    return run
+
+
+def test_costs_count_each_page_once_per_method(tmp_path):
+    run = tiny_costs(tmp_path)
+    costs, distinct = exp.method_costs(run), len(pages(run, (1, 2)))
     assert costs.students.tolist() == [2, 2, 2]
+    assert costs.total["Direct"] == 20 and costs.teacher["Direct"] == 0  # it needs no teacher
+    assert costs.teacher_outputs["TraditionalKD"] == pytest.approx(10 * distinct)
+    assert costs.total["TraditionalKD"] == pytest.approx(1000 + 20 + 10 * distinct)
+    assert costs.unshared["TraditionalKD"] == pytest.approx(10 * 2 * 20)
+    # HPM-KD: students learn from the teacher and both assistants; pilot and assistants use the pages of run 1.
+    assert costs.teacher_outputs["HPM-KD"] == pytest.approx(12 * distinct)
+    assert (costs.assistants["HPM-KD"], costs.pilots["HPM-KD"], costs.student_training["HPM-KD"]) == (
+        200,
+        50,
+        20,
+    )
+    assert costs.total["HPM-KD"] == pytest.approx(1000 + 200 + 50 + 20 + 12 * distinct)
+    assert costs.unshared["HPM-KD"] == pytest.approx(
+        20 * (2 * 12 + 12 + 10 + 11)
+    )  # students, pilot, 1.5x, 2.3x
 
 
-def test_costs_of_a_reused_pilot_and_of_one_ratio():
-    state = tiny_costs()
-    state["jobs"]["pilot_5x"].update(train_seconds=0.0, seconds_saved=50.0, reused_from="elsewhere")
-    assert exp.method_costs(state).pilots["HPM-KD"] == 50
-    full = fake_state(2)
-    one = exp.method_costs(full, "2.3x")
-    assert one.intermediates["HPM-KD"] == 0 and one.students["HPM-KD"] == 2
-    assert exp.method_costs(full, "5x").intermediates["HPM-KD"] == 800
-    assert exp.method_costs(full, "7x").intermediates["HPM-KD"] == 1600
-    assert exp.method_costs({**full, "jobs": {}}).empty
+def test_a_network_that_no_configuration_uses_costs_no_page(tmp_path):
+    run = tiny_costs(tmp_path)
+    for name in ("student_5x_HPM-KD_run1", "student_5x_HPM-KD_run2"):
+        change(run, name, config=replace(run.records[name].config, teachers=("teacher", "1.5x")))
+    expected = 11 * len(pages(run, (1, 2))) + len(pages(run, (1,)))  # the pilot alone has asked 2.3x
+    assert exp.method_costs(run).teacher_outputs["HPM-KD"] == pytest.approx(expected)
 
 
-def test_evidence_lists_what_is_missing():
-    state = fake_state(3, ablation=True)
-    assert exp.gather_evidence(state, exp.results_frame(state), {}, None).missing == []
-    for name in [n for n in state["jobs"] if "student_7x" in n] + ["student_5x_HPM-KD_run2", "teacher_resnet50_CIFAR10"]:
-        del state["jobs"][name]
-    assert exp.gather_evidence(state, exp.results_frame(state), {}, None).missing == [
-        "the teacher", "5x: HPM-KD 2 of 3 runs", "all of 7x"]  # fmt: skip
+def test_costs_of_one_ratio_and_of_nothing(tmp_path):
+    run = fake_run(tmp_path, 2)
+    assert [exp.method_costs(run, ratio).assistants["HPM-KD"] for ratio in run.settings.compression] == [
+        800,
+        1600,
+        2400,
+    ]
+    assert exp.method_costs(run, "2.3x").students["HPM-KD"] == 2
+    total = exp.method_costs(run)
+    assert (
+        total.assistants["HPM-KD"] == 2400 and total.pilots["HPM-KD"] == 1500
+    )  # assistants are shared, pilots are not
+    # Teachers: 2, 3 and 4 per ratio for two students and a pilot each; 1, 2 and 3 for the assistants, once. 20 pages of 10 s.
+    assert total.unshared["HPM-KD"] == pytest.approx(200 * ((2 + 3 + 4) * 3 + 1 + 2 + 3))
+    assert exp.method_costs(without(run, "student")).empty
 
 
-def test_arms_that_equal_another_method():
-    state = fake_state(3, ablation=True)
-    record = state["jobs"]["student_5x_HPM-KD-no-manager_run1"]
-    for run in (2, 3):
-        del state["jobs"][f"student_5x_HPM-KD-no-manager_run{run}"]
-    record["same_as"] = "TraditionalKD"
-    frame = exp.results_frame(state)
-    evidence = exp.gather_evidence(state, frame, {}, None)
-    c = exp.compare_cells(frame, "2.3x", "HPM-KD-no-chain", "HPM-KD")
+def test_a_copy_costs_what_its_training_costs_and_a_control_its_own_pilot(tmp_path):
+    costs = exp.method_costs(fake_run(tmp_path, 2, ablation=True))
+    assert costs.student_training["HPM-KD-no-manager"] == costs.student_training["HPM-KD"] > 0
+    assert costs.pilots["TunedKD"] == 1500 and costs.assistants["TunedKD"] == 0
+
+
+def test_a_merged_run_pays_for_both_teachers(tmp_path):
+    run = fake_run(tmp_path, 2)
+    assert exp.method_costs(run).teacher["TraditionalKD"] == 4000
+    merged(run, "7x", 90.0)
+    costs = exp.method_costs(run)
+    assert costs.teacher["TraditionalKD"] == 8000 and costs.teacher["Direct"] == 0
+    assert costs.teacher_outputs["TraditionalKD"] == pytest.approx(2 * 10 * len(pages(run, (1, 2))))
+
+
+# ---- evidence
+
+
+def test_evidence_lists_what_is_missing(tmp_path):
+    assert exp.gather_evidence(fake_run(tmp_path, 3, ablation=True)).missing == []
+    run = without(fake_run(tmp_path, 3, ablation=True), "student_7x", "student_5x_HPM-KD_run2", "teacher")
+    assert exp.gather_evidence(run).missing == ["the teacher", "5x: HPM-KD 2 of 3 runs", "all of 7x"]
+    run = without(merged(fake_run(tmp_path, 2), "7x", 90.0), "run1")
+    run.index.merged_teachers["7x"] = {"assistant_5x_CIFAR10": run.records["assistant_5x_CIFAR10"]}
+    assert exp.gather_evidence(run).missing[0] == "the teacher at 7x"
+    assert exp.gather_evidence(run).missing[1] == "2.3x: Direct 1, TraditionalKD 1 and HPM-KD 1 of 2 runs"
+
+
+def test_every_method_is_compared_with_those_before_it(tmp_path):
+    evidence = exp.gather_evidence(fake_run(tmp_path, 3, ablation=True, equal_cost=True))
+    assert evidence.methods == ["Direct", "TraditionalKD", "HPM-KD"]
+    assert evidence.extra_arms[0] == "Direct-equal-cost" and len(evidence.extra_arms) == 7
+    assert list(evidence.pairs) == [
+        ("TraditionalKD", "Direct"),
+        ("HPM-KD", "Direct"),
+        ("HPM-KD", "TraditionalKD"),
+    ]
+    assert evidence.main is evidence.pairs["HPM-KD", "Direct"]
+    assert [c.holm_p for c in evidence.main.values()] == pytest.approx(
+        exp.holm(c.t_p for c in evidence.main.values())
+    )
+    assert exp.gather_evidence(fake_run(tmp_path, 3, methods=("Direct", "TraditionalKD"))).main == {}
+
+
+def test_holm_counts_the_planned_ratios(tmp_path):
+    run = fake_run(tmp_path, 3)
+    before = exp.gather_evidence(run).main["5x"]
+    after = exp.gather_evidence(without(run, "student_7x", "student_2.3x")).main["5x"]
+    assert after.t_p == before.t_p and after.holm_p == pytest.approx(min(1, 3 * after.t_p))
+
+
+def test_arms_that_equal_another_method(tmp_path):
+    evidence = exp.gather_evidence(fake_run(tmp_path, 3, ablation=True))
+    assert evidence.twins == {
+        ("2.3x", "TunedKD"): "TraditionalKD",
+        ("2.3x", "HPM-KD-no-manager"): "HPM-KD",
+        ("7x", "HPM-KD-no-manager"): "HPM-KD",
+    }
+    c = exp.compare_cells(evidence.frame, "7x", "HPM-KD-no-manager", "HPM-KD")
     assert (c.no_interval, c.n) == ("identical by construction", 3)
-    assert evidence.twins["5x", "HPM-KD-no-manager"] == "TraditionalKD"
-    assert evidence.missing == ["5x: HPM-KD-no-manager 1 of 3 runs"]
+
+
+def test_evidence_finds_records_and_figures(tmp_path):
+    run = failed(fake_run(tmp_path, 2), "student_5x_HPM-KD_run1")
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures/ablation.png").write_bytes(b"")
+    evidence = exp.gather_evidence(run)
+    assert evidence.drawn == {"ablation"}
+    assert [record.job for record in evidence.records("student", "HPM-KD", "5x")] == [
+        "student_5x_HPM-KD_run2"
+    ]
+    assert len(evidence.records("student")) == 17 and len(evidence.records("assistant")) == 3
 
 
 # ---- material
 
 
-def test_fake_logits_are_plausible():  # guards the other files' material
-    state, labels = fake_state(1), fake_labels()
-    for logits in fake_logits(state, labels).values():
-        assert 0.6 < (logits.argmax(1) == labels).mean() < 0.97
+def test_fake_logits_are_plausible(tmp_path):  # guards the other files' material
+    run = fake_run(tmp_path, 1, images=2000)
+    for logits in run.logits.values():
+        assert 0.6 < (logits.argmax(1) == run.labels).mean() < 0.97

@@ -48,7 +48,9 @@ def test_the_162_views_are_torchvisions_crops_and_flips(
     shown = [images.render(index, page)[0].numpy().tobytes() for page in range(162)]
     assert set(shown) == set(expected)
     assert len(set(shown)) == 162
-    reference = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(images.mean, images.std)])
+    reference = v2.Compose(
+        [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(images.mean, images.std)]
+    )
     for pixels, result in zip(shown, normalised, strict=True):
         torch.testing.assert_close(result, reference(expected[pixels]), rtol=0, atol=2e-6)
 
@@ -97,7 +99,9 @@ def test_the_number_of_distinct_pages_is_what_the_design_says() -> None:
         assert len(distinct) == pytest.approx(expected, abs=5)
 
 
-@pytest.mark.parametrize(("classes", "per_class", "half"), [(10, 5_000, 250), (100, 500, 25), (10, 20, 1), (3, 59, 2)])
+@pytest.mark.parametrize(
+    ("classes", "per_class", "half"), [(10, 5_000, 250), (100, 500, 25), (10, 20, 1), (3, 59, 2)]
+)
 def test_the_held_out_split(classes: int, per_class: int, half: int) -> None:
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(classes), per_class))
     train, fit, select = parts = exp.held_out_indices(labels, 42)
@@ -146,7 +150,7 @@ def test_a_constant_channel_does_not_divide_by_zero() -> None:
 def test_a_hundred_classes() -> None:
     rng = np.random.default_rng(1)
     pixels, labels = rng.integers(0, 256, (2_000, 32, 32, 3), dtype=np.uint8), np.arange(2_000) % 100
-    raw = exp.RawData("CIFAR100", tuple(map(str, range(100))), pixels, labels, pixels[:9], labels[:9], "", "")
+    raw = exp.RawData("CIFAR100", tuple(map(str, range(100))), pixels, labels, pixels[:9], labels[:9], "")
     images = exp.Images(raw, 0, CPU)
     assert len(images) == 1_800
     assert sorted(images.fit.labels.tolist()) == sorted(images.select.labels.tolist()) == list(range(100))

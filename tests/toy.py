@@ -33,18 +33,18 @@ TOY = [
 ]  # fmt: skip
 AGAIN = ["--resume", *SESSION]
 JOBS = [
-    "teacher_resnet50_CIFAR10", "intermediate_2.3x_CIFAR10", "pilot_5x_HPM-KD_CIFAR10",
+    "teacher_resnet50_CIFAR10", "assistant_1.5x_CIFAR10", "assistant_2.3x_CIFAR10", "pilot_5x_HPM-KD_CIFAR10",
     "student_5x_Direct_run1", "student_5x_TraditionalKD_run1", "student_5x_HPM-KD_run1",
 ]  # fmt: skip
-TEACHER, INTERMEDIATE, PILOT, DIRECT, KD, HPMKD = JOBS
+TEACHER, ASSISTANT, SECOND_ASSISTANT, PILOT, DIRECT, KD, HPMKD = JOBS
 
 
 def cut_networks(patch: pytest.MonkeyPatch) -> None:
     """One block per stage."""
-    for name, last in (("teacher", 64), ("2.3x", 64), ("5x", 56), ("7x", 48)):
+    for name, last in (("teacher", 64), ("1.5x", 64), ("2.3x", 64), ("5x", 56), ("7x", 48)):
         block = exp.Bottleneck if name == "teacher" else exp.BasicBlock
         patch.setitem(exp.ARCHITECTURES, name, exp.Architecture(block, (1, 1, 1, 1), (64, 64, 64, last)))
-    patch.setattr(exp, "network_cost", exp.functools.lru_cache(exp.network_cost.__wrapped__))
+    patch.setattr(exp, "network_cost", exp.cache(exp.network_cost.__wrapped__))
 
 
 def install_toy(patch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -61,14 +61,14 @@ def install_toy(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.setattr(exp, "latex_table", lambda _: "")
     archive = install(patch, "CIFAR10", CIFAR10, "labels").archive
 
-    def fetch(_url: str, pieces: exp.Pieces, _over: object) -> None:
-        pieces.put(len(archive))
-        for start in range(0, len(archive), 1 << 16):
-            pieces.put(archive[start : start + (1 << 16)])
-        pieces.put(b"")
+    def fetch(_url: str, _limit_seconds: float, check: Callable[[], None]) -> bytes:
+        check()
+        return archive
 
-    patch.setattr(exp, "_fetch", fetch)
-    patch.setattr(exp, "session_age_seconds", lambda _: 0.0)  # a pretended Kaggle session is not as old as this machine
+    patch.setattr(exp, "fetch", fetch)
+    patch.setattr(
+        exp, "session_age_seconds", lambda: 0.0
+    )  # a pretended Kaggle session is not as old as this machine
     folder.mkdir(parents=True, exist_ok=True)
     patch.chdir(folder)
     patch.setattr(exp.tempfile, "tempdir", str(folder.resolve()))
@@ -90,7 +90,10 @@ def resume(folder: Path, *options: str) -> int:
 
 def epochs_in_log(folder: Path) -> list[str]:
     """Every epoch that was trained, in order, as "<job> epoch <n>"."""
-    return re.findall(r"\] (\S+ epoch \d+)/", (folder / "experiment.log").read_text())
+    return [
+        " epoch ".join(found)
+        for found in re.findall(r"\] (\S+) +epoch +(\d+)/", (folder / "experiment.log").read_text())
+    ]
 
 
 def repeated(epochs: Sequence[str]) -> list[str]:
@@ -102,7 +105,9 @@ def repeated(epochs: Sequence[str]) -> list[str]:
 def leftovers(folder: Path) -> list[str]:
     """Files that a finished run must not have: temporary ones, and checkpoints in progress."""
     names = (str(path.relative_to(folder)) for path in folder.rglob("*"))
-    return sorted(n for n in names if re.search(r"\.tmp$|\.part|\.partial|\.progress|\.corrupt|run\.lock", n))
+    return sorted(
+        n for n in names if re.search(r"\.tmp$|\.part|\.partial|\.progress|\.corrupt|run\.owner", n)
+    )
 
 
 def tree(folder: Path) -> dict[str, bytes | str]:
@@ -194,7 +199,9 @@ def strike_after(patch: pytest.MonkeyPatch, owner: Any, name: str, strike: Calla
     patch.setattr(owner, name, struck)
 
 
-def strike_half_written(patch: pytest.MonkeyPatch, _owner: Any, _name: str, strike: Callable[[], None]) -> None:
+def strike_half_written(
+    patch: pytest.MonkeyPatch, _owner: Any, _name: str, strike: Callable[[], None]
+) -> None:
     """Call `strike` when half of what is written to a file that the script opens has arrived."""
 
     def opened(path: Any, mode: str = "r", *args: Any, **options: Any) -> IO[Any]:
@@ -232,28 +239,30 @@ class Writing:
 
 Install = Callable[[pytest.MonkeyPatch, Any, str, Callable[[], None]], None]
 POINTS: dict[str, tuple[Install, Any, str]] = {
-    "the download": (strike_before, exp.queue.SimpleQueue, "get"),
+    "the download": (strike_before, exp, "fetch"),
     "before the temporary file": (strike_before, exp, "write_atomic"),
     "half written": (strike_half_written, None, ""),
     "before the fsync": (strike_before, os, "fsync"),
     "before the rename": (strike_before, os, "replace"),
     "after the rename": (strike_after, os, "replace"),
     "before the previous version is kept": (strike_before, os, "link"),
-    "between model file and index": (strike_before, exp, "save_plain"),
-    "before the old checkpoints go": (strike_before, exp.RunFolder, "remove_progress"),
-    "an epoch": (strike_before, exp.Fitting, "_step"),
+    "between model file and index": (strike_before, exp.Run, "save_index"),
+    "before the old checkpoints go": (strike_after, exp, "save_checkpoint"),
+    "an epoch": (strike_before, exp.Training, "_step"),
     "the validation": (strike_before, exp.Experiment, "predict"),
     "a page of teacher outputs": (strike_before, exp.TeacherOutputs, "_compute"),
-    "a pilot": (strike_before, exp._Pilot, "evaluate"),
+    "a pilot": (strike_before, exp, "describe_candidate"),
     "the attention": (strike_before, exp, "train_attention"),
-    "the evaluation": (strike_before, exp.JobRunner, "_evaluate"),
+    "the evaluation": (strike_before, exp, "evaluate"),
     "the figures": (strike_before, Figure, "savefig"),
     "the report": (strike_before, exp, "summary_table"),
     "the archive": (strike_before, exp, "write_archive"),
 }
 
 
-def install_strike(patch: pytest.MonkeyPatch, point: str, number: int, action: Callable[[], None]) -> list[int]:
+def install_strike(
+    patch: pytest.MonkeyPatch, point: str, number: int, action: Callable[[], None]
+) -> list[int]:
     """Do `action` when the program comes to a point for the `number`-th time; returns a list that holds the visits so far."""
     visits = [0]
 
@@ -262,12 +271,8 @@ def install_strike(patch: pytest.MonkeyPatch, point: str, number: int, action: C
         if visits[0] == number:
             action()
 
-    if point == "the download":  # a C class whose methods cannot be replaced
-        received = exp._receive
-        patch.setattr(exp, "_receive", lambda url, file, limit, check: received(url, file, limit, lambda: (strike(), check())))
-    else:
-        install_at, owner, name = POINTS[point]
-        install_at(patch, owner, name, strike)
+    install_at, owner, name = POINTS[point]
+    install_at(patch, owner, name, strike)
     return visits
 
 
@@ -302,19 +307,23 @@ def in_child(action: Callable[[], int], kill_after: float | None = None) -> int 
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
-            return os.WEXITSTATUS(status) if os.WIFEXITED(status) else signal.Signals(os.WTERMSIG(status)).name
+            return (
+                os.WEXITSTATUS(status) if os.WIFEXITED(status) else signal.Signals(os.WTERMSIG(status)).name
+            )
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
         time.sleep(0.002)
 
 
-def attempt(folder: Path, options: Sequence[str], point: str = "", number: int = 0, kill_after: float | None = None) -> int | str:
+def attempt(
+    folder: Path, options: Sequence[str], point: str = "", number: int = 0, kill_after: float | None = None
+) -> int | str:
     """Start or continue the toy in a child that is killed at a point, or after some seconds."""
 
     def go() -> int:
         if point:
             install_strike(pytest.MonkeyPatch(), point, number, die)
-        run = exp.RunFolder(folder).is_run()
+        run = exp.is_run(folder)
         return exp.main([*(AGAIN if run else TOY), "--output-dir", str(folder), *options])
 
     return in_child(go, kill_after)

@@ -26,10 +26,14 @@ RATIOS = tuple(exp.RATIOS)
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options of every benchmark."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--width", type=int, default=16)
     made.add_argument("--batch-size", type=int, default=128)
-    made.add_argument("--threads", type=int, default=exp.thread_count(exp.Settings(), [exp.Device("cpu", 0, "CPU")]))
+    made.add_argument(
+        "--threads", type=int, default=exp.thread_count(exp.Settings(), [exp.Device("cpu", 0, "CPU")])
+    )
     made.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     made.add_argument("--precision", choices=("auto", *exp.PRECISIONS), default="auto")
     return made
@@ -40,7 +44,9 @@ def cifar_like(images: int, test: int = 1_000) -> exp.RawData:
     rng = np.random.default_rng(0)
     pixels, tests = (rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8) for n in (images, test))
     labels = [np.arange(n, dtype=np.int64) % 10 for n in (images, test)]
-    return exp.RawData("SYNTHETIC", tuple("0123456789"), pixels, labels[0], tests, labels[1], "random", f"{images}")
+    return exp.RawData(
+        "SYNTHETIC", tuple("0123456789"), pixels, labels[0], tests, labels[1], "random", f"{images}"
+    )
 
 
 @contextlib.contextmanager
@@ -52,19 +58,31 @@ def experiment(options: argparse.Namespace, raw: exp.RawData, **given: object) -
     with tempfile.TemporaryDirectory() as folder:
         made = open_lab(Path(folder) / "run", raw, device, **{**shape, **given})
         for name in exp.ARCHITECTURES:
-            job, network = exp.teacher_job(name, made.settings.dataset), exp.build_network(name, 10, options.width)
+            job, network = (
+                exp.teacher_job(name, made.settings.dataset),
+                exp.build_network(name, 10, options.width),
+            )
             record = {"status": "done", "network": name, "weights_sha256": name}
-            held = {f"{part}_logits": torch.zeros(len(getattr(made.images, part).labels), 10) for part in ("fit", "select")}
-            exp.save_checkpoint(made.folder.model_file(job.name), {"model": network.state_dict(), "record": record, **held})
+            held = {
+                f"{part}_logits": torch.zeros(len(getattr(made.images, part).labels), 10)
+                for part in ("fit", "select")
+            }
+            exp.save_checkpoint(
+                made.folder.model_file(job.name), {"model": network.state_dict(), "record": record, **held}
+            )
             made.state["jobs"][job.name] = record
         yield made
 
 
-def fitting(made: exp.Experiment, network: str, method: str, epochs: int, steps: int | None = None) -> exp.Fitting:
+def fitting(
+    made: exp.Experiment, network: str, method: str, epochs: int, steps: int | None = None
+) -> exp.Fitting:
     """A training of `network`; an epoch has all images, or `steps` steps."""
     per_epoch = min(len(made.images) // made.settings.batch_size, steps or sys.maxsize)
     schedule = exp.Schedule(network, epochs * per_epoch, per_epoch, 0.01, 1, 1)
-    return exp.Fitting(made, f"{network}_{method}", "benchmark", schedule, exp.make_trainer(made, method, None))
+    return exp.Fitting(
+        made, f"{network}_{method}", "benchmark", schedule, exp.make_trainer(made, method, None)
+    )
 
 
 def clock(device: exp.Device) -> float:
@@ -102,6 +120,9 @@ def say(name: str, value: float | str) -> None:
 
 def say_device(made: exp.Experiment) -> None:
     """Print what was measured on."""
-    say("device", f"{made.device.name}, {made.settings.threads} threads, {made.precision}, torch {torch.__version__}")
+    say(
+        "device",
+        f"{made.device.name}, {made.settings.threads} threads, {made.precision}, torch {torch.__version__}",
+    )
     say("width", made.settings.width)
     say("training_images", str(len(made.images)))

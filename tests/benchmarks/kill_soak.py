@@ -27,9 +27,15 @@ def kill_until_done(folder: Path, choice: random.Random) -> dict[str, int]:
     kills = {"at a named point": 0, "at a random moment": 0}
     while True:
         if choice.random() < 0.7:
-            how, outcome = "at a named point", attempt(folder, ["--fresh-teacher"], choice.choice(list(POINTS)), choice.randint(1, 8))
+            how, outcome = (
+                "at a named point",
+                attempt(folder, ["--fresh-teacher"], choice.choice(list(POINTS)), choice.randint(1, 8)),
+            )
         else:
-            how, outcome = "at a random moment", attempt(folder, ["--fresh-teacher"], kill_after=choice.random() * 4)
+            how, outcome = (
+                "at a random moment",
+                attempt(folder, ["--fresh-teacher"], kill_after=choice.random() * 4),
+            )
         if outcome == "SIGKILL":
             kills[how] += 1
         elif outcome == 0:
@@ -44,7 +50,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     choice, begun = random.Random(options.seed), time.monotonic()
-    totals = {"runs finished": 0, "at a named point": 0, "at a random moment": 0, "wrong results": 0, "leftovers": 0, "repeated epochs": 0}
+    totals = {
+        "runs finished": 0,
+        "at a named point": 0,
+        "at a random moment": 0,
+        "wrong results": 0,
+        "leftovers": 0,
+        "repeated epochs": 0,
+    }
     console = os.dup(1)
     with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
         work = Path(temporary).resolve()

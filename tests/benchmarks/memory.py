@@ -26,7 +26,9 @@ SECONDS = 0.005  # between two looks
 def resident() -> dict[str, int]:
     """Bytes of this process that are resident, by kind."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {line[0][:-1]: int(line[1]) * 1024 for line in lines if line[0] in ("VmHWM:", "RssAnon:", "RssFile:")}
+    return {
+        line[0][:-1]: int(line[1]) * 1024 for line in lines if line[0] in ("VmHWM:", "RssAnon:", "RssFile:")
+    }
 
 
 class Watch:
@@ -89,8 +91,12 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--images", type=int, default=50_000, help="training images, held-out ones included")
     options.add_argument("--steps", type=int, default=3, help="steps of an epoch and chunks of a page")
-    options.add_argument("--data-dir", type=Path, help="folder with CIFAR-10, to be used instead of SYNTHETIC")
-    options.add_argument("--compression", nargs="+", default=["7x"], help="7x has every kind of job and three teachers")
+    options.add_argument(
+        "--data-dir", type=Path, help="folder with CIFAR-10, to be used instead of SYNTHETIC"
+    )
+    options.add_argument(
+        "--compression", nargs="+", default=["7x"], help="7x has every kind of job and three teachers"
+    )
     chosen = options.parse_args()
     watch = Watch()
     cut_short(chosen.steps)
@@ -101,7 +107,14 @@ def main() -> None:
     exp.conclude = watch.during(lambda *_: "report", exp.conclude)
     source = ["--dataset", "SYNTHETIC", "--train-size", str(chosen.images)]
     if chosen.data_dir:
-        source = ["--dataset", "CIFAR10", "--data-dir", str(chosen.data_dir), "--train-size", str(chosen.images)]
+        source = [
+            "--dataset",
+            "CIFAR10",
+            "--data-dir",
+            str(chosen.data_dir),
+            "--train-size",
+            str(chosen.images),
+        ]
     with tempfile.TemporaryDirectory() as folder:
         command = [
             "--mode", "quick", *source, "--width", str(chosen.width), "--batch-size", str(chosen.batch_size),

@@ -33,9 +33,20 @@ def students_seconds(made: exp.Experiment, compression: Sequence[str], runs: int
     spent = 0.0
     for ratio, method, run in jobs:
         schedule = exp.Schedule(
-            ratio, 2 * (len(made.images) // made.settings.batch_size), len(made.images) // made.settings.batch_size, 0.01, run, run
+            ratio,
+            2 * (len(made.images) // made.settings.batch_size),
+            len(made.images) // made.settings.batch_size,
+            0.01,
+            run,
+            run,
         )
-        training = exp.Fitting(made, f"{ratio}_{method}_{run}_of_{runs}", "benchmark", schedule, exp.make_trainer(made, method, None))
+        training = exp.Fitting(
+            made,
+            f"{ratio}_{method}_{run}_of_{runs}",
+            "benchmark",
+            schedule,
+            exp.make_trainer(made, method, None),
+        )
         spent += seconds(made.device, training.run)
     return spent
 
@@ -58,7 +69,9 @@ def worker_seconds(workers: int, width: int) -> float:
 def main() -> None:
     """Measure and print."""
     options = parser(__doc__)
-    options.add_argument("--images", type=int, nargs="+", default=[1_000, 2_000, 4_000, 8_000], help="held-out ones included")
+    options.add_argument(
+        "--images", type=int, nargs="+", default=[1_000, 2_000, 4_000, 8_000], help="held-out ones included"
+    )
     options.add_argument("--runs", type=int, nargs="+", default=[1, 2, 4])
     options.add_argument("--student-images", type=int, default=1_000, help="for the runs and ratios")
     options.add_argument("--workers", type=int, nargs="+", default=[1, 2])
@@ -67,9 +80,17 @@ def main() -> None:
     for images in chosen.images:
         with experiment(chosen, cifar_like(images)) as made:
             training = fitting(made, "7x", "Direct", 4)
-            epochs.append(statistics.median([seconds(made.device, lambda e=e, t=training: t._epoch(e)) for e in range(4)][1:]))
+            epochs.append(
+                statistics.median(
+                    [seconds(made.device, lambda e=e, t=training: t._epoch(e)) for e in range(4)][1:]
+                )
+            )
             outputs, name = exp.TeacherOutputs(made), exp.teacher_job("5x", made.settings.dataset).name
-            pages.append(statistics.median([seconds(made.device, lambda p=p, o=outputs, n=name: o.page(n, p)) for p in range(4)][1:]))
+            pages.append(
+                statistics.median(
+                    [seconds(made.device, lambda p=p, o=outputs, n=name: o.page(n, p)) for p in range(4)][1:]
+                )
+            )
             say(f"epoch_seconds_at_{images}_images", epochs[-1])
             say(f"page_seconds_at_{images}_images", pages[-1])
     say_device(made)
@@ -83,7 +104,9 @@ def main() -> None:
     say("exponent_in_runs", exponent(chosen.runs, times))
     single: dict[str, float] = {}
     for ratios in [*((ratio,) for ratio in RATIOS), RATIOS]:
-        with experiment(chosen, cifar_like(chosen.student_images)) as made:  # a new one: no page and no progress is at hand
+        with experiment(
+            chosen, cifar_like(chosen.student_images)
+        ) as made:  # a new one: no page and no progress is at hand
             spent = students_seconds(made, ratios, 1)
         if ratios == RATIOS:
             say("all_ratios_over_their_sum", spent / sum(single.values()))

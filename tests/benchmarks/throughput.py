@@ -33,7 +33,10 @@ def images_per_second(made: exp.Experiment, network: str, steps: int) -> tuple[f
     times = [seconds(made.device, lambda batch=batch: training._step(batch, 0)) for batch in batches]
     folded = made.place(training.model.folded())
     chunks = torch.arange(count, device=made.device.torch).split(exp.CHUNK)[: max(steps // 2, 3)]
-    inference = [seconds(made.device, lambda c=c: made.infer(folded, made.images.render(c, 0))) / len(c) for c in chunks]
+    inference = [
+        seconds(made.device, lambda c=c: made.infer(folded, made.images.render(c, 0))) / len(c)
+        for c in chunks
+    ]
     return size / statistics.median(times[1:]), 1 / statistics.median(inference[1:])
 
 
@@ -108,7 +111,14 @@ def overhead(made: exp.Experiment, network: str, method: str) -> tuple[float, fl
 
 PARTS = {  # of an epoch -> how the operations and scopes of it are called (lower case); the outermost that fits counts
     "augmentation": ("augmentation",),
-    "loss": ("loss of a batch", "lossbackward", "klbackward", "divbackward", "logsoftmaxbackward", "soft targets"),
+    "loss": (
+        "loss of a batch",
+        "lossbackward",
+        "klbackward",
+        "divbackward",
+        "logsoftmaxbackward",
+        "soft targets",
+    ),
     "convolution_backward": ("convolutionbackward",),
     "convolution_forward": ("aten::conv2d",),
     "batch_norm": ("batch_norm", "batchnorm"),
@@ -154,7 +164,9 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--images", type=int, default=50_000, help="training images, held-out ones included")
     options.add_argument("--steps", type=int, default=6, help="training steps to time per network")
-    options.add_argument("--profile", action="store_true", help="shares of the operations in a distillation epoch")
+    options.add_argument(
+        "--profile", action="store_true", help="shares of the operations in a distillation epoch"
+    )
     options.add_argument("--epoch-network", choices=list(exp.ARCHITECTURES), default="7x")
     chosen = options.parse_args()
     with experiment(chosen, cifar_like(chosen.images, 10_000)) as made:
@@ -183,7 +195,11 @@ def main() -> None:
         say("page_bytes_per_teacher", str(page))
         for mode in ("quick", "full"):
             settings = exp.new_settings({"mode": mode})
-            pages = {p for run in range(1, settings.runs + 1) for p in exp.page_order(42, run, settings.student_epochs)}
+            pages = {
+                p
+                for run in range(1, settings.runs + 1)
+                for p in exp.page_order(42, run, settings.student_epochs)
+            }
             say(f"{mode}_page_cache_bytes", str(len(pages) * page * 3))
     say("peak_memory_gigabytes", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
     if made.device.kind == "cuda":

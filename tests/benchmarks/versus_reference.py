@@ -27,7 +27,9 @@ import run_exp1b_kaggle as exp
 class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
     """As torchvision's CIFAR10: an array of images, each made a PIL image and transformed when asked for."""
 
-    def __init__(self, pixels: torch.Tensor, labels: torch.Tensor, transform: Callable[[Image.Image], torch.Tensor]) -> None:
+    def __init__(
+        self, pixels: torch.Tensor, labels: torch.Tensor, transform: Callable[[Image.Image], torch.Tensor]
+    ) -> None:
         self.pixels, self.labels, self.transform = pixels.numpy(), labels.tolist(), transform
 
     def __len__(self) -> int:
@@ -43,12 +45,19 @@ class Reference:
     def __init__(self, made: exp.Experiment, raw: exp.RawData, loader_workers: int) -> None:
         self.made, self.device = made, made.device.torch
         finish = [transforms.ToTensor(), transforms.Normalize(made.images.mean, made.images.std)]
-        augment = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *finish])
+        augment = transforms.Compose(
+            [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *finish]
+        )
         train = exp.held_out_indices(raw.train_labels, made.settings.seed)[0]
         pixels, labels = (torch.from_numpy(values[train]) for values in (raw.train_pixels, raw.train_labels))
         select = made.images.select
-        size, shared = made.settings.batch_size, {"num_workers": loader_workers, "pin_memory": made.device.kind == "cuda"}
-        self.train = DataLoader(ImageDataset(pixels, labels, augment), size, shuffle=True, drop_last=True, **shared)
+        size, shared = (
+            made.settings.batch_size,
+            {"num_workers": loader_workers, "pin_memory": made.device.kind == "cuda"},
+        )
+        self.train = DataLoader(
+            ImageDataset(pixels, labels, augment), size, shuffle=True, drop_last=True, **shared
+        )
         held_out = ImageDataset(select.pixels.cpu(), select.labels.cpu(), transforms.Compose(finish))
         self.select = DataLoader(held_out, size, **shared)
         self.teacher = exp.build_network("teacher", 10, made.settings.width).to(self.device).eval()
@@ -59,14 +68,20 @@ class Reference:
         running, right, seen = 0.0, 0, 0
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.made.precision == "fp16")
         for images, labels in self.train:
-            images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            images, labels = (
+                images.to(self.device, non_blocking=True),
+                labels.to(self.device, non_blocking=True),
+            )
             with self.made.autocast():
                 logits = model(images)
                 loss = F.cross_entropy(logits, labels)
                 if distil:
                     with torch.no_grad():
                         soft = F.softmax(self.teacher(images) / 4, dim=1)
-                    loss = 0.5 * 16 * F.kl_div(F.log_softmax(logits / 4, dim=1), soft, reduction="batchmean") + 0.5 * loss
+                    loss = (
+                        0.5 * 16 * F.kl_div(F.log_softmax(logits / 4, dim=1), soft, reduction="batchmean")
+                        + 0.5 * loss
+                    )
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -123,7 +138,9 @@ def main() -> None:
     chosen = options.parse_args()
     raw = cifar_like(chosen.images)
     with experiment(chosen, raw, student_epochs=chosen.rounds + 1) as made:
-        workers = chosen.loader_workers if chosen.loader_workers is not None else 2 * (made.device.kind == "cuda")
+        workers = (
+            chosen.loader_workers if chosen.loader_workers is not None else 2 * (made.device.kind == "cuda")
+        )
         reference = Reference(made, raw, workers)
         say_device(made)
         totals: dict[str, float] = {}
@@ -134,11 +151,20 @@ def main() -> None:
                 totals[kind] = totals.get(kind, 0.0) + value
             say(f"{network}_distillation_over_Direct", found["distillation"] / found["Direct"])
             say(f"{network}_speedup_Direct", found["reference_Direct"] / found["Direct"])
-            say(f"{network}_speedup_distillation_warm", found["reference_distillation"] / found["distillation"])
+            say(
+                f"{network}_speedup_distillation_warm",
+                found["reference_distillation"] / found["distillation"],
+            )
         fill = fill_seconds(made)
     settings = exp.new_settings({"mode": "quick"})
-    pages = {page for run in range(1, settings.runs + 1) for page in exp.page_order(42, run, settings.student_epochs)}
-    epochs = 2 * settings.runs * settings.student_epochs  # of two methods that distil from this teacher, at each ratio
+    pages = {
+        page
+        for run in range(1, settings.runs + 1)
+        for page in exp.page_order(42, run, settings.student_epochs)
+    }
+    epochs = (
+        2 * settings.runs * settings.student_epochs
+    )  # of two methods that distil from this teacher, at each ratio
     say("page_seconds", fill)
     say("distillation_over_Direct", totals["distillation"] / totals["Direct"])
     say("speedup_Direct", totals["reference_Direct"] / totals["Direct"])
