@@ -1228,7 +1228,8 @@ class CifarResNet(nn.Module):
 
     def __init__(self, architecture: Architecture, classes: int, width: int) -> None:
         super().__init__()
-        widths = [channels * width // FULL_WIDTH for channels in architecture.channels]
+        # Never below 8: oneDNN without AVX-512 writes out of bounds in the gradient of a strided 1x1 convolution.
+        widths = [max(8, channels * width // FULL_WIDTH) for channels in architecture.channels]
         inputs = widths[0]
         layers: list[nn.Module] = [nn.Conv2d(3, inputs, 3, padding=1, bias=False), nn.BatchNorm2d(inputs)]
         layers.append(nn.ReLU(inplace=True))

@@ -34,10 +34,10 @@ def counted_by_hand(name: str, classes: int, width: int) -> tuple[int, int]:
         parameters += weights + 2 * outputs  # and the batch normalisation's scale and shift
         macs += weights * side**2
 
-    inputs, side = channels[0] * width // 64, 32
+    widths = [max(8, full * width // 64) for full in channels]
+    inputs, side = widths[0], 32
     conv(3, inputs, 3, side)
-    for stage, (count, full) in enumerate(zip(blocks, channels, strict=True)):
-        planes = full * width // 64
+    for stage, (count, planes) in enumerate(zip(blocks, widths, strict=True)):
         outputs = planes * 4 if bottleneck else planes
         for block in range(count):
             before, side = side, side // 2 if stage and not block else side
