@@ -40,6 +40,8 @@ if __name__ == "__main__":
     os.environ.setdefault(
         "OMP_WAIT_POLICY", "passive"
     )  # threads that spin while they wait take another program's cores
+    for name in [name for name in os.environ if name.startswith("TQDM_")]:
+        del os.environ[name]  # nonsense in them would break `import torch`, which imports tqdm
 
 import argparse
 import contextlib
@@ -707,7 +709,7 @@ def choose_precision(wanted: str, device: Device) -> str:
 
 def cpu_quota() -> float:
     """CPUs that the container's control group grants this process (infinite without a limit)."""
-    with contextlib.suppress(OSError, ValueError):  # version 2
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # version 2
         limit, per = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return int(limit) / int(per) if limit != "max" else math.inf
     with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # version 1
@@ -1013,9 +1015,13 @@ def download_sources(
             log.warning("%s", problem)
             problems.insert(0, problem)
             continue
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot create {folder} ({error.strerror}) for the data") from None
         write_atomic(path, payload)
         yield path
+        path.unlink(missing_ok=True)  # it was not what it should be: the next source is wanted
 
 
 def fetch(url: str, limit_seconds: float, check: Callable[[], None]) -> bytes:
@@ -1228,7 +1234,7 @@ class CifarResNet(nn.Module):
 
     def __init__(self, architecture: Architecture, classes: int, width: int) -> None:
         super().__init__()
-        # Never below 8: oneDNN without AVX-512 writes out of bounds in the gradient of a strided 1x1 convolution.
+        # Never below 8: there oneDNN (AVX2) overruns a buffer in a strided 1x1 convolution's gradient.
         widths = [max(8, channels * width // FULL_WIDTH) for channels in architecture.channels]
         inputs = widths[0]
         layers: list[nn.Module] = [nn.Conv2d(3, inputs, 3, padding=1, bias=False), nn.BatchNorm2d(inputs)]
@@ -2638,6 +2644,18 @@ class Run:
         self.records[job.name] = record
         return True
 
+    def look(self) -> None:
+        """Fill `records` with what has ended, without touching any file."""
+        for job in self.jobs:
+            try:
+                record: Record | None = self.load(job)[0]
+            except Damaged:
+                continue
+            except FileNotFoundError:
+                record = self._load_failure(job)
+            if record is not None:
+                self.records[job.name] = record
+
     def _load_failure(self, job: Job) -> Record | None:
         """Why a job of this run failed, if it did."""
         with contextlib.suppress(FileNotFoundError, Damaged):
@@ -2733,7 +2751,10 @@ def new_index(settings: Settings, precision: str, data: DataDescription, plugins
 
 def is_run(path: Path) -> bool:
     """Whether a run was started in this folder (its index or models, finished or not, exist)."""
-    return any(any((path / "checkpoints").glob(pattern)) for pattern in (STATE_NAME, "*.pt", "*.progress"))
+    checkpoints = path / "checkpoints"
+    if not os.path.isdir(checkpoints):  # Path.is_dir would raise for a name that is too long
+        return False
+    return any(any(checkpoints.glob(pattern)) for pattern in (STATE_NAME, "*.pt", "*.progress"))
 
 
 def load_index(path: Path, plugins: Mapping[str, str]) -> Index:
@@ -5630,7 +5651,7 @@ def open_run(
 ) -> Iterator[tuple[Run, list[Device], RawData]]:
     """Find or create the run, take its lock, check device and data, and enter this session into the index."""
     path = choose_folder(args, platform)
-    is_new = not path.exists()
+    is_new = not os.path.exists(path)
     make_run_folder(path)
     try:
         with RunLock(path) as lock:
@@ -6333,10 +6354,12 @@ def show_status(args: Namespace, platform: Platform) -> int:
     """Print what a run has done and what is left, without touching it."""
     path = find_run(args, platform)
     index = load_index(path, args.plugins)
-    settings, jobs = index.settings, planned_jobs(index.settings)
-    failed = [record for record in index.jobs.values() if not record.done]
-    done, left = len(index.jobs) - len(failed), [job for job in jobs if job.name not in index.jobs]
-    spent = sum(record.train_seconds for record in index.jobs.values() if not record.same_as)
+    run = Run(path, index)
+    run.look()
+    settings, jobs, found = index.settings, run.jobs, run.records
+    failed = [record for record in found.values() if not record.done]
+    done, left = len(found) - len(failed), run.left
+    spent = sum(record.train_seconds for record in found.values() if not record.same_as)
 
     print(f"{path}")
     print(
@@ -6348,12 +6371,12 @@ def show_status(args: Namespace, platform: Platform) -> int:
         "training so far"
     )
     for job in jobs:
-        if job.kind != "student" and job.name in index.jobs:
-            print(f"  {job.name:<40} {say_record(index.jobs[job.name])}")
+        if job.kind != "student" and job.name in found:
+            print(f"  {job.name:<40} {say_record(found[job.name])}")
     for ratio in settings.compression:
         for arm in student_arms(settings):
             records = [
-                r for r in index.jobs.values() if (r.kind, r.compression, r.method) == ("student", ratio, arm)
+                r for r in found.values() if (r.kind, r.compression, r.method) == ("student", ratio, arm)
             ]
             accuracies = [record.test_accuracy for record in records if record.done]
             best = f", best {max(accuracies):.2f}%, last {accuracies[-1]:.2f}%" if accuracies else ""

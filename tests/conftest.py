@@ -24,7 +24,7 @@ TINY = [
     "--mode", "smoke", "--width", "8", "--train-size", "400", "--batch-size", "60", "--lr", "0.05",
     "--teacher-epochs", "2", "--student-epochs", "2", "--runs", "2", "--threads", "1", "--device", "cpu",
 ]  # fmt: skip
-HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+SIGNALS = [getattr(signal, name) for name in exp.Session.SIGNALS]
 SMALL = [*TINY, "--compression", "5x", "--runs", "1"]  # one ratio, one run: two assistants, about ten seconds
 
 
@@ -42,9 +42,12 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(autouse=True)
 def _signal_handlers() -> Iterator[None]:
-    """An experiment that runs inside the test process leaves its signal handlers there: put the old ones back."""
+    """Every test starts with the usual handlers, whatever was ignored where the tests were started, and leaves what it found."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     yield
-    for number, handler in HANDLERS.items():
+    for number, handler in before.items():
         signal.signal(number, handler)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import pickle
 import shutil
@@ -15,18 +16,23 @@ import torch
 from conftest import results_without_times
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lab import lab_data
+from lab import lab_data, shortcuts
 from toy import (
     ASSISTANT,
     DAMAGES,
     DIRECT,
+    HPMKD,
+    JOBS,
     KD,
     PILOT,
+    SECOND_ASSISTANT,
     TEACHER,
     Code,
     epochs_in_log,
+    flip,
     forbid,
     leftovers,
+    make_folder,
     new_toy,
     resume,
     struck,
@@ -73,6 +79,26 @@ def test_a_disk_that_returns_something_else_is_noticed(
     with pytest.raises(exp.UsageError, match="something else"):
         exp.write_sealed(tmp_path / "file", b"new")
     assert exp.read_sealed(tmp_path / "file") == b"old"
+
+
+def test_the_previous_version_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    for number in (1, 2, 3):
+        exp.keep_previous(path)
+        exp.save_plain(path, {"number": number})
+    assert exp.load_plain(path) == {"number": 3}
+    assert exp.load_plain(exp.previous(path)) == {"number": 2}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_previous_version_is_kept_where_links_are_not_possible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(exp.os, "link", no_links)
+    test_the_previous_version_is_kept(tmp_path)
 
 
 def test_a_session_that_died_before_its_write_does_not_endanger_the_next(tmp_path: Path) -> None:
@@ -156,6 +182,13 @@ def test_a_sealed_pickle_with_code_is_refused_and_not_executed(tmp_path: Path) -
     assert not witness.exists()
 
 
+@pytest.mark.parametrize("content", [[1], "text", None, {1, 2}])
+def test_a_checkpoint_is_a_dictionary(tmp_path: Path, content: object) -> None:
+    exp.save_checkpoint(tmp_path / "tensors", content)  # type: ignore[arg-type]
+    with pytest.raises(exp.Damaged):
+        exp.load_checkpoint(tmp_path / "tensors")
+
+
 def test_an_unreadable_file_is_damaged_and_a_missing_one_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +225,7 @@ def test_arbitrary_bytes_are_damaged(tmp_path: Path, content: bytes, sealed: boo
     (exp.write_sealed if sealed else exp.write_atomic)(path, content)
     for load in (exp.load_plain, exp.load_checkpoint):
         try:
-            assert isinstance(load(path), dict)
+            assert is_plain(load(path))
         except exp.Damaged:
             pass
 
@@ -207,9 +240,16 @@ def test_altered_pickles_are_plain_or_damaged(
     content[position % len(content)] = byte
     exp.write_sealed(tmp_path / "file", bytes(content))
     try:
-        assert isinstance(exp.load_plain(tmp_path / "file"), dict)
+        assert is_plain(exp.load_plain(tmp_path / "file"))
     except exp.Damaged:
         pass
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value is made of builtin types alone."""
+    inner = [*value, *value.values()] if isinstance(value, dict) else value
+    parts = inner if isinstance(inner, list | tuple | set | frozenset) else []
+    return type(value).__module__ == "builtins" and not callable(value) and all(map(is_plain, parts))
 
 
 @ONCE
@@ -219,30 +259,177 @@ def test_plain_data_comes_back(tmp_path: Path, value: dict[str, Any]) -> None:
     assert repr(exp.load_plain(tmp_path / "file")) == repr(value)
 
 
+# ---- The index -----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def new_index() -> exp.Index:
+    """An index of a run that has nothing yet."""
+    return exp.new_index(exp.new_settings({"mode": "smoke"}), "fp32", exp.describe_data(lab_data(), 42), {})
+
+
 def good_index() -> dict[str, Any]:
-    """An index that is accepted."""
-    chosen = exp.new_settings({"mode": "smoke"})
-    return exp.new_index(chosen, "fp32", exp.describe_data(lab_data(), 42))
+    """An index that is accepted, as it is stored."""
+    plain: dict[str, Any] = exp.to_plain(new_index())
+    return plain
 
 
-# ---- Every file of a run, every damage -------------------------------------------------------------------------------
+def stored_index(folder: Path) -> dict[str, Any]:
+    """The index of a run, as it is stored."""
+    content: dict[str, Any] = exp.load_plain(folder / "checkpoints" / exp.STATE_NAME)
+    return content
 
+
+def store_index(folder: Path, **changes: Any) -> None:
+    """Write a run's index with these changes, sealed."""
+    exp.save_plain(folder / "checkpoints" / exp.STATE_NAME, {**stored_index(folder), **changes})
+
+
+def test_a_new_index_is_accepted() -> None:
+    assert exp.to_plain(exp.index_from_plain(good_index(), {})) == good_index()
+
+
+@pytest.mark.parametrize("count", [9, 11])
+def test_an_index_names_every_class_of_its_data_set(count: int) -> None:
+    """Tables per class would be of another length."""
+    index = good_index()
+    index["data"] |= {"classes": [str(number) for number in range(count)]}
+    with pytest.raises(exp.Damaged):
+        exp.index_from_plain(index, {})
+
+
+STRANGE: list[dict[str, Any]] = [
+    {"sessions": [1]}, {"jobs": {"x": 5}}, {"jobs": {"x": {"kind": "student"}}}, {"merged_teachers": {"5x": 1}},
+    {"precision": "fp8"}, {"equal_cost_epochs": []}, {"settings": None}, {"data": {}}, {"unknown": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("strange", STRANGE, ids=str)
+def test_a_strange_index_ends_no_command(copied: Path, redone: list[str], strange: dict[str, Any]) -> None:
+    """Sealed and plain, but not what this script writes: it is taken from a model, or refused in one line."""
+    store_index(copied, **strange)
+    codes = [exp.main([action, "--output-dir", str(copied)]) for action in ("--status", "--report-only")]
+    codes.append(resume(copied))
+    assert set(codes) in ({0}, {2})
+    assert redone == []
+    assert not list(copied.rglob("*.corrupt"))
+
+
+@ONCE
+@given(name=st.sampled_from(exp.setting_names("experiment") + exp.setting_names("scope")), value=PLAIN)
+def test_stored_settings_are_read_or_refused(name: str, value: object) -> None:
+    index = good_index()
+    index["settings"][name] = value
+    try:
+        read = exp.index_from_plain(index, {}).settings
+    except (exp.UsageError, exp.Damaged):
+        return
+    assert set(read.compression) <= set(exp.RATIOS)
+    assert set(read.methods) <= set(exp.METHODS)
+    assert read.dataset in exp.DATASETS
+    assert exp.planned_jobs(read)
+
+
+@pytest.mark.parametrize("name", ["compression", "methods"])
+def test_stored_settings_without_a_ratio_or_a_method_are_refused(name: str) -> None:
+    """Nobody can ask for that, and a report of nothing cannot be drawn."""
+    index = good_index()
+    index["settings"][name] = []
+    with pytest.raises((exp.UsageError, exp.Damaged)):
+        exp.index_from_plain(index, {})
+
+
+@pytest.mark.parametrize("evil", ["../../evil", "/etc", "5x/../.."])
+@pytest.mark.parametrize("name", ["compression", "methods", "dataset", "mode"])
+def test_stored_settings_lead_nowhere_outside(name: str, evil: str) -> None:
+    index = good_index()
+    index["settings"][name] = [evil] if isinstance(index["settings"][name], list) else evil
+    with pytest.raises((exp.UsageError, exp.Damaged)):
+        exp.index_from_plain(index, {})
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "removed"])
+def test_a_damaged_index_is_taken_from_a_model(
+    copied: Path, toy_run: Path, redone: list[str], damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also without --output-dir: the teacher is what the run is found by. It is said, and nothing is trained again."""
+    path = copied / "checkpoints" / exp.STATE_NAME
+    path.unlink() if damage == "removed" else DAMAGES[damage](path)
+    code = exp.main(["--resume", "--threads", "1", "--device", "cpu"])
+    out = capsys.readouterr().out
+    if damage == "a folder":
+        assert (code, path.name in out.splitlines()[-1]) == (2, True)
+        return
+    assert code == 0
+    assert "is lost; it is taken from" in out
+    assert "The index was lost and taken from" in (copied / "experiment_report.md").read_text()
+    assert redone == []
+    assert results_without_times(copied) == results_without_times(toy_run)
+
+
+def test_status_of_a_run_without_an_index(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It knows everything that is done, and touches nothing."""
+    (copied / "checkpoints" / exp.STATE_NAME).unlink()
+    before = tree(copied)
+    assert exp.main(["--status"]) == 0
+    assert f"{len(JOBS)} of {len(JOBS)} jobs done" in capsys.readouterr().out
+    assert tree(copied) == before
+
+
+def test_an_index_without_anything_else_is_not_started_over(
+    copied: Path, redone: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(copied / "checkpoints")
+    (copied / "checkpoints").mkdir()
+    (copied / "checkpoints" / exp.STATE_NAME).write_bytes(b"")
+    assert resume(copied) == 2
+    assert "holds no run that can be continued" in capsys.readouterr().out.splitlines()[-1]
+    assert redone == []
+
+
+def test_the_index_of_another_run_throws_nothing_away(copied: Path, redone: list[str]) -> None:
+    """Sound, but its settings are not those of the models beside it."""
+    state = stored_index(copied)
+    index = exp.index_from_plain(state, {})
+    other = exp.new_index(exp.replace(index.settings, seed=7), index.precision, index.data, {})
+    exp.save_plain(copied / "checkpoints" / exp.STATE_NAME, exp.to_plain(other))
+    before = {name: value for name, value in tree(copied / "checkpoints").items() if name.endswith(".pt")}
+    assert resume(copied) in (0, 2)
+    assert redone == []
+    after = {name: value for name, value in tree(copied / "checkpoints").items() if name.endswith(".pt")}
+    assert after == before
+
+
+def test_a_reused_teacher_does_not_bring_its_runs_settings_along(copied: Path, toy: Path) -> None:
+    """The index that is stored with a teacher, from which a lost one is taken, is that of the run that it was copied to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exp, "work", lambda *_, **__: "session clock")
+        assert new_toy(toy / "other", "--student-epochs", "4") == 0
+    assert (toy / f"other/checkpoints/{TEACHER}.pt").exists()
+    (toy / "other/checkpoints" / exp.STATE_NAME).unlink()
+    assert exp.load_index(toy / "other", {}).settings.student_epochs == 4
+
+
+# ---- Every file of a run, every damage -----------------------------------------------------------------------
 
 REPRESENTATIVE = ["empty", "cut at 50%", "bit at 30%", "a folder"]
+CASES = [(TEACHER, d) for d in REPRESENTATIVE] + [
+    (ASSISTANT, "bit at 60%"), (PILOT, "empty"), (PILOT, "a folder"), (DIRECT, "cut at 99%"), (KD, "a text"),
+    (HPMKD, "bit at 100%"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("damage", REPRESENTATIVE)
-@pytest.mark.parametrize("job", [TEACHER, ASSISTANT, PILOT, DIRECT, KD])
-def test_a_damaged_model_is_set_aside_and_that_job_alone_is_redone(
+@pytest.mark.parametrize(("job", "damage"), CASES)
+def test_a_damaged_model_is_set_aside_and_its_job_done_again(
     copied: Path, toy_run: Path, redone: list[str], job: str, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """That job alone."""
     DAMAGES[damage](copied / f"checkpoints/{job}.pt")
     assert resume(copied) == 0
     assert redone == [job]
     assert f"{job}.pt " in capsys.readouterr().out
-    assert leftovers(copied) == [f"checkpoints/{job}.pt.corrupt"] + (
-        [f"checkpoints/{job}.pt.corrupt/something"] if damage == "a folder" else []
-    )
+    inside = [f"checkpoints/{job}.pt.corrupt/something"] if damage == "a folder" else []
+    assert leftovers(copied) == [f"checkpoints/{job}.pt.corrupt", *inside]
     assert results_without_times(copied) == results_without_times(toy_run)
 
 
@@ -255,12 +442,13 @@ def test_damage_after_damage(copied: Path, redone: list[str]) -> None:
     assert redone == [DIRECT] * 4
 
 
-def toy_index(folder: Path) -> dict[str, Any]:
-    return exp.load_index(exp.RunFolder(folder), repair=False)
-
-
-def toy_settings(folder: Path) -> exp.Settings:
-    return exp.Settings.from_plain(toy_index(folder)["settings"])
+def test_an_unreadable_model_is_set_aside(
+    copied: Path, redone: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid(monkeypatch, copied / f"checkpoints/{KD}.pt")
+    assert resume(copied) == 0
+    assert redone == [KD]
+    assert (copied / f"checkpoints/{KD}.pt.corrupt").exists()
 
 
 @pytest.mark.parametrize("other", [TEACHER, ASSISTANT, KD])
@@ -273,46 +461,62 @@ def test_the_file_of_another_job_is_not_taken(
     assert results_without_times(copied) == results_without_times(toy_run)
 
 
+def edit_record(folder: Path, job: str, **changes: Any) -> None:
+    """Change a job's record in its file, sealed."""
+    path = folder / f"checkpoints/{job}.pt"
+    content = exp.load_checkpoint(path)
+    exp.save_checkpoint(path, {**content, "record": {**content["record"], **changes}})
+
+
 @pytest.mark.parametrize("job", [TEACHER, ASSISTANT, PILOT, DIRECT, KD])
 def test_the_file_of_another_run_is_not_taken(
     copied: Path, toy_run: Path, redone: list[str], job: str
 ) -> None:
     """Sound, of the right job, but trained with other settings."""
-    path = copied / f"checkpoints/{job}.pt"
-    content = exp.load_checkpoint(path)
-    exp.save_checkpoint(path, {**content, "record": {**content["record"], "fingerprint": "0" * 64}})
+    edit_record(copied, job, fingerprint="0" * 64)
     assert resume(copied) == 0
     assert redone == [job]
     assert results_without_times(copied) == results_without_times(toy_run)
 
 
-def test_a_student_of_another_teacher_is_not_taken(copied: Path, redone: list[str]) -> None:
-    path = copied / f"checkpoints/{KD}.pt"
-    content = exp.load_checkpoint(path)
-    exp.save_checkpoint(path, {**content, "record": {**content["record"], "taught_by": {TEACHER: "0" * 64}}})
+@pytest.mark.parametrize(
+    ("job", "teacher"),
+    [(KD, TEACHER), (ASSISTANT, TEACHER), (SECOND_ASSISTANT, ASSISTANT), (HPMKD, SECOND_ASSISTANT)],
+)
+def test_a_student_of_another_chain_is_not_taken(
+    copied: Path, redone: list[str], job: str, teacher: str
+) -> None:
+    """On a GPU, a teacher or assistant that is trained again has other weights."""
+    taught_by = exp.load_checkpoint(copied / f"checkpoints/{job}.pt")["record"]["taught_by"]
+    edit_record(copied, job, taught_by={**taught_by, teacher: "0" * 64})
+    assert teacher in taught_by
     assert resume(copied) == 0
-    assert redone == [KD]
+    assert redone == [job]
 
 
 def test_weights_that_are_not_those_of_the_record_are_noticed(copied: Path, redone: list[str]) -> None:
     """The seal is right: somebody wrote it. One network in the place of another of the same run."""
     contents = {name: exp.load_checkpoint(copied / f"checkpoints/{name}.pt") for name in (DIRECT, KD)}
-    exp.save_checkpoint(
-        copied / f"checkpoints/{DIRECT}.pt", {**contents[DIRECT], "model": contents[KD]["model"]}
-    )
+    mixed = {**contents[DIRECT], "model": contents[KD]["model"]}
+    exp.save_checkpoint(copied / f"checkpoints/{DIRECT}.pt", mixed)
     assert resume(copied) == 0
     assert redone == [DIRECT]
 
 
-def test_an_index_without_anything_else_is_not_started_over(
-    copied: Path, redone: list[str], capsys: pytest.CaptureFixture[str]
+def test_a_pilot_that_chooses_otherwise_the_second_time_gets_its_students_redone(
+    copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.rmtree(copied / "checkpoints")
-    (copied / "checkpoints").mkdir()
-    (copied / "checkpoints/experiment_state.pkl").write_bytes(b"")
-    assert resume(copied) == 2
-    assert "holds no run that can be continued" in capsys.readouterr().out.splitlines()[-1]
-    assert redone == []
+    """On a GPU that can happen; within the session, or its students would be missed at its end."""
+    path, student = copied / f"checkpoints/{PILOT}.pt", copied / f"checkpoints/{HPMKD}.pt"
+    before = exp.load_checkpoint(path)["record"]
+    other = 4 if before["chosen"] != 4 else 2
+    path.unlink()
+    with shortcuts(other):
+        assert resume(copied) == 0
+    assert exp.load_checkpoint(path)["record"]["chosen"] == other
+    config = exp.load_checkpoint(student)["record"]["config"]
+    assert config == before["candidates"][other]["config"]
+    assert f"{len(JOBS)} of {len(JOBS)} jobs done" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("damage", ["empty", "bit at 30%", "a text"])
@@ -327,24 +531,99 @@ def test_results_are_written_anew(
     assert (copied / "summary.csv").read_bytes() == (toy_run / "summary.csv").read_bytes()
 
 
-# ---- Failure records -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["results.csv", "run.owner", "run.lock", "figures", "checkpoints"])
+def test_something_else_in_the_place_of_an_output_is_one_line(
+    copied: Path, redone: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder where a file belongs, or a file where a folder belongs."""
+    if (copied / name).is_dir():
+        shutil.rmtree(copied / name)
+        (copied / name).write_text("")
+    else:
+        (copied / name).write_text("")
+        make_folder(copied / name)
+    code, out = resume(copied), capsys.readouterr().out
+    last = out.splitlines()[-1]
+    if name == "run.lock":  # a folder that cannot be locked is no reason to train nothing
+        assert (code, "cannot be locked" in out) == (0, True)
+    else:
+        assert code == 2
+        assert last.startswith("error: ")
+        assert name in last or "holds no run to continue" in last
+    assert redone == []
+
+
+def test_a_log_that_cannot_be_opened_costs_no_training(
+    copied: Path, toy_run: Path, redone: list[str]
+) -> None:
+    make_folder(copied / "experiment.log")
+    assert resume(copied) == 0
+    assert results_without_times(copied) == results_without_times(toy_run)
+
+
+# ---- Failure records -----------------------------------------------------------------------------------------
+
+
+def fail(folder: Path, job: str, final: bool) -> Path:
+    """Let a job of a finished run have failed; returns the failure record's path."""
+    error: exp.JobFailed = exp.Diverged("it diverged") if final else exp.JobFailed("it ended its process")
+
+    def failing(*_: object) -> None:
+        raise error
+
+    (folder / f"checkpoints/{job}.pt").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exp, "do_job", failing)
+        assert resume(folder) == 1
+    return folder / f"checkpoints/{job}.failed"
 
 
 @pytest.fixture
 def failed(copied: Path) -> Path:
-    """A run in which the Direct student has failed; returns the failure record's path."""
-    (copied / f"checkpoints/{DIRECT}.pt").unlink()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exp.JobRunner, "run", diverge)
-        assert resume(copied) == 1
-    return copied / f"checkpoints/{DIRECT}.failed"
+    """A run in which the Direct student has diverged; returns the failure record's path."""
+    return fail(copied, DIRECT, True)
 
 
-def diverge(_runner: exp.JobRunner) -> None:
-    raise exp.Diverged("it diverged")
+def test_what_may_succeed_the_next_time_is_tried_again(
+    copied: Path, toy_run: Path, request: pytest.FixtureRequest
+) -> None:
+    """A crash or a lack of memory is no verdict on the job: the next session does it, and the failure is forgotten."""
+    path = fail(copied, DIRECT, False)
+    redone = request.getfixturevalue("redone")
+    assert path.exists()
+    assert resume(copied) == 0
+    assert redone == [DIRECT]
+    assert not path.exists()
+    assert results_without_times(copied) == results_without_times(toy_run)
 
 
-# ---- Checkpoints in progress -----------------------------------------------------------------------------------------
+def test_a_failure_is_remembered(failed: Path, redone: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert resume(failed.parent.parent) == 1
+    assert redone == []
+    assert f"1 failed ({DIRECT})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_failure_record_means_another_attempt(failed: Path, redone: list[str], damage: str) -> None:
+    DAMAGES[damage](failed)
+    assert resume(failed.parent.parent) == 0
+    assert redone == [DIRECT]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"job": KD}, {"fingerprint": "0"}, {"failure": ""}, {"failure": 5}, {"fingerprint": None}],
+    ids=str,
+)
+def test_the_failure_of_another_job_or_run_is_not_taken(
+    failed: Path, redone: list[str], change: dict[str, Any]
+) -> None:
+    exp.save_plain(failed, {**exp.load_plain(failed), **change})
+    assert resume(failed.parent.parent) == 0
+    assert redone == [DIRECT]
+
+
+# ---- Checkpoints in progress ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -365,43 +644,96 @@ def test_a_damaged_checkpoint_in_progress_costs_an_epoch(
     assert results_without_times(toy / "run") == results_without_times(toy_run)
 
 
-def test_the_checkpoint_of_another_job_or_run_is_not_continued(
-    half_trained: Path, toy: Path, toy_run: Path
+STATES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "the identity of another": lambda content: content.update(identity="another's"),
+    "no momentum": lambda content: content.pop("momentum"),
+    "momentum of fewer parameters": lambda content: content["momentum"].popitem(),
+    "momentum under another name": lambda content: content["momentum"].update(x=torch.zeros(1)),
+    "momentum of another shape": lambda content: content["momentum"].update(
+        {name: torch.zeros(1) for name in content["momentum"]}
+    ),
+    "momentum that is no tensor": lambda content: content["momentum"].update(
+        dict.fromkeys(content["momentum"])
+    ),
+    "momentum of another type": lambda content: content["momentum"].update(
+        {name: value.double() for name, value in content["momentum"].items()}
+    ),
+    "an optimizer's own state": lambda content: content.update(momentum={"state": {}, "param_groups": []}),
+    "a list for momentum": lambda content: content.update(momentum=[]),
+    "a model without a layer": lambda content: content["model"].popitem(),
+    "no scaler": lambda content: content.pop("scaler"),
+    "a strange scaler": lambda content: content.update(scaler={"scale": "large"}),
+    "a history that is too long": lambda content: content.update(history=content["history"] * 2),
+    "a strange history": lambda content: content.update(history=[{"loss": "small"}]),
+    "no seconds": lambda content: content.update(seconds=None),
+    "a micro-batch of nothing": lambda content: content.update(micro_batch=0),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_sealed_checkpoint_with_strange_state_counts_as_damaged(
+    half_trained: Path, toy: Path, toy_run: Path, state: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Also that of the optimizer: it is set aside, the one before is used, and the job does not fail."""
     shutil.copytree(half_trained, toy / "run")
+    before = len(epochs_in_log(toy / "run"))
     progress = toy / f"run/checkpoints/{DIRECT}.progress"
     content = exp.load_checkpoint(progress)
-    assert len(content["history"]) == 2
-    for path in (progress, exp.previous(progress)):
-        exp.save_checkpoint(path, {**content, "identity": "another's"})
+    STATES[state](content)
+    exp.save_checkpoint(progress, content)
     assert resume(toy / "run") == 0
-    assert epochs_in_log(toy / "run")[-3:] == [f"{DIRECT} epoch {number}" for number in (1, 2, 3)]
+    assert f"set aside as {progress.name}.corrupt" in capsys.readouterr().out
+    assert epochs_in_log(toy / "run")[before:] == [f"{DIRECT} epoch {number}" for number in (2, 3)]
     assert results_without_times(toy / "run") == results_without_times(toy_run)
 
 
-# ---- Teacher outputs -------------------------------------------------------------------------------------------------
+# ---- Data ----------------------------------------------------------------------------------------------------
 
 
-# ---- Data ------------------------------------------------------------------------------------------------------------
+def test_a_damaged_archive_of_data_is_fetched_again(
+    copied: Path, toy_run: Path, redone: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or, where there is no source, one line says what to do."""
+    (archive,) = (copied / "data").glob("*.tar.gz")
+    flip(archive, 0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exp, "fetch", no_network)
+        assert resume(copied) == 2
+    assert "switch Internet on" in capsys.readouterr().out.splitlines()[-1]
+    assert resume(copied) == 0
+    assert redone == []
+    assert results_without_times(copied) == results_without_times(toy_run)
 
 
-# ---- Hostile files in every place ------------------------------------------------------------------------------------
+def no_network(*_: object) -> None:
+    raise OSError("no network")
 
 
-@pytest.mark.parametrize("name", ["experiment_state.pkl", f"{TEACHER}.pt", f"{PILOT}.pt", f"{KD}.pt"])
-@pytest.mark.parametrize("sealed", [True, False])
+# ---- Hostile files in every place ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "sealed"),
+    [
+        (exp.STATE_NAME, True),
+        (exp.STATE_NAME, False),
+        (f"{TEACHER}.pt", True),
+        (f"{PILOT}.pt", True),
+        (f"{KD}.pt", False),
+    ],
+)
 def test_a_hostile_file_is_refused_in_every_place(
     copied: Path, toy: Path, toy_run: Path, redone: list[str], name: str, sealed: bool
 ) -> None:
-    """Everything that reads runs meets it: status, report, merge, resume, reuse of a teacher, memory."""
-    payload = pickle.dumps({"record": Code(toy / "executed"), "jobs": Code(toy / "executed")}, protocol=2)
+    """Everything that reads runs meets it: status, report, merge, resume, reuse of a teacher."""
+    payload = pickle.dumps({"record": Code(toy / "executed"), "format": Code(toy / "executed")}, protocol=2)
     path = copied / "checkpoints" / name
     (exp.write_sealed if sealed else exp.write_atomic)(path, payload)
     assert exp.main(["--status", "--output-dir", str(copied)]) == 0
     assert exp.main(["--merge", str(copied), "--output-dir", str(toy / "merged")]) in (0, 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exp, "work", lambda *_: "session clock")
-        assert new_toy(toy / "new", "--memory", str(copied)) in (0, 2)
+        patch.setattr(exp, "work", lambda *_, **__: "session clock")
+        assert new_toy(toy / "new") == 0
     assert resume(copied) == 0
     assert exp.main(["--report-only", "--output-dir", str(copied)]) == 0
     assert not (toy / "executed").exists()
@@ -421,6 +753,19 @@ def test_a_hostile_file_in_progress_is_refused(
     assert results_without_times(toy / "run") == results_without_times(toy_run)
 
 
+def test_records_cannot_lead_outside(copied: Path, toy: Path, redone: list[str]) -> None:
+    """Names of jobs in an index are not followed: the jobs are those of the settings, their files are named by them."""
+    outside = toy / "outside"
+    outside.mkdir()
+    jobs = stored_index(copied)["jobs"]
+    evil = {"../../../outside/evil": {**jobs[KD], "job": "../../../outside/evil"}}
+    store_index(copied, jobs={**jobs, **evil})
+    assert exp.main(["--status", "--output-dir", str(copied)]) == 0
+    assert resume(copied) == 0
+    assert stored_index(copied)["jobs"].keys() == set(JOBS)
+    assert list(outside.iterdir()) == []
+
+
 def test_a_link_that_leads_outside_is_replaced_and_not_written_through(
     copied: Path, toy: Path, redone: list[str]
 ) -> None:
@@ -434,17 +779,26 @@ def test_a_link_that_leads_outside_is_replaced_and_not_written_through(
     assert redone == [DIRECT]
 
 
-# ---- The lock --------------------------------------------------------------------------------------------------------
+# ---- Other versions ------------------------------------------------------------------------------------------
 
 
-def holder(path: Path, **changes: Any) -> None:
-    """Write a lock: of this machine and process 1, alive a moment ago, unless changed."""
-    path.touch()
-    mine = {"host": exp.socket.gethostname(), "boot": exp.boot_id(), "pid": 1, "inode": path.stat().st_ino}
-    path.write_text(exp.json.dumps({**mine, **changes}))
-
-
-# ---- Other versions --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("action", ["--resume", "--status", "--report-only"])
+@pytest.mark.parametrize(
+    "content",
+    [{"format": 9, "version": "9.0"}, {"format": 1, "script": {"version": "1.4"}, "everything": "elsewhere"}],
+    ids=["later", "version 1"],
+)
+def test_a_run_of_another_format_is_refused_untouched(
+    copied: Path, action: str, content: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the rest of the index is laid out otherwise: it must not be taken for damaged."""
+    exp.save_plain(copied / "checkpoints" / exp.STATE_NAME, content)
+    before = tree(copied / "checkpoints")
+    assert exp.main([action, "--output-dir", str(copied)]) == 2
+    version = content.get("version") or content["script"]["version"]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"written by version {version} of this script, this is {exp.VERSION}" in last
+    assert tree(copied / "checkpoints") == before
 
 
 @pytest.mark.parametrize("action", ["--resume", "--report-only"])

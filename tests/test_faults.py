@@ -1,101 +1,451 @@
-"""Kills at every point, full disks, signals, two processes: nothing is lost, nothing is wrong."""
+"""Processes that die, signals, the session's clock, full disks, two processes: nothing saved is lost."""
 
 from __future__ import annotations
 
 import errno
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, results_without_times
 from toy import (
     AGAIN,
-    DAMAGES,
     DIRECT,
     HPMKD,
     JOBS,
+    KD,
     POINTS,
     TEACHER,
-    Code,
+    TOY,
     attempt,
+    die,
     epochs_in_log,
+    in_child,
+    install_strike,
     leftovers,
     new_toy,
     repeated,
     resume,
+    strike_before,
     struck,
     tree,
 )
 
 import run_exp1b_kaggle as exp
 
+Capture = pytest.CaptureFixture[str]
 
-@pytest.mark.parametrize("point", POINTS)
-def test_a_kill_at_any_point_and_a_resume_give_the_same_results(toy: Path, toy_run: Path, point: str) -> None:
-    """SIGKILL at the second visit of a point, then --resume: the same results digit for digit, no epoch done twice."""
-    folder = toy / "run"
-    outcome = attempt(folder, ["--fresh-teacher"], point, 2)
-    assert outcome in ("SIGKILL", 0)
-    assert attempt(folder, ["--fresh-teacher"]) == 0
-    assert results_without_times(folder) == results_without_times(toy_run)
+
+@pytest.fixture(autouse=True)
+def _called_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that continues names the script as it was called."""
+    monkeypatch.setattr(sys, "argv", ["run_exp1b_kaggle.py"])
+
+
+def last_line(capsys: Capture) -> str:
+    """The last line that was printed."""
+    return capsys.readouterr().out.strip().splitlines()[-1]
+
+
+def assert_as_if_undisturbed(folder: Path, reference: Path) -> None:
+    """The results digit for digit, no leftovers, and no epoch trained twice but the interrupted ones."""
+    assert results_without_times(folder) == results_without_times(reference)
     assert leftovers(folder) == []
-    assert repeated(epochs_in_log(folder)) == []
+    epochs = epochs_in_log(folder)
+    assert set(epochs) == set(epochs_in_log(reference))
+    assert repeated(epochs) == []
+    assert exp.load_index(folder, {}).jobs.keys() == set(JOBS)
 
 
-@pytest.mark.parametrize("job", [TEACHER, DIRECT, HPMKD])
-@pytest.mark.parametrize("damage", ["empty", "cut at 50%", "bit at 60%", "a folder", "a text"])
-def test_a_damaged_model_is_set_aside_and_its_job_done_again(
-    copied: Path, toy_run: Path, redone: list[str], job: str, damage: str
+# ---- SIGKILL -------------------------------------------------------------------------------------------------
+
+Kill = tuple[str, int, float | None]
+
+
+def finish_after_kills(folder: Path, kills: list[Kill]) -> list[Kill]:
+    """Start the toy and continue it until it is done, every session ended as the next entry of `kills` says.
+
+    Returns the kills that took place: a point that a session did not come to kills nothing.
+    """
+    happened = []
+    for point, number, seconds in [*kills, ("", 0, None)]:
+        outcome = attempt(folder, ["--fresh-teacher"], point, number, seconds)
+        assert outcome in (0, "SIGKILL"), f"{point} {number}: {outcome}"
+        if outcome == "SIGKILL":
+            happened.append((point, number, seconds))
+    assert outcome == 0
+    return happened
+
+
+def test_a_kill_at_any_point_and_a_resume_give_the_same_results(toy: Path, toy_run: Path) -> None:
+    """Every point of the program kills one session, most a second one: each session goes further than the one before."""
+    last = ("the report", "the figures", "the archive")
+    kills: list[Kill] = [(point, number, None) for number in (1, 2) for point in POINTS if point not in last]
+    kills += [("the report", 1, None), ("the figures", 1, None), ("the figures", 2, None)]
+    kills += [("the archive", 1, None)]
+    happened = finish_after_kills(toy / "run", kills)
+    assert {point for point, _, _ in happened} == set(POINTS), "a point was never reached"
+    assert len(happened) >= 25
+    assert_as_if_undisturbed(toy / "run", toy_run)
+
+
+def test_kills_at_random_moments(toy: Path, toy_run: Path) -> None:
+    """Eight sessions of growing random length; then one that finishes."""
+    moment = random.Random(5)
+    kills: list[Kill] = [("", 0, 0.3 + moment.random() * (0.5 + 0.3 * i)) for i in range(8)]
+    assert len(finish_after_kills(toy / "run", kills)) >= 3
+    assert_as_if_undisturbed(toy / "run", toy_run)
+
+
+def test_a_kill_while_a_run_is_copied_out_of_an_input(
+    toy: Path, toy_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The others stay; what comes out is what was there before."""
-    path = copied / f"checkpoints/{job}.pt"
-    DAMAGES[damage](path)
-    assert resume(copied) == 0
-    assert redone == [job]
-    assert path.with_name(path.name + ".corrupt").exists()
-    assert results_without_times(copied) == results_without_times(toy_run)
+    """A half copied run is not taken for a run: the next session copies it again."""
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    root = toy / "root"
+    shutil.copytree(toy_run, root / "kaggle/input/notebooks/me/earlier" / toy_run.name)
+    target = root / "kaggle/working" / toy_run.name
+    target.parent.mkdir()
+
+    def session(number: int) -> int:
+        install_strike(pytest.MonkeyPatch(), "before the rename", number, die)
+        return exp.main(AGAIN, root=root)
+
+    assert in_child(lambda: session(9)) == "SIGKILL"
+    assert not target.exists()
+    assert in_child(lambda: session(999)) == 0
+    assert_as_if_undisturbed(target, toy_run)
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut at 50%", "bit at 30%", "a text"])
-def test_a_damaged_index_is_taken_from_a_model(
-    copied: Path, toy_run: Path, redone: list[str], damage: str
+# ---- Signals -------------------------------------------------------------------------------------------------
+
+MOMENTS = [
+    ("SIGTERM", "an epoch", 4), ("SIGINT", "the evaluation", 2), ("SIGHUP", "a page of teacher outputs", 1),
+    ("SIGUSR1", "a pilot", 3), ("SIGXCPU", "between model file and index", 3), ("SIGTERM", "the report", 2),
+    ("SIGINT", "half written", 6),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "point", "number"), MOMENTS)
+def test_a_signal_stops_cleanly(
+    toy: Path, toy_run: Path, capsys: Capture, name: str, point: str, number: int
 ) -> None:
-    """Nothing is trained again."""
-    DAMAGES[damage](copied / "checkpoints" / exp.STATE_NAME)
-    assert resume(copied) == 0
-    assert redone == []
-    assert results_without_times(copied) == results_without_times(toy_run)
+    """Wherever it is, and followed by others: the first one counts, and the rest of the run is as if nothing had been."""
 
+    def ask() -> None:
+        for asked in (name, name, "SIGINT"):
+            os.kill(os.getpid(), getattr(signal, asked))
 
-def test_a_hostile_index_is_not_executed(copied: Path, tmp_path: Path, redone: list[str]) -> None:
-    """A sealed pickle that would create a file when it is read creates none."""
-    witness = tmp_path / "witness"
-    exp.write_sealed(copied / "checkpoints" / exp.STATE_NAME, exp.pickle.dumps({"format": Code(witness)}))
-    assert resume(copied) == 0
-    assert not witness.exists() and redone == []
-
-
-def test_a_full_disk_is_said_and_loses_nothing(
-    toy: Path, toy_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """ENOSPC at a rename in the run folder: exit code 1, one line, and --resume finishes."""
-    replace = os.replace
-
-    def full(source: Path, target: Path) -> None:
-        if "student" in str(target):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", full)
-    assert new_toy(toy / "run", "--fresh-teacher") == 1
-    assert "free some space" in capsys.readouterr().out.strip().splitlines()[-1]
-    monkeypatch.setattr(os, "replace", replace)
+    with struck(point, number, ask) as visits:
+        assert new_toy(toy / "run", "--fresh-teacher") == 128 + getattr(signal, name)
+    assert visits[0] >= number
+    last = last_line(capsys)
+    assert last.startswith(f"stopped by {name}: ")
+    assert f"continue with: python run_exp1b_kaggle.py --resume --output-dir {toy / 'run'}" in last
+    assert (toy / "run/experiment_report.md").exists()
     assert resume(toy / "run") == 0
-    assert results_without_times(toy / "run") == results_without_times(toy_run)
+    assert_as_if_undisturbed(toy / "run", toy_run)
+
+
+def test_ctrl_c_during_the_last_figures(copied: Path, toy_run: Path, capsys: Capture) -> None:
+    """What was being drawn is drawn to its end, also when it is pressed twice."""
+
+    def press() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with struck("the figures", 1, press):
+        assert resume(copied) == 130
+    assert f"{len(JOBS)} of {len(JOBS)} jobs done" in last_line(capsys)
+    assert_as_if_undisturbed(copied, toy_run)
+
+
+def test_a_signal_during_the_download(toy: Path, capsys: Capture) -> None:
+    with struck("the download", 1, lambda: os.kill(os.getpid(), signal.SIGINT)):
+        assert new_toy(toy / "run") == 130
+    assert "the same command" in last_line(capsys)
+    assert not (toy / "run").exists(), "nothing was saved, so nothing is left"
+
+
+WORK = [
+    (exp.Training, "_step"), (exp.Experiment, "infer"), (exp, "train_attention"), (exp, "evaluate"),
+    (exp, "describe_candidate"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("point", "number", "under_way"),
+    [
+        ("an epoch", 2, ["_step"]),
+        ("the validation", 1, []),
+        ("the evaluation", 1, ["evaluate"]),
+        ("a page of teacher outputs", 1, []),
+        ("the attention", 1, ["train_attention"]),
+    ],
+)
+def test_ctrl_c_ends_the_work_at_once(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, point: str, number: int, under_way: list[str]
+) -> None:
+    """No further step or batch of inference is begun: an epoch or a page may take minutes."""
+    monkeypatch.setattr(exp, "CHUNK", 16)
+    begun: list[str] = []
+    interrupted: list[bool] = []
+    for owner, name in WORK:
+        strike_before(monkeypatch, owner, name, lambda name=name: begun.append(name) if interrupted else None)
+
+    def interrupt() -> None:
+        interrupted.append(True)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with struck(point, number, interrupt) as visits:
+        assert new_toy(toy / "run", "--batch-size", "30") == 130
+    assert visits[0] == number
+    assert begun == under_way
+
+
+def test_an_ignored_hangup_stays_ignored(toy: Path) -> None:
+    """What nohup set before the start is left as it is."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with struck("an epoch", 2, lambda: os.kill(os.getpid(), signal.SIGHUP)):
+            assert new_toy(toy / "run") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_printed_command_continues_the_run(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Script as it was called, run folder, and every session setting that was given, quoted for a shell."""
+    monkeypatch.setattr(sys, "argv", ["/some where/run_exp1b_kaggle.py"])
+    options = ["--max-hours", "9", "--workers", "1"]
+    with struck("an epoch", 2, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert new_toy(toy / "a run", *options) == 143
+    last = last_line(capsys)
+    assert "python '/some where/run_exp1b_kaggle.py' --resume" in last
+    assert f"--output-dir '{toy / 'a run'}'" in last
+    for part in ("--device cpu", "--workers 1", "--threads 1", "--max-hours 9.0"):
+        assert part in last
+
+
+# ---- The session's clock -------------------------------------------------------------------------------------
+
+
+class Clock:
+    """The time, as far as the script knows it: it stands still but for what `epoch_seconds` adds."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, epoch_seconds: Callable[[int], float]) -> None:
+        self.now, self.epochs = 1e9, 0
+        patch.setattr(exp.time, "time", lambda: self.now)
+        patch.setattr(exp.time, "perf_counter", lambda: self.now)
+        train = exp.Training._train_epoch
+
+        def slow(training: exp.Training, epoch: int) -> float:
+            loss = train(training, epoch)
+            self.epochs += 1
+            self.now += epoch_seconds(self.epochs)
+            return loss
+
+        patch.setattr(exp.Training, "_train_epoch", slow)
+
+
+@pytest.mark.parametrize("kaggle", [False, True])
+def test_the_clock_stops_before_an_epoch_that_would_not_fit(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, kaggle: bool
+) -> None:
+    """Half an hour of 600-second epochs: two fit; with 900 seconds of the session gone before the start, on Kaggle, one does."""
+    clock = Clock(monkeypatch, lambda _: 600.0)
+    monkeypatch.setattr(exp, "session_age_seconds", lambda: 900.0)
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch" if kaggle else "")
+    (toy / "root/kaggle/working").mkdir(parents=True)
+    options = ["--output-dir", str(toy / "run"), "--max-hours", "0.5"]
+    assert exp.main([*TOY, *options], root=toy / "root") == 0
+    assert clock.epochs == (1 if kaggle else 2)
+    assert f"stopped by session clock: 0 of {len(JOBS)} jobs done; continue with: " in last_line(capsys)
+    assert (toy / f"run/checkpoints/{TEACHER}.progress").exists()
+
+
+def test_the_slowest_epoch_counts(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epochs that grow slower are expected to be as slow as the slowest, and a fifth more."""
+    clock = Clock(monkeypatch, lambda number: 100.0 * number)  # 100, 200 and 300 seconds
+    begun = clock.now
+    assert new_toy(toy / "run", "--max-hours", str(500 / 3600)) == 0
+    assert (clock.epochs, clock.now - begun) == (2, 300.0)
+
+
+def test_a_last_epoch_that_is_far_too_slow_ends_at_the_deadline(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an estimate fails, the deadline itself ends the epoch at its next batch, with time to write the report."""
+    clock = Clock(monkeypatch, lambda _: 10.0)
+    step, steps = exp.Training._step, []
+
+    def slow_step(training: exp.Training, index: torch.Tensor, page: int) -> torch.Tensor:
+        steps.append(page)
+        clock.now += 20.0 if len(steps) > 6 else 1.0
+        return step(training, index, page)
+
+    monkeypatch.setattr(exp.Training, "_step", slow_step)
+    begun, limit = clock.now, 60.0
+    options = ["--max-hours", str(limit / 3600), "--teacher-epochs", "2", "--batch-size", "30"]
+    assert new_toy(toy / "run", *options) == 0
+    assert len(steps) == 6 + 3
+    assert limit < clock.now - begun <= limit + 20, "it ends with the batch in which the time is over"
+
+
+def test_a_deadline_that_is_over_trains_nothing_and_loses_nothing(
+    copied: Path, toy_run: Path, capsys: Capture
+) -> None:
+    assert resume(copied, "--runs", "2", "--max-hours", "0.000001") == 0
+    assert "stopped by session clock" in last_line(capsys)
+    assert epochs_in_log(copied) == epochs_in_log(toy_run)
+    assert results_without_times(copied) == results_without_times(toy_run)
+
+
+# ---- A full disk ---------------------------------------------------------------------------------------------
+
+
+def no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("point", "numbers"),
+    [
+        ("half written", (1, 3, 6, 9, 12)),
+        ("before the fsync", (3,)),  # of files; a folder that cannot be synced is no loss
+        ("before the rename", (1, 6, 18)),
+        ("before the previous version is kept", (2,)),
+    ],
+)
+def test_a_full_disk_is_said_and_loses_nothing(
+    toy: Path,
+    toy_run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+    point: str,
+    numbers: tuple[int, ...],
+) -> None:
+    """Every kind of write fails once for lack of room, one session after the other; with room the run goes on."""
+    monkeypatch.setattr(exp, "page_places", lambda _: [])  # of teacher outputs: these can be done without
+    for number in numbers:
+        with struck(point, number, no_room) as visits:
+            code = resume(toy / "run") if exp.is_run(toy / "run") else new_toy(toy / "run", "--fresh-teacher")
+        assert visits[0] >= number, "the fault never came"
+        last = last_line(capsys)
+        if "previous version" in point:  # no link: the file is copied instead
+            assert code == 0
+        else:
+            assert (code, "free some space, then continue with --resume" in last) == (1, True), (
+                f"{number} {last}"
+            )
+    code = resume(toy / "run") if exp.is_run(toy / "run") else new_toy(toy / "run", "--fresh-teacher")
+    assert code == 0
+    assert_as_if_undisturbed(toy / "run", toy_run)
+
+
+WRITTEN = [
+    ".progress.",
+    ".pt.",
+    ".pkl.",
+    "results.csv.",
+    "report.md.",
+    ".png.",
+    "run.owner.",
+]  # parts of names
+
+
+def test_a_full_disk_wherever_something_is_written(copied: Path, toy_run: Path, capsys: Capture) -> None:
+    """Checkpoint, model, index, tables, report, figures, lock: no room for one of them in each session."""
+    (copied / f"checkpoints/{KD}.pt").unlink()
+    for name in WRITTEN:
+        failed: list[Path] = []
+
+        def full(path: Path, mode: str = "r", name: str = name, failed: list[Path] = failed) -> Any:
+            if mode in ("w", "wb") and name in path.name:
+                failed.append(path)
+                no_room()
+            return open(path, mode)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(exp, "open", full, raising=False)
+            code = resume(copied)
+        last = last_line(capsys)
+        assert failed, f"{name} is never written"
+        said = "free some space, then continue with --resume" in last
+        assert (code, said) == (1, True), f"{name}: {code} {last}"
+    assert resume(copied) == 0
+    assert leftovers(copied) == []
+    assert repeated(epochs_in_log(copied)[len(epochs_in_log(toy_run)) :]) == []
+    assert results_without_times(copied) == results_without_times(toy_run)
+
+
+@pytest.mark.parametrize("name", ["page_", "results.zip."])
+def test_a_full_disk_for_what_can_be_done_without(
+    copied: Path, toy_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, name: str
+) -> None:
+    """Teacher outputs are computed where they are needed, the archive is left out: one line, no failure."""
+    (copied / f"checkpoints/{KD}.pt").unlink()
+
+    def full(path: Path, mode: str = "r") -> Any:
+        if mode == "wb" and name in path.name:
+            no_room()
+        return open(path, mode)
+
+    monkeypatch.setattr(exp, "open", full, raising=False)
+    assert resume(copied) == 0
+    assert "no room to write" in capsys.readouterr().out
+    assert results_without_times(copied) == results_without_times(toy_run)
+
+
+def test_a_full_file_system(toy: Path, toy_run: Path, capsys: Capture) -> None:
+    """A real one: a tmpfs with room for half of the checkpoints."""
+    mount = toy / "small"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(mount)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system is not permitted here")
+    try:
+        needed = exp.bytes_below(toy_run / "data") + exp.bytes_below(toy_run / "checkpoints") // 2
+        (mount / "ballast").write_bytes(bytes(shutil.disk_usage(mount).free - needed))
+        assert new_toy(mount / "run", "--fresh-teacher") == 1
+        assert "free some space" in last_line(capsys)
+        assert resume(mount / "run") == 1
+        (mount / "ballast").unlink()
+        assert resume(mount / "run") == 0
+        assert_as_if_undisturbed(mount / "run", toy_run)
+    finally:
+        subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+@pytest.mark.parametrize("folder", ["run", "a/b/run"])
+def test_kaggles_budget_is_estimated_before_the_start(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, folder: str
+) -> None:
+    """What is needed counts, and what lies anywhere in the output folder already."""
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    working = toy / "kaggle/working"
+    working.mkdir(parents=True)
+    monkeypatch.setattr(exp, "KAGGLE_DISK_BYTES", 6_000_000)
+    monkeypatch.setattr(exp, "disk_bytes", lambda *_: 5_000_000)
+    (working / "other").write_bytes(bytes(2_000_000))
+    assert exp.main([*TOY, "--output-dir", str(working / folder)], root=toy) == 2
+    said = last_line(capsys)
+    assert "0.0 GB of other files" in said
+    assert "use fewer --runs" in said
+    assert not exp.is_run(working / folder)
+
+
+# ---- Renames and fsync ---------------------------------------------------------------------------------------
 
 
 def test_one_denied_rename_is_tried_again(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +460,8 @@ def test_one_denied_rename_is_tried_again(toy: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(os, "replace", deny_once)
     exp.write_atomic(toy / "file", b"content")
-    assert denied and (toy / "file").read_bytes() == b"content"
+    assert denied
+    assert (toy / "file").read_bytes() == b"content"
 
 
 def test_a_rename_that_is_always_denied_is_one_clear_error(
@@ -118,7 +469,7 @@ def test_a_rename_that_is_always_denied_is_one_clear_error(
 ) -> None:
     """After a second of tries: what cannot be written, and what to do; no temporary file stays."""
 
-    def deny(source: Path, target: Path) -> None:
+    def deny(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(os, "replace", deny)
@@ -129,7 +480,7 @@ def test_a_rename_that_is_always_denied_is_one_clear_error(
 
 
 def test_a_file_system_without_fsync_gets_one_warning(
-    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """EINVAL from fsync ends nothing."""
 
@@ -144,27 +495,205 @@ def test_a_file_system_without_fsync_gets_one_warning(
     assert capsys.readouterr().out.count("no fsync") == 1
 
 
-def test_a_second_process_is_refused_and_named_the_holder(
-    copied: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The run folder of a live process is in use; the lock of a dead one, and a copied lock, mean nothing."""
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(copied)], cwd=ROOT, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )  # fmt: skip
-    try:
-        assert holder.stdout is not None and holder.stdout.readline().strip() == b"held"
-        before = tree(copied)
-        assert resume(copied) == 2
-        assert f"process {holder.pid} on host" in capsys.readouterr().out
-        assert tree(copied) == before
-        shutil.copytree(copied, copied.with_name("copy"))
-        assert resume(copied.with_name("copy")) == 0
-    finally:
-        holder.kill()
-        holder.wait()
-    assert resume(copied) == 0
-    assert leftovers(copied) == []
+# ---- Numbers -------------------------------------------------------------------------------------------------
 
+
+def spoil(patch: pytest.MonkeyPatch, job: str, value: float) -> None:
+    """Make the loss of one job's training this value."""
+    step = exp.Training._step
+
+    def spoiled(training: exp.Training, index: torch.Tensor, page: int) -> torch.Tensor:
+        loss = step(training, index, page)
+        return loss * 0 + value if training.name == job else loss
+
+    patch.setattr(exp.Training, "_step", spoiled)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e5])
+def test_a_diverging_job_fails_and_the_others_go_on(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, value: float
+) -> None:
+    """Exit 1; the reason is said, in the report too, and remembered; the other students are unharmed."""
+    (copied / f"checkpoints/{DIRECT}.pt").unlink()
+    spoil(monkeypatch, DIRECT, value)
+    assert resume(copied) == 1
+    assert last_line(capsys).startswith(f"finished: 6 of 7 jobs done; 1 failed ({DIRECT}); continue with: ")
+    report = (copied / "experiment_report.md").read_text()
+    assert f"Failed: {DIRECT} (the loss diverged in epoch 1 (mean {value:g})" in report
+    table = exp.pd.read_csv(copied / "results.csv")
+    statuses = dict(zip(table.method, table.status, strict=True))
+    assert statuses == {"Direct": "failed", "TraditionalKD": "done", "HPM-KD": "done"}
+    before = tree(copied)
+    assert exp.main(["--status", "--output-dir", str(copied)]) == 0
+    assert "6 of 7 jobs done, 1 failed" in capsys.readouterr().out
+    assert tree(copied) == before
+    trained = len(epochs_in_log(copied))
+    assert resume(copied) == 1
+    assert "1 failed" in last_line(capsys)
+    assert len(epochs_in_log(copied)) == trained, "it would diverge again, so it is not tried"
+
+
+def test_a_failed_teacher_leaves_what_does_not_need_it(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    spoil(monkeypatch, TEACHER, float("nan"))
+    assert new_toy(toy / "run") == 1
+    assert f"1 of 7 jobs done; 1 failed ({TEACHER}); 5 not done, because they need" in last_line(capsys)
+    assert exp.load_index(toy / "run", {}).jobs.keys() == {TEACHER, DIRECT}
+
+
+def test_outputs_that_are_not_finite_after_the_last_epoch(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network may break in its very last step: the loss was still fine."""
+    (copied / f"checkpoints/{KD}.pt").unlink()
+    train = exp.Training.run
+
+    def broken(training: exp.Training) -> Any:
+        network = train(training)
+        network.classifier.bias.data.fill_(float("nan"))
+        return network
+
+    monkeypatch.setattr(exp.Training, "run", broken)
+    assert resume(copied) == 1
+    jobs = exp.load_index(copied, {}).jobs
+    assert "outputs are not finite" in jobs[KD].failure
+    assert jobs[HPMKD].done
+
+
+def test_an_empty_class(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class without images, in training and in the test, is nothing to die of: its accuracy is unknown."""
+    load = exp.load_data
+
+    def without_the_last_class(*args: Any) -> exp.RawData:
+        raw = load(*args)
+        return exp.replace(raw, train_labels=raw.train_labels % 9, test_labels=raw.test_labels % 9)
+
+    monkeypatch.setattr(exp, "load_data", without_the_last_class)
+    assert new_toy(toy / "run", "--methods", "Direct") == 0
+    record = exp.load_index(toy / "run", {}).jobs[DIRECT]
+    assert exp.math.isnan(record.test_class_accuracy[9])
+    assert 0 <= record.test_accuracy <= 100
+
+
+# ---- Crashes -------------------------------------------------------------------------------------------------
+
+CRASH = RuntimeError("CUDA error: an illegal memory access was encountered\nkernel errors might come later")
+
+
+def crash(patch: pytest.MonkeyPatch, job: str, number: int) -> None:
+    """Raise what nobody expects from one job's step with this number."""
+    steps = [0]
+    step = exp.Training._step
+
+    def crashing(training: exp.Training, index: torch.Tensor, page: int) -> torch.Tensor:
+        steps[0] += training.name == job
+        if training.name == job and steps[0] == number:
+            raise CRASH
+        return step(training, index, page)
+
+    patch.setattr(exp.Training, "_step", crashing)
+
+
+def test_a_crash_in_a_job_costs_that_job_and_not_the_session(
+    copied: Path, toy_run: Path, capsys: Capture
+) -> None:
+    """Its reason is in the report, the traceback in the log alone; --resume continues it from its last epoch."""
+    for name in (DIRECT, KD):
+        (copied / f"checkpoints/{name}.pt").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        crash(patch, DIRECT, 4)  # in the second epoch
+        assert resume(copied) == 1
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].startswith(f"finished: 6 of 7 jobs done; 1 failed ({DIRECT})")
+    assert "Traceback" not in out
+    assert "raise CRASH\nRuntimeError: CUDA error: an illegal" in (copied / "experiment.log").read_text()
+    reason = "it crashed (RuntimeError: CUDA error: an illegal memory access was encountered): --resume tries again"
+    assert f"Failed: {DIRECT} ({reason}" in (copied / "experiment_report.md").read_text()
+    before = len(epochs_in_log(copied))
+    assert resume(copied) == 0
+    assert epochs_in_log(copied)[before:] == [f"{DIRECT} epoch 2", f"{DIRECT} epoch 3"]
+    assert results_without_times(copied) == results_without_times(toy_run)
+
+
+def test_a_lost_device_ends_the_session_and_not_every_job(
+    copied: Path, toy_run: Path, capsys: Capture
+) -> None:
+    """On a GPU an error may stick to the process: then all other jobs would fail of it, one after the other."""
+    for name in (DIRECT, KD):
+        (copied / f"checkpoints/{name}.pt").unlink()
+    probe = exp.probe
+
+    def lost(device: exp.Device) -> None:
+        if sys.exc_info()[1] is not None:  # asked after a crash, not at the start
+            raise exp.UsageError("the device fails")
+        probe(device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        crash(patch, DIRECT, 1)
+        patch.setattr(exp, "probe", lost)
+        assert resume(copied) == 1
+    last = last_line(capsys)
+    assert last.startswith("stopped by the loss of CPU")
+    assert "CUDA error: an illegal memory access was encountered)" in last
+    assert f"1 failed ({DIRECT})" in last
+    assert "continue with: python run_exp1b_kaggle.py --resume" in last
+    jobs = exp.load_index(copied, {}).jobs
+    assert [name for name, record in jobs.items() if not record.done] == [DIRECT]
+    assert resume(copied) == 0
+    assert results_without_times(copied) == results_without_times(toy_run)
+
+
+def raise_value_error(*_: object) -> None:
+    raise ValueError("no such colour")
+
+
+@pytest.mark.parametrize("part", ["summary_table", "latex_table", "draw_figures", "gather_evidence"])
+def test_a_report_that_fails_costs_no_training(
+    copied: Path,
+    toy_run: Path,
+    redone: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+    part: str,
+) -> None:
+    """A ValueError in a table or figure, on resume and at the end: one line, and the traceback in the log alone."""
+    (copied / f"checkpoints/{DIRECT}.pt").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exp, part, raise_value_error)
+        assert resume(copied) == 0
+    assert redone == [DIRECT]
+    out = capsys.readouterr().out
+    assert "could not be written (no such colour)" in out
+    assert "Traceback" not in out
+    assert out.strip().splitlines()[-1].startswith(f"finished: {len(JOBS)} of {len(JOBS)} jobs done")
+    assert "ValueError: no such colour" in (copied / "experiment.log").read_text()
+    assert not list((copied / "checkpoints").glob("*.failed"))
+    assert resume(copied) == 0
+    assert redone == [DIRECT]
+    assert results_without_times(copied) == results_without_times(toy_run)
+
+
+def test_an_internal_error_is_one_line_and_a_traceback_in_the_log(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """A fault of the program itself, and of its kind also an OSError: exit code 1, the last line names it."""
+    for error in (RuntimeError("a fault made by a test"), OSError(errno.EBADF, "a fault made by a test")):
+
+        def fail(*_: object, error: Exception = error) -> None:
+            raise error
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(exp, "priorities", fail)
+            assert resume(copied) == 1
+        out = capsys.readouterr().out
+        assert "a fault made by a test" in out.strip().splitlines()[-1]
+        assert "Traceback" not in out
+        assert f"{type(error).__name__}: " in (copied / "experiment.log").read_text().split("Traceback")[-1]
+    monkeypatch.undo()
+
+
+# ---- Two processes -------------------------------------------------------------------------------------------
 
 HOLD = """
 import sys, time, pathlib
@@ -175,155 +704,106 @@ with exp.RunLock(pathlib.Path(sys.argv[1])):
 """
 
 
-def test_a_process_that_lost_its_folder_writes_nothing_into_the_other_runs(
-    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The folder is removed and made anew by another run while this one trains: it stops, and the other stays as it is."""
-    folder, epoch, other = toy / "run", exp.Training._epoch, {}
-
-    def taken(training: exp.Training, number: int) -> None:
-        epoch(training, number)
-        if not other:
-            shutil.rmtree(folder)
-            exp.make_run_folder(folder)
-            (folder / "run.owner").write_text("process 1 on host elsewhere\nanother-token\n")
-            (folder / "experiment_report.md").write_text("of the other run")
-            other.update(tree(folder))
-
-    monkeypatch.setattr(exp.Training, "_epoch", taken)
-    assert new_toy(folder, "--fresh-teacher") == 1
-    assert "removed or taken" in capsys.readouterr().out.strip().splitlines()[-1]
-    assert tree(folder) == other
-
-
-def test_a_report_that_fails_costs_no_training(
-    copied: Path, redone: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A ValueError in a table: one line on the console, the traceback in the log, exit code 0."""
-
-    def fail(_: object) -> None:
-        raise ValueError("a table that cannot be made")
-
-    monkeypatch.setattr(exp, "summary_table", fail)
-    assert resume(copied) == 0
-    assert redone == []
-    log = (copied / "experiment.log").read_text()
-    assert "a table that cannot be made" in log and "Traceback" in log
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"])
-def test_a_signal_stops_cleanly(
-    toy: Path, toy_run: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Exit code 128 + n, a last line that says so, and --resume finishes with the same results."""
-    number = getattr(signal, name)
-    with struck("an epoch", 4, lambda: os.kill(os.getpid(), number)):
-        assert new_toy(toy / "run", "--fresh-teacher") == 128 + number
-    last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert f"stopped by {name}" in last and "continue with: python" in last
-    assert resume(toy / "run") == 0
-    assert results_without_times(toy / "run") == results_without_times(toy_run)
-
-
-def test_an_ignored_hangup_stays_ignored(toy: Path) -> None:
-    """What nohup set before the start is left as it is."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@contextmanager
+def holder(folder: Path, *prefix: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Another process that holds a run folder's lock; it is killed at the end."""
+    command = [*prefix, sys.executable, "-c", HOLD, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, env=environment)
     try:
-        with struck("an epoch", 2, lambda: os.kill(os.getpid(), signal.SIGHUP)):
-            assert new_toy(toy / "run") == 0
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == b"held"
+        yield process
     finally:
-        signal.signal(signal.SIGHUP, before)
+        process.kill()
+        process.wait()
 
 
-def test_a_diverged_job_is_not_tried_again_and_a_crashed_one_is(
-    copied: Path, redone: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_second_process_is_refused_and_named_the_holder(
+    copied: Path, redone: list[str], capsys: Capture
 ) -> None:
-    """`final` failures stay; the others get another chance with every --resume."""
-    run = exp.Run(copied, exp.load_index(copied, {}))
-    by_name = {job.name: job for job in run.jobs}
-    for name, final in ((DIRECT, True), (HPMKD, False)):
-        (copied / f"checkpoints/{name}.pt").unlink()
-        run.fail(by_name[name], "made by a test", final)
-    assert resume(copied) == 1
-    assert redone == [HPMKD]
+    """Host and process id are named and nothing is changed; the lock of a dead process, and a copied one, mean nothing."""
+    with holder(copied) as process:
+        before = tree(copied)
+        named = f"is in use by process {process.pid} on host {exp.socket.gethostname()}"
+        for action in ("--resume", "--report-only"):
+            assert exp.main([action, "--output-dir", str(copied)]) == 2
+            assert named in last_line(capsys)
+        assert tree(copied) == before
+        assert exp.main(["--status", "--output-dir", str(copied)]) == 0
+
+        shutil.copytree(copied, copied.with_name("copy"))
+        assert {"run.lock", "run.owner"} <= {path.name for path in copied.with_name("copy").iterdir()}
+        assert resume(copied.with_name("copy")) == 0
+        assert tree(copied) == before
+    assert process.returncode == -signal.SIGKILL
+    assert resume(copied) == 0
+    assert leftovers(copied) == []
 
 
-def test_status_counts_failed_jobs_apart(
-    copied: Path, capsys: pytest.CaptureFixture[str], redone: list[str]
+def test_a_process_of_another_pid_namespace_is_refused(copied: Path, capsys: Capture) -> None:
+    """In a container, where process numbers say nothing, the lock works all the same; it ends with its process."""
+    space = ["unshare", "-p", "-f", "--mount-proc", "--kill-child"]
+    if shutil.which("unshare") is None or subprocess.run([*space, "true"], capture_output=True).returncode:
+        pytest.skip("a PID namespace of its own (unshare -p -f --mount-proc) is not permitted here")
+    with holder(copied, *space):
+        assert resume(copied) == 2
+        assert "is in use by process 1 on host" in last_line(capsys)
+    deadline = exp.time.monotonic() + 30  # the kernel ends the processes of a namespace after its first one
+    while (code := resume(copied)) == 2 and exp.time.monotonic() < deadline:
+        exp.time.sleep(0.1)
+    assert code == 0
+
+
+def test_a_process_started_beside_a_running_one_is_refused_and_the_first_goes_on(
+    toy: Path, toy_run: Path
 ) -> None:
-    """All but one done, one failed; the folder stays as it is."""
-    run = exp.Run(copied, exp.load_index(copied, {}))
+    """Started while the first one trains: it names host and process, exits 2, and changes nothing."""
+    outcomes: list[int | str] = []
+    said = toy / "said"
+
+    def second() -> None:
+        def go() -> int:
+            with open(said, "w") as file:
+                os.dup2(file.fileno(), 1)
+                exp.sys.stdout = file  # type: ignore[assignment]
+                return exp.main([*AGAIN, "--output-dir", str(toy / "run")])
+
+        outcomes.append(in_child(go))
+
+    with struck("an epoch", 5, second):
+        assert new_toy(toy / "run", "--fresh-teacher") == 0
+    assert outcomes == [2]
+    named = f"is in use by process {os.getpid()} on host {exp.socket.gethostname()}"
+    assert named in said.read_text()
+    assert_as_if_undisturbed(toy / "run", toy_run)
+
+
+@pytest.mark.parametrize("moment", ["an epoch", "the evaluation"])
+def test_a_process_that_lost_its_folder_writes_nothing_into_the_other_runs(
+    copied: Path, capsys: Capture, moment: str
+) -> None:
+    """The folder is removed and made anew by another run while this one works: it stops, and the other stays as it is."""
     (copied / f"checkpoints/{DIRECT}.pt").unlink()
-    run.fail(next(job for job in run.jobs if job.name == DIRECT), "made by a test", True)
-    assert resume(copied) == 1
-    before = tree(copied)
-    assert exp.main(["--status", "--output-dir", str(copied)]) == 0
-    assert f"{len(JOBS) - 1} of {len(JOBS)} jobs done, 1 failed" in capsys.readouterr().out
-    assert tree(copied) == before
+    other: dict[str, bytes | str] = {}
+
+    def taken() -> None:
+        shutil.rmtree(copied)
+        exp.make_run_folder(copied)
+        (copied / "run.owner").write_text("process 1 on host elsewhere\nanother-token\n")
+        (copied / "experiment_report.md").write_text("of the other run")
+        (copied / f"checkpoints/{DIRECT}.pt").write_text("of the other run")
+        other.update(tree(copied))
+
+    with struck(moment, 1, taken):
+        assert resume(copied) == 1
+    assert "removed or taken by another process" in last_line(capsys)
+    assert tree(copied) == other
 
 
-def test_a_read_only_input_is_copied_and_left_alone(
-    toy: Path, toy_run: Path, redone: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run in a Kaggle input mount is continued in the output folder; the mount is not written."""
-    root = toy / "root"
-    mount = root / "kaggle/input/notebooks/someone/earlier" / toy_run.name
-    (root / "kaggle/working").mkdir(parents=True)
-    shutil.copytree(toy_run, mount)
-    for path in [*mount.rglob("*"), mount]:
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    before = tree(mount)
-    assert exp.main(AGAIN, root=root) == 0
-    assert redone == []
-    assert tree(mount) == before
-    assert results_without_times(root / "kaggle/working" / toy_run.name) == results_without_times(toy_run)
-
-
-def test_a_session_that_is_over_trains_nothing(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 0, one line that says why; the same command starts again."""
-    assert new_toy(toy / "run", "--fresh-teacher", "--max-hours", "0.000001") == 0
-    assert "stopped by session clock" in capsys.readouterr().out.strip().splitlines()[-1]
-    assert new_toy(toy / "run") == 0
-
-
-def test_an_internal_error_is_one_line_and_a_traceback_in_the_log(
-    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A fault of the program itself: exit code 1, the last line names it."""
-
-    def fail(*_: object) -> None:
-        raise RuntimeError("a fault made by a test")
-
-    monkeypatch.setattr(exp, "priorities", fail)
-    assert new_toy(toy / "run") == 1
-    out = capsys.readouterr().out
-    assert "a fault made by a test" in out.strip().splitlines()[-1] and "Traceback" not in out
-    assert not (toy / "run").exists() or "Traceback" in (toy / "run/experiment.log").read_text()
-
-
-def test_the_printed_command_continues_the_run(
-    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Script as it was called, run folder, and every session setting that was given."""
-    monkeypatch.setattr(sys, "argv", ["/some where/run_exp1b_kaggle.py"])
-    options = ["--max-hours", "9", "--workers", "1"]
-    with struck("an epoch", 2, lambda: os.kill(os.getpid(), signal.SIGTERM)):
-        assert new_toy(toy / "run", *options) == 143
-    last = capsys.readouterr().out.strip().splitlines()[-1]
-    expected = [
-        "python '/some where/run_exp1b_kaggle.py' --resume",
-        f"--output-dir {toy / 'run'}",
-        "--device cpu",
-    ]
-    assert all(part in last for part in [*expected, "--workers 1", "--threads 1", "--max-hours 9.0"])
-
-
-def test_a_new_run_into_the_folder_of_another_is_refused(
-    copied: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In one line that says what to do; nothing in the folder changes."""
-    before = tree(copied)
-    assert new_toy(copied) == 2
-    assert "add --resume" in capsys.readouterr().out
-    assert tree(copied) == before
+def test_a_process_whose_folder_was_removed_makes_no_new_one(copied: Path, capsys: Capture) -> None:
+    (copied / f"checkpoints/{DIRECT}.pt").unlink()
+    with struck("the evaluation", 1, lambda: shutil.rmtree(copied)):
+        assert resume(copied) == 1
+    assert "removed or taken by another process" in last_line(capsys)
+    assert not copied.exists()

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lab import do, lab_data, open_lab, shortcuts, student, teacher
 from torch import nn
 
 import run_exp1b_kaggle as exp
 
+ASSISTANT = exp.Job("assistant", "SYNTHETIC", "1.5x")
 NETWORKS = ["teacher", "1.5x", "2.3x", "5x", "7x"]
 # Written out from the design, not read from the script: bottleneck?, blocks, channels at width 64
 DESIGN = {
@@ -84,7 +86,7 @@ def test_the_teacher_is_resnet_50_and_the_ratios_are_within_a_percent() -> None:
         (100, 64, (2.306, 4.978, 6.985)),
         (10, 32, (2.302, 4.989, 7.007)),
         (10, 16, (2.310, 4.995, 7.008)),
-        (10, 8, (2.325, 5.006, 7.010)),
+        (10, 8, (2.325, 5.006, 6.953)),
     ],
 )
 def test_the_ratios_at_other_widths_and_with_a_hundred_classes(
@@ -149,27 +151,44 @@ def test_folding_a_network_in_training_leaves_it_in_training() -> None:
     assert network.training
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> exp.Experiment:
+    """A finished teacher, an assistant that learned from it, and a student. Read only."""
+    torch.set_num_threads(1)
+    experiment = open_lab(tmp_path_factory.mktemp("models") / "lab")
+    with shortcuts():
+        do(experiment, teacher(experiment), ASSISTANT, student(experiment, "Direct", "7x"))
+    return experiment
+
+
 @pytest.mark.parametrize(
-    "job", ["teacher_resnet50_SYNTHETIC", "assistant_1.5x_SYNTHETIC", "student_7x_HPM-KD_run2"]
+    "job", ["teacher_resnet50_SYNTHETIC", "assistant_1.5x_SYNTHETIC", "student_7x_Direct_run1"]
 )
-def test_load_student_reproduces_the_stored_test_logits(finished_run: Path, job: str) -> None:
-    path = finished_run / "checkpoints" / f"{job}.pt"
+def test_load_student_reproduces_the_stored_test_logits(finished: exp.Experiment, job: str) -> None:
+    path = finished.run.checkpoints / f"{job}.pt"
     network, content = exp.load_student(str(path)), exp.load_checkpoint(path)
-    data = exp.synthetic(400, 42)
+    data = lab_data()
     images = torch.from_numpy(data.test_pixels).permute(0, 3, 1, 2) / 255  # what ToTensor gives
     assert not network.training
     with torch.no_grad():
-        logits = torch.cat([network(part) for part in images.split(250)])
+        logits = network(images)
     torch.testing.assert_close(logits, content["test_logits"].float(), rtol=2e-3, atol=2e-3)
     accuracy = 100 * (logits.argmax(1).numpy() == data.test_labels).mean()
     assert accuracy == pytest.approx(
-        content["record"]["test_accuracy"], abs=0.2
-    )  # two images may tie in fp16
+        finished.run.records[job].test_accuracy, abs=3.4
+    )  # two of 60 may tie in fp16
 
 
-def test_load_student_refuses_a_damaged_file(finished_run: Path, tmp_path: Path) -> None:
-    content = bytearray((finished_run / "checkpoints" / "student_7x_Direct_run1.pt").read_bytes())
+def test_load_student_refuses_a_damaged_file(finished: exp.Experiment, tmp_path: Path) -> None:
+    content = bytearray(finished.run.file(student(finished, "Direct", "7x")).read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(exp.Damaged, match="checksum"):
         exp.load_student(tmp_path / "x.pt")
+
+
+def test_no_network_has_a_layer_so_narrow_that_onednn_fails() -> None:
+    """Below 8 channels the gradient of a strided 1x1 convolution overran its buffer (seen with AVX2)."""
+    for name in NETWORKS:
+        convolutions = [m for m in exp.build_network(name, 10, 8).modules() if isinstance(m, nn.Conv2d)]
+        assert min(conv.out_channels for conv in convolutions) >= 8

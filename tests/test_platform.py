@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import io
 import logging
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -17,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import results_without_times
-from toy import TOY
+from toy import TOY, new_toy, tree
 
 import run_exp1b_kaggle as exp
 
@@ -29,6 +32,7 @@ Capture = pytest.CaptureFixture[str]
 
 def process_state() -> dict[str, Any]:
     """What a well-behaved import leaves alone."""
+    plots = sys.modules.get("matplotlib")
     return {
         "handlers": {
             number: signal.getsignal(number) for number in signal.valid_signals() if number not in (9, 19)
@@ -38,10 +42,91 @@ def process_state() -> dict[str, Any]:
         "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
         "logging": (list(logging.getLogger().handlers), logging.getLogger().level),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "style": dict(exp.matplotlib.rcParams),
+        "style": dict(plots.rcParams) if plots else {},
         "folder": os.getcwd(),
         "argv": list(sys.argv),
     }
+
+
+def test_importing_has_no_side_effects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No files, no handlers, no threads, no use of the GPU, no output, nothing in the global state of a library."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("looked for a GPU"))
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    before = process_state()
+    spec = importlib.util.spec_from_file_location("imported_again", exp.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "imported_again", module)
+    spec.loader.exec_module(module)
+    assert process_state() == before
+    assert sys.stdout.getvalue() == ""
+    assert list(tmp_path.iterdir()) == []
+    assert not torch.cuda.is_initialized()
+    assert module.parse_args([]).given == {"plugin": ()}
+
+
+def test_an_older_python_is_told_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line; and there is no syntax in the file that an older Python would stumble over before it says so."""
+    source = Path(exp.__file__).read_text(encoding="utf-8")
+    ast.parse(source, feature_version=(3, 8))
+    monkeypatch.setattr(sys, "version_info", (3, 10, 4))
+    monkeypatch.setattr(sys, "version", "3.10.4 (main)")
+    with pytest.raises(SystemExit) as stop:
+        exec(compile(source, "run_exp1b_kaggle.py", "exec"), {"__name__": "__main__"})
+    assert stop.value.code == "error: run_exp1b_kaggle.py needs Python 3.11 or later, this is 3.10.4"
+
+
+def test_pasted_into_a_cell_it_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """There `__file__` is unknown and the arguments are the kernel's: one line, and nothing is started."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "/root/.local/kernel-1.json"])
+    source = Path(exp.__file__).read_text(encoding="utf-8")
+    exec(compile(source, "<ipython-input-1>", "exec"), {"__name__": "__main__"})
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert "%%writefile" in out and "--mode smoke" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_main_works_in_a_thread(toy: Path, toy_run: Path) -> None:
+    """Where Python lets nobody set signal handlers."""
+    handlers, codes = process_state()["handlers"], []
+    thread = threading.Thread(target=lambda: codes.append(new_toy(toy / "run")))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+    assert results_without_times(toy / "run") == results_without_times(toy_run)
+    assert process_state()["handlers"] == handlers
+
+
+# ---- The user's environment ------------------------------------------------------------------------------------------
+
+STRANGE = {
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    "TQDM_NCOLS": "nonsense",
+    "TQDM_MININTERVAL": "nonsense",
+    "TQDM_DISABLE": "1",
+    "PYTHONIOENCODING": "ascii",
+    "COLUMNS": "nonsense",
+    "LC_ALL": "nonsense",
+}
+
+
+def test_strange_variables_and_settings_change_nothing(toy_run: Path, tmp_path: Path) -> None:
+    """A notebook's plotting backend that this Python lacks, nonsense for tqdm, a matplotlibrc that is none."""
+    (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe nonsense : : :")
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['matplotlib_inline'] = None\n")
+    environment = {**os.environ, **STRANGE, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, exp.__file__, "--status", "--output-dir", str(toy_run)]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "7 of 7 jobs done" in ended.stdout
 
 
 # ---- Where we are ----------------------------------------------------------------------------------------------------
@@ -69,6 +154,19 @@ def test_kaggle_is_its_run_type_and_its_folder(
     assert (here.kaggle, here.output_root, here.inputs) == (False, toy, ()), "the folder alone is not enough"
 
 
+@pytest.mark.parametrize(
+    ("run_type", "terminal", "bars"),
+    [("Batch", False, False), ("Interactive", False, True), ("", False, False), ("", True, True)],
+)
+def test_bars_only_where_somebody_watches(
+    kaggle: Path, monkeypatch: pytest.MonkeyPatch, run_type: str, terminal: bool, bars: bool
+) -> None:
+    """A bar in a batch log writes a line per refresh."""
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", run_type)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    assert exp.detect_platform(kaggle).watched == bars
+
+
 def test_run_folders_are_made_in_the_working_folder(kaggle: Path, toy_run: Path) -> None:
     """And teacher outputs are not: they may be lost, and would count against the 20 GB."""
     assert exp.main(TOY, root=kaggle) == 0
@@ -78,8 +176,61 @@ def test_run_folders_are_made_in_the_working_folder(kaggle: Path, toy_run: Path)
     assert not list((kaggle / "kaggle").rglob("page_*"))
 
 
+def test_elsewhere_they_are_made_here(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exp, "work", lambda *_, **__: "session clock")
+    assert exp.main(TOY) == 0
+    (folder,) = toy.glob("exp1b_*")
+    assert exp.re.fullmatch(r"exp1b_smoke_\d{8}_\d{6}", folder.name)
+
+
+def test_a_session_is_as_old_as_process_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its start is in ticks since boot, behind a command name that may hold spaces and brackets."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    files = {
+        "/proc/1/stat": f"1 (a ) b) S {'0 ' * 18}{100 * ticks} 5 6",
+        "/proc/uptime": "4000.5 9.0",
+    }
+    monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
+    assert exp.session_age_seconds() == pytest.approx(3900.5)
+    for uptime, age in (
+        ("43299.5 9.0", 43199.5),
+        ("43301.0 9.0", 0),
+        ("99.0 9.0", 0),
+    ):  # 12 hours, the host's, before its start
+        files["/proc/uptime"] = uptime
+        assert exp.session_age_seconds() == pytest.approx(age)
+    files["/proc/1/stat"] = "nonsense"
+    assert exp.session_age_seconds() == 0
+
+
 def test_the_real_session_age_is_a_time() -> None:
     assert 0 <= exp.session_age_seconds() <= 12 * 3600
+
+
+@pytest.mark.parametrize(("hours", "margin"), [(1.0, 72.0), (11.5, 120.0)])
+def test_the_deadline_leaves_time_for_the_report(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, hours: float, margin: float
+) -> None:
+    seen: list[float | None] = []
+    monkeypatch.setattr(exp.time, "time", lambda: 1e9)
+    monkeypatch.setattr(
+        exp, "work", lambda experiment, *_, **__: seen.append(experiment.session.deadline) or "session clock"
+    )
+    assert new_toy(toy / "run", "--max-hours", str(hours)) == 0
+    assert seen == [pytest.approx(1e9 + 3600 * hours - margin)]
+
+
+def test_kaggle_has_a_deadline_by_default(kaggle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float | None] = []
+    monkeypatch.setattr(exp.time, "time", lambda: 1e9)
+    monkeypatch.setattr(exp, "session_age_seconds", lambda: 600.0)
+    monkeypatch.setattr(
+        exp, "work", lambda experiment, *_, **__: seen.append(experiment.session.deadline) or "session clock"
+    )
+    assert exp.main([*TOY, "--output-dir", str(kaggle / "kaggle/working/run")], root=kaggle) == 0
+    assert seen == [pytest.approx(1e9 - 600 + 11.5 * 3600 - 120)]
+    assert exp.main([*TOY, "--output-dir", str(kaggle / "run")], root=kaggle / "elsewhere") == 0
+    assert seen[1] is None
 
 
 # ---- No GPU on Kaggle ------------------------------------------------------------------------------------------------
@@ -96,7 +247,28 @@ def test_a_kaggle_session_without_gpu_stops_with_the_remedy(
     assert list((kaggle / "kaggle/working").iterdir()) == []
 
 
+@pytest.mark.parametrize("options", [["--mode", "smoke"], ["--mode", "quick", "--device", "cpu"]])
+def test_unless_it_is_meant(kaggle: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(exp, "work", lambda *_, **__: "session clock")
+    assert (
+        exp.main([*options, "--dataset", "CIFAR10", "--train-size", "300", "--threads", "1"], root=kaggle)
+        == 0
+    )
+
+
 # ---- Logs ------------------------------------------------------------------------------------------------------------
+
+
+def test_secrets_in_the_environment_are_not_written(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Kaggle's variables hold live tokens."""
+    monkeypatch.setenv("KAGGLE_USER_SECRETS_TOKEN", "t0ken-that-nobody-may-see")
+    monkeypatch.setattr(exp, "work", lambda *_, **__: "session clock")
+    assert new_toy(toy / "run") == 0
+    written = b"".join(path.read_bytes() for path in (toy / "run").rglob("*") if path.is_file())
+    assert b"t0ken" not in written + capsys.readouterr().out.encode()
 
 
 class Gone(io.StringIO):
@@ -106,6 +278,16 @@ class Gone(io.StringIO):
 
     def write(self, _: str) -> int:
         raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_a_console_that_is_gone_stops_nothing(
+    toy: Path, toy_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lost connection, or `| head`: the log file has everything."""
+    monkeypatch.setattr(sys, "stdout", Gone())
+    assert new_toy(toy / "run") == 0
+    assert results_without_times(toy / "run") == results_without_times(toy_run)
+    assert "finished: 7 of 7" in (toy / "run/experiment.log").read_text()
 
 
 def test_a_console_that_lacks_a_letter(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,3 +330,26 @@ def test_the_log_is_appended_to(toy: Path, toy_run: Path) -> None:
 
 
 # ---- Where nothing can be written ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["file/run", "/proc/run", "x" * 300])
+def test_an_impossible_output_folder_is_one_line(toy: Path, place: str, capsys: Capture) -> None:
+    (toy / "file").write_text("")
+    before = tree(toy)
+    assert new_toy(toy / place) == 2
+    out = capsys.readouterr().out
+    assert out.startswith("error: ")
+    assert out.count("\n") == 1
+    assert tree(toy) == before
+
+
+def test_a_temporary_folder_that_cannot_be_used_costs_one_warning(
+    toy: Path, toy_run: Path, capsys: Capture
+) -> None:
+    """Pages are only a cache: they go into the run folder, and are gone at the end."""
+    exp.page_places(toy)[0].write_text("a file where the folder should be")
+    exp.warn_once.cache_clear()
+    assert new_toy(toy / "run") == 0
+    assert capsys.readouterr().out.count("teacher outputs cannot be kept in") == 1
+    assert results_without_times(toy / "run") == results_without_times(toy_run)
+    assert list((toy / "run").rglob("page_*")) == []
