@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
@@ -19,13 +18,12 @@ import torch  # noqa: E402
 
 import run_exp1b_kaggle as exp  # noqa: E402
 
-# The smallest experiment that has everything: two ratios would lack the chain's second link, one run the pairing.
-TINY = [
-    "--mode", "smoke", "--width", "8", "--train-size", "400", "--batch-size", "60", "--lr", "0.05",
-    "--teacher-epochs", "2", "--student-epochs", "2", "--runs", "2", "--threads", "1", "--device", "cpu",
+# One ratio, one run, two assistants: about ten seconds.
+SMALL = [
+    "--mode", "smoke", "--width", "8", "--train-size", "400", "--batch-size", "60", "--lr", "0.05", "--teacher-epochs", "2",
+    "--student-epochs", "2", "--compression", "5x", "--runs", "1", "--threads", "1", "--device", "cpu",
 ]  # fmt: skip
 SIGNALS = [getattr(signal, name) for name in exp.Session.SIGNALS]
-SMALL = [*TINY, "--compression", "5x", "--runs", "1"]  # one ratio, one run: two assistants, about ten seconds
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -112,25 +110,6 @@ def half_trained(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
         patch.setattr(exp.Training, "_epoch", stop)
         assert resume(folder) == 0
-    return folder
-
-
-@pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished tiny experiment with all ratios and methods. Read only: copy it before changing anything.
-
-    It takes more than a minute, so the processes of pytest-xdist share one: the first makes it while the others wait for its lock.
-    """
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder = shared / "finished/exp1b_smoke_20260101_000000"
-    folder.parent.mkdir(exist_ok=True)
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch, (shared / "finished.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        patch.setattr(exp.tempfile, "tempdir", str(folder.parent))
-        if not folder.exists():
-            assert exp.main([*TINY, "--output-dir", str(folder)]) == 0
     return folder
 
 

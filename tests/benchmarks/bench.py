@@ -45,44 +45,37 @@ def cifar_like(images: int, test: int = 1_000) -> exp.RawData:
     pixels, tests = (rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8) for n in (images, test))
     labels = [np.arange(n, dtype=np.int64) % 10 for n in (images, test)]
     return exp.RawData(
-        "SYNTHETIC", tuple("0123456789"), pixels, labels[0], tests, labels[1], "random", f"{images}"
+        "SYNTHETIC", tuple("0123456789"), pixels, labels[0], tests, labels[1], "random"
     )
 
 
 @contextlib.contextmanager
 def experiment(options: argparse.Namespace, raw: exp.RawData, **given: object) -> Iterator[exp.Experiment]:
-    """An experiment on the device of `options` that has a teacher and intermediates (untrained), in a folder that goes away."""
+    """An experiment on the device of `options` that has a teacher and assistants (untrained), in a folder that goes away."""
     exp.log.setLevel(logging.WARNING)
     device = exp.find_devices(options.device, False, True)[0]
     shape = {name: getattr(options, name) for name in ("width", "batch_size", "threads", "precision")}
+    shape["precision"] = exp.choose_precision(options.precision, device)
     with tempfile.TemporaryDirectory() as folder:
         made = open_lab(Path(folder) / "run", raw, device, **{**shape, **given})
-        for name in exp.ARCHITECTURES:
-            job, network = (
-                exp.teacher_job(name, made.settings.dataset),
-                exp.build_network(name, 10, options.width),
-            )
-            record = {"status": "done", "network": name, "weights_sha256": name}
-            held = {
-                f"{part}_logits": torch.zeros(len(getattr(made.images, part).labels), 10)
-                for part in ("fit", "select")
-            }
-            exp.save_checkpoint(
-                made.folder.model_file(job.name), {"model": network.state_dict(), "record": record, **held}
-            )
-            made.state["jobs"][job.name] = record
+        for name in ("teacher", *exp.LADDER):
+            job = exp.teacher_job(name, made.settings.dataset)
+            network = made.place(exp.build_network(name, 10, options.width))
+            made.outputs._networks[job.name] = made.place(network.eval().folded())
+            made.run.records[job.name] = exp.Record(**made.run.identity(job), network=name, weights_sha256=name)
         yield made
 
 
-def fitting(
-    made: exp.Experiment, network: str, method: str, epochs: int, steps: int | None = None
-) -> exp.Fitting:
-    """A training of `network`; an epoch has all images, or `steps` steps."""
-    per_epoch = min(len(made.images) // made.settings.batch_size, steps or sys.maxsize)
-    schedule = exp.Schedule(network, epochs * per_epoch, per_epoch, 0.01, 1, 1)
-    return exp.Fitting(
-        made, f"{network}_{method}", "benchmark", schedule, exp.make_trainer(made, method, None)
-    )
+def make_training(
+    made: exp.Experiment, network: str, method: str, epochs: int, run: int = 1, steps: int | None = None
+) -> exp.Training:
+    """A training of `network` for some epochs (or `steps` steps)."""
+    job = exp.Job("teacher", "SYNTHETIC") if network == "teacher" else exp.Job("student", "SYNTHETIC", network, method, run)
+    per_epoch = len(made.images) // made.settings.batch_size
+    pages = exp.page_order(made.settings.seed, run, epochs)
+    config = exp.Distillation() if exp.METHODS[method] is not exp.Direct else None
+    distilling = exp.METHODS[method](made, config, pages)
+    return exp.Training(made, job, f"{network}_{method}_{run}", steps or epochs * per_epoch, distilling)
 
 
 def clock(device: exp.Device) -> float:

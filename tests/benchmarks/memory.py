@@ -67,13 +67,18 @@ def cut_short(steps: int) -> None:
     """Epochs have only this many steps; pages and predictions are made from the outputs for as many chunks."""
     predict = exp.Experiment.predict
 
-    def chunks(self: exp.TeacherOutputs, teacher: str, page: int) -> bytes:
-        images, network = self.experiment.images, self._network(teacher)
+    def chunks(self: exp.TeacherOutputs, job: exp.Job, page: int) -> exp.torch.Tensor:
+        images, network = self.experiment.images, self._network(job)
         index = exp.torch.arange(len(images), device=images.device).split(exp.CHUNK)[:steps]
         with exp.torch.no_grad():
             parts = [self.experiment.infer(network, images.render(part, page)) for part in index]
-        logits = exp.torch.cat(parts).half().cpu().numpy()
-        return exp.np.float64(1).tobytes() + exp.np.resize(logits, (len(images), logits.shape[1])).tobytes()
+        logits = exp.storable(exp.torch.cat(parts))
+        return logits.repeat(-(-len(images) // len(logits)), 1)[: len(images)]
+
+    def epoch(self: exp.Training, number: int) -> float:
+        batches = exp.torch.arange(len(self.experiment.images)).split(self.experiment.settings.batch_size)
+        self.model.train()
+        return sum(self._step(batch, self.method.pages[number]).item() for batch in batches[:steps]) / steps
 
     def predicted(self: exp.Experiment, network: exp.nn.Module, split: exp.Split) -> exp.torch.Tensor:
         count = len(split.labels)
@@ -83,7 +88,7 @@ def cut_short(steps: int) -> None:
 
     exp.Experiment.predict = predicted  # type: ignore[method-assign]
     exp.TeacherOutputs._compute = chunks  # type: ignore[method-assign]
-    exp.Progress.steps = lambda self, name, epoch, count: range(min(count, steps))  # type: ignore[method-assign]
+    exp.Training._train_epoch = epoch  # type: ignore[method-assign]
 
 
 def main() -> None:
@@ -100,21 +105,14 @@ def main() -> None:
     chosen = options.parse_args()
     watch = Watch()
     cut_short(chosen.steps)
-    exp.load_experiment_data = watch.during(lambda *_: "data", exp.load_experiment_data)
+    exp.load_data = watch.during(lambda *_: "data", exp.load_data)
     exp.make_experiment = watch.during(lambda *_: "images", exp.make_experiment)
     exp.measure_speeds = watch.during(lambda *_: "speeds", exp.measure_speeds)
-    exp.JobRunner.run = watch.during(lambda runner: runner.job.name, exp.JobRunner.run)  # type: ignore[method-assign]
+    exp.do_job = watch.during(lambda _, job: job.name, exp.do_job)
     exp.conclude = watch.during(lambda *_: "report", exp.conclude)
     source = ["--dataset", "SYNTHETIC", "--train-size", str(chosen.images)]
     if chosen.data_dir:
-        source = [
-            "--dataset",
-            "CIFAR10",
-            "--data-dir",
-            str(chosen.data_dir),
-            "--train-size",
-            str(chosen.images),
-        ]
+        source = ["--dataset", "CIFAR10", "--data-dir", str(chosen.data_dir), "--train-size", str(chosen.images)]
     with tempfile.TemporaryDirectory() as folder:
         command = [
             "--mode", "quick", *source, "--width", str(chosen.width), "--batch-size", str(chosen.batch_size),

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from bench import RATIOS, cifar_like, experiment, fitting, no_output, parser, say, say_device, seconds
+from bench import RATIOS, cifar_like, experiment, make_training, no_output, parser, say, say_device, seconds
 
 import run_exp1b_kaggle as exp
 
@@ -29,25 +29,11 @@ def exponent(sizes: Sequence[float], times: Sequence[float]) -> float:
 
 def students_seconds(made: exp.Experiment, compression: Sequence[str], runs: int) -> float:
     """Seconds of training the students of two methods, the teacher's pages that they need included."""
-    jobs = [(c, m, r) for c in compression for r in range(1, runs + 1) for m in ("Direct", "TraditionalKD")]
     spent = 0.0
-    for ratio, method, run in jobs:
-        schedule = exp.Schedule(
-            ratio,
-            2 * (len(made.images) // made.settings.batch_size),
-            len(made.images) // made.settings.batch_size,
-            0.01,
-            run,
-            run,
-        )
-        training = exp.Fitting(
-            made,
-            f"{ratio}_{method}_{run}_of_{runs}",
-            "benchmark",
-            schedule,
-            exp.make_trainer(made, method, None),
-        )
-        spent += seconds(made.device, training.run)
+    for ratio in compression:
+        for run in range(1, runs + 1):
+            for method in ("Direct", "TraditionalKD"):
+                spent += seconds(made.device, make_training(made, ratio, method, 2, run).run)
     return spent
 
 
@@ -79,18 +65,12 @@ def main() -> None:
     epochs, pages = [], []
     for images in chosen.images:
         with experiment(chosen, cifar_like(images)) as made:
-            training = fitting(made, "7x", "Direct", 4)
-            epochs.append(
-                statistics.median(
-                    [seconds(made.device, lambda e=e, t=training: t._epoch(e)) for e in range(4)][1:]
-                )
-            )
-            outputs, name = exp.TeacherOutputs(made), exp.teacher_job("5x", made.settings.dataset).name
-            pages.append(
-                statistics.median(
-                    [seconds(made.device, lambda p=p, o=outputs, n=name: o.page(n, p)) for p in range(4)][1:]
-                )
-            )
+            training = make_training(made, "7x", "Direct", 4)
+            times = [seconds(made.device, lambda e=e, t=training: t._epoch(e)) for e in range(4)]
+            epochs.append(statistics.median(times[1:]))
+            outputs = made.outputs
+            passes = [seconds(made.device, lambda p=p, o=outputs: o.page(("5x",), p)) for p in range(4)]
+            pages.append(statistics.median(passes[1:]))
             say(f"epoch_seconds_at_{images}_images", epochs[-1])
             say(f"page_seconds_at_{images}_images", pages[-1])
     say_device(made)
@@ -104,9 +84,8 @@ def main() -> None:
     say("exponent_in_runs", exponent(chosen.runs, times))
     single: dict[str, float] = {}
     for ratios in [*((ratio,) for ratio in RATIOS), RATIOS]:
-        with experiment(
-            chosen, cifar_like(chosen.student_images)
-        ) as made:  # a new one: no page and no progress is at hand
+        # A new one each time: no page and no progress is at hand.
+        with experiment(chosen, cifar_like(chosen.student_images)) as made:
             spent = students_seconds(made, ratios, 1)
         if ratios == RATIOS:
             say("all_ratios_over_their_sum", spent / sum(single.values()))

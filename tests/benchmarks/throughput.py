@@ -15,9 +15,8 @@ import resource
 import statistics
 from typing import Any
 
-import numpy as np
 import torch
-from bench import cifar_like, clock, experiment, fitting, parser, say, say_device, seconds
+from bench import cifar_like, clock, experiment, make_training, parser, say, say_device, seconds
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import run_exp1b_kaggle as exp
@@ -25,7 +24,7 @@ import run_exp1b_kaggle as exp
 
 def images_per_second(made: exp.Experiment, network: str, steps: int) -> tuple[float, float]:
     """Training and inference (with folded batch normalisation, as pages are computed): medians over steps and chunks."""
-    training = fitting(made, network, "Direct", 1, steps)
+    training = make_training(made, network, "Direct", 1)
     training.model.train()
     size, count = made.settings.batch_size, len(made.images)
     order = torch.randperm(count, device=made.device.torch)
@@ -55,9 +54,9 @@ class Operations(TorchDispatchMode):
 
 def operations_per_step(made: exp.Experiment, network: str) -> int:
     """Operations of a distillation step, the second one: the first prepares."""
-    training = fitting(made, network, "TraditionalKD", 1, 2)
+    training = make_training(made, network, "TraditionalKD", 1)
     training.model.train()
-    training.trainer.start_epoch(0, 1, [])
+    training.method.start_epoch(0, [])
     index = torch.arange(4, device=made.device.torch)
     training._step(index, 0)
     with Operations() as counted:
@@ -77,7 +76,7 @@ def matrix_product_rate(made: exp.Experiment) -> float:
 class Stopwatch:
     """Adds up the time inside the network: forward, loss backward, optimizer step."""
 
-    def __init__(self, training: exp.Fitting) -> None:
+    def __init__(self, training: exp.Training) -> None:
         self.inside, self.device = 0.0, training.experiment.device
         training.model.forward = self._timed(training.model.forward)  # type: ignore[method-assign]
         training.optimizer.step = self._timed(training.optimizer.step)  # type: ignore[method-assign]
@@ -103,7 +102,7 @@ class Stopwatch:
 
 def overhead(made: exp.Experiment, network: str, method: str) -> tuple[float, float]:
     """Seconds of an epoch (validation and checkpoint included), and the share of it outside the network."""
-    training = fitting(made, network, method, 2)
+    training = make_training(made, network, method, 2)
     with Stopwatch(training) as watch:
         spent = seconds(made.device, lambda: (training._epoch(0), training._save()))
     return spent, 1 - watch.inside / spent
@@ -139,11 +138,11 @@ def part_of(event: Any) -> str:
 
 def profile(made: exp.Experiment, network: str, method: str) -> dict[str, float]:
     """Share of an epoch, validation included, of each part: of the GPU's time if there is one, else of the processor's."""
-    training, images = fitting(made, network, method, 1), made.images
+    training, images = make_training(made, network, method, 1), made.images
     scope = torch.profiler.record_function
     images.render = scope("augmentation")(images.render)  # type: ignore[method-assign]
-    training.trainer.start_epoch = scope("soft targets")(training.trainer.start_epoch)  # type: ignore[method-assign]
-    training.trainer.loss = scope("loss of a batch")(training.trainer.loss)  # type: ignore[method-assign]
+    training.method.start_epoch = scope("soft targets")(training.method.start_epoch)  # type: ignore[method-assign]
+    training.method.loss = scope("loss of a batch")(training.method.loss)  # type: ignore[method-assign]
     activities = [torch.profiler.ProfilerActivity.CPU]
     kind = "cpu"
     if made.device.kind == "cuda":
@@ -179,8 +178,8 @@ def main() -> None:
             say(f"{network}_training_images_per_second", training)
             say(f"{network}_training_share_of_the_matrix_product_rate", 3 * macs * training / rate)
             say(f"{network}_inference_images_per_second", inference)
-        logits = np.zeros((len(made.images), 10), np.float16)
-        exp.TeacherOutputs._compute = lambda *_: np.float64(1).tobytes() + logits.tobytes()  # type: ignore[method-assign]
+        logits = torch.zeros(len(made.images), 10, dtype=torch.float16)
+        exp.TeacherOutputs._compute = lambda *_: logits  # type: ignore[method-assign]
         if made.device.kind == "cpu":
             for network in exp.ARCHITECTURES:
                 say(f"{network}_operations_per_step", str(operations_per_step(made, network)))
@@ -191,16 +190,12 @@ def main() -> None:
         if chosen.profile:
             for part, share in profile(made, chosen.epoch_network, "TraditionalKD").items():
                 say(f"{chosen.epoch_network}_TraditionalKD_share_of_{part}", share)
-        page = next(made.scratch.glob("*/page_*[0-9]")).stat().st_size
+        page = next(made.outputs.places[0].glob("*/page_*[0-9]")).stat().st_size
         say("page_bytes_per_teacher", str(page))
         for mode in ("quick", "full"):
             settings = exp.new_settings({"mode": mode})
-            pages = {
-                p
-                for run in range(1, settings.runs + 1)
-                for p in exp.page_order(42, run, settings.student_epochs)
-            }
-            say(f"{mode}_page_cache_bytes", str(len(pages) * page * 3))
+            pages = exp.pages_used(exp.planned_jobs(settings), settings)
+            say(f"{mode}_page_cache_bytes", str(len(pages) * page * (1 + len(exp.LADDER))))
     say("peak_memory_gigabytes", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
     if made.device.kind == "cuda":
         say("peak_gpu_memory_gigabytes", torch.cuda.max_memory_allocated() / 1e9)

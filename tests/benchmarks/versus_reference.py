@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from bench import cifar_like, clock, experiment, fitting, parser, say, say_device, seconds
+from bench import cifar_like, clock, experiment, make_training, parser, say, say_device, seconds
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -51,10 +51,8 @@ class Reference:
         train = exp.held_out_indices(raw.train_labels, made.settings.seed)[0]
         pixels, labels = (torch.from_numpy(values[train]) for values in (raw.train_pixels, raw.train_labels))
         select = made.images.select
-        size, shared = (
-            made.settings.batch_size,
-            {"num_workers": loader_workers, "pin_memory": made.device.kind == "cuda"},
-        )
+        size = made.settings.batch_size
+        shared = {"num_workers": loader_workers, "pin_memory": made.device.kind == "cuda"}
         self.train = DataLoader(
             ImageDataset(pixels, labels, augment), size, shuffle=True, drop_last=True, **shared
         )
@@ -99,12 +97,10 @@ class Reference:
 
 def compare(made: exp.Experiment, reference: Reference, network: str, rounds: int) -> dict[str, float]:
     """Median seconds per epoch of the four kinds, alternating; the pages are at hand."""
-    ours = {method: fitting(made, network, method, rounds + 1) for method in ("Direct", "TraditionalKD")}
-    outputs = exp.TeacherOutputs(made)
-    for page in ours["TraditionalKD"].pages:
-        outputs.page(exp.teacher_job("teacher", made.settings.dataset).name, page)
+    ours = {method: make_training(made, network, method, rounds + 1) for method in ("Direct", "TraditionalKD")}
+    for page in ours["TraditionalKD"].method.pages:
+        made.outputs.page(("teacher",), page)
     plain = exp.build_network(network, 10, made.settings.width).to(made.device.torch)
-    plain.format = torch.contiguous_format
     optimizer = torch.optim.SGD(plain.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, nesterov=True)
     kinds: dict[str, Callable[[int], object]] = {
         "Direct": ours["Direct"]._epoch,
@@ -121,10 +117,8 @@ def compare(made: exp.Experiment, reference: Reference, network: str, rounds: in
 
 def fill_seconds(made: exp.Experiment) -> float:
     """Seconds that computing a teacher's page takes."""
-    outputs, name = exp.TeacherOutputs(made), exp.teacher_job("teacher", made.settings.dataset).name
-    outputs._network(name)
     started = clock(made.device)
-    outputs.page(name, 161)
+    made.outputs.page(("teacher",), 161)
     return clock(made.device) - started
 
 
@@ -157,14 +151,9 @@ def main() -> None:
             )
         fill = fill_seconds(made)
     settings = exp.new_settings({"mode": "quick"})
-    pages = {
-        page
-        for run in range(1, settings.runs + 1)
-        for page in exp.page_order(42, run, settings.student_epochs)
-    }
-    epochs = (
-        2 * settings.runs * settings.student_epochs
-    )  # of two methods that distil from this teacher, at each ratio
+    pages = exp.pages_used(exp.planned_jobs(settings), settings)
+    # Of two methods that distil from this teacher, at each ratio.
+    epochs = 2 * settings.runs * settings.student_epochs
     say("page_seconds", fill)
     say("distillation_over_Direct", totals["distillation"] / totals["Direct"])
     say("speedup_Direct", totals["reference_Direct"] / totals["Direct"])

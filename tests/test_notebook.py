@@ -1,0 +1,87 @@
+"""The documents' notebook cells, executed: find the script, continue a run, show its results, classify an image with a student."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbclient
+import nbformat
+import pytest
+import torch
+from conftest import ROOT, SMALL
+from test_docs import QUICK_START, README, code_blocks, text_of
+from torchvision.transforms.functional import to_pil_image
+
+import run_exp1b_kaggle as exp
+
+NAME = "exp1b_smoke_20260101_000000"
+STUDENT = "checkpoints/student_7x_HPM-KD_run1.pt"
+
+
+def cells() -> list[str]:
+    """The quick start's four cells, then the README's prediction, as a reader copies them."""
+    quick_start = code_blocks(text_of(QUICK_START).partition("\n# Português\n")[0], "python")
+    assert len(quick_start) == 4
+    show, predict = (block for block in code_blocks(text_of(README), "python") if "run_exp1b_kaggle import" in block)
+    assert show.partition("  #")[0] == quick_start[2].rstrip("\n"), "three lines, the same in both documents"
+    return [*quick_start, predict]
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[Any]], Path, str]:
+    """What each cell put out, in a kernel of its own, in a folder that stands for /kaggle, where a finished run waits.
+
+    With the run's folder, and the class that the stored logits give to the picture.
+    """
+    root = tmp_path_factory.mktemp("notebook") / "kaggle"
+    working, code = root / "working", root / "input/datasets/me/exp1b-code"
+    code.mkdir(parents=True)
+    shutil.copy(ROOT / "run_exp1b_kaggle.py", code)
+    torch.set_num_threads(1)
+    small = [*SMALL, "--compression", "7x", "--train-size", "200", "--teacher-epochs", "1", "--student-epochs", "1"]
+    assert exp.main([*small, "--output-dir", str(working / NAME)]) == 0
+
+    data = exp.load_data("SYNTHETIC", [], None, 200, 42, lambda: None)
+    to_pil_image(torch.from_numpy(data.test_pixels[0]).permute(2, 0, 1)).save(working / "image.png")
+    expected = data.classes[exp.load_checkpoint(working / NAME / STUDENT)["test_logits"][0].argmax()]
+
+    texts = [text.replace('"/kaggle', f'"{root}').replace('PICTURE = ""', 'PICTURE = "image.png"') for text in cells()]
+    assert texts[0].count('MODE = "quick"') == 1, "the only thing to choose"
+    texts[0] = texts[0].replace('MODE = "quick"', 'MODE = "smoke"')
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in texts])
+    place = {"metadata": {"path": str(working)}}
+    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place)
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    client.execute(env={**os.environ, "IPYTHONDIR": str(root), "PATH": path})
+    assert [folder.name for folder in working.glob("exp1b*")] == [NAME], "looking makes no new run"
+    return [cell.outputs for cell in notebook.cells], working / NAME, expected
+
+
+def printed(outputs: list[Any]) -> str:
+    return "".join(output.text for output in outputs if output.output_type == "stream")
+
+
+@pytest.mark.slow
+def test_the_cells_plan_continue_show_and_classify(outputs: tuple[list[list[Any]], Path, str]) -> None:
+    plan, again, show, own, readme = outputs[0]
+    folder, expected = outputs[1:]
+    assert "total" in printed(plan)
+    assert printed(again).startswith("continuing an earlier run\n")
+    assert "finished: 8 of 8 jobs done" in printed(again)
+
+    shown = [output for output in show if output.output_type == "display_data"]
+    table, report, *figures = (output.data for output in shown)
+    assert all(method in table["text/html"] for method in ("<table", "Direct", "TraditionalKD", "HPM-KD"))
+    assert report["text/markdown"].startswith((folder / "experiment_report.md").read_text().splitlines()[0])
+    assert "](figures/" not in report["text/markdown"], "a notebook cannot show these"
+    assert len(figures) == len(list((folder / "figures").glob("*.png"))) >= 3
+    assert all("image/png" in figure for figure in figures)
+
+    for cell in (own, readme):
+        name, share = printed(cell).rsplit(None, 1)
+        assert name == expected
+        assert 0 < float(share.rstrip("%")) <= 100

@@ -1,0 +1,213 @@
+"""Pages of teacher outputs: the same bytes whoever computes them, computed once, and lost or damaged without harm."""
+
+from __future__ import annotations
+
+import collections
+import multiprocessing
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from lab import do, open_lab, shortcuts, teacher
+from toy import forbid, make_folder
+
+import run_exp1b_kaggle as exp
+
+Computed = collections.Counter[tuple[str, int]]
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> exp.Experiment:
+    """An experiment with a finished teacher. Its scratch folder is not to be used: take `apart`."""
+    lab = open_lab(tmp_path_factory.mktemp("taught") / "lab", teacher_epochs=1)
+    with shortcuts():
+        do(lab, teacher(lab))
+    return lab
+
+
+def apart(experiment: exp.Experiment, scratch: Path) -> exp.TeacherOutputs:
+    """The outputs of a finished teacher with a scratch folder of their own."""
+    outputs = exp.TeacherOutputs(experiment)
+    outputs.places = [scratch]
+    return outputs
+
+
+def page(outputs: exp.TeacherOutputs, number: int) -> bytes:
+    """The teacher's logits for a page."""
+    return outputs.page(("teacher",), number).numpy().tobytes()
+
+
+def page_file(outputs: exp.TeacherOutputs, number: int) -> Path:
+    return outputs.places[0] / outputs.key(teacher(outputs.experiment)) / f"page_{number:03d}"
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> Computed:
+    """How often each page has been computed: (teacher, page) -> times."""
+    counter: Computed = collections.Counter()
+    compute = exp.TeacherOutputs._compute
+
+    def counting(self: exp.TeacherOutputs, job: exp.Job, number: int) -> torch.Tensor:
+        counter[job.network, number] += 1
+        return compute(self, job, number)
+
+    monkeypatch.setattr(exp.TeacherOutputs, "_compute", counting)
+    return counter
+
+
+def test_a_page_holds_the_teachers_logits_for_its_views_in_image_order(taught: exp.Experiment, tmp_path: Path) -> None:
+    """Against the unfolded network on another batch size, within fp16's rounding."""
+    logits = apart(taught, tmp_path).page(("teacher",), 17)[0]
+    network = exp.load_student(taught.run.file(teacher(taught)))[1]
+    with torch.no_grad():
+        parts = [network(taught.images.render(index, 17)) for index in torch.arange(len(taught.images)).split(77)]
+    assert logits.dtype == torch.float16
+    torch.testing.assert_close(logits.float(), torch.cat(parts), rtol=2e-3, atol=2e-3)
+
+
+def test_the_bytes_do_not_depend_on_the_order(taught: exp.Experiment, tmp_path: Path) -> None:
+    one, other = apart(taught, tmp_path / "one"), apart(taught, tmp_path / "other")
+    pages = {number: page(one, number) for number in (3, 161, 0)}
+    assert {number: page(other, number) for number in (0, 3, 161)} == pages
+    assert len(set(pages.values())) == 3
+
+
+def fetch(experiment: exp.Experiment, scratch: Path, folder: Path) -> None:
+    """In another process: get page 5, noting each computation."""
+    compute = exp.TeacherOutputs._compute
+
+    def slow(self: exp.TeacherOutputs, job: exp.Job, number: int) -> torch.Tensor:
+        (folder / f"computed by {os.getpid()}").touch()
+        time.sleep(0.5)
+        return compute(self, job, number)
+
+    exp.TeacherOutputs._compute = slow  # type: ignore[method-assign]
+    (folder / f"bytes {os.getpid()}").write_bytes(page(apart(experiment, scratch), 5))
+
+
+def test_processes_that_want_a_page_compute_it_once(taught: exp.Experiment, tmp_path: Path) -> None:
+    """Three at the same time; and they get the bytes that this process computes by itself."""
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=fetch, args=(taught, tmp_path / "scratch", tmp_path)) for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    assert len(list(tmp_path.glob("computed by *"))) == 1
+    assert {path.read_bytes() for path in tmp_path.glob("bytes *")} == {page(apart(taught, tmp_path / "own"), 5)}
+
+
+def test_whoever_waits_for_a_page_can_be_stopped(tmp_path: Path) -> None:
+    def check() -> None:
+        raise exp.Stopped("SIGTERM")
+
+    with exp.locked(tmp_path / "page.lock", lambda: None):
+        with pytest.raises(exp.Stopped), exp.locked(tmp_path / "page.lock", check):
+            pytest.fail("two hold the lock")
+
+
+def other_page(outputs: exp.TeacherOutputs, path: Path) -> None:
+    page(outputs, 10)
+    shutil.copyfile(path.with_name("page_010"), path)
+
+
+DAMAGES = {
+    "cut": lambda outputs, path: path.write_bytes(path.read_bytes()[:-1]),
+    "empty": lambda outputs, path: path.write_bytes(b""),
+    "another page": other_page,
+    "sealed rubbish": lambda outputs, path: exp.write_sealed(path, b"rubbish"),
+    "no page": lambda outputs, path: exp.save_checkpoint(path, {"page": [path.parent.name, 9], "logits": [1]}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_page_that_is_none_is_computed_again(taught: exp.Experiment, tmp_path: Path, computed: Computed, damage: str) -> None:
+    """Taken for the page, it would teach something else without a word."""
+    outputs = apart(taught, tmp_path)
+    good = page(outputs, 9)
+    DAMAGES[damage](outputs, page_file(outputs, 9))
+    assert page(outputs, 9) == good
+    assert computed["teacher", 9] == 2
+    assert page(outputs, 9) == good
+    assert computed["teacher", 9] == 2, "a sound one is not"
+
+
+def test_an_unreadable_page_is_computed_again(taught: exp.Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = apart(taught, tmp_path)
+    good = page(outputs, 9)
+    forbid(monkeypatch, page_file(outputs, 9))
+    assert page(outputs, 9) == good
+
+
+@pytest.mark.parametrize("place", ["a folder in the place of the page", "a file in the place of the folder"])
+def test_where_pages_cannot_be_kept_the_next_place_is_used(
+    taught: exp.Experiment, tmp_path: Path, computed: Computed, place: str
+) -> None:
+    outputs = apart(taught, tmp_path / "scratch")
+    outputs.places.append(tmp_path / "elsewhere")
+    good = page(outputs, 9)
+    if place.startswith("a folder"):
+        make_folder(page_file(outputs, 9))
+    else:
+        shutil.rmtree(tmp_path / "scratch")
+        (tmp_path / "scratch").write_text("mine")
+    assert page(outputs, 9) == page(outputs, 9) == good
+    assert outputs.places == [tmp_path / "elsewhere"]
+    outputs.places.clear()
+    assert page(outputs, 9) == good, "without any place a page is computed whenever it is needed"
+
+
+def test_a_lost_scratch_folder_does_no_harm(taught: exp.Experiment, tmp_path: Path, computed: Computed) -> None:
+    outputs = apart(taught, tmp_path / "scratch")
+    first = [page(outputs, number) for number in (1, 2)]
+    shutil.rmtree(tmp_path / "scratch")
+    assert [page(outputs, number) for number in (1, 2)] == first
+    assert computed["teacher", 1] == 2
+
+
+def test_pages_of_other_weights_data_seeds_precisions_and_threads_lie_elsewhere(taught: exp.Experiment) -> None:
+    def key(**changes: object) -> str:
+        experiment = exp.copy.copy(taught)
+        experiment.run = exp.copy.copy(taught.run)
+        for name, value in changes.items():
+            setattr(experiment if hasattr(experiment, name) else experiment.run, name, value)
+        return exp.TeacherOutputs(experiment).key(teacher(taught))
+
+    name = teacher(taught).name
+    record, index = taught.run.records[name], taught.run.index
+    keys = [
+        key(),
+        key(records={name: replace(record, weights_sha256="0" * 64)}),
+        key(index=replace(index, data=replace(index.data, sha256="0" * 64))),
+        key(settings=replace(taught.settings, seed=7)),
+        key(precision="bf16"),
+        key(device=replace(taught.device, name="another")),
+    ]
+    torch.set_num_threads(2)
+    keys.append(key())
+    assert len(set(keys)) == 7
+
+
+def test_a_whole_experiment_computes_every_distinct_page_once(tmp_path: Path, computed: Computed) -> None:
+    """All ratios, methods and runs, the chain and the pilots: as many passes of each teacher as there are distinct pages."""
+    runs, epochs = 3, 9
+    with shortcuts(0, steps=False) as patch:
+        patch.setattr(exp.Experiment, "infer", lambda _self, _network, images: torch.zeros(len(images), 10))
+        lab = open_lab(tmp_path / "lab", runs=runs, student_epochs=epochs, methods=("TraditionalKD", "HPM-KD"))
+        records = do(lab)
+    assert all(record.done for record in records.values())
+    distinct = {number for run in range(1, runs + 1) for number in exp.page_order(42, run, epochs)}
+    assert len(distinct) < runs * epochs, "runs share pages in this case"
+    assert computed == {(network, number): 1 for network in ("teacher", *exp.LADDER) for number in distinct}
+
+
+def test_direct_needs_no_page(tmp_path: Path, computed: Computed) -> None:
+    with shortcuts(steps=False):
+        records = do(open_lab(tmp_path / "lab", methods=("Direct",)))
+    assert not computed
+    assert sorted(record.kind for record in records.values()) == ["student"] * 3 + ["teacher"]
