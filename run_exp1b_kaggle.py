@@ -1600,7 +1600,7 @@ def locked(path: Path, check: Callable[[], None]) -> Iterator[None]:
         except filelock.Timeout:
             check()
         except (OSError, NotImplementedError) as error:
-            warn_once(f"no locks in {path.parent} ({first_line(error)}): going on without")
+            warn_once(f"no locks in {path.parent.parent} ({first_line(error)}): going on without")
             break
     try:
         yield
@@ -2571,6 +2571,9 @@ class Run:
             raise Damaged(f"says that it is another job than {job.name}")
         if record.network != job.network or record.seed != self.settings.seed + job.run:
             raise Damaged("is about another network or seed")
+        cost = network_cost(job.network, len(self.index.data.classes), self.settings.width)
+        if (record.params, record.macs) != cost:
+            raise Damaged("is about a network of another size")
         for name, sha256 in record.taught_by.items():
             known = self.teachers(job.compression).get(name)
             if known is not None and known.weights_sha256 != sha256:
@@ -2781,15 +2784,14 @@ def load_index(path: Path, plugins: Mapping[str, str]) -> Index:
 def index_from_plain(content: Any, plugins: Mapping[str, str]) -> Index:
     """An index from plain data. Raises `Damaged`, or `UsageError` if it is one that this command cannot
     continue."""
-    if isinstance(content, dict) and content.get("format") != FORMAT:
+    if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
+        raise Damaged("holds no index")
+    if content.get("format") != FORMAT:
         version = content.get("version") or (content.get("script") or {}).get("version")
         raise UsageError(
             f"the run was written by version {version} of this script, this is {VERSION}, which computes "
-            "something else: "
-            "continue it with that version, or start a new run"
+            "something else: continue it with that version, or start a new run"
         )
-    if not isinstance(content, dict):
-        raise Damaged("holds no index")
     check_plugins(content.get("plugins"), plugins)
     index: Index = from_plain(Index, content, "index")
     validate(index.settings)
@@ -3027,6 +3029,8 @@ class TeacherOutputs:
             if job.kind in ("teacher", "assistant") and job.name in self.experiment.run.records:
                 for place in self.places:
                     shutil.rmtree(place / self.key(job), ignore_errors=True)
+        with contextlib.suppress(OSError):  # not there, or not empty
+            (self.experiment.run.path / ".pages").rmdir()
 
 
 def storable(logits: torch.Tensor) -> torch.Tensor:
@@ -6460,8 +6464,8 @@ def show_plan(args: Namespace, platform: Platform) -> int:
     names = listed(dict.fromkeys(device.name for device in devices))
     print(f"measured on {names}, {precision}, {say_count(estimate.workers, 'worker')}")
     print(
-        f"disk: about {disk_bytes(settings) / 1e9:.2f} GB in the run folder (Kaggle keeps 20 GB), "
-        f"{page_bytes(settings) / 1e9:.2f} GB in the temporary folder"
+        f"disk: {disk_bytes(settings) / 1e9:.2f} GB in the run folder (Kaggle keeps 20 GB), "
+        f"{page_bytes(settings) / 1e9:.2f} GB elsewhere"
     )
     return 0
 

@@ -21,7 +21,21 @@ SCRIPTS = {  # arguments, and figures that must be among what is printed
         ["peak", "peak_anonymous", "peak_during_images"],
     ),
     "scaling": (
-        [*TINY, "--images", "300", "600", "--runs", "1", "2", "--workers", "1", "--student-images", "200", "--batch-size", "60"],
+        [
+            *TINY,
+            "--images",
+            "300",
+            "600",
+            "--runs",
+            "1",
+            "2",
+            "--workers",
+            "1",
+            "--student-images",
+            "200",
+            "--batch-size",
+            "60",
+        ],
         ["exponent_of_epochs_in_images", "exponent_in_runs", "all_ratios_over_their_sum"],
     ),
     "throughput": (
@@ -56,7 +70,9 @@ def test_every_benchmark_is_tried() -> None:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_benchmark_prints_finite_figures(name: str, tmp_path: Path) -> None:
     arguments, wanted = SCRIPTS[name]
-    process = multiprocessing.get_context("fork").Process(target=run_script, args=(name, arguments, tmp_path / "output"))
+    process = multiprocessing.get_context("fork").Process(
+        target=run_script, args=(name, arguments, tmp_path / "output")
+    )
     process.start()
     process.join(300)
     process.kill()

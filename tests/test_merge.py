@@ -58,7 +58,9 @@ def refused(merge: Merge, capsys: Capture, toy: Path, *folders: Path) -> str:
     return line
 
 
-def test_a_second_session_reuses_the_teacher_and_both_become_one_run(sessions: Path, toy: Path, merge: Merge) -> None:
+def test_a_second_session_reuses_the_teacher_and_both_become_one_run(
+    sessions: Path, toy: Path, merge: Merge
+) -> None:
     five, two = sessions / "exp1b_five", sessions / "exp1b_two"
     index = exp.load_index(two, {})
     assert any("was reused from exp1b_five" in note for note in index.notes)
@@ -79,7 +81,9 @@ def test_a_second_session_reuses_the_teacher_and_both_become_one_run(sessions: P
     assert "Merged from exp1b_five and exp1b_two." in (merged / "experiment_report.md").read_text()
 
 
-def test_a_merged_run_can_be_reported_again_and_continued(sessions: Path, toy: Path, merge: Merge, capsys: Capture) -> None:
+def test_a_merged_run_can_be_reported_again_and_continued(
+    sessions: Path, toy: Path, merge: Merge, capsys: Capture
+) -> None:
     assert merge(sessions / "exp1b_two", sessions / "exp1b_five") == 0
     merged = toy / "merged"
     table, trained = results_without_times(merged), models(merged)
@@ -91,7 +95,9 @@ def test_a_merged_run_can_be_reported_again_and_continued(sessions: Path, toy: P
     assert "11 of 11 jobs done" in capsys.readouterr().out
 
 
-def test_a_merge_that_was_killed_leaves_nothing_that_hinders_the_next(sessions: Path, toy: Path, merge: Merge) -> None:
+def test_a_merge_that_was_killed_leaves_nothing_that_hinders_the_next(
+    sessions: Path, toy: Path, merge: Merge
+) -> None:
     """Whether it died before it was named or after, before its report was written."""
     five, two = sessions / "exp1b_five", sessions / "exp1b_two"
     for point in ("save_index", "report_on"):
@@ -115,13 +121,17 @@ def test_the_same_files_twice_are_recognised(sessions: Path, toy: Path, merge: M
     assert len(rows(toy / "merged")) == 6
 
 
-def test_the_same_student_trained_differently_is_refused(sessions: Path, toy: Path, merge: Merge, capsys: Capture) -> None:
+def test_the_same_student_trained_differently_is_refused(
+    sessions: Path, toy: Path, merge: Merge, capsys: Capture
+) -> None:
     said = refused(merge, capsys, toy, sessions / "exp1b_two", sessions / "exp1b_other")
     assert "both hold student_2.3x_" in said
     assert "trained differently" in said
 
 
-def test_students_of_one_ratio_from_different_teachers_are_refused(sessions: Path, toy: Path, merge: Merge, capsys: Capture) -> None:
+def test_students_of_one_ratio_from_different_teachers_are_refused(
+    sessions: Path, toy: Path, merge: Merge, capsys: Capture
+) -> None:
     """No student is in both runs, and yet they cannot be compared."""
     for name, method in (("exp1b_two", "TraditionalKD"), ("exp1b_other", "HPM-KD")):
         shutil.copytree(sessions / name, toy / name)
@@ -132,7 +142,9 @@ def test_students_of_one_ratio_from_different_teachers_are_refused(sessions: Pat
     assert "the students at 2.3x learned from different teachers" in said
 
 
-def test_ratios_with_different_teachers_are_merged_and_each_keeps_its_own(sessions: Path, toy: Path, merge: Merge) -> None:
+def test_ratios_with_different_teachers_are_merged_and_each_keeps_its_own(
+    sessions: Path, toy: Path, merge: Merge
+) -> None:
     five, other = sessions / "exp1b_five", sessions / "exp1b_other"
     assert merge(other, five) == 0
     merged = toy / "merged"
@@ -150,7 +162,11 @@ def as_if(source: Path, target: Path, **changes: Any) -> Path:
     """A run that has only started, whose index is `source`'s but for these settings or fields."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.pt", "*.previous"))
     index = exp.load_index(source, {})
-    settings = {name: changes.pop(name) for name in list(changes) if hasattr(index.settings, name) and name != "precision"}
+    settings = {
+        name: changes.pop(name)
+        for name in list(changes)
+        if hasattr(index.settings, name) and name != "precision"
+    }
     index = replace(index, settings=replace(index.settings, **settings), **changes)
     index.fingerprint = exp.run_fingerprint(index.settings, index.precision, index.data.sha256)
     exp.save_plain(target / "checkpoints" / exp.STATE_NAME, exp.to_plain(index))
@@ -187,7 +203,9 @@ def test_folders_without_a_run_are_refused(sessions: Path, toy: Path, merge: Mer
 
 
 @pytest.mark.parametrize("damaged", [DIRECT, PILOT, SECOND_ASSISTANT])
-def test_a_damaged_file_is_refused_and_not_set_aside(sessions: Path, toy: Path, merge: Merge, capsys: Capture, damaged: str) -> None:
+def test_a_damaged_file_is_refused_and_not_set_aside(
+    sessions: Path, toy: Path, merge: Merge, capsys: Capture, damaged: str
+) -> None:
     shutil.copytree(sessions / "exp1b_five", toy / "five")
     path = toy / f"five/checkpoints/{damaged}.pt"
     path.write_bytes(path.read_bytes()[:-1])
@@ -196,7 +214,9 @@ def test_a_damaged_file_is_refused_and_not_set_aside(sessions: Path, toy: Path, 
     assert "--resume first" in said
 
 
-def test_an_existing_folder_is_not_merged_into(sessions: Path, toy: Path, merge: Merge, capsys: Capture) -> None:
+def test_an_existing_folder_is_not_merged_into(
+    sessions: Path, toy: Path, merge: Merge, capsys: Capture
+) -> None:
     (toy / "merged").mkdir()
     (toy / "merged/mine").write_text("precious")
     assert merge(sessions / "exp1b_five", sessions / "exp1b_two") == 2

@@ -26,7 +26,9 @@ def cells() -> list[str]:
     """The quick start's four cells, then the README's prediction, as a reader copies them."""
     quick_start = code_blocks(text_of(QUICK_START).partition("\n# Português\n")[0], "python")
     assert len(quick_start) == 4
-    show, predict = (block for block in code_blocks(text_of(README), "python") if "run_exp1b_kaggle import" in block)
+    show, predict = (
+        block for block in code_blocks(text_of(README), "python") if "run_exp1b_kaggle import" in block
+    )
     assert show.partition("  #")[0] == quick_start[2].rstrip("\n"), "three lines, the same in both documents"
     return [*quick_start, predict]
 
@@ -42,14 +44,27 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[Any]], 
     code.mkdir(parents=True)
     shutil.copy(ROOT / "run_exp1b_kaggle.py", code)
     torch.set_num_threads(1)
-    small = [*SMALL, "--compression", "7x", "--train-size", "200", "--teacher-epochs", "1", "--student-epochs", "1"]
+    small = [
+        *SMALL,
+        "--compression",
+        "7x",
+        "--train-size",
+        "200",
+        "--teacher-epochs",
+        "1",
+        "--student-epochs",
+        "1",
+    ]
     assert exp.main([*small, "--output-dir", str(working / NAME)]) == 0
 
     data = exp.load_data("SYNTHETIC", [], None, 200, 42, lambda: None)
     to_pil_image(torch.from_numpy(data.test_pixels[0]).permute(2, 0, 1)).save(working / "image.png")
     expected = data.classes[exp.load_checkpoint(working / NAME / STUDENT)["test_logits"][0].argmax()]
 
-    texts = [text.replace('"/kaggle', f'"{root}').replace('PICTURE = ""', 'PICTURE = "image.png"') for text in cells()]
+    texts = [
+        text.replace('"/kaggle', f'"{root}').replace('PICTURE = ""', 'PICTURE = "image.png"')
+        for text in cells()
+    ]
     assert texts[0].count('MODE = "quick"') == 1, "the only thing to choose"
     texts[0] = texts[0].replace('MODE = "quick"', 'MODE = "smoke"')
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in texts])

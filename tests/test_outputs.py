@@ -59,12 +59,16 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Computed:
     return counter
 
 
-def test_a_page_holds_the_teachers_logits_for_its_views_in_image_order(taught: exp.Experiment, tmp_path: Path) -> None:
+def test_a_page_holds_the_teachers_logits_for_its_views_in_image_order(
+    taught: exp.Experiment, tmp_path: Path
+) -> None:
     """Against the unfolded network on another batch size, within fp16's rounding."""
     logits = apart(taught, tmp_path).page(("teacher",), 17)[0]
     network = exp.load_student(taught.run.file(teacher(taught)))[1]
     with torch.no_grad():
-        parts = [network(taught.images.render(index, 17)) for index in torch.arange(len(taught.images)).split(77)]
+        parts = [
+            network(taught.images.render(index, 17)) for index in torch.arange(len(taught.images)).split(77)
+        ]
     assert logits.dtype == torch.float16
     torch.testing.assert_close(logits.float(), torch.cat(parts), rtol=2e-3, atol=2e-3)
 
@@ -99,7 +103,9 @@ def test_processes_that_want_a_page_compute_it_once(taught: exp.Experiment, tmp_
         child.join(60)
     assert [child.exitcode for child in children] == [0, 0, 0]
     assert len(list(tmp_path.glob("computed by *"))) == 1
-    assert {path.read_bytes() for path in tmp_path.glob("bytes *")} == {page(apart(taught, tmp_path / "own"), 5)}
+    assert {path.read_bytes() for path in tmp_path.glob("bytes *")} == {
+        page(apart(taught, tmp_path / "own"), 5)
+    }
 
 
 def test_whoever_waits_for_a_page_can_be_stopped(tmp_path: Path) -> None:
@@ -121,12 +127,16 @@ DAMAGES = {
     "empty": lambda outputs, path: path.write_bytes(b""),
     "another page": other_page,
     "sealed rubbish": lambda outputs, path: exp.write_sealed(path, b"rubbish"),
-    "no page": lambda outputs, path: exp.save_checkpoint(path, {"page": [path.parent.name, 9], "logits": [1]}),
+    "no page": lambda outputs, path: exp.save_checkpoint(
+        path, {"page": [path.parent.name, 9], "logits": [1]}
+    ),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_page_that_is_none_is_computed_again(taught: exp.Experiment, tmp_path: Path, computed: Computed, damage: str) -> None:
+def test_a_page_that_is_none_is_computed_again(
+    taught: exp.Experiment, tmp_path: Path, computed: Computed, damage: str
+) -> None:
     """Taken for the page, it would teach something else without a word."""
     outputs = apart(taught, tmp_path)
     good = page(outputs, 9)
@@ -137,7 +147,9 @@ def test_a_page_that_is_none_is_computed_again(taught: exp.Experiment, tmp_path:
     assert computed["teacher", 9] == 2, "a sound one is not"
 
 
-def test_an_unreadable_page_is_computed_again(taught: exp.Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_page_is_computed_again(
+    taught: exp.Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     outputs = apart(taught, tmp_path)
     good = page(outputs, 9)
     forbid(monkeypatch, page_file(outputs, 9))
@@ -162,7 +174,9 @@ def test_where_pages_cannot_be_kept_the_next_place_is_used(
     assert page(outputs, 9) == good, "without any place a page is computed whenever it is needed"
 
 
-def test_a_lost_scratch_folder_does_no_harm(taught: exp.Experiment, tmp_path: Path, computed: Computed) -> None:
+def test_a_lost_scratch_folder_does_no_harm(
+    taught: exp.Experiment, tmp_path: Path, computed: Computed
+) -> None:
     outputs = apart(taught, tmp_path / "scratch")
     first = [page(outputs, number) for number in (1, 2)]
     shutil.rmtree(tmp_path / "scratch")
@@ -170,7 +184,9 @@ def test_a_lost_scratch_folder_does_no_harm(taught: exp.Experiment, tmp_path: Pa
     assert computed["teacher", 1] == 2
 
 
-def test_pages_of_other_weights_data_seeds_precisions_and_threads_lie_elsewhere(taught: exp.Experiment) -> None:
+def test_pages_of_other_weights_data_seeds_precisions_and_threads_lie_elsewhere(
+    taught: exp.Experiment,
+) -> None:
     def key(**changes: object) -> str:
         experiment = exp.copy.copy(taught)
         experiment.run = exp.copy.copy(taught.run)
@@ -198,7 +214,9 @@ def test_a_whole_experiment_computes_every_distinct_page_once(tmp_path: Path, co
     runs, epochs = 3, 9
     with shortcuts(0, steps=False) as patch:
         patch.setattr(exp.Experiment, "infer", lambda _self, _network, images: torch.zeros(len(images), 10))
-        lab = open_lab(tmp_path / "lab", runs=runs, student_epochs=epochs, methods=("TraditionalKD", "HPM-KD"))
+        lab = open_lab(
+            tmp_path / "lab", runs=runs, student_epochs=epochs, methods=("TraditionalKD", "HPM-KD")
+        )
         records = do(lab)
     assert all(record.done for record in records.values())
     distinct = {number for run in range(1, runs + 1) for number in exp.page_order(42, run, epochs)}

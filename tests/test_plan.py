@@ -19,7 +19,9 @@ CHOSEN = exp.HPMKD.default("7x")
 
 def ended(job: exp.Job, failure: str = "") -> exp.Record:
     """The record of a job that has ended; a pilot has chosen CHOSEN."""
-    return exp.Record(job.name, job.kind, job.compression, job.method, job.run, "", failure=failure, config=CHOSEN)
+    return exp.Record(
+        job.name, job.kind, job.compression, job.method, job.run, "", failure=failure, config=CHOSEN
+    )
 
 
 class Simulation:
@@ -60,7 +62,10 @@ class Simulation:
             before = [earliest[needed.name] + seconds[needed.name] for needed in self.needs(job)]
             earliest[job.name] = max(before, default=0.0)
         longest = max(earliest[name] + seconds[name] for name in seconds)
-        later = [at + sum(seconds[name] for name in seconds if earliest[name] >= at) / workers for at in earliest.values()]
+        later = [
+            at + sum(seconds[name] for name in seconds if earliest[name] >= at) / workers
+            for at in earliest.values()
+        ]
         return max(longest, *later)
 
 
@@ -109,7 +114,9 @@ def test_plan_says_what_there_is_to_do(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Jobs per kind, hours, sessions and disk add up, at made-up speeds; nothing is written; 80 columns suffice."""
-    monkeypatch.setattr(exp, "measure_speeds", lambda *_: {name: exp.Speed(0.36, 0.001) for name in exp.ARCHITECTURES})
+    monkeypatch.setattr(
+        exp, "measure_speeds", lambda *_: {name: exp.Speed(0.36, 0.001) for name in exp.ARCHITECTURES}
+    )
     monkeypatch.chdir(tmp_path)
     assert exp.main(["--plan", "--mode", mode, "--device", "cpu", "--workers", "2"]) == 0
     said = capsys.readouterr().out
@@ -162,10 +169,15 @@ def test_equal_cost_is_planned_at_what_it_costs(command: str) -> None:
     """Not as Direct: its epochs come from the index."""
     settings = exp.new_settings({"mode": "quick", "equal_cost": True})
     epochs = exp.equal_cost_epochs(settings)
-    estimate = exp.Estimate(settings, 45_000, 1, epochs, {name: exp.Speed(1.0, 0.0) for name in exp.ARCHITECTURES})
+    estimate = exp.Estimate(
+        settings, 45_000, 1, epochs, {name: exp.Speed(1.0, 0.0) for name in exp.ARCHITECTURES}
+    )
     for ratio in exp.RATIOS:
         arm = next(name for name, method in exp.METHODS.items() if method.option == "equal_cost")
-        seconds = [estimate.job_seconds(exp.Job("student", "CIFAR10", ratio, method, 1)) for method in ("Direct", arm)]
+        seconds = [
+            estimate.job_seconds(exp.Job("student", "CIFAR10", ratio, method, 1))
+            for method in ("Direct", arm)
+        ]
         assert seconds[1] / seconds[0] == pytest.approx(epochs[ratio] / settings.student_epochs)
         assert seconds[1] > 2 * seconds[0]
 
@@ -179,7 +191,9 @@ SHORTAGES = [
     RuntimeError("GET was unable to find an engine to execute this computation"),
     RuntimeError("CUDA error: out of memory\nCUDA kernel"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    ),
 ]
 
 
@@ -205,8 +219,13 @@ def test_every_way_to_say_out_of_memory_is_understood(
     experiment = open_lab(tmp_path, compression=("7x",), methods=("Direct",))
     images = experiment.images.normalise(experiment.images.test.pixels[:30])
     build = exp.build_network
-    for error, understood in ((shortage, True), (RuntimeError("CUDA error: an illegal memory access was encountered"), False)):
-        training = exp.Training(experiment, student(experiment, "Direct", "7x"), "job", 3, exp.Direct(experiment, None, [0]))
+    for error, understood in (
+        (shortage, True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ):
+        training = exp.Training(
+            experiment, student(experiment, "Direct", "7x"), "job", 3, exp.Direct(experiment, None, [0])
+        )
         training.model = LimitedMemory(build("7x", 10, 8), 20, error)
         limited = LimitedMemory(build("7x", 10, 8), 20, error)
         monkeypatch.setattr(exp, "build_network", lambda *_, network=limited: network)
@@ -216,7 +235,11 @@ def test_every_way_to_say_out_of_memory_is_understood(
             lambda training=training: experiment.infer(training.model, images),
             lambda: exp.measure_speeds(experiment),
         ):
-            with contextlib.nullcontext() if understood else pytest.raises(RuntimeError, match="illegal memory access"):
+            with (
+                contextlib.nullcontext()
+                if understood
+                else pytest.raises(RuntimeError, match="illegal memory access")
+            ):
                 action()
         monkeypatch.undo()
 
@@ -251,7 +274,16 @@ def test_micro_batches_are_told_to_the_reader_of_the_report(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(exp.Training, "__init__", start)
     monkeypatch.setattr(exp.CifarResNet, "forward", limited)
-    scope = ["--runs", "2", "--methods", "Direct", "--train-size", "200", "--output-dir", str(tmp_path / "run")]
+    scope = [
+        "--runs",
+        "2",
+        "--methods",
+        "Direct",
+        "--train-size",
+        "200",
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
     assert exp.main([*SMALL, *scope]) == 1
     assert "out of memory; going on with micro-batches of 15" in capsys.readouterr().out
     records = exp.load_index(tmp_path / "run", {}).jobs

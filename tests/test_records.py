@@ -54,7 +54,9 @@ def test_what_does_not_fit_is_named() -> None:
 
 # ---- Any field of any record, missing or replaced ----------------------------------------------------------------
 
-EXAMPLES = int(os.environ.get("EXAMPLES", "60"))  # EXAMPLES=20000 for a run of an hour, with new examples each time
+EXAMPLES = int(
+    os.environ.get("EXAMPLES", "60")
+)  # EXAMPLES=20000 for a run of an hour, with new examples each time
 SOME = settings(
     max_examples=EXAMPLES,
     deadline=None,
@@ -62,7 +64,27 @@ SOME = settings(
     phases=[Phase.generate],  # there is little to shrink, and every attempt makes a report
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-STRANGE = st.sampled_from([MISSING, None, True, 0, -1, 1, 10**30, 0.0, float("nan"), float("inf"), "", "a", [], {}, [0], ["a"], {"a": 1}])
+STRANGE = st.sampled_from(
+    [
+        MISSING,
+        None,
+        True,
+        0,
+        -1,
+        1,
+        10**30,
+        0.0,
+        float("nan"),
+        float("inf"),
+        "",
+        "a",
+        [],
+        {},
+        [0],
+        ["a"],
+        {"a": 1},
+    ]
+)
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, results_without_times
+from lab import open_lab, student
 
 import run_exp1b_kaggle as exp
 
@@ -106,6 +107,16 @@ def test_a_stop_or_a_dead_worker_loses_nothing(tmp_path: Path, action: str) -> N
     assert code == 0, out
     assert (pd.read_csv(folder / "results.csv").status == "done").all()
     assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_a_job_that_ends_its_process_twice_is_failed(tmp_path: Path) -> None:
+    """What a process that dies leaves is its count of attempts; the third worker to take the job marks it failed."""
+    lab = open_lab(tmp_path, methods=("Direct",))
+    job, store = student(lab, "Direct"), torch.distributed.HashStore()
+    store.add(f"attempt/{job.name}", exp.Worker.MOST_ATTEMPTS)
+    exp.Worker(lab, store, "0", alone=False, writes=False).attempt(job)
+    lab.run.refresh()
+    assert "it ended its process 2 times" in lab.run.records[job.name].failure
 
 
 def children_of(parent: int) -> list[str]:

@@ -44,9 +44,7 @@ def cifar_like(images: int, test: int = 1_000) -> exp.RawData:
     rng = np.random.default_rng(0)
     pixels, tests = (rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8) for n in (images, test))
     labels = [np.arange(n, dtype=np.int64) % 10 for n in (images, test)]
-    return exp.RawData(
-        "SYNTHETIC", tuple("0123456789"), pixels, labels[0], tests, labels[1], "random"
-    )
+    return exp.RawData("SYNTHETIC", tuple("0123456789"), pixels, labels[0], tests, labels[1], "random")
 
 
 @contextlib.contextmanager
@@ -62,7 +60,9 @@ def experiment(options: argparse.Namespace, raw: exp.RawData, **given: object) -
             job = exp.teacher_job(name, made.settings.dataset)
             network = made.place(exp.build_network(name, 10, options.width))
             made.outputs._networks[job.name] = made.place(network.eval().folded())
-            made.run.records[job.name] = exp.Record(**made.run.identity(job), network=name, weights_sha256=name)
+            made.run.records[job.name] = exp.Record(
+                **made.run.identity(job), network=name, weights_sha256=name
+            )
         yield made
 
 
@@ -70,7 +70,11 @@ def make_training(
     made: exp.Experiment, network: str, method: str, epochs: int, run: int = 1, steps: int | None = None
 ) -> exp.Training:
     """A training of `network` for some epochs (or `steps` steps)."""
-    job = exp.Job("teacher", "SYNTHETIC") if network == "teacher" else exp.Job("student", "SYNTHETIC", network, method, run)
+    job = (
+        exp.Job("teacher", "SYNTHETIC")
+        if network == "teacher"
+        else exp.Job("student", "SYNTHETIC", network, method, run)
+    )
     per_epoch = len(made.images) // made.settings.batch_size
     pages = exp.page_order(made.settings.seed, run, epochs)
     config = exp.Distillation() if exp.METHODS[method] is not exp.Direct else None

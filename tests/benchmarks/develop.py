@@ -86,6 +86,14 @@ VARIANTS: dict[str, Variant] = {
         exp.HPMKD,
         replace(exp.HPMKD.default(ratio), schedule="convergence"),
     ),
+    "default, convergence from 6": lambda ratio: (
+        exp.HPMKD,
+        replace(exp.HPMKD.default(ratio), schedule="convergence", temperature=6.0),
+    ),
+    "default, convergence, 1.5x only": lambda ratio: (
+        exp.HPMKD,
+        replace(exp.HPMKD.default(ratio), schedule="convergence", **only("teacher", "1.5x")),
+    ),
     "default, alpha .7": lambda ratio: (exp.HPMKD, replace(exp.HPMKD.default(ratio), alpha=0.7)),
     "default, alpha .9": lambda ratio: (exp.HPMKD, replace(exp.HPMKD.default(ratio), alpha=0.9)),
     "default, uniform": lambda ratio: (exp.HPMKD, replace(exp.HPMKD.default(ratio), attention=False)),

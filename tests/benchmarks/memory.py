@@ -112,7 +112,14 @@ def main() -> None:
     exp.conclude = watch.during(lambda *_: "report", exp.conclude)
     source = ["--dataset", "SYNTHETIC", "--train-size", str(chosen.images)]
     if chosen.data_dir:
-        source = ["--dataset", "CIFAR10", "--data-dir", str(chosen.data_dir), "--train-size", str(chosen.images)]
+        source = [
+            "--dataset",
+            "CIFAR10",
+            "--data-dir",
+            str(chosen.data_dir),
+            "--train-size",
+            str(chosen.images),
+        ]
     with tempfile.TemporaryDirectory() as folder:
         command = [
             "--mode", "quick", *source, "--width", str(chosen.width), "--batch-size", str(chosen.batch_size),

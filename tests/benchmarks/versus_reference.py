@@ -97,7 +97,9 @@ class Reference:
 
 def compare(made: exp.Experiment, reference: Reference, network: str, rounds: int) -> dict[str, float]:
     """Median seconds per epoch of the four kinds, alternating; the pages are at hand."""
-    ours = {method: make_training(made, network, method, rounds + 1) for method in ("Direct", "TraditionalKD")}
+    ours = {
+        method: make_training(made, network, method, rounds + 1) for method in ("Direct", "TraditionalKD")
+    }
     for page in ours["TraditionalKD"].method.pages:
         made.outputs.page(("teacher",), page)
     plain = exp.build_network(network, 10, made.settings.width).to(made.device.torch)
