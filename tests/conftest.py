@@ -58,6 +58,15 @@ def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "work"
 
 
+@pytest.fixture
+def kaggle(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Kaggle batch session: its root, with an empty /kaggle/working and no inputs."""
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    (tmp_path / "kaggle/working").mkdir(parents=True)
+    (tmp_path / "kaggle/input").mkdir()
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished toy. Read only: copy it before changing anything."""

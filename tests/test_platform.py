@@ -132,15 +132,6 @@ def test_strange_variables_and_settings_change_nothing(toy_run: Path, tmp_path: 
 # ---- Where we are ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def kaggle(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Kaggle batch session: its root."""
-    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    (tmp_path / "kaggle/working").mkdir(parents=True)
-    (tmp_path / "kaggle/input").mkdir()
-    return tmp_path
-
-
 def test_kaggle_is_its_run_type_and_its_folder(
     kaggle: Path, monkeypatch: pytest.MonkeyPatch, toy: Path
 ) -> None:

@@ -50,15 +50,6 @@ def copied(toy: Path, toy_run: Path) -> Path:
     return toy / toy_run.name
 
 
-@pytest.fixture
-def kaggle(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Kaggle session: its root, with an empty /kaggle/working and no inputs."""
-    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    (tmp_path / "kaggle/working").mkdir(parents=True)
-    (tmp_path / "kaggle/input").mkdir()
-    return tmp_path
-
-
 def edit_index(folder: Path, **changes: Any) -> None:
     """Alter a run's index; a change of its settings gets the fingerprint that belongs to it."""
     index = exp.replace(index_of(folder), **changes)
