@@ -2784,10 +2784,13 @@ def load_index(path: Path, plugins: Mapping[str, str]) -> Index:
 def index_from_plain(content: Any, plugins: Mapping[str, str]) -> Index:
     """An index from plain data. Raises `Damaged`, or `UsageError` if it is one that this command cannot
     continue."""
-    if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
+    if not isinstance(content, dict):
         raise Damaged("holds no index")
     if content.get("format") != FORMAT:
-        version = content.get("version") or (content.get("script") or {}).get("version")
+        script = content.get("script")  # version 1 kept its version there
+        version = script.get("version") if isinstance(script, dict) else content.get("version")
+        if not isinstance(version, str):
+            raise Damaged("holds an index that names no version")
         raise UsageError(
             f"the run was written by version {version} of this script, this is {VERSION}, which computes "
             "something else: continue it with that version, or start a new run"
@@ -3623,14 +3626,14 @@ def latency_ms(experiment: Experiment, network: nn.Module) -> dict[str, float]:
     """Milliseconds per image at batch sizes 1 and 256 on this device: median of many passes after a
     warm-up."""
     result = {}
-    for batch, repeats in ((1, 50), (256, 10)):
+    for batch, repeats in ((1, 50), (256, 5)):
         images = torch.zeros(batch, 3, 32, 32, device=experiment.device.torch)
         times = []
-        for _ in range(repeats + 3):
+        for _ in range(repeats + 1):
             started = time.perf_counter()
             experiment.infer(network, images)[0, 0].item()
             times.append(time.perf_counter() - started)
-        result[str(batch)] = 1000 * float(np.median(times[3:])) / batch
+        result[str(batch)] = 1000 * float(np.median(times[1:])) / batch
     return result
 
 

@@ -423,7 +423,7 @@ def test_a_stop_at_any_moment_changes_no_bit(
         assert (sessions == 1) == (name == "whole")
         records.append(record)
     whole, cut = map(untimed, records)
-    assert cut == whole
+    assert repr(cut) == repr(whole), "NaN equals NaN here"
     if kind == "student":
         assert whole.config is not None and whole.config.schedule == "convergence"
         assert len({epoch.temperature for epoch in whole.history}) == 2

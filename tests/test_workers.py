@@ -62,7 +62,19 @@ def test_two_workers_with_a_plugin_equal_one_worker(tmp_path: Path) -> None:
     """The plugin trains, pairs, and is in table and report; --resume needs it, and refuses another file."""
     plugin = tmp_path / "dkd.py"
     plugin.write_text(plugin_text())
-    options = [*OPTIONS, "--plugin", str(plugin), "--methods", "Direct", "HPM-KD", "DKD"]
+    options = [
+        *OPTIONS,
+        "--plugin",
+        str(plugin),
+        "--methods",
+        "Direct",
+        "HPM-KD",
+        "DKD",
+        "--teacher-epochs",
+        "1",
+        "--student-epochs",
+        "1",
+    ]
     outputs = []
     for workers in ("1", "2"):
         code, out = finish(start(tmp_path / workers, *options, "--workers", workers))
@@ -88,7 +100,7 @@ def test_a_stop_or_a_dead_worker_loses_nothing(tmp_path: Path, action: str) -> N
     """SIGTERM to the parent: a last line, no process left, --resume finishes. SIGKILL to a worker: the others go on."""
     folder = tmp_path / "run"
     process = start(
-        folder, *OPTIONS, "--methods", "Direct", "TraditionalKD", "--teacher-epochs", "6", "--workers", "2"
+        folder, *OPTIONS, "--methods", "Direct", "TraditionalKD", "--teacher-epochs", "3", "--workers", "2"
     )
     deadline = time.monotonic() + 200
     while not list(folder.glob("checkpoints/teacher*.progress")) and time.monotonic() < deadline:
