@@ -2941,6 +2941,7 @@ class TeacherOutputs:
             0.0  # spent on computing pages, which is counted apart from the training that needed them
         )
         self._networks: dict[str, nn.Module] = {}
+        self.attentions: dict[tuple[str, ...], tuple[AttentionNetwork, dict[str, AttentionReport]]] = {}
 
     def page(self, teachers: Sequence[Network], page: int) -> torch.Tensor:
         """Logits fp16 [M, N, C] of these teachers for a page, on the device."""
@@ -3108,8 +3109,13 @@ def fit_attention(
     """Fit the attention on the `fit` images. Returns it, on the device, and how it does on `select` and on
     training views.
 
-    Runs on the CPU in fp32, so that every job of a run gets the same weights.
+    Runs on the CPU in fp32, so that every job of a run gets the same weights. A process fits it once for
+    the same teachers: a pilot has many trainings.
     """
+    records = experiment.run.records
+    key = tuple(records[teacher_job(t, experiment.settings.dataset).name].weights_sha256 for t in teachers)
+    if key in experiment.outputs.attentions:
+        return experiment.outputs.attentions[key]
     images, seed = experiment.images, experiment.settings.seed
     held_out = [experiment.outputs.held_out(teacher) for teacher in teachers]
     fit, select = (torch.stack([logits[part] for logits in held_out]) for part in ("fit", "select"))
@@ -3120,7 +3126,8 @@ def fit_attention(
         "select": judge_attention(network, select, images.select.labels.cpu(), teachers),
         "train": judge_attention(network, train, images.labels.cpu(), teachers),
     }
-    return network.to(experiment.device.torch), reports
+    experiment.outputs.attentions[key] = network.to(experiment.device.torch), reports
+    return experiment.outputs.attentions[key]
 
 
 def train_attention(logits: torch.Tensor, labels: torch.Tensor, seed: int) -> AttentionNetwork:
