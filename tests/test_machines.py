@@ -1,20 +1,89 @@
-"""Machines unlike ours: no temporary folder, file systems without locks, denied certificates."""
+"""Machines unlike ours: strange host names, nohup, small or read-only mounts, file systems without locks, denied certificates."""
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
+import signal
 import ssl
+import subprocess
+import time
 import urllib.error
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from test_workers import OPTIONS, children_of, command_of, finish, start
 from toy import new_toy, resume
 
 import run_exp1b_kaggle as exp
 
 Capture = pytest.CaptureFixture[str]
+DIRECT = [*OPTIONS, "--methods", "Direct"]
+
+
+def in_namespace(script: str) -> tuple[str, ...]:
+    """A prefix that runs a command after `script` in mount and host-name namespaces of its own; skips where that is not permitted."""
+    space = ("unshare", "-u", "-m", "--propagation", "private", "bash", "-euc")
+    if shutil.which("unshare") is None or subprocess.run([*space, script], capture_output=True).returncode:
+        pytest.skip("namespaces of its own (unshare -u -m) are not permitted here")
+    return (*space, f'{script}; exec "$@"', "bash")
+
+
+def wait_for(folder: Path, pattern: str) -> None:
+    """Wait until a file is there."""
+    deadline = time.monotonic() + 200
+    while not list(folder.glob(pattern)):
+        assert time.monotonic() < deadline, f"no {pattern}"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_two_workers_on_a_strange_machine(tmp_path: Path) -> None:
+    """A host name that does not resolve, nohup and a hangup, a temporary folder of 32 kB: it finishes."""
+    small = tmp_path / "tmp"
+    small.mkdir()
+    script = f"hostname job-x.internal; mount -t tmpfs -o size=32k none {small}; export TMPDIR={small}; trap '' HUP"
+    folder = tmp_path / "run"
+    methods = ["--methods", "Direct", "TraditionalKD", "--teacher-epochs", "4", "--workers", "2"]
+    process = start(folder, *OPTIONS, *methods, prefix=in_namespace(script))
+    wait_for(folder, "checkpoints/*.progress")
+    process.send_signal(signal.SIGHUP)
+    code, out = finish(process)
+    assert code == 0, out
+    assert (pd.read_csv(folder / "results.csv").status == "done").all()
+    assert "Traceback" not in out
+    assert not list(small.iterdir()), "it was unmounted with its namespace"
+
+
+@pytest.mark.slow
+def test_several_workers_without_shared_memory_are_one_line(tmp_path: Path) -> None:
+    """/dev/shm read-only: the line names it, and says that one worker needs none."""
+    prefix = in_namespace("mount -t tmpfs -o ro none /dev/shm")
+    code, out = finish(start(tmp_path / "run", *DIRECT, "--workers", "2", prefix=prefix))
+    assert code == 2, out
+    last = out.strip().splitlines()[-1]
+    assert "/dev/shm" in last
+    assert "--workers 1 needs none" in last
+
+
+@pytest.mark.slow
+def test_a_parent_that_is_killed_leaves_no_workers(tmp_path: Path) -> None:
+    """SIGKILL to the first process; the run can be continued at once, and nothing of the old one holds it."""
+    folder = tmp_path / "run"
+    process = start(folder, *DIRECT, "--teacher-epochs", "6", "--workers", "2")
+    wait_for(folder, "checkpoints/*.progress")
+    children = [int(pid) for pid in children_of(process.pid) if "spawn_main" in command_of(pid)]
+    assert len(children) >= 2
+    process.kill()
+    finish(process)
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    code, out = finish(start(folder, "--resume", "--workers", "1"))
+    assert code == 0, out
 
 
 def test_without_any_temporary_folder(
