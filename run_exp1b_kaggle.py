@@ -260,8 +260,8 @@ class Settings:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"dataset": "SYNTHETIC", "train_size": 320, "width": 16, "batch_size": 32, "lr": 0.03,
-              "teacher_epochs": 10, "student_epochs": 4},
+    "smoke": {"dataset": "SYNTHETIC", "train_size": 320, "width": 8, "batch_size": 32, "lr": 0.03,
+              "teacher_epochs": 12, "student_epochs": 7},
     "quick": {},
     "full": {"teacher_epochs": 100, "student_epochs": 50, "runs": 5},
 }
@@ -2139,7 +2139,7 @@ class Estimate:
 class Run:
     """A run folder. The files of the jobs alone decide what is finished; the index is written from them."""
 
-    FIGURE_SECONDS = 600.0  # between two drawings of the figures
+    REPORT_SECONDS, FIGURE_SECONDS = 10.0, 600.0  # the least time between two writings of the same
 
     def __init__(self, path: Path, index: Index, token: str = "", labels: np.ndarray | None = None) -> None:
         """`token`: of the process that holds the folder (`hold_folder`); `labels`: of the test images."""
@@ -2149,7 +2149,7 @@ class Run:
         self.jobs = planned_jobs(self.settings)
         self.records: Records = {}
         self.logits: dict[str, np.ndarray] = {}  # of the test images, by job
-        self._drawn = time.monotonic()
+        self._drawn, self._written = time.monotonic(), -math.inf
 
     def file(self, job: Job, kind: str = "pt") -> Path:
         """A file of a job: "pt" its result, "progress" its last epoch, "failed" why it failed."""
@@ -2296,6 +2296,8 @@ class Run:
     def save(self, final: bool = False) -> None:
         """Write the index, the tables and the report; every ten minutes, and at the end, the figures too."""
         self.save_index()
+        if not final and time.monotonic() - self._written < self.REPORT_SECONDS:
+            return
         figures = final or time.monotonic() - self._drawn > self.FIGURE_SECONDS
         try:
             write_outputs(self, figures)
@@ -2305,8 +2307,9 @@ class Run:
             log.error("figures, tables or report could not be written (%s): experiment.log says where",
                       first_line(error))
             log.error("the report failed", exc_info=error)
+        self._written = time.monotonic()
         if figures:
-            self._drawn = time.monotonic()
+            self._drawn = self._written
 
     def check_ours(self) -> None:
         """Raise `Stopped` if the folder was removed or taken by another process: nothing more is written."""
@@ -3087,7 +3090,7 @@ def evaluate(experiment: Experiment, network: nn.Module, record: Record) -> tupl
 def latency_ms(experiment: Experiment, network: nn.Module) -> dict[str, float]:
     """Milliseconds per image, by batch size, on this device: median of many passes after a warm-up."""
     result = {}
-    for batch, repeats in ((1, 50), (256, 5)):
+    for batch, repeats in ((1, 20), (256, 3)):
         images = torch.zeros(batch, 3, 32, 32, device=experiment.device.torch)
         times = []
         for _ in range(repeats + 1):

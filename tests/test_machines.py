@@ -8,12 +8,14 @@ import shutil
 import signal
 import ssl
 import subprocess
+import sys
 import time
 import urllib.error
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import ROOT
 from test_workers import OPTIONS, children_of, command_of, finish, start
 from toy import new_toy, resume
 
@@ -121,6 +123,36 @@ def test_a_file_system_without_locks_gets_warnings(
         pd.read_csv(toy_run / "results.csv").test_accuracy
     )
     assert resume(toy / "run") == 0
+
+
+NO_FLOCK = """
+import errno, fcntl, sys, time, pathlib
+def refused(*_):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+fcntl.flock = refused
+import run_exp1b_kaggle as exp
+with exp.hold_folder(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def test_without_flock_a_killed_process_does_not_block_the_next(tmp_path: Path) -> None:
+    """ENOSYS: filelock then uses a file that names its process."""
+
+    def hold(seconds: float) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", NO_FLOCK, str(tmp_path), str(seconds)]
+        return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    first = hold(600)
+    assert first.stdout is not None and first.stdout.readline().strip() == "held"
+    second = hold(0)
+    assert "is in use by process" in second.communicate(timeout=60)[1]
+    first.kill()
+    first.communicate()
+    third = hold(0)
+    assert "held" in third.communicate(timeout=60)[0]
+    assert third.returncode == 0
 
 
 @pytest.mark.parametrize("kaggle", [False, True])
