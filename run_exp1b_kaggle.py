@@ -260,8 +260,8 @@ class Settings:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"dataset": "SYNTHETIC", "train_size": 320, "width": 8, "batch_size": 32, "lr": 0.03,
-              "teacher_epochs": 12, "student_epochs": 7},
+    "smoke": {"dataset": "SYNTHETIC", "train_size": 560, "width": 8, "batch_size": 32, "lr": 0.03,
+              "teacher_epochs": 7, "student_epochs": 4},
     "quick": {},
     "full": {"teacher_epochs": 100, "student_epochs": 50, "runs": 5},
 }
@@ -3944,7 +3944,7 @@ def draw_differences(evidence: Evidence) -> Figure | None:
     return finish_figure(figure, evidence, "Paired differences of test accuracy", note, marks.arms)
 
 
-def draw_curve(axis: Axes, records: Sequence[Record], column: str, look: Look, label: str = "") -> None:
+def draw_curve(axis: Axes, records: Sequence[Record], column: str, look: Look) -> None:
     """A column of the runs' histories by epoch: every run as a thin line, their mean as a thick one."""
     if not records:
         return
@@ -3955,7 +3955,7 @@ def draw_curve(axis: Axes, records: Sequence[Record], column: str, look: Look, l
         axis.plot(table, color=colour, linewidth=0.5, alpha=0.6, marker="." if len(table) == 1 else "")
     every = max(1, len(table) // 5)
     style: dict[str, Any] = {"marker": marker, "markersize": 3.5, "markevery": (every - 1, every)}
-    axis.plot(table.mean(axis=1), color=colour, linestyle=line, label=label, **style)
+    axis.plot(table.mean(axis=1), color=colour, linestyle=line, **style)
 
 
 def fit_epochs(axis: Axes, title: str, percent: bool) -> None:
@@ -3980,16 +3980,18 @@ def draw_learning(evidence: Evidence) -> Figure | None:
         for arm in arms:
             draw_curve(axis, evidence.records("student", arm, ratio), "val_accuracy", METHODS[arm].look)
         fit_epochs(axis, f"students {ratio}", percent=True)
+    note = CURVES_NOTE
     if teaching:
-        axis = axes.flat[len(ratios)]
-        for name, line in zip(teaching, ("-", "--", "-.", ":"), strict=False):
-            draw_curve(axis, [teaching[name]], "val_accuracy", ("0.4", "", line), name)
+        axis, lines = axes.flat[len(ratios)], ("solid", "dashed", "dashdot", "dotted")
+        named = list(zip(teaching, lines, strict=False))
+        for name, line in named:
+            draw_curve(axis, [teaching[name]], "val_accuracy", ("0.4", "", line))
         fit_epochs(axis, "networks that teach", percent=True)
-        axis.legend(loc="lower right", fontsize=6.5, handlelength=2.6, labelspacing=0.25)
+        note += f"\nNetworks that teach: {listed(f'{name} {line}' for name, line in named)}."
     for axis in axes.flat[count:]:
         axis.remove()
     figure.supylabel("validation accuracy (%)", fontsize=8)
-    return finish_figure(figure, evidence, "Validation accuracy by epoch", CURVES_NOTE, arms, lines=True)
+    return finish_figure(figure, evidence, "Validation accuracy by epoch", note, arms, lines=True)
 
 
 def teaching_networks(evidence: Evidence) -> dict[str, Record]:
@@ -4001,7 +4003,7 @@ def teaching_networks(evidence: Evidence) -> dict[str, Record]:
             found["teacher" if evidence.one_teacher else f"teacher for {ratio}"] = teacher
     assistants = sorted(evidence.records("assistant"), key=lambda record: LADDER[record.compression])
     if evidence.one_teacher:
-        found |= {f"assistant {record.compression}": record for record in assistants}
+        found |= {record.compression: record for record in assistants}
     return found
 
 
@@ -4415,8 +4417,8 @@ def network_rows(evidence: Evidence) -> list[Row]:
     largest = groups["teacher"][0].params if "teacher" in groups else math.nan
     rows = []
     for name, group in sorted(groups.items(), key=lambda item: -item[1][0].params):
-        sizes = ("1", "256")
-        single, batch = (np.median([r.latency_ms.get(size, math.nan) for r in group]) for size in sizes)
+        measured = [record.latency_ms for record in group if record.latency_ms]  # the first runs
+        single, batch = (np.median([ms[size] for ms in measured] or math.nan) for size in ("1", "256"))
         accuracies = dict.fromkeys(num(record.test_accuracy) for record in group if record.kind != "student")
         rows.append({
             "Network": name, "counted ratio": num(largest / group[0].params, ".3f"),
