@@ -1669,7 +1669,9 @@ def register(name: str) -> Callable[[type[Direct]], type[Direct]]:
         method.name = name
         if method.__module__ != __name__:  # of a plugin
             method.option, method.twin = "methods", ""
-            if "look" not in vars(method):
+            if "look" in vars(method):
+                check_look(method.look)
+            else:
                 added = sum(known.__module__ != __name__ for known in METHODS.values())
                 method.look = SPARE_LOOKS[added % len(SPARE_LOOKS)]
             if "about" not in vars(method):
@@ -1678,6 +1680,18 @@ def register(name: str) -> Callable[[type[Direct]], type[Direct]]:
         return method
 
     return add
+
+
+def check_look(look: Look) -> None:
+    """Raise `UsageError` unless matplotlib can draw a plugin's colour, marker and line."""
+    import_matplotlib()
+    from matplotlib.lines import Line2D
+
+    try:
+        colour, marker, line = look
+        Line2D([], [], color=colour, marker=marker, linestyle=line)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"look {look!r} is no colour, marker and line ({first_line(error)})") from None
 
 
 register("Direct")(Direct)

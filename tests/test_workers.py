@@ -121,6 +121,56 @@ def test_a_stop_or_a_dead_worker_loses_nothing(tmp_path: Path, action: str) -> N
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
+BUSY = """
+import os
+import run_exp1b_kaggle as exp
+
+@exp.register("Mine")
+class Mine(exp.Direct):
+    pass
+
+def busy(device):
+    if os.environ.get("RANK") == "1":
+        raise exp.UsageError("the second device is busy: wait")
+
+exp.probe = busy
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_whose_device_is_busy_leaves_the_work_to_the_others(tmp_path: Path) -> None:
+    (tmp_path / "busy.py").write_text(BUSY)
+    options = [*OPTIONS, "--plugin", str(tmp_path / "busy.py"), "--methods", "Direct", "Mine"]
+    code, out = finish(start(tmp_path / "run", *options, "--workers", "2"))
+    assert code == 0, out
+    assert "this worker stops: the second device is busy" in out
+    assert out.strip().splitlines()[-1].startswith("finished: 3 of 3 jobs done")
+    assert (pd.read_csv(tmp_path / "run/results.csv").status == "done").all()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_group_again_in_which_a_process_has_died(tmp_path: Path) -> None:
+    """The results are those of one process, digit for digit."""
+    options = [*OPTIONS, "--methods", "Direct", "TraditionalKD", "--teacher-epochs", "3"]
+    code, out = finish(start(tmp_path / "alone", *options))
+    assert code == 0, out
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2", "--standalone")
+    folder = tmp_path / "run"
+    command = [sys.executable, *torchrun, str(ROOT / "run_exp1b_kaggle.py"), *options]
+    process = subprocess.Popen(
+        [*command, "--output-dir", str(folder)], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, cwd=tmp_path,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not list(folder.glob("checkpoints/teacher*.progress")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(int(children_of(process.pid)[-1]), signal.SIGKILL)
+    code, out = finish(process)
+    assert code == 0, out
+    assert results_without_times(folder) == results_without_times(tmp_path / "alone")
+    assert "finished: 3 of 3 jobs done" in (folder / "experiment.log").read_text()
+
+
 def test_a_job_that_ends_its_process_twice_is_failed(tmp_path: Path) -> None:
     """What a process that dies leaves is its count of attempts; the third worker to take the job marks it failed."""
     lab = open_lab(tmp_path, methods=("Direct",))
@@ -187,6 +237,10 @@ def test_decoupled_kd_is_its_formula(tmp_path: Path) -> None:
         (
             "import run_exp1b_kaggle as e\n@e.register('Direct')\nclass X(e.Direct):\n    pass",
             "a method Direct already",
+        ),
+        (
+            "import run_exp1b_kaggle as e\n@e.register('X')\nclass X(e.Direct):\n    look = ('no colour', 'o', '-')",
+            "is no colour, marker and line",
         ),
     ],
 )
