@@ -1766,8 +1766,9 @@ class HPMKD(TraditionalKD):
 
     @classmethod
     def default(cls, compression: str) -> Distillation:
-        """The default configuration, found in development (README): the incumbent of every pilot."""
-        return Distillation(0.5, 4.0, "loss", cls.teachers(compression), attention=True, view_share=0.5)
+        """The default configuration, found in development (tests/README.md): the incumbent of every pilot."""
+        largest = ("teacher", *ladder_above(compression)[:1])
+        return Distillation(0.5, 4.0, "convergence", largest, attention=True, view_share=0.5)
 
     @classmethod
     def configure(cls, compression: str, chosen: Distillation | None) -> Distillation:
@@ -1778,9 +1779,8 @@ class HPMKD(TraditionalKD):
     @classmethod
     def candidates(cls, compression: str) -> list[Distillation]:
         """Configurations that all have an assistant, attention, a moving temperature and averaged views."""
-        default, above = cls.default(compression), ladder_above(compression)
-        largest: tuple[Network, ...] = ("teacher", above[0])
-        nearest: tuple[Network, ...] = ("teacher", above[-1])
+        default, chain = cls.default(compression), cls.teachers(compression)
+        nearest = (chain[0], chain[-1])
         return [
             default,
             replace(default, alpha=0.7),
@@ -1788,7 +1788,7 @@ class HPMKD(TraditionalKD):
             replace(default, alpha=0.3),
             replace(default, temperature=6.0),
             replace(default, temperature=6.0, schedule="cosine"),
-            replace(default, alpha=0.7, temperature=6.0, schedule="convergence", teachers=largest),
+            replace(default, schedule="loss", teachers=chain),
             replace(default, alpha=0.7, temperature=3.0, schedule="cosine", teachers=nearest),
         ]
 
@@ -2010,9 +2010,9 @@ def config_of(job: Job, records: Mapping[str, Record]) -> Distillation | None:
     """How a job distils, given the records of the pilots (None: it learns from labels alone)."""
     if job.kind == "teacher":
         return None
-    if job.kind == "assistant":  # as HPM-KD's default, from everything above it
-        default = HPMKD.default(job.compression)
-        return replace(default, attention=len(default.teachers) > 1)
+    if job.kind == "assistant":  # as HPM-KD's default, but from everything above it
+        chain = HPMKD.teachers(job.compression)
+        return replace(HPMKD.default(job.compression), teachers=chain, attention=len(chain) > 1)
     pilot = pilot_of(job)
     return job.arm.configure(job.compression, records[pilot.name].config if pilot else None)
 
@@ -4257,15 +4257,14 @@ def method_rows(evidence: Evidence, column: str) -> list[Row]:
             for ratio in evidence.ratios]
 
 
-def say_config(config: Distillation, teachers: bool = True) -> str:
-    """A configuration in words: "alpha 0.5, T 4 (loss), attention, averaged views; teacher + 1.5x"."""
+def say_config(config: Distillation) -> str:
+    """A configuration in words: "alpha 0.5, T 4 (loss), attention, averaged views, from teacher + 1.5x"."""
     parts = [f"alpha {config.alpha:g}", f"T {config.temperature:g} ({config.schedule})"]
     if len(config.teachers) > 1:
         parts.append("attention" if config.attention else "uniform weights")
     if config.view_share < 1:
         parts.append("averaged views")
-    text = ", ".join(parts)
-    return f"{text}; {' + '.join(config.teachers)}" if teachers else text
+    return f"{', '.join(parts)}, from {' + '.join(config.teachers)}"
 
 
 # -- first screen --------------------------------------------------------------------------------------------
@@ -4366,17 +4365,14 @@ def main_rows(evidence: Evidence) -> list[Row]:
 
 def say_subject(evidence: Evidence) -> str:
     """What HPM-KD was at each ratio."""
-    targets: dict[str, list[str]] = {}
-    teachers = []
+    found: dict[str, list[str]] = {}
     for ratio in evidence.ratios:
         for student in evidence.records("student", SUBJECT, ratio)[:1]:  # all runs have one configuration
-            config = cast(Distillation, student.config)
-            targets.setdefault(say_config(config, teachers=False), []).append(ratio)
-            teachers.append(f"{' + '.join(config.teachers)} at {ratio}")
-    if not teachers:
+            found.setdefault(say_config(cast(Distillation, student.config)), []).append(ratio)
+    if not found:
         return ""
-    what = "; ".join(f"{text} at {listed(ratios)}" for text, ratios in targets.items())
-    return f"What {SUBJECT} was: {what}. Its teachers (1.5x, 2.3x, 5x are assistants): {listed(teachers)}."
+    what = "; ".join(f"{text} at {listed(ratios)}" for text, ratios in found.items())
+    return f"What {SUBJECT} was (1.5x, 2.3x and 5x as teachers are assistants): {what}."
 
 
 def say_costs(evidence: Evidence) -> str:

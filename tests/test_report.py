@@ -409,10 +409,10 @@ def test_controls_that_were_not_trained_are_named(tmp_path):
 def test_pilot_table(tmp_path):
     report = write(fake_run(tmp_path, 2))
     assert (
-        "**HPM-KD at 5x: alpha 0.7, T 4 (loss), attention, averaged views; teacher + 1.5x + 2.3x.** Reason: candidate 2 leads"
+        "**HPM-KD at 5x: alpha 0.7, T 4 (convergence), attention, averaged views, from teacher + 1.5x.** Reason: candidate 2 leads"
         in report
     )
-    assert "| 2 | 0.7 | 4 | loss | teacher + 1.5x + 2.3x | 60.20, 71.20 | +0.30 ± 0.60 | chosen |" in report
+    assert "| 2 | 0.7 | 4 | convergence | teacher + 1.5x | 60.20, 71.20 | +0.30 ± 0.60 | chosen |" in report
     assert "| 8 | 0.7 | 3 | cosine | teacher + 2.3x | 60.80 | +2.10 ± 0.60 | dropped |" in report
     assert report.count("<details>") == report.count("</details>") == 3
 
@@ -424,7 +424,7 @@ def test_attention_that_does_not_help_is_said(tmp_path):
         "uniform weights at no ratio and the best single teacher at 2.3x, 5x and 7x" in attention
     )  # the fake's numbers
     assert (
-        "| 5x | select | teacher 0.50, 1.5x 0.25, 2.3x 0.25 | 0.310 (91.40%) | 0.300 (91.50%) | 0.330 (91.00%) |"
+        "| 5x | select | teacher 0.67, 1.5x 0.33 | 0.310 (91.40%) | 0.300 (91.50%) | 0.330 (91.00%) |"
         in attention
     )
     for name, record in list(run.records.items()):

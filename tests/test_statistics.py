@@ -406,16 +406,16 @@ def test_costs_count_each_page_once_per_method(tmp_path):
     assert costs.teacher_outputs["TraditionalKD"] == pytest.approx(10 * distinct)
     assert costs.total["TraditionalKD"] == pytest.approx(1000 + 20 + 10 * distinct)
     assert costs.unshared["TraditionalKD"] == pytest.approx(10 * 2 * 20)
-    # HPM-KD: students learn from the teacher and both assistants; pilot and assistants use the pages of run 1.
-    assert costs.teacher_outputs["HPM-KD"] == pytest.approx(12 * distinct)
+    # HPM-KD: students learn from the teacher and 1.5x; the pilot tries 2.3x too; pilot and assistants use the pages of run 1.
+    assert costs.teacher_outputs["HPM-KD"] == pytest.approx(11 * distinct + 20)
     assert (costs.assistants["HPM-KD"], costs.pilots["HPM-KD"], costs.student_training["HPM-KD"]) == (
         200,
         50,
         20,
     )
-    assert costs.total["HPM-KD"] == pytest.approx(1000 + 200 + 50 + 20 + 12 * distinct)
+    assert costs.total["HPM-KD"] == pytest.approx(1000 + 200 + 50 + 20 + 11 * distinct + 20)
     assert costs.unshared["HPM-KD"] == pytest.approx(
-        20 * (2 * 12 + 12 + 10 + 11)
+        20 * (2 * 11 + 12 + 10 + 11)
     )  # students, pilot, 1.5x, 2.3x
 
 
@@ -439,8 +439,8 @@ def test_costs_of_one_ratio_and_of_nothing(tmp_path):
     assert (
         total.assistants["HPM-KD"] == 2400 and total.pilots["HPM-KD"] == 1500
     )  # assistants are shared, pilots are not
-    # Teachers: 2, 3 and 4 per ratio for two students and a pilot each; 1, 2 and 3 for the assistants, once. 20 pages of 10 s.
-    assert total.unshared["HPM-KD"] == pytest.approx(200 * ((2 + 3 + 4) * 3 + 1 + 2 + 3))
+    # Teachers: 2 for two students per ratio; 2, 3 and 4 for the pilots; 1, 2 and 3 for the assistants, once. 20 pages of 10 s.
+    assert total.unshared["HPM-KD"] == pytest.approx(200 * (2 * 3 * 2 + (2 + 3 + 4) + 1 + 2 + 3))
     assert exp.method_costs(without(run, "student")).empty
 
 
