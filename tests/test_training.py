@@ -409,7 +409,7 @@ def in_sessions(folder: Path, compression: str, kind: str, asked: int) -> tuple[
 
 @pytest.mark.parametrize(
     ("kind", "compression", "chosen", "asked"),
-    [("student", "5x", 6, 7), ("student", "5x", 6, 9), ("pilot", "2.3x", None, 8)],
+    [("student", "5x", 4, 7), ("student", "5x", 4, 9), ("pilot", "2.3x", None, 8)],
 )
 def test_a_stop_at_any_moment_changes_no_bit(
     taught: Path, tmp_path: Path, kind: str, compression: str, chosen: int | None, asked: int
