@@ -718,7 +718,8 @@ def load_data(name: str, folders: Sequence[Path], download_to: Path | None, size
     where there is no data.
     """
     if name == "SYNTHETIC":
-        return synthetic(DATASETS[name][1] if size is None else size, seed)
+        size = DATASETS[name][1] if size is None else size
+        return synthetic(size, seed)
     problems: list[str] = []
     data = read_first(name, find_sources(name, folders, problems), problems)
     if data is None and download_to is not None:
@@ -793,15 +794,20 @@ def find_sources(name: str, folders: Iterable[Path], problems: list[str]) -> Ite
 def read_source(name: str, source: Path) -> RawData:
     """Read a folder of batch files, or their archive. Nothing is unpickled before its md5 is right."""
     reader = READERS[name]
-    archive = None
+    archive: Any = None
     if source.is_file():
-        archive = tarfile.open(fileobj=io.BytesIO(read_checked(source, reader.tgz_md5)))  # noqa: SIM115
+        payload = check_md5(source, read_limited(source), reader.tgz_md5)
+        archive = tarfile.open(fileobj=io.BytesIO(payload))  # noqa: SIM115 (in memory: nothing to close)
 
     def unpickle(file: str, md5: str) -> dict[str, Any]:
         if archive is None:
-            return cast("dict[str, Any]", pickle.loads(read_checked(source / file, md5), encoding="latin1"))
-        member = archive.extractfile(f"{reader.base_folder}/{file}")
-        return cast("dict[str, Any]", pickle.loads(member.read() if member else b"", encoding="latin1"))
+            payload = read_limited(source / file)
+        else:
+            try:
+                payload = archive.extractfile(f"{reader.base_folder}/{file}").read()
+            except (KeyError, AttributeError):  # no such member, or a folder
+                raise Damaged(f"{source}: the archive lacks {file}") from None
+        return cast("dict[str, Any]", pickle.loads(check_md5(source / file, payload, md5), encoding="latin1"))
 
     def part(batches: Iterable[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
         contents = [unpickle(file, md5) for file, md5 in batches]
@@ -815,11 +821,15 @@ def read_source(name: str, source: Path) -> RawData:
     return RawData(name, tuple(classes), *train, *test, f"{source}, md5 verified")
 
 
-def read_checked(path: Path, md5: str) -> bytes:
-    """A file's bytes. Raises `Damaged` unless their md5 is right."""
+def read_limited(path: Path) -> bytes:
+    """A file's bytes. Raises `Damaged` where it is far larger than any file of a data set."""
     if path.stat().st_size > FILE_LIMIT:
         raise Damaged(f"{path} is far larger than it should be")
-    payload = path.read_bytes()
+    return path.read_bytes()
+
+
+def check_md5(path: Path, payload: bytes, md5: str) -> bytes:
+    """The payload that was read from a path. Raises `Damaged` unless its md5 is right."""
     found = hashlib.md5(payload).hexdigest()
     if found != md5:
         raise Damaged(f"{path} ({len(payload):,} bytes) has the wrong md5 ({found} instead of {md5})")
@@ -2014,7 +2024,8 @@ def config_of(job: Job, records: Mapping[str, Record]) -> Distillation | None:
         chain = HPMKD.teachers(job.compression)
         return replace(HPMKD.default(job.compression), teachers=chain, attention=len(chain) > 1)
     pilot = pilot_of(job)
-    return job.arm.configure(job.compression, records[pilot.name].config if pilot else None)
+    chosen = records[pilot.name].config if pilot else None
+    return job.arm.configure(job.compression, chosen)
 
 
 def twin_of(job: Job, settings: Settings, records: Mapping[str, Record]) -> Job | None:
@@ -3546,7 +3557,7 @@ def compare_cells(frame: pd.DataFrame, ratio: str, treatment: str, control: str)
 def compare_methods(frame: pd.DataFrame, treatment: str, control: str,
                     ratios: Iterable[str] | None = None) -> dict[str, Comparison]:
     """Test accuracies at each ratio, Holm-adjusted over `ratios` (by default those in the frame)."""
-    names = list(frame.compression.unique() if ratios is None else ratios)
+    names = list(ratios or frame.compression.unique())
     raw = [compare_cells(frame, ratio, treatment, control) for ratio in names]
     adjusted = holm(c.t_p for c in raw)
     return {ratio: replace(c, holm_p=p) for ratio, c, p in zip(names, raw, adjusted, strict=True)}
@@ -3651,7 +3662,8 @@ def pages_of(run: Run, record: Record, teachers: Mapping[str, Record]) -> dict[t
     configs = [record.config, *(candidate.config for candidate in record.candidates)]
     networks = {network for config in configs if config for network in config.teachers}
     epochs = run.settings.student_epochs if record.kind == "pilot" else len(record.history)
-    order = page_order(run.settings.seed, record.run if record.kind == "student" else 1, epochs)
+    order_of = record.run if record.kind == "student" else 1
+    order = page_order(run.settings.seed, order_of, epochs)
     used = {}
     for network in sorted(networks):
         teacher = teachers.get(teacher_job(network, run.settings.dataset).name)
@@ -3798,12 +3810,13 @@ def finish_figure(figure: Figure, evidence: Evidence, title: str, note: str, arm
     handles: list[Any] = []
     for arm in in_order(arms):
         colour, marker, line = METHODS[arm].look
-        handles.append(Line2D([], [], label=arm, color=colour, marker=marker, ls=line if lines else "none"))
-    two = len(handles) == 4 or any(len(handle.get_label()) > 17 for handle in handles)
+        style = line if lines else "none"
+        handles.append(Line2D([], [], label=arm, color=colour, marker=marker, linestyle=style))
+    long = len(handles) == 4 or any(len(handle.get_label()) > 17 for handle in handles)
+    columns, width = 2 if long else 3, 2.8 if lines else 0.8
     figure.legend(
-        loc="outside upper left", handles=handles, ncols=2 if two else 3, handlelength=2.8 if lines else 0.8,
-        columnspacing=1.4, borderpad=0, title=title, title_fontproperties={"size": 9.5, "weight": "bold"},
-        alignment="left")
+        loc="outside upper left", handles=handles, ncols=columns, handlelength=width, columnspacing=1.4,
+        borderpad=0, title=title, title_fontproperties={"size": 9.5, "weight": "bold"}, alignment="left")
     if evidence.missing:
         note += f"\nMissing: {'; '.join(evidence.missing)}."
     text = "\n".join(textwrap.fill(line, 84, max_lines=2, placeholder=" ...") for line in note.splitlines())
@@ -4074,7 +4087,9 @@ def draw_calibration(evidence: Evidence) -> Figure | None:
                 axis.plot(table.confidence, table.accuracy, ".-", color=METHODS[method].look[0], **style)
         error = cell(evidence.frame, ratio, method, "test_ece").mean()
         name = f"{textwrap.fill(method, 14)}\n" if ratio == ratios[0] else ""
-        axis.set_title(f"{name}ECE {error:.1%}" if error == error else name, fontsize=7)
+        if math.isfinite(error):
+            name += f"ECE {error:.1%}"
+        axis.set_title(name, fontsize=7)
     note = "Lines: runs, in bins of at least 20 images. Grey: perfect. ECE: mean of runs."
     return finish_figure(figure, evidence, "Calibration on the test images", note)
 
@@ -4428,12 +4443,12 @@ def network_rows(evidence: Evidence) -> list[Row]:
     rows = []
     for name, group in sorted(groups.items(), key=lambda item: -item[1][0].params):
         measured = [record.latency_ms for record in group if record.latency_ms]  # the first runs
-        single, batch = (np.median([ms[size] for ms in measured] or math.nan) for size in ("1", "256"))
+        latency = pd.DataFrame(measured, columns=["1", "256"], dtype=float).median()
         accuracies = dict.fromkeys(num(record.test_accuracy) for record in group if record.kind != "student")
         rows.append({
             "Network": name, "counted ratio": num(largest / group[0].params, ".3f"),
             "parameters": f"{group[0].params:,}", "MACs (millions)": f"{group[0].macs / 1e6:,.0f}",
-            "ms, batch 1": num(single), "ms per image, batch 256": num(batch, ".3f"),
+            "ms, batch 1": num(latency["1"]), "ms per image, batch 256": num(latency["256"], ".3f"),
             "accuracy (%) as teacher or assistant": listed(accuracies)})
     return rows
 

@@ -46,6 +46,10 @@ SCRIPTS = {  # arguments, and figures that must be among what is printed
             "7x_TraditionalKD_share_of_optimizer",
         ],
     ),
+    "waiting": (
+        [*TINY, "--steps", "1", "--rounds", "1", "--batch-size", "8"],
+        ["passive_over_active", "passive_ms_per_step"],
+    ),
     "versus_reference": (
         [*TINY, "--images", "300", "--rounds", "1", "--networks", "7x", "--batch-size", "60"],
         ["distillation_over_Direct", "speedup_distillation_quick_schedule"],

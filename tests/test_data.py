@@ -257,6 +257,16 @@ def test_an_archive_that_reaches_outside_leaves_nothing(tiny: Tiny, tmp_path: Pa
     assert not Path("/tmp/exp1b-outside").exists()
 
 
+def test_an_archive_that_lacks_a_file_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
+    """Even with the right md5."""
+    content = tar_gz({"other": b"1"})
+    tiny.reader.tgz_md5 = md5(content)
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / tiny.archive_name).write_bytes(content)
+    with pytest.raises(exp.UsageError, match=r"CIFAR10 was not found .*the archive lacks batches.meta"):
+        load(tmp_path)
+
+
 def test_data_dir_says_what_is_wrong(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(exp.UsageError, match=r"there is no folder .*nowhere"):
         load_from(tmp_path / "nowhere")

@@ -145,11 +145,12 @@ def test_without_flock_a_killed_process_does_not_block_the_next(tmp_path: Path) 
         return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     first = hold(600)
-    assert first.stdout is not None and first.stdout.readline().strip() == "held"
-    second = hold(0)
-    assert "is in use by process" in second.communicate(timeout=60)[1]
-    first.kill()
-    first.communicate()
+    try:
+        assert first.stdout is not None and first.stdout.readline().strip() == "held"
+        assert "is in use by process" in hold(0).communicate(timeout=60)[1]
+    finally:
+        first.kill()
+        first.communicate()
     third = hold(0)
     assert "held" in third.communicate(timeout=60)[0]
     assert third.returncode == 0

@@ -116,6 +116,7 @@ def test_a_stop_or_a_dead_worker_loses_nothing(tmp_path: Path, action: str) -> N
     else:
         os.kill(children[0], signal.SIGKILL)
         code, out = finish(process)
+        assert "a worker died, so all start again" in out
     assert code == 0, out
     assert (pd.read_csv(folder / "results.csv").status == "done").all()
     assert not any(Path(f"/proc/{child}").exists() for child in children)
@@ -168,7 +169,9 @@ def test_torchrun_starts_a_group_again_in_which_a_process_has_died(tmp_path: Pat
     code, out = finish(process)
     assert code == 0, out
     assert results_without_times(folder) == results_without_times(tmp_path / "alone")
-    assert "finished: 3 of 3 jobs done" in (folder / "experiment.log").read_text()
+    said = (folder / "experiment.log").read_text()
+    assert "finished: 3 of 3 jobs done" in said
+    assert said.count("run folder") == 2, "the kill struck a member, and the group was started again"
 
 
 def test_a_job_that_ends_its_process_twice_is_failed(tmp_path: Path) -> None:
