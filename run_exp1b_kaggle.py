@@ -3757,7 +3757,7 @@ FIGURE_STYLE: dict[str, Any] = {
     "font.size": 8, "axes.titlesize": 8, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "axes.grid": True,
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.axisbelow": True,
     "lines.linewidth": 1.2, "grid.color": "0.92", "legend.frameon": False, "pdf.fonttype": 42}
-RUNS_NOTE = f"Small markers: runs. Large markers: mean. Bars: 95% t-interval, from {LEAST_PAIRS} runs on."
+RUNS_NOTE = f"Small markers: runs. Large: mean. Bars: 95% t-interval (from {LEAST_PAIRS} runs; arrow: cut)."
 CURVES_NOTE = "Thin lines: runs. Thick lines: mean."
 # What was expected before the experiment: test accuracy (%) of Direct and HPM-KD, and their difference (pp).
 PREDICTION = {"2.3x": (88.5, 88.7, 0.2), "5x": (85.0, 87.5, 2.5), "7x": (82.0, 86.0, 4.0)}
