@@ -126,7 +126,9 @@ def test_strange_variables_and_settings_change_nothing(toy_run: Path, tmp_path: 
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert "\n0 of 7 jobs done" in ended.stdout, "none of the toy's networks, which this process does not know"
+    assert "\n0 of 7 jobs done" in ended.stdout, (
+        "none of the toy's networks, which this process does not know"
+    )
 
 
 # ---- Where we are ----------------------------------------------------------------------------------------------------
