@@ -17,7 +17,8 @@ trained network, and the index experiment_state.pkl) into exp1b_<mode>_<date>_<t
 
 Exit codes: 0 finished, or stopped by the session clock; 1 a job failed, the disk is full, or an internal
 error; 2 wrong use or unusable input, with one line that says what to do; 128 + n stopped by signal n (SIGHUP
-129, SIGINT 130, SIGUSR1 138, SIGTERM 143, SIGXCPU 152 on Linux). After any code but 2, --resume continues.
+129, SIGINT 130, SIGUSR1 138, SIGUSR2 140, SIGTERM 143, SIGXCPU 152 on Linux). After any code but 2, --resume
+continues.
 
 The method: Haase and Dourado da Silva, "HPM-KD", arXiv 2512.09886. The file follows the data: settings,
 environment, data, networks, losses, files and records, methods, job graph, run, teacher outputs, attention
@@ -36,7 +37,8 @@ if sys.version_info < (3, 11):  # noqa: UP036 (an older one would only say that 
     found = sys.version.split()[0]
     raise SystemExit(f"error: run_exp1b_kaggle.py needs Python 3.11 or later, this is {found}")
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads take other programs' cores
+    if not os.environ.get("OMP_WAIT_POLICY"):
+        os.environ["OMP_WAIT_POLICY"] = "passive"  # spinning threads take other programs' cores
     for name in [name for name in os.environ if name.startswith("TQDM_")]:
         del os.environ[name]  # nonsense in them would break `import torch`, which imports tqdm
 
@@ -391,7 +393,7 @@ def session_age_seconds() -> float:
 class Session:
     """The end of this session: a deadline and the signals. Training asks it at every step and epoch."""
 
-    SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")  # Windows lacks the last three
+    SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # Windows has the first two
 
     def __init__(self, deadline: float | None = None) -> None:
         """`deadline`: wall-clock time (seconds since 1970) by which everything must be saved, or None."""
@@ -2164,7 +2166,7 @@ class Estimate:
 class Run:
     """A run folder. The files of the jobs alone decide what is finished; the index is written from them."""
 
-    REPORT_SECONDS, FIGURE_SECONDS = 10.0, 600.0  # the least time between two writings of the same
+    REPORT_SECONDS, FIGURE_SECONDS = 30.0, 600.0  # the least time between two writings of the same
 
     def __init__(self, path: Path, index: Index, token: str = "", labels: np.ndarray | None = None) -> None:
         """`token`: of the process that holds the folder (`hold_folder`); `labels`: of the test images."""
@@ -2319,10 +2321,13 @@ class Run:
         save_plain(self.checkpoints / STATE_NAME, to_plain(self.index))
 
     def save(self, final: bool = False) -> None:
-        """Write the index, the tables and the report; every ten minutes, and at the end, the figures too."""
-        self.save_index()
+        """Write the index, the tables and the report, but not twice in REPORT_SECONDS unless `final`.
+
+        Every ten minutes, and at the end, the figures too.
+        """
         if not final and time.monotonic() - self._written < self.REPORT_SECONDS:
             return
+        self.save_index()
         figures = final or time.monotonic() - self._drawn > self.FIGURE_SECONDS
         try:
             write_outputs(self, figures)
@@ -5296,7 +5301,8 @@ def launch(args: Namespace, run: Run, devices: Sequence[Device], platform: Platf
     The launcher restarts the group when a worker dies. It runs in a thread, so that the signals are this
     process's own: it passes them on to the workers, and keeps index, report and progress bar meanwhile.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning workers slow each other down
+    if not os.environ.get("OMP_WAIT_POLICY"):
+        os.environ["OMP_WAIT_POLICY"] = "passive"  # spinning workers slow each other down
     try:
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         config = LaunchConfig(

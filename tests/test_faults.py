@@ -130,7 +130,7 @@ def test_a_kill_while_a_run_is_copied_out_of_an_input(
 
 MOMENTS = [
     ("SIGTERM", "an epoch", 4), ("SIGINT", "the evaluation", 2), ("SIGHUP", "a page of teacher outputs", 1),
-    ("SIGUSR1", "a pilot", 3), ("SIGXCPU", "between model file and index", 3), ("SIGTERM", "the report", 1),
+    ("SIGUSR1", "a pilot", 3), ("SIGXCPU", "between model file and index", 3), ("SIGUSR2", "the report", 1),
     ("SIGINT", "half written", 6),
 ]  # fmt: skip
 

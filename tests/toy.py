@@ -53,6 +53,7 @@ def install_toy(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.setattr(exp.AttentionNetwork, "STEPS", 3)
     patch.setattr(exp, "latency_ms", lambda *_: {})
     patch.setattr(exp, "measure_speeds", lambda *_: {})
+    patch.setattr(exp.Run, "REPORT_SECONDS", 0.0)
     for name in list(exp.FIGURES)[1:]:
         patch.delitem(exp.FIGURES, name)
     patch.setitem(exp.FIGURES, next(iter(exp.FIGURES)), lambda _: Figure((1.0, 1.0)))

@@ -37,6 +37,16 @@ class LogitMean(exp.HPMKD):
         return exp.mixture(logits, exp.uniform_weights(logits), self.temperature)
 
 
+class Anchored(exp.HPMKD):
+    """The student's view is the teacher's alone; the mixture of all teachers is what is averaged over the views."""
+
+    def soft_targets_of(self, page: int) -> torch.Tensor:
+        mixed = super().soft_targets_of(page)
+        logits, weights = self._stack(page)
+        anchor = exp.mixture(logits[:1], weights[:, :1], self.temperature)
+        return mixed + self.config.view_share * (anchor - exp.mixture(logits, weights, self.temperature))
+
+
 class HandOver(exp.HPMKD):
     """The smallest assistant teaches first, the teacher last: the weights move along the chain with the epochs."""
 
@@ -73,6 +83,7 @@ VARIANTS: dict[str, Variant] = {
     "Direct": lambda ratio: (exp.Direct, None),
     "TraditionalKD": lambda ratio: (exp.TraditionalKD, Config()),
     "views": lambda ratio: (exp.HPMKD, Config(view_share=0.5)),
+    "views, convergence": lambda ratio: (exp.HPMKD, Config(schedule="convergence", view_share=0.5)),
     "views only": lambda ratio: (exp.HPMKD, Config(view_share=0.0)),
     "views, T loss 6": lambda ratio: (exp.HPMKD, Config(temperature=6.0, schedule="loss", view_share=0.5)),
     "default": lambda ratio: (exp.HPMKD, exp.HPMKD.default(ratio)),
@@ -93,6 +104,18 @@ VARIANTS: dict[str, Variant] = {
     "default, convergence, 1.5x only": lambda ratio: (
         exp.HPMKD,
         replace(exp.HPMKD.default(ratio), schedule="convergence", **only("teacher", "1.5x")),
+    ),
+    "anchored": lambda ratio: (
+        Anchored,
+        replace(exp.HPMKD.default(ratio), schedule="convergence", **only("teacher", "1.5x")),
+    ),
+    "anchored, constant T": lambda ratio: (
+        Anchored,
+        replace(exp.HPMKD.default(ratio), schedule="constant", **only("teacher", "1.5x")),
+    ),
+    "anchored, chain": lambda ratio: (
+        Anchored,
+        replace(exp.HPMKD.default(ratio), schedule="convergence", **only(*exp.HPMKD.teachers(ratio))),
     ),
     "default, alpha .7": lambda ratio: (exp.HPMKD, replace(exp.HPMKD.default(ratio), alpha=0.7)),
     "default, alpha .9": lambda ratio: (exp.HPMKD, replace(exp.HPMKD.default(ratio), alpha=0.9)),
