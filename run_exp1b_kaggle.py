@@ -35,8 +35,14 @@ import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036 (an older one would only say that some attribute is missing)
     found = sys.version.split()[0]
-    raise SystemExit(f"error: run_exp1b_kaggle.py needs Python 3.11 or later, this is {found}")
+    print(f"error: run_exp1b_kaggle.py needs Python 3.11 or later, this is {found}", file=sys.stderr)
+    sys.exit(2)
 if __name__ == "__main__":
+    try:
+        os.getcwd()
+    except OSError:  # torch's libraries would end the process, with a message about themselves
+        print("error: the current folder does not exist any more: change to another one", file=sys.stderr)
+        sys.exit(2)
     if not os.environ.get("OMP_WAIT_POLICY"):
         os.environ["OMP_WAIT_POLICY"] = "passive"  # spinning threads take other programs' cores
     for name in [name for name in os.environ if name.startswith("TQDM_")]:

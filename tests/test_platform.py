@@ -67,7 +67,7 @@ def test_importing_has_no_side_effects(tmp_path: Path, monkeypatch: pytest.Monke
     assert module.parse_args([]).given == {"plugin": ()}
 
 
-def test_an_older_python_is_told_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_python_is_told_what_is_needed(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     """One line; and there is no syntax in the file that an older Python would stumble over before it says so."""
     source = Path(exp.__file__).read_text(encoding="utf-8")
     ast.parse(source, feature_version=(3, 8))
@@ -75,7 +75,17 @@ def test_an_older_python_is_told_what_is_needed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "version", "3.10.4 (main)")
     with pytest.raises(SystemExit) as stop:
         exec(compile(source, "run_exp1b_kaggle.py", "exec"), {"__name__": "__main__"})
-    assert stop.value.code == "error: run_exp1b_kaggle.py needs Python 3.11 or later, this is 3.10.4"
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said == "error: run_exp1b_kaggle.py needs Python 3.11 or later, this is 3.10.4\n"
+
+
+def test_a_current_folder_that_was_removed_is_named(tmp_path: Path) -> None:
+    """Torch's libraries would end the process with a message about themselves."""
+    command = f'cd {tmp_path} && mkdir gone && cd gone && rmdir ../gone && "{sys.executable}" "{exp.__file__}" --status'
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "error: the current folder does not exist any more: change to another one\n"
 
 
 def test_pasted_into_a_cell_it_says_what_to_do(
