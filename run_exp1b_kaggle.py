@@ -242,9 +242,10 @@ class Settings:
     deterministic: bool = setting("experiment", False, "bit-equal results on a GPU, at a cost in speed")
 
     compression: tuple[str, ...] = setting(
-        "scope", tuple(RATIOS), f"ratios: {', '.join(RATIOS)} or all", nargs="+")
+        "scope", tuple(RATIOS), f"{', '.join(RATIOS)} or all", nargs="+", metavar="RATIO")
     methods: tuple[str, ...] = setting(
-        "scope", MAIN_METHODS, f"{', '.join(MAIN_METHODS)}, or one that a --plugin registers", nargs="+")
+        "scope", MAIN_METHODS, f"{', '.join(MAIN_METHODS)}, or one that a --plugin registers", nargs="+",
+        metavar="METHOD")
     runs: int = setting("scope", 3, "paired runs per ratio and method", int, (1, 1_000))
     ablation: bool = setting("scope", False, "also HPM-KD without each of its components, and TunedKD")
     equal_cost: bool = setting("scope", False, "also Direct for as long as HPM-KD took, overheads included")
@@ -259,11 +260,12 @@ class Settings:
         "session", None, f"length of this session, to stop in time (on Kaggle {KAGGLE_SESSION_HOURS})", float,
         (1e-6, 1e6))
     data_dir: Path | None = setting(
-        "session", None, "folder with the data set; nothing else is searched", Path)
-    output_dir: Path | None = setting("session", None, "the run folder itself (default: a new one)", Path)
+        "session", None, "folder with the data set; nothing else is searched", Path, metavar="DIR")
+    output_dir: Path | None = setting(
+        "session", None, "the run folder itself (default: a new one)", Path, metavar="DIR")
     plugin: tuple[Path, ...] = setting(
         "session", (), "Python file that registers a method of your own; may be given several times", Path,
-        action="append")
+        action="append", metavar="FILE")
     fresh_teacher: bool = setting("session", False, "train even where an identical finished teacher is found")
 
 
@@ -4820,18 +4822,19 @@ ACTIONS = {  # option -> which settings it takes beside it (None: all)
     "plan": None,
 }
 EXAMPLES = """\
-examples:
-  python run_exp1b_kaggle.py --mode smoke                    does everything work here? (minutes)
-  python run_exp1b_kaggle.py --mode quick                    the experiment on CIFAR-10
-  python run_exp1b_kaggle.py --mode quick --plan             its jobs, hours and disk
-  python run_exp1b_kaggle.py --resume                        continue the newest run
-  python run_exp1b_kaggle.py --mode quick --compression 7x   a part; parts share the teacher
-  python run_exp1b_kaggle.py --resume --ablation             add the arms of the ablation: HPM-KD
-                                                             without each component, and TunedKD
-  python run_exp1b_kaggle.py --plugin my_kd.py --methods Direct HPM-KD MyKD
+examples, each after python run_exp1b_kaggle.py:
+  --mode smoke                   does everything work here? (minutes)
+  --mode quick                   the experiment on CIFAR-10
+  --mode quick --plan            its jobs, hours and disk; trains nothing
+  --resume                       continue the newest run
+  --mode quick --compression 7x  a part; parts share the teacher
+  --resume --ablation            add the arms of the ablation: HPM-KD without
+                                 each of its components, and TunedKD
+  --plugin my_kd.py --methods Direct HPM-KD MyKD
+                                 a method of your own
 
-exit codes: 0 finished or stopped by the session clock, 1 a job failed, 2 wrong use, 128 + n signal n.
-The guide is README_KAGGLE.md.
+exit codes: 0 finished, or stopped by the session clock; 1 a job failed; 2 wrong
+use; 128 + n stopped by signal n. The guide is README_KAGGLE.md.
 """
 
 
@@ -4845,7 +4848,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The command line, made from the fields of `Settings`."""
     parser = _Parser(
-        prog="run_exp1b_kaggle.py", allow_abbrev=False, epilog=EXAMPLES,
+        usage="python run_exp1b_kaggle.py [options]", allow_abbrev=False, epilog=EXAMPLES,
         description="HPM-KD against direct training and traditional distillation at 2.3x, 5x and 7x.",
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=80))
     actions = parser.add_argument_group("what to do instead of starting a new run")
@@ -4866,7 +4869,7 @@ def build_parser() -> argparse.ArgumentParser:
         if isinstance(declared.default, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif "choices" not in options:
-            options["metavar"] = "N" if options.get("type") in (int, float) else declared.name.upper()
+            options.setdefault("metavar", "N")
         text = (declared.metadata["help"] + say_default(declared)).replace("%", "%%")
         group = groups[declared.metadata["role"]]
         group.add_argument(flag(declared.name), default=argparse.SUPPRESS, help=text, **options)
