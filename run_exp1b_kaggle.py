@@ -174,6 +174,11 @@ def say_time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def say_bytes(count: float) -> str:
+    """A size for people: "12 MB", "1.83 GB"."""
+    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.3g} GB"
+
+
 def say_count(count: int, noun: str) -> str:
     """A number with its noun: "1 run", "3 runs"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
@@ -1225,7 +1230,7 @@ def write_atomic(path: Path, payload: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if error.errno in NO_ROOM:
-            size = f"{len(payload) / 1e6:.0f} MB"
+            size = say_bytes(len(payload))
             raise DiskFull(f"no room to write {path.name} ({size}) in {path.parent}") from None
         reason = error.strerror or error
         raise UsageError(f"cannot write {path} ({reason}): mend that, then continue with --resume") from None
@@ -5168,9 +5173,9 @@ def check_disk(path: Path, needed: int, platform: Platform) -> None:
                 others += file.stat().st_size
     if needed + others > KAGGLE_DISK_BYTES:
         raise UsageError(
-            f"this run needs about {needed / 1e9:.1f} GB and {root} holds {others / 1e9:.1f} GB of other "
-            f"files, Kaggle keeps {KAGGLE_DISK_BYTES / 1e9:.0f} GB: remove what is not needed, use fewer "
-            "--runs, or parts by --compression")
+            f"this run needs about {say_bytes(needed)} and {root} holds {say_bytes(others)} of other files, "
+            f"Kaggle keeps {say_bytes(KAGGLE_DISK_BYTES)}: remove what is not needed, use fewer --runs, or "
+            "parts by --compression")
 
 
 def enter_session(run: Run, settings: Settings, args: Namespace, devices: Sequence[Device]) -> None:
@@ -5602,18 +5607,18 @@ def show_status(args: Namespace, platform: Platform) -> int:
           f"last session {run.index.last_activity}")
     print(f"{done} of {len(run.jobs)} jobs done, {len(failed)} failed, {len(left)} left; "
           f"{say_time(spent)} of training so far")
+    for ratio, arm in itertools.product(settings.compression, student_arms(settings)):
+        students = [run.records[job.name] for job in run.jobs if job.name in run.records
+                    and (job.kind, job.compression, job.method) == ("student", ratio, arm)]
+        accuracies = [record.test_accuracy for record in students if record.done]
+        best = f", best {max(accuracies):.2f}%, last {accuracies[-1]:.2f}%" if accuracies else ""
+        print(f"  {ratio:<5} {arm:<22} {len(accuracies)} of {settings.runs} runs done{best}")
     for record in run.records.values():
         what = f"test accuracy {record.test_accuracy:.2f}%"
         if record.kind == "pilot":
             what = f"candidate {record.chosen + 1} chosen"
         if record.kind != "student" and record.done:
             print(f"  {record.job:<40} done in {say_time(record.train_seconds)}, {what}")
-    for ratio, arm in itertools.product(settings.compression, student_arms(settings)):
-        students = [run.records[job.name] for job in run.jobs if job.name in run.records
-                    and (job.kind, job.compression, job.method) == ("student", ratio, arm)]
-        accuracies = [record.test_accuracy for record in students if record.done]
-        best = f", best {max(accuracies):.2f}%, last {accuracies[-1]:.2f}%" if accuracies else ""
-        print(f"  {ratio:<5} {arm:<34} {len(accuracies)} of {settings.runs} runs done{best}")
     for name in failed:
         print(f"  failed: {name}: {run.records[name].failure}")
     for job in left:
@@ -5670,8 +5675,8 @@ def show_plan(args: Namespace, platform: Platform) -> int:
     print_plan(estimate, [job for job in run.jobs if not index or job.name not in index.jobs])
     names = listed(dict.fromkeys(device.name for device in devices))
     print(f"measured on {names}, {precision}, {say_count(workers, 'worker')}")
-    print(f"disk: {disk_bytes(settings) / 1e9:.2f} GB in the run folder (Kaggle keeps 20 GB), "
-          f"{page_bytes(settings) / 1e9:.2f} GB elsewhere")
+    print(f"disk: {say_bytes(disk_bytes(settings))} in the run folder (Kaggle keeps "
+          f"{say_bytes(KAGGLE_DISK_BYTES)}), {say_bytes(page_bytes(settings))} for a while elsewhere")
     return 0
 
 

@@ -446,7 +446,7 @@ def test_status_of_a_finished_run(copied: Path, capsys: Capture) -> None:
     out = capsys.readouterr().out
     assert f"{len(JOBS)} of {len(JOBS)} jobs done, 0 failed, 0 left" in out
     assert f"test accuracy {index_of(copied).jobs[TEACHER].test_accuracy:.2f}%" in out
-    assert f"Direct {'':27} 1 of 1 runs done, best {index_of(copied).jobs[DIRECT].test_accuracy:.2f}%" in out
+    assert f"Direct {'':15} 1 of 1 runs done, best {index_of(copied).jobs[DIRECT].test_accuracy:.2f}%" in out
     assert "continue with" not in out
     assert tree(copied) == before
 
