@@ -5676,7 +5676,7 @@ def show_plan(args: Namespace, platform: Platform) -> int:
     names = listed(dict.fromkeys(device.name for device in devices))
     print(f"measured on {names}, {precision}, {say_count(workers, 'worker')}")
     print(f"disk: {say_bytes(disk_bytes(settings))} in the run folder (Kaggle keeps "
-          f"{say_bytes(KAGGLE_DISK_BYTES)}), {say_bytes(page_bytes(settings))} for a while elsewhere")
+          f"{say_bytes(KAGGLE_DISK_BYTES)}), {say_bytes(page_bytes(settings))} of cache elsewhere")
     return 0
 
 
