@@ -384,8 +384,10 @@ def detect_platform(root: Path = Path("/")) -> Platform:
 def is_watched() -> bool:
     """Whether output goes to a terminal or to a notebook that runs this in its own process (`%run`)."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    with contextlib.suppress(AttributeError, ValueError):  # no stdout, or a closed one
-        return sys.stdout.isatty() or type(shell).__name__ == "ZMQInteractiveShell"
+    if type(shell).__name__ == "ZMQInteractiveShell":
+        return True
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # no stdout, a closed one, no terminal
+        return min(os.get_terminal_size(sys.stdout.fileno())) > 0  # without a size no bar can be drawn
     return False
 
 
@@ -1978,6 +1980,13 @@ class Job:
         return f"student_{self.compression}_{self.method}_run{self.run}"
 
     @property
+    def label(self) -> str:
+        """A short name for people: "teacher", "pilot 7x HPM-KD", "7x HPM-KD run 2"."""
+        kind = "" if self.kind == "student" else self.kind
+        number = f"run {self.run}" if self.run else ""
+        return " ".join(filter(None, (kind, self.compression, self.method, number)))
+
+    @property
     def network(self) -> Network:
         """Key of its network in ARCHITECTURES."""
         return cast(Network, self.compression or "teacher")
@@ -3202,7 +3211,9 @@ class Progress:
         self.after_epoch: Callable[[], object] = lambda: None
         self.bar: Any = None
         if bar:
-            self.bar = tqdm(total=len(run.jobs), unit="job", file=sys.stdout, dynamic_ncols=True, leave=False)
+            form = "{n_fmt}/{total_fmt} |{bar:10}| {desc}"
+            self.bar = tqdm(
+                total=len(run.jobs), bar_format=form, file=sys.stdout, dynamic_ncols=True, leave=False)
         self._last_line = self._last_step = time.monotonic()
         self.last_job = ""
 
@@ -3229,20 +3240,24 @@ class Progress:
             return
         self._last_step = time.monotonic()
         share = step / max(1, min(training.steps, training.steps_per_epoch))
-        text = f"{training.name} {len(training.history) + share:.1f}/{training.epochs}"
+        self.tell(f"{training.job.label} epoch {len(training.history) + share:.1f}/{training.epochs}")
+
+    def tell(self, text: str) -> None:
+        """Show what this process is doing, "" while it waits, or have another process show it."""
         if self.publish is not None:
             self.publish(text)
         else:
             self.show([text])
 
     def show(self, texts: Sequence[str]) -> None:
-        """Bring the bar up to date: jobs that have ended, what is running, the last result, the time left."""
+        """Bring the bar up to date: jobs that have ended, the time left, what is running, the last result."""
         if self.bar is None:
             return
         left = self.run.left
         self.bar.n = len(self.run.jobs) - len(left)
-        parts = [*texts, self.last_job, f"about {say_time(self.estimate.seconds_left(left))} left"]
-        self.bar.set_postfix_str("; ".join(part for part in parts if part))
+        seconds = self.estimate.seconds_left(left)
+        parts = [f"{say_time(seconds)} left" if seconds else "", *texts, self.last_job]
+        self.bar.set_description_str("; ".join(part for part in parts if part))
 
     def epoch_done(self, training: Training) -> None:
         """Log an epoch, with the time left for its job and for the experiment."""
@@ -3272,7 +3287,7 @@ class Progress:
             what = f"candidate {record.chosen + 1} chosen"
         if record.same_as:
             what += f"  (copy of {record.same_as})"
-        self.last_job = f"{job.name}: {' '.join(what.split())}"
+        self.last_job = f"last: {' '.join(what.split())}"
         left = say_time(self.estimate.seconds_left(self.run.left))
         self.line(job.name, f"done  {what}  in {say_time(record.train_seconds)}  left {left}")
 
@@ -3314,6 +3329,7 @@ class Worker:
             job = self.claim(ready)
             if job is not None:
                 self.attempt(job)
+                self.experiment.progress.tell("")
             elif not ready:
                 return
             else:
@@ -5685,7 +5701,7 @@ def print_plan(estimate: Estimate, left: Sequence[Job]) -> None:
     print(f"{'job':<40} {'number':>6} {'each':>9} {'together':>9}")
     groups: dict[str, list[Job]] = {}
     for job in left:
-        groups.setdefault(" ".join(filter(None, (job.kind, job.compression, job.method))), []).append(job)
+        groups.setdefault(replace(job, run=0).label, []).append(job)
     for name, jobs in groups.items():
         each = estimate.job_seconds(jobs[0])
         print(f"{name:<40} {len(jobs):>6} {say_time(each):>9} {say_time(each * len(jobs)):>9}")

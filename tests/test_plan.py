@@ -128,7 +128,7 @@ def test_plan_says_what_there_is_to_do(
             rows[found[1]] = (int(found[2]), seconds_in(found[3]), seconds_in(found[4]))
     for method in ("Direct", "TraditionalKD", "HPM-KD"):
         for ratio in exp.RATIOS:
-            number, each, together = rows[f"student {ratio} {method}"]
+            number, each, together = rows[f"{ratio} {method}"]
             assert number == runs
             assert each == pytest.approx(epochs * steps * 0.36, rel=0.05)
             assert together == pytest.approx(runs * each, rel=0.05)
@@ -159,8 +159,8 @@ def test_plan_of_a_run_uses_its_settings_and_leaves_it_as_it_is(
     assert exp.main(["--plan", "--resume", "--output-dir", str(lab.run.path), "--device", "cpu"]) == 0
     said = capsys.readouterr().out
     assert "SYNTHETIC, 200 training images, width 8" in said
-    assert "student 2.3x Direct" not in said, "it is done"
-    assert "student 5x Direct" in said
+    assert "2.3x Direct" not in said, "it is done"
+    assert "5x Direct" in said
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

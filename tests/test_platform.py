@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import importlib.util
 import io
 import logging
@@ -158,15 +159,25 @@ def test_kaggle_is_its_run_type_and_its_folder(
 
 
 @pytest.mark.parametrize(
-    ("run_type", "terminal", "bars"),
-    [("Batch", False, False), ("Interactive", False, True), ("", False, False), ("", True, True)],
-)
+    ("run_type", "size", "bars"),
+    [
+        ("Batch", None, False), ("Interactive", None, True), ("", None, False), ("", (80, 24), True),
+        ("", (80, 0), False),
+    ],
+)  # fmt: skip
 def test_bars_only_where_somebody_watches(
-    kaggle: Path, monkeypatch: pytest.MonkeyPatch, run_type: str, terminal: bool, bars: bool
+    kaggle: Path, monkeypatch: pytest.MonkeyPatch, run_type: str, size: tuple[int, int] | None, bars: bool
 ) -> None:
-    """A bar in a batch log writes a line per refresh."""
+    """A bar in a batch log writes a line per refresh; in a terminal of no size it would not be seen."""
+
+    def terminal_size(_: int) -> os.terminal_size:
+        if size is None:
+            raise OSError(errno.ENOTTY, "Inappropriate ioctl for device")
+        return os.terminal_size(size)
+
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", run_type)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(sys.stdout, "fileno", lambda: 1, raising=False)
+    monkeypatch.setattr(os, "get_terminal_size", terminal_size)
     assert exp.detect_platform(kaggle).watched == bars
 
 

@@ -109,6 +109,10 @@ VARIANTS: dict[str, Variant] = {
         Anchored,
         replace(exp.HPMKD.default(ratio), schedule="convergence", **only("teacher", "1.5x")),
     ),
+    "anchored, from 6": lambda ratio: (
+        Anchored,
+        replace(exp.HPMKD.default(ratio), schedule="convergence", temperature=6.0, **only("teacher", "1.5x")),
+    ),
     "anchored, constant T": lambda ratio: (
         Anchored,
         replace(exp.HPMKD.default(ratio), schedule="constant", **only("teacher", "1.5x")),
