@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import ROOT
-from test_workers import OPTIONS, children_of, command_of, finish, start
+from test_workers import OPTIONS, finish, start
 from toy import new_toy, resume
 
 import run_exp1b_kaggle as exp
@@ -68,24 +68,6 @@ def test_several_workers_without_shared_memory_are_one_line(tmp_path: Path) -> N
     last = out.strip().splitlines()[-1]
     assert "/dev/shm" in last
     assert "--workers 1 needs none" in last
-
-
-@pytest.mark.slow
-def test_a_parent_that_is_killed_leaves_no_workers(tmp_path: Path) -> None:
-    """SIGKILL to the first process; the run can be continued at once, and nothing of the old one holds it."""
-    folder = tmp_path / "run"
-    process = start(folder, *DIRECT, "--teacher-epochs", "6", "--workers", "2")
-    wait_for(folder, "checkpoints/*.progress")
-    children = [int(pid) for pid in children_of(process.pid) if "spawn_main" in command_of(pid)]
-    assert len(children) >= 2
-    process.kill()
-    finish(process)
-    deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not any(Path(f"/proc/{child}").exists() for child in children)
-    code, out = finish(start(folder, "--resume", "--workers", "1"))
-    assert code == 0, out
 
 
 def test_without_any_temporary_folder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import filelock
 import pandas as pd
 import pytest
 import torch
@@ -94,32 +96,82 @@ def test_two_workers_with_a_plugin_equal_one_worker(tmp_path: Path) -> None:
     assert code == 2 and "another file" in out
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("action", ["stop", "kill a worker"])
-def test_a_stop_or_a_dead_worker_loses_nothing(tmp_path: Path, action: str) -> None:
-    """SIGTERM to the parent: a last line, no process left, --resume finishes. SIGKILL to a worker: the others go on."""
-    folder = tmp_path / "run"
-    process = start(
-        folder, *OPTIONS, "--methods", "Direct", "TraditionalKD", "--teacher-epochs", "3", "--workers", "2"
-    )
-    deadline = time.monotonic() + 200
-    while not list(folder.glob("checkpoints/teacher*.progress")) and time.monotonic() < deadline:
+COMPARED = [*OPTIONS, "--methods", "Direct", "TraditionalKD", "--teacher-epochs", "6"]
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of COMPARED by one process; the processes of pytest-xdist share it."""
+    root = tmp_path_factory.getbasetemp()
+    shared = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with filelock.FileLock(shared / "alone.lock"):
+        folder = shared / "alone"
+        if not (folder / "results.csv").exists():
+            code, out = finish(start(folder, *COMPARED))
+            assert code == 0, out
+    return folder
+
+
+def wait_for_progress(folder: Path) -> None:
+    """Wait until a job saves an epoch from now on."""
+    begun, deadline = time.time(), time.monotonic() + 200
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError):  # a job has just ended
+            if any(path.stat().st_mtime > begun for path in folder.glob("checkpoints/*.progress")):
+                return
         time.sleep(0.05)
-    children = [int(pid) for pid in children_of(process.pid) if "spawn_main" in command_of(pid)]
-    assert children
-    if action == "stop":
-        process.send_signal(signal.SIGTERM)
-        code, out = finish(process)
-        assert code == 143, out
-        assert "stopped by SIGTERM" in out.strip().splitlines()[-1]
-        code, out = finish(start(folder, "--resume", "--workers", "1"))
-    else:
-        os.kill(children[0], signal.SIGKILL)
-        code, out = finish(process)
-        assert "a worker died, so all start again" in out
+    raise AssertionError("no epoch was saved")
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the workers of our own launcher."""
+    found = [int(pid) for pid in children_of(process.pid) if "spawn_main" in command_of(pid)]
+    assert len(found) >= 2
+    return found
+
+
+def assert_gone(workers: list[int]) -> None:
+    """The processes end by themselves."""
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+@pytest.mark.slow
+def test_a_stop_a_dead_parent_and_a_dead_worker_lose_nothing(tmp_path: Path, alone: Path) -> None:
+    """SIGTERM to the parent: a last line. SIGKILL to it: its workers end too. SIGKILL to a worker: the others go on.
+
+    After all three the results are those of one process, digit for digit.
+    """
+    folder = tmp_path / "run"
+    again = ("--resume", "--workers", "2", "--threads", "1")
+
+    process = start(folder, *COMPARED, "--workers", "2")
+    wait_for_progress(folder)
+    workers = workers_of(process)
+    process.send_signal(signal.SIGTERM)
+    code, out = finish(process)
+    assert code == 143, out
+    assert "stopped by SIGTERM" in out.strip().splitlines()[-1]
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+    process = start(folder, *again)
+    wait_for_progress(folder)
+    workers = workers_of(process)
+    process.kill()
+    finish(process)
+    assert_gone(workers)
+
+    process = start(folder, *again)
+    wait_for_progress(folder)
+    workers = workers_of(process)
+    os.kill(workers[0], signal.SIGKILL)
+    code, out = finish(process)
     assert code == 0, out
-    assert (pd.read_csv(folder / "results.csv").status == "done").all()
-    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert "a worker died, so all start again" in out
+    assert_gone(workers)
+    assert results_without_times(folder) == results_without_times(alone)
 
 
 BUSY = """
@@ -150,25 +202,20 @@ def test_a_worker_whose_device_is_busy_leaves_the_work_to_the_others(tmp_path: P
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_group_again_in_which_a_process_has_died(tmp_path: Path) -> None:
+def test_torchrun_starts_a_group_again_in_which_a_process_has_died(tmp_path: Path, alone: Path) -> None:
     """The results are those of one process, digit for digit."""
-    options = [*OPTIONS, "--methods", "Direct", "TraditionalKD", "--teacher-epochs", "3"]
-    code, out = finish(start(tmp_path / "alone", *options))
-    assert code == 0, out
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2", "--standalone")
     folder = tmp_path / "run"
-    command = [sys.executable, *torchrun, str(ROOT / "run_exp1b_kaggle.py"), *options]
+    command = [sys.executable, *torchrun, str(ROOT / "run_exp1b_kaggle.py"), *COMPARED]
     process = subprocess.Popen(
         [*command, "--output-dir", str(folder)], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, cwd=tmp_path,
     )  # fmt: skip
-    deadline = time.monotonic() + 200
-    while not list(folder.glob("checkpoints/teacher*.progress")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for_progress(folder)
     os.kill(int(children_of(process.pid)[-1]), signal.SIGKILL)
     code, out = finish(process)
     assert code == 0, out
-    assert results_without_times(folder) == results_without_times(tmp_path / "alone")
+    assert results_without_times(folder) == results_without_times(alone)
     said = (folder / "experiment.log").read_text()
     assert "finished: 3 of 3 jobs done" in said
     assert said.count("run folder") == 2, "the kill struck a member, and the group was started again"
