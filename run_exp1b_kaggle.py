@@ -2199,6 +2199,7 @@ class Run:
         self.records: Records = {}
         self.logits: dict[str, np.ndarray] = {}  # of the test images, by job
         self._drawn, self._written = time.monotonic(), -math.inf
+        self.stale = False  # whether something has ended that the report does not know
 
     def file(self, job: Job, kind: str = "pt") -> Path:
         """A file of a job: "pt" its result, "progress" its last epoch, "failed" why it failed."""
@@ -2347,7 +2348,8 @@ class Run:
 
         Every ten minutes, and at the end, the figures too.
         """
-        if not final and time.monotonic() - self._written < self.REPORT_SECONDS:
+        self.stale = not final and time.monotonic() - self._written < self.REPORT_SECONDS
+        if self.stale:
             return
         self.save_index()
         figures = final or time.monotonic() - self._drawn > self.FIGURE_SECONDS
@@ -3319,6 +3321,8 @@ class Worker:
         self.experiment, self.run, self.store = experiment, experiment.run, store
         self.claims = torch.distributed.PrefixStore(generation, store)
         self.alone, self.writes = alone, writes
+        if writes:
+            experiment.progress.after_epoch = self.refresh
 
     def work(self) -> None:
         """Work until everything has ended or waits for a failed job. Raises `Stopped` or `DiskFull`."""
@@ -3348,9 +3352,11 @@ class Worker:
     def refresh(self) -> None:
         """Take in what has ended; if this process writes, bring index and report up to date."""
         fresh = self.run.refresh()
-        if self.writes and fresh:
-            for job in fresh:
-                self.experiment.progress.job_ended(job)
+        if not self.writes:
+            return
+        for job in fresh:
+            self.experiment.progress.job_ended(job)
+        if fresh or self.run.stale:
             self.run.save()
 
     def attempt(self, job: Job) -> None:
@@ -5375,7 +5381,7 @@ def supervise(run: Run, progress: Progress, session: Session, thread: threading.
             fresh = run.refresh()
             for job in fresh:
                 progress.job_ended(job)
-            if fresh:
+            if fresh or run.stale:
                 run.save()
         except Stopped:
             session.signal = session.signal or signal.SIGTERM  # the folder is lost: so are the workers
@@ -5532,8 +5538,6 @@ def lead_members(args: Namespace, platform: Platform, session: Session, store: A
             progress = make_progress(run, devices, platform.watched)
             experiment = make_experiment(run, own_device(devices), devices, data, session, progress)
             del data
-            worker = Worker(experiment, store, generation, alone=False, writes=True)
-            progress.after_epoch = worker.refresh  # shows what the others finish during a long job
             reason = work(experiment, store, generation, alone=False, writes=True, announce=True)
             wait_for_members(store, generation, session)
             code = conclude(args, run, session, reason)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, results_without_times
+from lab import open_lab
 from toy import (
     AGAIN,
     DIRECT,
@@ -677,6 +678,23 @@ def test_a_report_that_fails_costs_no_training(
     assert resume(copied) == 0
     assert redone == [DIRECT]
     assert results_without_times(copied) == results_without_times(toy_run)
+
+
+def test_a_report_that_had_to_wait_is_written_after_the_next_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two jobs that end within REPORT_SECONDS: the second is in the report long before a third has ended."""
+    lab, written = open_lab(tmp_path), []
+    monkeypatch.setattr(exp, "write_outputs", lambda run, figures: written.append(figures))
+    worker = exp.Worker(lab, exp.torch.distributed.HashStore(), "0", alone=True, writes=True)
+    lab.run.save()
+    lab.run.save()
+    assert (len(written), lab.run.stale) == (1, True)
+    monkeypatch.setattr(exp.Run, "REPORT_SECONDS", 0.0)
+    lab.progress.after_epoch()
+    assert (len(written), lab.run.stale) == (2, False)
+    worker.refresh()
+    assert len(written) == 2
 
 
 def test_an_internal_error_is_one_line_and_a_traceback_in_the_log(
