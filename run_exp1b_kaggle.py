@@ -679,9 +679,9 @@ def versions() -> dict[str, str]:
 
 @cache
 def script_sha256() -> str:
-    """SHA-256 (hex) of this file as it is being run; "" where it is no file, as in a notebook's cell."""
-    path = globals().get("__file__")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+    """SHA-256 (hex) of this file as it is being run; "" where it is no file: a notebook's cell, or stdin."""
+    path = Path(globals().get("__file__") or "")
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 # ============================================================================================================
@@ -4826,7 +4826,7 @@ def latex_table(evidence: Evidence) -> str:
 def write_archive(run: Run) -> None:
     """Write <run>_results.zip, for a small download: all but checkpoints and data, with the log."""
     run.check_ours()
-    name = f"{run.path.name}_results"
+    name = f"{run.path.resolve().name}_results"
     buffer = io.BytesIO()
     try:
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -4920,6 +4920,8 @@ def parse_args(argv: Sequence[str]) -> Namespace:
 
     Raises `UsageError` for anything that is not right.
     """
+    if any(re.fullmatch(r"(--[a-z-]+=)?", argument) for argument in argv):
+        raise UsageError("an argument is empty (an unset variable?): give it a value, or leave it out")
     parsed = vars(build_parser().parse_args(argv))
     chosen = [name for name in ACTIONS if parsed.get(name)]
     if len(chosen) > 1:

@@ -114,7 +114,7 @@ WRONG = [
     ["--max-hours", "-1"], ["--max-hours", "nan"], ["--max-hours", "soon"], ["--output-dir"], ["--unknown"], ["positional"],
     ["--tea", "5"], ["--teacher_epochs", "5"], ["--status", "--plan"], ["--merge"], ["--merge", "a", "--report-only"],
     ["--status", "--report-only"], ["--ablation", "--methods", "Direct"], ["--equal-cost", "--methods", "Direct", "TraditionalKD"],
-    ["--resume=yes"], ["-h5"], ["--", "--status"],
+    ["--resume=yes"], ["-h5"], ["--", "--status"], ["--output-dir", ""], ["--data-dir="], ["--plugin", ""], ["--merge", "a", ""],
 ]  # fmt: skip
 
 

@@ -103,6 +103,13 @@ def test_pasted_into_a_cell_it_says_what_to_do(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_script_that_is_read_from_stdin_has_no_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python - < run_exp1b_kaggle.py`: there `__file__` is no file."""
+    assert len(exp.script_sha256.__wrapped__()) == 64
+    monkeypatch.setattr(exp, "__file__", "<stdin>")
+    assert exp.script_sha256.__wrapped__() == ""
+
+
 def test_main_works_in_a_thread(toy: Path, toy_run: Path) -> None:
     """Where Python lets nobody set signal handlers."""
     handlers, codes = process_state()["handlers"], []
