@@ -446,7 +446,7 @@ def test_kaggles_budget_is_estimated_before_the_start(
     (working / "other").write_bytes(bytes(2_000_000))
     assert exp.main([*TOY, "--output-dir", str(working / folder)], root=toy) == 2
     said = last_line(capsys)
-    assert "0 MB of other files" in said
+    assert "holds 2 MB of other files, Kaggle keeps 6 MB" in said
     assert "use fewer --runs" in said
     assert not exp.is_run(working / folder)
 
