@@ -2948,6 +2948,7 @@ class Training:
             self._epoch(epoch)
             if epoch + 1 < self.epochs:
                 self._save()
+                self.experiment.progress.after_epoch()
         return self.model
 
     def forget(self) -> None:
@@ -3210,7 +3211,7 @@ class Progress:
                  publish: Callable[[str], object] | None = None) -> None:
         """`publish` is told what this process is doing, for a bar in another process."""
         self.run, self.estimate, self.publish = run, estimate, publish
-        self.after_epoch: Callable[[], object] = lambda: None
+        self.after_epoch: Callable[[], object] = lambda: None  # called when an epoch has been saved
         self.bar: Any = None
         if bar:
             form = "{n_fmt}/{total_fmt} |{bar:10}| {desc}"
@@ -3277,7 +3278,6 @@ class Progress:
         text = f"epoch {number:3d}/{training.epochs:<3d}  loss {epoch.loss:7.4f}  "
         text += f"val {epoch.val_accuracy:6.2f}%{temperature}  {epoch.seconds:6.1f} s  left {say_time(left)}"
         self.line(training.name, text, quiet=not (teacher or due))
-        self.after_epoch()
 
     def job_ended(self, job: Job) -> None:
         """Log a job that has ended."""
@@ -4423,11 +4423,21 @@ def say_subject(evidence: Evidence) -> str:
     found: dict[str, list[str]] = {}
     for ratio in evidence.ratios:
         for student in evidence.records("student", SUBJECT, ratio)[:1]:  # all runs have one configuration
-            found.setdefault(say_config(cast(Distillation, student.config)), []).append(ratio)
+            text = say_config(cast(Distillation, student.config))
+            if "train" in student.attention:
+                text += f" (mean weights on training images: {say_weights(student, 'train')})"
+            found.setdefault(text, []).append(ratio)
     if not found:
         return ""
     what = "; ".join(f"{text} at {listed(ratios)}" for text, ratios in found.items())
     return f"What {SUBJECT} was (1.5x, 2.3x and 5x as teachers are assistants): {what}."
+
+
+def say_weights(student: Record, part: str) -> str:
+    """The attention's mean weight per teacher on some images, such as "teacher 0.71, 1.5x 0.29"."""
+    teachers = cast(Distillation, student.config).teachers
+    weights = zip(teachers, student.attention[part].mean_weight, strict=True)
+    return ", ".join(f"{name} {weight:.2f}" for name, weight in weights)
 
 
 def say_costs(evidence: Evidence) -> str:
@@ -4644,10 +4654,9 @@ def report_attention(evidence: Evidence) -> str:
     for ratio in evidence.ratios:
         for student in evidence.records("student", SUBJECT, ratio)[:1]:  # fitted once for all runs of a ratio
             for part, a in student.attention.items():
-                shares = zip(cast(Distillation, student.config).teachers, a.mean_weight, strict=True)
                 rows.append({
                     "Ratio": ratio, "images": part,
-                    "mean weights": ", ".join(f"{name} {weight:.2f}" for name, weight in shares),
+                    "mean weights": say_weights(student, part),
                     "attention": f"{a.nll_mixture:.3f} ({a.accuracy_mixture:.2f}%)",
                     "uniform": f"{a.nll_uniform:.3f} ({a.accuracy_uniform:.2f}%)",
                     "best single": f"{a.nll_best_single:.3f} ({a.accuracy_best_single:.2f}%)"})

@@ -198,9 +198,9 @@ def test_first_screen(tmp_path):
     assert "paired t-test" in note and "Holm" in note and "92.40%" in note
     assert figure == "![accuracy vs compression](figures/accuracy_vs_compression.png)"
     what, cost, missing = remarks.splitlines()
-    assert (
-        "teacher + 1.5x at 2.3x" in what and what.count("alpha 0.5") == 1
-    )  # said once where two ratios share it
+    weights = "(mean weights on training images: teacher 0.67, 1.5x 0.33)"
+    assert f"teacher + 1.5x {weights} at 2.3x" in what, "a chain without weight would be a chain in name only"
+    assert what.count("alpha 0.5") == 1, "said once where two ratios share it"
     assert re.search(r"Direct 3 min, TraditionalKD \d+ min and HPM-KD \d+ min", cost)
     assert "7x: Direct 2 of 3 runs" in missing
 
