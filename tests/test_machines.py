@@ -107,6 +107,29 @@ def test_a_file_system_without_locks_gets_warnings(
     assert resume(toy / "run") == 0
 
 
+@pytest.mark.parametrize(("given", "used"), [("", "passive"), ("active", "active")])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(tmp_path: Path, given: str, used: str) -> None:
+    """OpenMP reads its policy when torch is imported; a plugin shows what it was."""
+    plugin = tmp_path / "look.py"
+    plugin.write_text("import os\nraise SystemExit(os.environ['OMP_WAIT_POLICY'])\n")
+    command = [sys.executable, exp.__file__, "--plan", "--plugin", str(plugin)]
+    ended = subprocess.run(
+        command, env={**os.environ, "OMP_WAIT_POLICY": given}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2
+    assert f"(SystemExit: {used})" in ended.stdout
+
+
+def test_importing_leaves_the_waiting_policy_alone() -> None:
+    """It is the importer's own business."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    code = "import os, run_exp1b_kaggle; print(os.environ.get('OMP_WAIT_POLICY'))"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.strip() == "None"
+
+
 NO_FLOCK = """
 import errno, fcntl, sys, time, pathlib
 def refused(*_):
