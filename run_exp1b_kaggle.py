@@ -5458,7 +5458,7 @@ def worker_main(path: Path, settings: Settings, token: str, plugins: Sequence[Pa
         level = logging.WARNING if platform.watched else logging.INFO
         start_logging(path / "experiment.log", worker_label(), level)
         try:
-            if store.add("ended", 0):
+            if store.check(["ended"]):
                 return "session clock"
             reason = join_run(path, settings, token, load_plugins(plugins), platform, session, store)
         except Stopped as stop:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, results_without_times
 from lab import open_lab, student
+from toy import in_child
 
 import run_exp1b_kaggle as exp
 
@@ -60,7 +61,9 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-def test_two_workers_with_a_plugin_equal_one_worker(tmp_path: Path) -> None:
+def test_two_workers_with_a_plugin_equal_one_worker(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The plugin trains, pairs, and is in table and report; --resume needs it, and refuses another file."""
     plugin = tmp_path / "dkd.py"
     plugin.write_text(plugin_text())
@@ -77,23 +80,23 @@ def test_two_workers_with_a_plugin_equal_one_worker(tmp_path: Path) -> None:
         "--student-epochs",
         "1",
     ]
-    outputs = []
-    for workers in ("1", "2"):
-        code, out = finish(start(tmp_path / workers, *options, "--workers", workers))
-        assert code == 0, out
-        outputs.append(out)
+    assert in_child(lambda: exp.main([*options, "--output-dir", str(tmp_path / "1")])) == 0
+    code, out = finish(start(tmp_path / "2", *options, "--workers", "2"))
+    assert code == 0, out
+    assert "finished: " in out.strip().splitlines()[-1]
     assert results_without_times(tmp_path / "1") == results_without_times(tmp_path / "2")
     table = pd.read_csv(tmp_path / "2/results.csv")
     assert set(table.method) == {"Direct", "HPM-KD", "DKD"} and (table.status == "done").all()
     report = (tmp_path / "2/experiment_report.md").read_text()
     assert "DKD minus Direct" in report and exp.hashlib.sha256(plugin.read_bytes()).hexdigest()[:12] in report
-    assert "finished: " in outputs[1].strip().splitlines()[-1]
 
-    code, out = finish(start(tmp_path / "2", "--resume"))
-    assert code == 2 and "add --plugin dkd.py" in out
+    again = ["--resume", "--output-dir", str(tmp_path / "2")]
+    capfd.readouterr()
+    assert in_child(lambda: exp.main(again)) == 2
+    assert "add --plugin dkd.py" in capfd.readouterr().out
     plugin.write_text(plugin_text() + "\n# another file\n")
-    code, out = finish(start(tmp_path / "2", "--resume", "--plugin", str(plugin)))
-    assert code == 2 and "another file" in out
+    assert in_child(lambda: exp.main([*again, "--plugin", str(plugin)])) == 2
+    assert "another file" in capfd.readouterr().out
 
 
 COMPARED = [*OPTIONS, "--methods", "Direct", "TraditionalKD", "--teacher-epochs", "6"]
@@ -107,8 +110,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with filelock.FileLock(shared / "alone.lock"):
         folder = shared / "alone"
         if not (shared / "alone.done").exists():
-            code, out = finish(start(folder, *COMPARED))
-            assert code == 0, out
+            assert in_child(lambda: exp.main([*COMPARED, "--output-dir", str(folder)])) == 0
             (shared / "alone.done").touch()
     return folder
 
@@ -131,9 +133,9 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
     return found
 
 
-def assert_gone(workers: list[int]) -> None:
+def assert_gone(workers: list[int], seconds: float = 60) -> None:
     """The processes end by themselves."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + seconds
     while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
@@ -141,37 +143,35 @@ def assert_gone(workers: list[int]) -> None:
 
 @pytest.mark.slow
 def test_a_stop_a_dead_parent_and_a_dead_worker_lose_nothing(tmp_path: Path, alone: Path) -> None:
-    """SIGTERM to the parent: a last line. SIGKILL to it: its workers end too. SIGKILL to a worker: the others go on.
+    """SIGKILL to a worker: the others go on. SIGTERM to the parent: a last line. SIGKILL to it: its workers end too.
 
     After all three the results are those of one process, digit for digit.
     """
     folder = tmp_path / "run"
-    again = ("--resume", "--workers", "2", "--threads", "1")
+    again = ["--resume", "--threads", "1"]
 
     process = start(folder, *COMPARED, "--workers", "2")
+    wait_for_progress(folder)
+    workers = workers_of(process)
+    os.kill(workers[0], signal.SIGKILL)
+    assert_gone(workers, seconds=25)  # torch's launcher kills after 30 who has not ended by itself
     wait_for_progress(folder)
     workers = workers_of(process)
     process.send_signal(signal.SIGTERM)
     code, out = finish(process)
     assert code == 143, out
+    assert "a worker died, so all start again" in out
     assert "stopped by SIGTERM" in out.strip().splitlines()[-1]
-    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert_gone(workers)
 
-    process = start(folder, *again)
+    process = start(folder, *again, "--workers", "2")
     wait_for_progress(folder)
     workers = workers_of(process)
     process.kill()
     finish(process)
     assert_gone(workers)
 
-    process = start(folder, *again)
-    wait_for_progress(folder)
-    workers = workers_of(process)
-    os.kill(workers[0], signal.SIGKILL)
-    code, out = finish(process)
-    assert code == 0, out
-    assert "a worker died, so all start again" in out
-    assert_gone(workers)
+    assert in_child(lambda: exp.main([*again, "--output-dir", str(folder)])) == 0
     assert results_without_times(folder) == results_without_times(alone)
 
 
