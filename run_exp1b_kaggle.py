@@ -4600,10 +4600,11 @@ def report_costs(evidence: Evidence) -> str:
     costs = method_costs(evidence.run)
     if costs.empty:
         return ""
-    times = costs[COST_COLUMNS[1:-1]].map(lambda seconds: say_time(seconds) if seconds else "")
-    table = times.rename(columns=lambda name: name.replace("_", " "))
-    rows = [{"Method": method, "students": f"{costs.students[method]:.0f}", **table.loc[method]}
-            for method in costs.index]
+    rows = []
+    for method, cost in costs.iterrows():
+        times = {name.replace("_", " "): say_time(cost[name]) if cost[name] else ""
+                 for name in COST_COLUMNS[1:-1]}
+        rows.append({"Method": method, "students": f"{cost.students:.0f}", **times})
     saved, caveat = costs.unshared - costs.teacher_outputs, ""
     if "equal_cost" not in {METHODS[arm].option for arm in evidence.extra_arms}:
         caveat = f"{BASELINE} for as long as {SUBJECT} takes was not trained (`--equal-cost`): "
