@@ -518,7 +518,7 @@ for name, (variables, configuration) in cases.items():
         assert before == (dict(os.environ), os.getcwd())
         assert "matplotlib.pyplot" not in sys.modules
         import matplotlib
-        backend = matplotlib.get_backend(auto_select=False) if name == "inline" else None
+        backend = dict.__getitem__(matplotlib.rcParams, "backend") if name == "inline" else None
         assert backend in (None, "inline", variables.get("MPLBACKEND")), backend
         assert name != "inline" or backend, "the notebook's own backend is lost"
     except BaseException:
