@@ -54,6 +54,16 @@ def _signal_handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture(scope="module")
+def small_networks() -> Iterator[None]:
+    """Networks of one block per stage, for modules whose tests train but do not look at the networks."""
+    from toy import cut_networks
+
+    with pytest.MonkeyPatch.context() as patch:
+        cut_networks(patch)
+        yield
+
+
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder to work in while every experiment is a toy of two seconds (toy.py)."""

@@ -12,6 +12,8 @@ from lab import do, open_lab, pilot, shortcuts, student, teacher
 
 import run_exp1b_kaggle as exp
 
+pytestmark = pytest.mark.usefixtures("small_networks")
+
 RATIOS = list(exp.RATIOS)
 
 

@@ -17,6 +17,8 @@ from toy import forbid, make_folder
 
 import run_exp1b_kaggle as exp
 
+pytestmark = pytest.mark.usefixtures("small_networks")
+
 Computed = collections.Counter[tuple[str, int]]
 
 

@@ -17,6 +17,8 @@ from lab import do, lab_data, open_lab, pilot, shortcuts, student, teacher, unti
 
 import run_exp1b_kaggle as exp
 
+pytestmark = pytest.mark.usefixtures("small_networks")
+
 CHOSEN = 1  # the pilots' candidate: not the default, so that no arm is another's copy
 
 
