@@ -502,6 +502,8 @@ cases = {
     "in this folder": ({"MPLBACKEND": "nonsense"}, unreadable),
     "styled": ({}, styled),
 }
+for figure in list(exp.FIGURES)[2:]:
+    del exp.FIGURES[figure]  # two tell it as well
 for name, (variables, configuration) in cases.items():
     child = os.fork()
     if child:

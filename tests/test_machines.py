@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import shutil
 import signal
@@ -15,9 +16,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import ROOT
 from test_workers import OPTIONS, finish, start
-from toy import new_toy, resume
+from toy import in_child, new_toy, resume
 
 import run_exp1b_kaggle as exp
 
@@ -107,58 +107,66 @@ def test_a_file_system_without_locks_gets_warnings(
     assert resume(toy / "run") == 0
 
 
-@pytest.mark.parametrize(("given", "used"), [("", "passive"), ("active", "active")])
-def test_waiting_threads_sleep_unless_the_user_says_otherwise(tmp_path: Path, given: str, used: str) -> None:
-    """OpenMP reads its policy when torch is imported; a plugin shows what it was."""
-    plugin = tmp_path / "look.py"
-    plugin.write_text("import os\nraise SystemExit(os.environ['OMP_WAIT_POLICY'])\n")
-    command = [sys.executable, exp.__file__, "--plan", "--plugin", str(plugin)]
-    ended = subprocess.run(
-        command, env={**os.environ, "OMP_WAIT_POLICY": given}, capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 2
-    assert f"(SystemExit: {used})" in ended.stdout
-
-
-def test_importing_leaves_the_waiting_policy_alone() -> None:
-    """It is the importer's own business."""
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    code = "import os, run_exp1b_kaggle; print(os.environ.get('OMP_WAIT_POLICY'))"
-    ended = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
-    assert ended.stdout.strip() == "None"
-
-
-NO_FLOCK = """
-import errno, fcntl, sys, time, pathlib
-def refused(*_):
-    raise OSError(errno.ENOSYS, "Function not implemented")
-fcntl.flock = refused
-import run_exp1b_kaggle as exp
-with exp.hold_folder(pathlib.Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(float(sys.argv[2]))
+POLICY = """
+import os, runpy, sys
+sys.modules["filelock"] = None  # the first package that is imported: the script gets no further
+try:
+    runpy.run_path(sys.argv[1], run_name=sys.argv[2])
+except ImportError:
+    print(os.environ.get("OMP_WAIT_POLICY"))
 """
 
 
-def test_without_flock_a_killed_process_does_not_block_the_next(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "given", "used"),
+    [
+        ("__main__", None, "passive"),
+        ("__main__", "", "passive"),
+        ("__main__", "active", "active"),
+        ("run_exp1b_kaggle", None, "None"),  # imported: it is the importer's own business
+    ],
+)
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(
+    name: str, given: str | None, used: str
+) -> None:
+    """OpenMP reads its policy when torch is imported, so it must be set before any package is."""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    if given is not None:
+        environment["OMP_WAIT_POLICY"] = given
+    command = [sys.executable, "-c", POLICY, exp.__file__, name]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == used
+
+
+def test_without_flock_a_killed_process_does_not_block_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """ENOSYS: filelock then uses a file that names its process."""
 
-    def hold(seconds: float) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", NO_FLOCK, str(tmp_path), str(seconds)]
-        return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
 
-    first = hold(600)
+    def hold(forever: bool) -> int:
+        try:
+            with exp.hold_folder(tmp_path):
+                (tmp_path / "held").touch()
+                while forever:
+                    time.sleep(1)
+        except exp.UsageError as error:
+            assert "is in use by process" in str(error)
+            return 2
+        return 0
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    first = multiprocessing.get_context("fork").Process(target=hold, args=(True,))
+    first.start()
     try:
-        assert first.stdout is not None and first.stdout.readline().strip() == "held"
-        assert "is in use by process" in hold(0).communicate(timeout=60)[1]
+        wait_for(tmp_path, "held")
+        assert in_child(lambda: hold(False)) == 2
     finally:
         first.kill()
-        first.communicate()
-    third = hold(0)
-    assert "held" in third.communicate(timeout=60)[0]
-    assert third.returncode == 0
+        first.join()
+    assert in_child(lambda: hold(False)) == 0
 
 
 @pytest.mark.parametrize("kaggle", [False, True])
