@@ -2319,6 +2319,10 @@ class Run:
         self.check_ours()
         index = to_plain(replace(self.index, jobs={}))
         save_checkpoint(self.file(job), {"record": to_plain(record), "index": index, **tensors})
+        self.drop_progress(job)
+
+    def drop_progress(self, job: Job) -> None:
+        """Remove the checkpoints in progress of a finished job."""
         for pattern in (f"{job.name}.progress*", f"{job.name}_rung*.progress*"):
             for path in self.checkpoints.glob(pattern):
                 path.unlink(missing_ok=True)
@@ -5065,6 +5069,9 @@ def open_run(args: Namespace, platform: Platform,
             if not settings.fresh_teacher:
                 reuse_finished(run, platform)
             run.refresh()
+            for job in run.jobs:
+                if job.name in run.records and run.records[job.name].done:
+                    run.drop_progress(job)  # a process may have been killed before it did
             run.save_index()
             yield run, devices, data
     finally:

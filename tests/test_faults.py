@@ -99,6 +99,17 @@ def test_a_kill_at_any_point_and_a_resume_give_the_same_results(toy: Path, toy_r
     assert_as_if_undisturbed(toy / "run", toy_run)
 
 
+def test_a_kill_between_a_finished_job_and_its_old_checkpoints(copied: Path, toy_run: Path) -> None:
+    """The next session removes the checkpoints, though it has nothing to do for that job."""
+    (copied / f"checkpoints/{DIRECT}.pt").unlink()
+    assert attempt(copied, [], "before the old checkpoints go", 3) == "SIGKILL", "two epochs, then the result"
+    assert (copied / f"checkpoints/{DIRECT}.pt").exists()
+    assert leftovers(copied) != []
+    assert resume(copied) == 0
+    assert leftovers(copied) == []
+    assert results_without_times(copied) == results_without_times(toy_run)
+
+
 def test_kills_at_random_moments(toy: Path, toy_run: Path) -> None:
     """Eight sessions of growing random length; then one that finishes."""
     moment = random.Random(5)
