@@ -2279,7 +2279,8 @@ class Run:
     def refresh(self, touch: bool = True) -> list[Job]:
         """Take in what has ended since the last look; returns it.
 
-        A damaged file is set aside and its job done again; with `touch` False it is only passed over.
+        A damaged file is set aside and its job done again; a finished job's checkpoints in progress are
+        removed. With `touch` False nothing is changed.
         """
         fresh = [job for job in self.jobs if job.name not in self.records and self._take_in(job, touch)]
         if all(job.kind == "student" for job in fresh):
@@ -2312,20 +2313,22 @@ class Run:
             if not record.failure or (record.job, record.fingerprint) != (job.name, self.fingerprint(job)):
                 return False
         self.records[job.name] = record
+        if touch and record.done:
+            self._drop_progress(job)
         return True
 
+    def _drop_progress(self, job: Job) -> None:
+        """Remove the checkpoints in progress of a finished job, also those that a killed process left."""
+        for pattern in (f"{job.name}.progress*", f"{job.name}_rung*.progress*"):
+            for path in self.checkpoints.glob(pattern):
+                self.check_ours()
+                path.unlink(missing_ok=True)
+
     def finish(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
-        """Write a job's result, then remove its checkpoints in progress."""
+        """Write a job's result. Its checkpoints in progress go when this has been read back (`refresh`)."""
         self.check_ours()
         index = to_plain(replace(self.index, jobs={}))
         save_checkpoint(self.file(job), {"record": to_plain(record), "index": index, **tensors})
-        self.drop_progress(job)
-
-    def drop_progress(self, job: Job) -> None:
-        """Remove the checkpoints in progress of a finished job."""
-        for pattern in (f"{job.name}.progress*", f"{job.name}_rung*.progress*"):
-            for path in self.checkpoints.glob(pattern):
-                path.unlink(missing_ok=True)
 
     def fail(self, job: Job, reason: str, final: bool = False) -> None:
         """Record a failure. One that is `final` would come again, so that `--resume` does not try."""
@@ -5069,9 +5072,6 @@ def open_run(args: Namespace, platform: Platform,
             if not settings.fresh_teacher:
                 reuse_finished(run, platform)
             run.refresh()
-            for job in run.jobs:
-                if job.name in run.records and run.records[job.name].done:
-                    run.drop_progress(job)  # a process may have been killed before it did
             run.save_index()
             yield run, devices, data
     finally:
