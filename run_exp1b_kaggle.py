@@ -725,7 +725,6 @@ class RawData:
         return hasher.hexdigest()
 
 
-
 def load_data(name: str, folders: Sequence[Path], download_to: Path | None, size: int | None, seed: int,
               check: Callable[[], None]) -> RawData:
     """The data set from the first of `folders` that holds it intact, at any depth; else from the network.
