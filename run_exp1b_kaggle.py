@@ -4393,21 +4393,22 @@ def say_comparison(treatment: str, control: str, by_ratio: Mapping[str, Comparis
 def report_answer(evidence: Evidence) -> str:
     """The first screen: title, answer, table, main figure, remarks."""
     run, judged, table = evidence.run, has_verdict(evidence), markdown_table(main_rows(evidence))
-    caption, how = "Test accuracy (%)", ""
+    caption, remarks = "Test accuracy (%)", []
     if run.settings.runs > 1:
         caption = f"Test accuracy (%, mean ± sd over {run.settings.runs} runs)"
     if headline_pairs(evidence):
         caption += " and differences between paired runs (percentage points, pp)"
     teacher = evidence.teacher_accuracy(evidence.ratios[0])
     if evidence.one_teacher and math.isfinite(teacher):
-        how = f"The teacher (ResNet-50) reaches {teacher:.2f}%. "
+        remarks.append(f"The teacher (ResNet-50) reaches {teacher:.2f}%.")
     if judged:
         caption += " with 95% intervals"
-        how += f"Verdicts need {LEAST_PAIRS} pairs of runs and a p below {LEVEL:.0%} in the paired t-test, "
-        how += "Holm-adjusted over the ratios (the intervals are not). Unclear: not distinguishable."
+        remarks.append(
+            f"Verdicts need {LEAST_PAIRS} pairs of runs and a p below {LEVEL:.0%} in the paired t-test, "
+            "Holm-adjusted over the ratios (the intervals are not). Unclear: not distinguishable.")
     return paragraphs(
         f"# Experiment 1B: {SUBJECT} on {run.index.data.name} ({run.settings.mode})",
-        f"**{answer(evidence)}**", f"{caption}:" if table else "", table, how,
+        f"**{answer(evidence)}**", f"{caption}:" if table else "", table, " ".join(remarks),
         embed(evidence, "accuracy_vs_compression"),
         bullets([say_subject(evidence), say_costs(evidence), say_reservations(evidence)]))
 
@@ -4858,6 +4859,7 @@ def write_archive(run: Run) -> None:
 # Commands
 # ============================================================================================================
 MOST_RESTARTS = 20  # of a group of workers
+CONNECT_SECONDS = 60.0  # a process that cannot reach the others for this long gives up
 ACTIONS = {  # option -> which settings it takes beside it (None: all)
     "status": ("mode", "dataset", "output_dir", "plugin"),
     "report_only": ("mode", "dataset", "output_dir", "data_dir", "plugin"),
@@ -5393,6 +5395,8 @@ def supervise(run: Run, progress: Progress, session: Session, thread: threading.
     forwarded, patience = False, 20.0
     full: DiskFull | None = None
     status = [f"status/{rank}" for rank in range(progress.estimate.workers)]
+    for key in status:
+        store.set(key, "the workers start" if key == status[0] else "")
     while thread.is_alive() and patience > 0:
         thread.join(0.5)
         try:
@@ -5407,7 +5411,7 @@ def supervise(run: Run, progress: Progress, session: Session, thread: threading.
             full = full or error
         if not progress.estimate.speeds and store.check(["speeds"]):
             progress.estimate.speeds = from_plain(dict[str, Speed], json.loads(store.get("speeds")))
-        progress.show([store.get(key).decode() for key in status if store.check([key])])
+        progress.show([store.get(key).decode() for key in status])
         ending = session.signal or (signal.SIGTERM if full else 0)
         if ending and not forwarded:
             forwarded = True
@@ -5425,11 +5429,21 @@ def supervise(run: Run, progress: Progress, session: Session, thread: threading.
         raise full
 
 
+def connect(address: str, port: int) -> Any:
+    """The key-value store that another process offers. Raises `UsageError` where it cannot be reached."""
+    limit = datetime.timedelta(seconds=CONNECT_SECONDS)
+    try:
+        return torch.distributed.TCPStore(
+            address, port, is_master=False, wait_for_workers=False, timeout=limit)
+    except RuntimeError as error:
+        raise cannot_start(error) from None
+
+
 def cannot_start(error: BaseException) -> UsageError:
     """What to say where the launcher fails."""
     return UsageError(
         f"several workers cannot be started ({first_line(error)}): they need shared memory (/dev/shm), a "
-        "temporary folder and a local network port; --workers 1 needs none")
+        "temporary folder, local network ports and open files (ulimit -n); --workers 1 needs none")
 
 
 def judge_outcome(session: Session, outcome: dict[str, Any]) -> str:
@@ -5460,11 +5474,11 @@ def worker_main(path: Path, settings: Settings, token: str, plugins: Sequence[Pa
     """
     session = Session(deadline)
     follow_parent(session)
-    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     with session.listening():
         level = logging.WARNING if platform.watched else logging.INFO
         start_logging(path / "experiment.log", worker_label(), level)
         try:
+            store = connect("127.0.0.1", port)
             if store.check(["ended"]):
                 return "session clock"
             reason = join_run(path, settings, token, load_plugins(plugins), platform, session, store)
@@ -5536,9 +5550,8 @@ def run_member(args: Namespace, platform: Platform, session: Session) -> int:
         raise UsageError("torchrun counts restarts per machine: on several machines leave out --max-restarts "
                          "and start again with --resume")
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    limit = datetime.timedelta(seconds=60)
     # torchrun's key-value store outlives the processes, so it remembers what a restarted group must know.
-    store = torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
+    store = connect(address, port)
     if store.check(["concluded"]):  # torchrun starts a group again, for nothing, where jobs have failed
         return int(store.get("concluded"))
     act = lead_members if os.environ["RANK"] == "0" else follow_leader
