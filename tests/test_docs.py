@@ -22,6 +22,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
+from scipy import stats
 
 import run_exp1b_kaggle as exp
 
@@ -36,7 +37,7 @@ KERNEL_KEYS = {
     "dataset_sources", "competition_sources", "kernel_sources",
 }  # fmt: skip
 NOT_TRIED = "Nothing was tried on a GPU or on Kaggle itself so far"  # said once, in "Where it runs"
-NOT_MEASURED = "The evidence of version 2 has not been measured yet"
+EVIDENCE = ROOT / ".github/evidence"
 CASES = [
     (1, 5.0e12),
     (2, 5.0e12),
@@ -171,7 +172,15 @@ def hours_table() -> str:
     return table(["mode", *labels, "run folder"], rows)
 
 
+def evidence_text() -> str:
+    """Answer, main table and the sentence below it, as the evidence's report has them."""
+    first_screen = (EVIDENCE / exp.REPORT_NAME).read_text(encoding="utf-8").partition("\n## ")[0]
+    parts = [part.strip() for part in first_screen.split("\n\n")]
+    return "\n\n".join(part for part in parts if part and not part.startswith(("# ", "![", "- ")))
+
+
 GENERATED: dict[str, Callable[[], str]] = {
+    "evidence": evidence_text,
     "settings": settings_table,
     "presets": presets_table,
     "networks": networks_table,
@@ -196,9 +205,9 @@ def test_generated_tables_are_in_step(document: str) -> None:
 
 def test_every_generated_table_is_in_a_document() -> None:
     texts = [text_of(document) for document in DOCUMENTS]
-    assert all(
-        sum(f"<!-- {n} -->" in text and f"<!-- /{n} -->" in text for text in texts) == 1 for n in GENERATED
-    )
+    for name in GENERATED:
+        places = sum(f"<!-- {name} -->" in text and f"<!-- /{name} -->" in text for text in texts)
+        assert places == (2 if name == "evidence" else 1)
 
 
 def test_first_code_block_is_the_two_commands_that_ci_runs() -> None:
@@ -250,7 +259,7 @@ def test_constants_that_the_text_repeats() -> None:
     assert f"keeps {exp.KAGGLE_DISK_BYTES // 10**9} GB" in text
     assert all(source in text for source in exp.ATTACHABLE.values())
     for ratio, (direct, student, difference) in exp.PREDICTION.items():
-        assert f"| {ratio} | {direct:.1f} | {student:.1f} | +{difference:.1f} pp |" in text
+        assert f"| {ratio} | {direct:.1f} | {student:.1f} | +{difference:.1f} pp |" in text_of(TESTS)
 
 
 def test_the_method_is_the_scripts() -> None:
@@ -455,22 +464,41 @@ def test_what_was_not_tried_is_said_once() -> None:
         assert place in section
 
 
-def test_results_are_either_evidence_or_said_to_be_missing() -> None:
-    """The documents say that nothing was measured, or show the means of `.github/evidence/summary.csv` and the main figure."""
-    summary = ROOT / ".github/evidence/summary.csv"
-    texts = {document: " ".join(text_of(document).split()) for document in (README, INDEX)}
-    if not summary.exists():
-        assert all(NOT_MEASURED in text for text in texts.values())
-        return
-    assert not any(NOT_MEASURED in text for text in texts.values())
-    found = pd.read_csv(summary)
-    for row in found[found.method.isin(exp.MAIN_METHODS)].itertuples():
-        shown = f"{row.test_accuracy_mean:.2f} ± {row.test_accuracy_sd:.2f}"
-        assert [document for document, text in texts.items() if shown not in text] == [], (
-            row.compression,
-            row.method,
-        )
-    assert "](.github/figures/accuracy_vs_compression.png)" in texts[README]
+def test_the_evidence_follows_from_its_results() -> None:
+    """Every number that the documents show, worked out anew from `results.csv` with pandas and scipy alone."""
+    results = pd.read_csv(EVIDENCE / "results.csv")
+    accuracy = results.pivot(index="run", columns=["compression", "method"], values="test_accuracy")
+    text = evidence_text()
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| \d", line)]
+    cells = {ratio: rest for ratio, *rest in lines}
+    assert list(cells) == [ratio for ratio in exp.RATIOS if ratio in set(results.compression)]
+    for ratio, row in cells.items():
+        means = [accuracy[ratio, method] for method in exp.MAIN_METHODS]
+        assert row[:3] == [f"{values.mean():.2f} ± {values.std():.2f}" for values in means]
+    for place, control in ((3, exp.BASELINE), (5, exp.RIVAL)):
+        differences = {ratio: accuracy[ratio, exp.SUBJECT] - accuracy[ratio, control] for ratio in cells}
+        p = pd.Series({ratio: stats.ttest_1samp(d, 0).pvalue for ratio, d in differences.items()})
+        steps = p.sort_values() * range(len(p), 0, -1)  # Holm
+        for ratio, d in differences.items():
+            low, high = stats.t.interval(0.95, len(d) - 1, d.mean(), d.sem())
+            verdict = "unclear"
+            if steps[:ratio].max() < 0.05:
+                verdict = "better" if d.mean() > 0 else "worse"
+            assert cells[ratio][place : place + 2] == [f"{d.mean():+.2f} [{low:+.2f}, {high:+.2f}]", verdict]
+    assert f"The teacher (ResNet-50) reaches {results.teacher_accuracy.iloc[0]:.2f}%." in text
+
+    summary = pd.read_csv(EVIDENCE / "summary.csv")
+    for row in summary.itertuples():
+        values = accuracy[row.compression, row.method]
+        assert row.test_accuracy_mean == pytest.approx(values.mean(), abs=1e-5)
+        assert row.test_accuracy_sd == pytest.approx(values.std(), abs=1e-5)
+
+
+def test_the_evidences_figures_are_shown() -> None:
+    assert "](.github/figures/accuracy_vs_compression.png)" in text_of(README)
+    for name in (README, ".github/evidence/experiment_report.md"):
+        for link in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text_of(name)):
+            assert (ROOT / name).parent.joinpath(link).read_bytes().startswith(b"\x89PNG")
 
 
 def test_lengths() -> None:
