@@ -478,7 +478,7 @@ def test_the_evidence_follows_from_its_results() -> None:
     for place, control in ((3, exp.BASELINE), (5, exp.RIVAL)):
         differences = {ratio: accuracy[ratio, exp.SUBJECT] - accuracy[ratio, control] for ratio in cells}
         p = pd.Series({ratio: stats.ttest_1samp(d, 0).pvalue for ratio, d in differences.items()})
-        steps = p.sort_values() * range(len(p), 0, -1)  # Holm
+        steps = p.sort_values() * np.arange(len(p), 0, -1)  # Holm
         for ratio, d in differences.items():
             low, high = stats.t.interval(0.95, len(d) - 1, d.mean(), d.sem())
             verdict = "unclear"
