@@ -495,8 +495,8 @@ def test_the_evidence_follows_from_its_results() -> None:
 
 
 def test_the_evidences_figures_are_shown() -> None:
-    assert "](.github/figures/accuracy_vs_compression.png)" in text_of(README)
-    for name in (README, ".github/evidence/experiment_report.md"):
+    assert all("](.github/figures/accuracy_vs_compression.png)" in text_of(name) for name in (README, INDEX))
+    for name in (README, INDEX, ".github/evidence/experiment_report.md"):
         for link in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text_of(name)):
             assert (ROOT / name).parent.joinpath(link).read_bytes().startswith(b"\x89PNG")
 
