@@ -4836,8 +4836,9 @@ def latex_table(evidence: Evidence) -> str:
 % paired differences (pp) with 95% t-intervals; verdicts by the paired t-test after Holm's adjustment.
 % Teacher (ResNet-50): {listed(teachers)}. {scope}.
 """
-    columns = "l" + "r" * (len(table) - 1)
-    return head + pd.DataFrame(table).to_latex(index=False, escape=False, column_format=columns)
+    columns_of_numbers = len(table) - 1
+    alignment = "l" + "r" * columns_of_numbers
+    return head + pd.DataFrame(table).to_latex(index=False, escape=False, column_format=alignment)
 
 
 def write_archive(run: Run) -> None:

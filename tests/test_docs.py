@@ -485,6 +485,10 @@ def test_the_evidence_follows_from_its_results() -> None:
             if steps[:ratio].max() < 0.05:
                 verdict = "better" if d.mean() > 0 else "worse"
             assert cells[ratio][place : place + 2] == [f"{d.mean():+.2f} [{low:+.2f}, {high:+.2f}]", verdict]
+    found = [
+        f"{d.std() * exp.detectable_effect(len(d)):.1f} pp ({ratio})" for ratio, d in differences.items()
+    ]
+    assert f"only from {exp.listed(found)} on" in " ".join(text_of(README).split())
     assert f"The teacher (ResNet-50) reaches {results.teacher_accuracy.iloc[0]:.2f}%." in text
 
     summary = pd.read_csv(EVIDENCE / "summary.csv")

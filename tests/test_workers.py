@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -220,6 +221,24 @@ def test_torchrun_starts_a_group_again_in_which_a_process_has_died(tmp_path: Pat
     said = (folder / "experiment.log").read_text()
     assert "finished: 3 of 3 jobs done" in said
     assert said.count("run folder") == 2, "the kill struck a member, and the group was started again"
+
+
+def test_a_worker_that_cannot_reach_the_launcher_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It returns the error, so that the launcher does not start it again, and within the time limit."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]  # nobody listens there
+        monkeypatch.setattr(exp, "CONNECT_SECONDS", 1.0)
+        monkeypatch.setenv("RANK", "0")
+        started = time.monotonic()
+        mandate = (tmp_path, exp.Settings(), "", (), exp.detect_platform(tmp_path), None, port)
+        returned = exp.worker_main(*mandate)
+    assert isinstance(returned, exp.UsageError)
+    assert "several workers cannot be started" in str(returned)
+    assert time.monotonic() - started < 30
+    assert "[worker 1] this worker stops" in capfd.readouterr().out
 
 
 def test_a_job_that_ends_its_process_twice_is_failed(tmp_path: Path) -> None:
