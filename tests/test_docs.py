@@ -44,8 +44,10 @@ CASES = [
     (2, 2.5e12),
 ]  # devices, multiply-accumulates per second on each: the INDEX's examples
 ROLES = {
-    "experiment": "fixed once a run exists", "scope": "may grow with `--resume`, never shrink", "session": "may differ in every session",
-}  # fmt: skip
+    "experiment": "fixed once a run exists; another value is refused with exit 2, and the line names the difference",
+    "scope": "the run may grow and never shrinks; the report declares what was added after results were seen",
+    "session": "may differ in every session; the report notes what can change the last digits",
+}
 PLUGIN = "dkd.py"  # what README calls its example of a method
 
 
@@ -79,7 +81,7 @@ def settings_table() -> str:
         [", ".join(f"`{exp.flag(name)}`" for name in exp.setting_names(role)), when]
         for role, when in ROLES.items()
     ]
-    return table(["options", "when they may change"], rows)
+    return table(["options", "with `--resume`"], rows)
 
 
 def presets_table() -> str:
@@ -503,6 +505,28 @@ def test_the_evidences_figures_are_shown() -> None:
     for name in (README, INDEX, ".github/evidence/experiment_report.md"):
         for link in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text_of(name)):
             assert (ROOT / name).parent.joinpath(link).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_reading_guide_names_what_is_there() -> None:
+    guide = text_of(INDEX).partition("## Read what you doubt\n")[2].partition("\n## ")[0]
+    names = re.findall(r"`(\w+(?:\.\w+)?)`", guide)
+    assert len(names) > 20
+    for name in names:
+        owner, _, method = name.partition(".")
+        assert not method or hasattr(getattr(exp, owner), method)
+        assert hasattr(exp, owner), name
+    source = text_of("run_exp1b_kaggle.py")
+    _, *rooms = re.split(r"^# =+\n# (.*)\n# =+$", source, flags=re.MULTILINE)
+    decisive = ("Networks", "Losses", "Methods", "Experiment and", "Attention", "Training", "Statistics")
+    sizes = [
+        body.count("\n")
+        for title, body in zip(rooms[::2], rooms[1::2], strict=True)
+        if title.startswith(decisive)
+    ]
+    assert len(sizes) == len(decisive)
+    heart, whole = round(sum(sizes), -2), round(len(source.splitlines()), -2)
+    said = f"they are {heart:,} of the script's {whole:,} lines"
+    assert said in " ".join(guide.split())
 
 
 def test_lengths() -> None:
