@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from lab import do, lab_data, open_lab, pilot, shortcuts, student, teacher, untimed
+from second_device import DEVICE, second_device
 
 import run_exp1b_kaggle as exp
 
@@ -430,3 +431,44 @@ def test_a_stop_at_any_moment_changes_no_bit(
         assert whole.config is not None and whole.config.schedule == "convergence"
         assert len({epoch.temperature for epoch in whole.history}) == 2
         assert set(whole.attention) == {"select", "train"} and len(whole.attention["train"].mean_weight) == 2
+
+
+def test_a_second_device_refuses_to_mix() -> None:
+    with second_device():
+        elsewhere, here = torch.ones(3, device=DEVICE), torch.ones(3)
+        assert (elsewhere + 1).cpu().tolist() == [2, 2, 2]
+        assert elsewhere[torch.tensor([0, 2])].device == DEVICE
+        for mixed in (
+            lambda: elsewhere + here,
+            lambda: here[torch.zeros(1, dtype=torch.int64, device=DEVICE)],
+        ):
+            with pytest.raises(RuntimeError, match="same device"):
+                mixed()
+
+
+def test_every_kind_of_job_on_a_second_device(tmp_path: Path) -> None:
+    """Nothing mixes devices, also not after a resume or when speeds are measured, and the results are the CPU's."""
+    given = {"compression": ("5x",), "methods": ("Direct", "TraditionalKD", "HPM-KD")}
+
+    def stop(*_: object) -> None:
+        raise exp.Stopped("the test")
+
+    with shortcuts():
+        expected = do(open_lab(tmp_path / "cpu", **given))
+        with second_device():
+            interrupted = open_lab(tmp_path / "second", **given)
+            assert interrupted.images.pixels.device == DEVICE
+            interrupted.progress.after_epoch = stop
+            with pytest.raises(exp.Stopped):
+                do(interrupted)
+            experiment = open_lab(tmp_path / "second", **given)
+            records = do(experiment)
+            assert [record.failure for record in records.values() if record.failure] == []
+            exp.do_job(experiment, student(experiment, "HPM-KD-no-attention", "5x"))
+            assert set(exp.measure_speeds(experiment)) == {"teacher", "1.5x", "2.3x", "5x"}
+    with second_device():
+        network = experiment.place(exp.build_network("5x", 10, 8))
+        assert set(exp.latency_ms(experiment, network)) == {"1", "256"}
+    assert list(records) == list(expected)
+    for name, record in records.items():
+        assert str(untimed(record)) == str(untimed(expected[name]))  # a NaN differs from itself
