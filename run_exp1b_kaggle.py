@@ -1410,12 +1410,14 @@ def hold_folder(folder: Path) -> Iterator[str]:
         lock.release()
 
 
-def owner_token(folder: Path) -> str:
-    """The token of the process that holds a run folder, "" if none does."""
+def owner_token(folder: Path) -> str | None:
+    """The token of the process that holds a run folder, "" if none does, None if that cannot be read now."""
     try:
         return (folder / "run.owner").read_text().split()[-1]
-    except (OSError, ValueError, IndexError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, IndexError):
         return ""
+    except OSError:
+        return None
 
 
 # -- records: what is kept of the work, as dataclasses; fields that are added later need a default -----------
@@ -2373,7 +2375,7 @@ class Run:
 
     def check_ours(self) -> None:
         """Raise `Stopped` if the folder was removed or taken by another process: nothing more is written."""
-        if self.token and owner_token(self.path) != self.token:
+        if self.token and owner_token(self.path) not in (self.token, None):
             raise Stopped(f"the loss of {self.path}, which was removed or taken by another process")
 
     def clean(self) -> None:
@@ -5077,7 +5079,7 @@ def open_run(args: Namespace, platform: Platform,
             run.save_index()
             yield run, devices, data
     finally:
-        if is_new and not is_run(path) and not owner_token(path):  # refused: leave no empty folder behind
+        if is_new and not is_run(path) and owner_token(path) == "":  # refused: leave no empty folder behind
             start_logging(None)
             shutil.rmtree(path, ignore_errors=True)
 

@@ -835,6 +835,25 @@ def test_a_process_that_lost_its_folder_writes_nothing_into_the_other_runs(
     assert tree(copied) == other
 
 
+def test_an_owner_that_cannot_be_read_is_no_loss_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a free file descriptor, for instance: the folder may still be this process's own."""
+
+    def fail(*_: object) -> str:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    folder = tmp_path / "run"
+    run = open_lab(folder).run
+    with exp.hold_folder(folder) as run.token:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", fail)
+            run.save_index()
+        (folder / "run.owner").unlink()
+        with pytest.raises(exp.Stopped, match="removed or taken by another process"):
+            run.save_index()
+
+
 def test_a_process_whose_folder_was_removed_makes_no_new_one(copied: Path, capsys: Capture) -> None:
     (copied / f"checkpoints/{DIRECT}.pt").unlink()
     with struck("the evaluation", 1, lambda: shutil.rmtree(copied)):
