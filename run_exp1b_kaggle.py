@@ -2756,14 +2756,18 @@ def judge_attention(network: AttentionNetwork, logits: torch.Tensor, labels: tor
     """How a fitted attention weights some images; its mixture beside uniform weights and single teachers."""
 
     def judge(weights: torch.Tensor) -> tuple[float, float]:
+        """NLL and accuracy of the mixture with these weights."""
         predicted = mixture(logits, weights, 1.0).argmax(1)
         return mixture_nll(logits, weights, labels).item(), percent_correct(predicted, labels)
 
     weights, count = attention_weights(network, logits), len(teachers)
+    fitted, uniform = judge(weights), judge(uniform_weights(logits))
     single = [judge(torch.eye(count)[m].expand(len(labels), count)) for m in range(count)]
     best = min(range(count), key=lambda m: single[m][0])
-    nll, accuracy = zip(judge(weights), judge(uniform_weights(logits)), single[best], strict=True)
-    return AttentionReport(weights.mean(0).tolist(), weights.std(0).tolist(), *nll, *accuracy, teachers[best])
+    return AttentionReport(
+        mean_weight=weights.mean(0).tolist(), weight_sd=weights.std(0).tolist(), nll_mixture=fitted[0],
+        nll_uniform=uniform[0], nll_best_single=single[best][0], accuracy_mixture=fitted[1],
+        accuracy_uniform=uniform[1], accuracy_best_single=single[best][1], best_single=teachers[best])
 
 
 @dataclass
