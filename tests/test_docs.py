@@ -12,6 +12,7 @@ import re
 import shlex
 import signal
 import sys
+import textwrap
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,8 @@ KERNEL_KEYS = {
 }  # fmt: skip
 NOT_TRIED = "Nothing was tried on a GPU or on Kaggle itself so far"  # said once, in "Where it runs"
 EVIDENCE = ROOT / ".github/evidence"
+ABLATION = EVIDENCE / "ablation"
+ABLATION_ARMS = [name for name, method in exp.METHODS.items() if method.option == "ablation"]
 CASES = [
     (1, 5.0e12),
     (2, 5.0e12),
@@ -181,8 +184,45 @@ def evidence_text() -> str:
     return "\n\n".join(part for part in parts if part and not part.startswith(("# ", "![", "- ")))
 
 
+def ablation_results() -> tuple[pd.DataFrame, dict[str, tuple[pd.Series, float]]]:
+    """Test accuracies by run and method; and for each arm its differences from HPM-KD and their p."""
+    results = pd.read_csv(ABLATION / "results.csv")
+    accuracy = results.pivot(index="run", columns="method", values="test_accuracy")
+    differences = {arm: accuracy[arm] - accuracy[exp.SUBJECT] for arm in ABLATION_ARMS}
+    return accuracy, {arm: (d, float(stats.ttest_1samp(d, 0).pvalue)) for arm, d in differences.items()}
+
+
+def ablation_text() -> str:
+    """The table of the ablation, as its report has it, and what follows from it."""
+    report = (ABLATION / exp.REPORT_NAME).read_text(encoding="utf-8")
+    section = report.partition("## Ablation and equal cost")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+
+    accuracy, arms = ablation_results()
+    reached = exp.listed(f"{name} {accuracy[name].mean():.2f}" for name in exp.MAIN_METHODS)
+    said = [f"Below zero, HPM-KD is ahead. The main methods reach (%): {reached}."]
+    d, p = arms["TunedKD"]
+    word = "not distinguishable from" if p >= 0.05 else "better than" if d.mean() < 0 else "worse than"
+    said.append(f"**HPM-KD is {word} TunedKD** (p {p:.3f}).")
+    shown = [
+        f"{arm} ({d.mean():+.2f} pp, p {p:.3f})"
+        for arm, (d, p) in arms.items()
+        if arm != "TunedKD" and p < 0.05
+    ]
+    said.append(
+        f"Arms whose difference three runs show, before any adjustment: {exp.listed(shown) or 'none'}."
+    )
+    found = [d.std() * exp.detectable_effect(len(d)) for d, _ in arms.values()]
+    said.append(
+        f"Three runs find a true difference with 80% probability only from {min(found):.1f} pp (the steadiest"
+    )
+    said.append(f"arm) to {max(found):.1f} pp on.")
+    return "\n".join([*lines, "", *textwrap.wrap(" ".join(said), 128)])
+
+
 GENERATED: dict[str, Callable[[], str]] = {
     "evidence": evidence_text,
+    "ablation": ablation_text,
     "settings": settings_table,
     "presets": presets_table,
     "networks": networks_table,
@@ -500,9 +540,27 @@ def test_the_evidence_follows_from_its_results() -> None:
         assert row.test_accuracy_sd == pytest.approx(values.std(), abs=1e-5)
 
 
+def test_the_ablation_follows_from_its_results() -> None:
+    """Every number of its table, worked out anew as above."""
+    results = pd.read_csv(ABLATION / "results.csv")
+    accuracy, arms = ablation_results()
+    rows = [
+        line.strip("| ").split(" | ") for line in ablation_text().splitlines()[2:] if line.startswith("|")
+    ]
+    assert [row[0] for row in rows] == list(arms)
+    for arm, ratio, shown, epochs, difference, p, *_ in rows:
+        d, expected = arms[arm]
+        low, high = stats.t.interval(0.95, len(d) - 1, d.mean(), d.sem())
+        assert ({ratio}, {epochs}) == (set(results.compression), set(results.epochs.astype(str)))
+        assert shown == f"{accuracy[arm].mean():.2f} ± {accuracy[arm].std():.2f}"
+        assert difference == f"{d.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
+        assert p == f"{expected:.3f}"
+
+
 def test_the_evidences_figures_are_shown() -> None:
     assert all("](.github/figures/accuracy_vs_compression.png)" in text_of(name) for name in (README, INDEX))
-    for name in (README, INDEX, ".github/evidence/experiment_report.md"):
+    reports = (".github/evidence/experiment_report.md", ".github/evidence/ablation/experiment_report.md")
+    for name in (README, INDEX, *reports):
         for link in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text_of(name)):
             assert (ROOT / name).parent.joinpath(link).read_bytes().startswith(b"\x89PNG")
 
