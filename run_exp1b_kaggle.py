@@ -1652,6 +1652,7 @@ class Direct:
     look: ClassVar[Look] = ("#000000", "o", "-")
     option: ClassVar[str] = "methods"  # what adds it: "methods" (by its name), "ablation" or "equal_cost"
     pilot: ClassVar[str] = ""  # the method whose pilot chooses its configuration
+    managed: ClassVar[bool] = True  # whether the pilot's choice is used, and so paid for
     twin: ClassVar[str] = ""  # the method whose student this one's is where their configurations agree
     about: ClassVar[str] = "cross-entropy with the labels"  # for the report
     source_sha256: ClassVar[str] = ""  # of the plugin that registered it
@@ -1775,7 +1776,6 @@ class HPMKD(TraditionalKD):
     pilot = "HPM-KD"
     about = "a chain of teachers, attention, a moving temperature, a pilot's configuration, averaged views"
     removed: ClassVar[dict[str, Any]] = {}  # what an arm of the ablation sets back
-    managed: ClassVar[bool] = True  # whether the pilot's choice is used
 
     def __init__(self, experiment: Experiment, config: Distillation, pages: Sequence[int]) -> None:
         super().__init__(experiment, config, pages)
@@ -3693,7 +3693,8 @@ def cost_row(run: Run, students: Sequence[Record]) -> dict[str, float]:
     for ratio in sorted({student.compression for student in students}):
         teachers = run.teachers(ratio)
         helpers = [teachers.get(teacher_job(network, dataset).name) for network in method.teachers(ratio)]
-        helpers.append(run.records.get(Job("pilot", dataset, ratio, method.pilot).name))
+        if method.managed:
+            helpers.append(run.records.get(Job("pilot", dataset, ratio, method.pilot).name))
         for record in [*helpers, *(student for student in students if student.compression == ratio)]:
             if record and record.done and (record.job, record.weights_sha256) not in counted:
                 counted[record.job, record.weights_sha256] = record

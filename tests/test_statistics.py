@@ -448,6 +448,8 @@ def test_a_copy_costs_what_its_training_costs_and_a_control_its_own_pilot(tmp_pa
     costs = exp.method_costs(fake_run(tmp_path, 2, ablation=True))
     assert costs.student_training["HPM-KD-no-manager"] == costs.student_training["HPM-KD"] > 0
     assert costs.pilots["TunedKD"] == 1500 and costs.assistants["TunedKD"] == 0
+    assert costs.pilots["HPM-KD"] == costs.pilots["HPM-KD-no-chain"] == 1500
+    assert costs.pilots["HPM-KD-no-manager"] == 0
 
 
 def test_a_merged_run_pays_for_both_teachers(tmp_path):
