@@ -2066,8 +2066,8 @@ class Training:
     def _save(self) -> None:
         content = {
             "identity": self.identity,
-            "trained": self.trained.state_dict(),
-            "momentum": self._momentum(),
+            "trained": {name: value.cpu() for name, value in self.trained.state_dict().items()},
+            "momentum": {name: value.cpu() for name, value in self._momentum().items()},
             "scaler": self.scaler.state_dict(),
             "history": to_plain(self.history),
             "seconds": self.seconds,
@@ -2200,7 +2200,7 @@ def evaluate(experiment: Experiment, network: nn.Module, record: Record) -> tupl
         )
     seconds = time.perf_counter() - started
 
-    stored = {f"{name}_logits": storable(values) for name, values in logits.items()}
+    stored = {f"{name}_logits": storable(values).cpu() for name, values in logits.items()}
     weights = {name: value.cpu() for name, value in network.state_dict().items()}
     measured = {
         **test_metrics(stored["test_logits"], images.test.labels),

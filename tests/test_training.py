@@ -513,6 +513,7 @@ def test_every_kind_of_job_on_a_second_device(tmp_path: Path) -> None:
             experiment = open_lab(tmp_path / "second", **given)
             records = do(experiment)
             assert [record.failure for record in records.values() if record.failure] == []
+            assert not list(experiment.run.path.rglob("*.corrupt"))
             exp.do_job(experiment, student(experiment, "HPM-KD-no-attention", "5x"))
             assert set(exp.measure_speeds(experiment)) == {"teacher", "1.5x", "2.3x", "5x"}
     with second_device():
