@@ -86,6 +86,7 @@ import types
 import typing
 import urllib.request
 import uuid
+import warnings
 import zipfile
 import zlib
 from argparse import Namespace
@@ -4721,12 +4722,13 @@ class Session:
         self.signal = 0
 
     def limit(self, hours: float | None, kaggle: bool) -> None:
-        """Set the deadline of a session of so many hours; Kaggle's always has one, from its start."""
-        if hours is None and not kaggle:
-            return
-        seconds = 3600 * (KAGGLE_SESSION_HOURS if hours is None else hours)
-        age = session_age_seconds() if kaggle else 0.0
-        self.deadline = time.time() - age + seconds - min(120.0, 0.02 * seconds)
+        """Set the deadline: so many hours from now; without a number Kaggle's, from the session's start."""
+        age = 0.0
+        if hours is None and kaggle:
+            hours, age = KAGGLE_SESSION_HOURS, session_age_seconds()
+        if hours is not None:
+            seconds = 3600 * hours
+            self.deadline = time.time() - age + seconds - min(120.0, 0.02 * seconds)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -4782,14 +4784,12 @@ class _LauncherLog(logging.Handler):
 class _Console(logging.StreamHandler[Any]):
     """Console output through tqdm, so that lines and bars do not overwrite each other.
 
-    A console that is gone (a closed pipe, a lost connection) or that lacks a character takes nothing down.
+    A console that is gone (a closed pipe, a lost connection) takes nothing down.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        with contextlib.suppress(OSError, ValueError, AttributeError, LookupError):
-            text = self.format(record).encode(encoding, "backslashreplace").decode(encoding)
-            tqdm.write(text, file=sys.stdout)
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
 
 
@@ -4799,7 +4799,13 @@ def is_for_console(record: logging.LogRecord) -> bool:
 
 
 def start_logging(file: Path | None, who: str = "", console_level: int = logging.INFO) -> None:
-    """Log to the console and, with `file`, append to the experiment's log."""
+    """Log to the console and, with `file`, append to the experiment's log.
+
+    What this process prints from here on is shown escaped where the console lacks a letter.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # none, a notebook's, a closed one
+            cast(Any, stream).reconfigure(errors="backslashreplace")
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
@@ -5008,6 +5014,7 @@ MIRRORS = {
 }
 ATTACHABLE = {"CIFAR10": "pankrzysiu/cifar10-python", "CIFAR100": "fedesoriano/cifar100"}  # on Kaggle
 MIRROR_SECONDS, HOME_SECONDS = 900.0, 4_500.0  # time limit per source: 170 MB at 190 and at 38 kB/s
+NUMPY_WARNING = r"dtype\(\): align should be passed"  # numpy 2.4, about what numpy 1 wrote into the files
 STALL_SECONDS = 20.0  # a source that sends nothing for this long is given up
 FILE_LIMIT = 200_000_000  # bytes; the archives have 170 MB, the largest file in them 155
 SEARCH_DEPTH, SEARCH_FOLDERS = 10, 20_000  # bounds of a search, per root
@@ -5036,10 +5043,15 @@ def load_data(
         data = read_first(name, download_sources(name, download_to, problems, check), problems)
     if data is None:
         reason = "; ".join(problems[:3]) or f"no such file in {listed(folders) or 'any input'}"
+        remedy = (
+            f"On Kaggle attach it as input (Add Input, such as {ATTACHABLE[name]}) or switch Internet on; "
+            "elsewhere give --data-dir DIR"
+        )
+        if download_to is None:
+            remedy = "Give the --data-dir that holds it, or leave --data-dir out: then it is looked for"
         raise UsageError(
             f"{name} was not found ({reason}). Needed, at any depth: a folder with "
-            f"{', '.join(batch_files(name))}, or {READERS[name].filename}. On Kaggle attach it as input (Add "
-            f"Input, such as {ATTACHABLE[name]}) or switch Internet on; elsewhere give --data-dir DIR"
+            f"{', '.join(batch_files(name))}, or {READERS[name].filename}. {remedy}"
         )
     return data if size is None else keep_stratified(data, size, seed)
 
@@ -5079,13 +5091,6 @@ def walk(root: Path) -> Iterator[tuple[Path, set[str]]]:
         yield Path(folder), set(files)
 
 
-def find_files(roots: Iterable[Path], names: set[str]) -> Iterator[Path]:
-    """Files with one of these names, at any depth below the roots."""
-    for root in dict.fromkeys(roots):
-        for folder, files in walk(root):
-            yield from (folder / name for name in sorted(names & files))
-
-
 def find_sources(name: str, folders: Iterable[Path], problems: list[str]) -> Iterator[Path]:
     """Folders with all batch files of a data set, and its archives. What lacks a file goes to `problems`."""
     wanted, archive = set(batch_files(name)), READERS[name].filename
@@ -5118,7 +5123,10 @@ def read_source(name: str, source: Path) -> RawData:
                 payload = archive.extractfile(f"{reader.base_folder}/{file}").read()
             except (KeyError, AttributeError):  # no such member, or a folder
                 raise Damaged(f"{source}: the archive lacks {file}") from None
-        return cast("dict[str, Any]", pickle.loads(check_md5(source / file, payload, md5), encoding="latin1"))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", NUMPY_WARNING)
+            content = pickle.loads(check_md5(source / file, payload, md5), encoding="latin1")
+        return cast("dict[str, Any]", content)
 
     def part(batches: Iterable[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
         contents = [unpickle(file, md5) for file, md5 in batches]
@@ -5234,6 +5242,7 @@ def import_plugin(path: Path, source: bytes, sha256: str) -> None:
 
 
 # -- command line -------------------------------------------------------------------------------------------
+OWN_NAMES = {"checkpoints", "figures", "data", "experiment.log", "run.lock", "run.owner", ".pages"}
 ACTIONS = {  # option -> which settings it takes beside it (None: all)
     "status": ("mode", "dataset", "output_dir", "plugin"),
     "report_only": ("mode", "dataset", "output_dir", "data_dir", "plugin"),
@@ -5264,6 +5273,11 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
 
+def home_path(text: str) -> Path:
+    """A path as it is given; a shell leaves the `~` of `--output-dir=~/run` alone."""
+    return Path(os.path.expanduser(text))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line, made from the fields of `Settings`."""
     parser = _Parser(
@@ -5282,7 +5296,7 @@ def build_parser() -> argparse.ArgumentParser:
     }.items():
         actions.add_argument(option, action="store_true", help=text)
     actions.add_argument(
-        "--merge", nargs="+", type=Path, metavar="RUN_DIR", help="make one run and one report of several"
+        "--merge", nargs="+", type=home_path, metavar="RUN_DIR", help="make one run and one report of several"
     )
     titles = {
         "experiment": "the experiment (fixed once a run exists)",
@@ -5296,6 +5310,8 @@ def build_parser() -> argparse.ArgumentParser:
             options["action"] = argparse.BooleanOptionalAction
         elif "choices" not in options:
             options.setdefault("metavar", "N")
+        if options.get("type") is Path:
+            options["type"] = home_path
         text = (declared.metadata["help"] + say_default(declared)).replace("%", "%%")
         group = groups[declared.metadata["role"]]
         group.add_argument(flag(declared.name), default=argparse.SUPPRESS, help=text, **options)
@@ -5366,8 +5382,8 @@ def find_run(args: Namespace, platform: Platform) -> Path:
     if given is not None and is_run(given):
         return Path(given)
     wanted = {name: args.given[name] for name in ("mode", "dataset") if name in args.given}
-    for roots in ((platform.output_root,), platform.inputs):
-        found = [(index.last_activity, str(path)) for path, index in find_runs(args, roots, wanted)]
+    for folders in (runs_in(platform.output_root), runs_below(platform.inputs)):
+        found = [(index.last_activity, str(path)) for path, index in read_runs(args, folders, wanted)]
         found = [item for item in found if given is None or Path(item[1]).name == Path(given).name]
         if len(found) > 1:
             log.info("%d runs match; the newest is used: %s", len(found), max(found)[1])
@@ -5381,15 +5397,23 @@ def find_run(args: Namespace, platform: Platform) -> Path:
     raise UsageError(f"found no {what} in {searched}: attach its output as input, or give --output-dir")
 
 
-def find_runs(
-    args: Namespace, roots: Sequence[Path], wanted: Mapping[str, str]
+def runs_in(folder: Path) -> list[Path]:
+    """The run folders in a folder, but not in what lies deeper. One with a dot in front is no whole copy."""
+    found = [path.parent for path in sorted(folder.glob("*/checkpoints"))]
+    return [path for path in found if not path.name.startswith(".") and is_run(path)]
+
+
+def runs_below(roots: Iterable[Path]) -> list[Path]:
+    """The run folders at any depth below Kaggle's inputs."""
+    folders = [folder for root in dict.fromkeys(roots) for folder, _ in walk(root)]
+    return [path.parent for path in folders if path.name == "checkpoints" and is_run(path.parent)]
+
+
+def read_runs(
+    args: Namespace, folders: Iterable[Path], wanted: Mapping[str, str]
 ) -> Iterator[tuple[Path, Index]]:
-    """Runs below the roots with settings as `wanted`. A folder with a dot in front is no whole copy."""
-    names = {STATE_NAME, *(Job("teacher", dataset).name + ".pt" for dataset in DATASETS)}
-    folders = [path.parent for path in find_files(roots, names) if path.parent.name == "checkpoints"]
-    for path in dict.fromkeys(folder.parent for folder in folders):
-        if path.name.startswith("."):
-            continue
+    """Those of these runs that can be used and have settings as `wanted`, each with its index."""
+    for path in folders:
         try:
             index = load_index(path, args.plugins)
         except UsageError as error:
@@ -5434,8 +5458,7 @@ def open_run(
     args: Namespace, platform: Platform, session: Session
 ) -> Iterator[tuple[Run, list[Device], RawData]]:
     """Find or create the run, take its lock, check device and data, and enter this session into the index."""
-    path = choose_folder(args, platform)
-    is_new = not os.path.exists(path)
+    path, is_new = choose_folder(args, platform)
     make_run_folder(path)
     try:
         with hold_folder(path) as token:
@@ -5463,26 +5486,46 @@ def open_run(
             shutil.rmtree(path, ignore_errors=True)
 
 
-def choose_folder(args: Namespace, platform: Platform) -> Path:
-    """The folder of the run to start or to continue."""
+def choose_folder(args: Namespace, platform: Platform) -> tuple[Path, bool]:
+    """The folder of the run to start or to continue, and whether it was not there before."""
     if args.resume:
-        return adopt(find_run(args, platform), args, platform)
+        return adopt(find_run(args, platform), args, platform), False
     settings = new_settings(args.given)
-    name = f"exp1b_{settings.mode}_{datetime.datetime.now():%Y%m%d_%H%M%S}"
-    path = Path(settings.output_dir or platform.output_root / name)
+    path = settings.output_dir
+    if path is None:
+        return new_run_folder(platform.output_root, settings.mode), True
     if is_run(path):
         raise UsageError(
             f"{path} holds a run already: add --resume to continue it, or choose another --output-dir"
         )
-    return path
+    others = sorted({*os.listdir(path)} - OWN_NAMES) if os.path.isdir(path) else []
+    if others:
+        raise UsageError(f"{path} holds other files ({others[0]}): choose a new or empty --output-dir")
+    return path, not os.path.exists(path)
 
 
-def make_run_folder(path: Path) -> None:
+def new_run_folder(root: Path, kind: str) -> Path:
+    """Make a run folder, named after the time, that no other process has made: later ones get a number."""
+    name, number = f"exp1b_{kind}_{datetime.datetime.now():%Y%m%d_%H%M%S}", 1
+    path = root / name
+    while True:
+        try:
+            make_run_folder(path, exist_ok=False)
+            return path
+        except FileExistsError:
+            number += 1
+            path = root / f"{name}_{number}"
+
+
+def make_run_folder(path: Path, exist_ok: bool = True) -> None:
     """Make the folders of a run. Raises `UsageError` where that is impossible."""
     try:
+        path.mkdir(parents=True, exist_ok=exist_ok)
         for folder in (path / "checkpoints", path / "figures"):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
     except OSError as error:
+        if isinstance(error, FileExistsError) and not exist_ok:
+            raise
         if error.errno in NO_ROOM:
             raise DiskFull(f"no room to make {path}") from None
         raise UsageError(
@@ -5492,7 +5535,8 @@ def make_run_folder(path: Path) -> None:
 
 def continued_settings(index: Index, given: Mapping[str, Any]) -> Settings:
     """Settings of a run that is continued, by default with as many threads: others round differently."""
-    settings = extended_settings(index.settings, given)
+    stored = replace(index.settings, precision=index.precision)  # what `auto` has become may be asked for
+    settings = replace(extended_settings(stored, given), precision=index.settings.precision)
     if settings.threads is None and settings.workers is None and index.sessions:
         settings = replace(settings, threads=index.sessions[-1].threads)
     return settings
@@ -5578,7 +5622,16 @@ def prepare_run(run: Run, platform: Platform) -> None:
     if batch > train:
         raise UsageError(f"--batch-size {batch} is larger than the {train} training images: make it smaller")
     if platform.kaggle:
-        check_disk(run.path, disk_bytes(run.settings), platform)
+        needed, pages = disk_bytes(run.settings), page_bytes(run.settings)
+        if not has_room(page_places(run.path)[0], pages):
+            needed += pages  # then they fall into the run folder
+        check_disk(run.path, needed, platform)
+
+
+def has_room(folder: Path, size: int) -> bool:
+    """Whether a folder, which need not exist yet, can take so many bytes."""
+    place = folder if folder.exists() else folder.parent
+    return place.is_dir() and os.access(place, os.W_OK) and shutil.disk_usage(place).free > size
 
 
 def disk_bytes(settings: Settings) -> int:
@@ -5629,7 +5682,8 @@ def enter_session(run: Run, settings: Settings, args: Namespace, devices: Sequen
         if old != new:
             old, new = (listed(value) if isinstance(value, tuple) else value for value in (old, new))
             grown.append(f"{name} from {old} to {new}")
-    seen = any(record.kind == "student" for record in index.jobs.values())
+    run.refresh()
+    seen = any(record.kind == "student" for record in run.records.values())  # whatever the index knew
     session = SessionRecord(
         started=now(),
         command=args.command,
@@ -5669,21 +5723,18 @@ def reuse_finished(run: Run, platform: Platform) -> None:
     wanted = {name for name, job in jobs.items() if not run.file(job).exists()}
     if not wanted:
         return
-    found = list(find_files([platform.output_root, *platform.inputs], wanted))
+    folders = [*runs_in(run.path.parent), *runs_in(platform.output_root), *runs_below(platform.inputs)]
     for name, job in jobs.items():  # in the order of learning: what teaches comes first
         run.refresh()
         if name not in wanted or any(teacher.name not in run.records for teacher in teachers_of(job)):
             continue
-        for path in [path for path in found if path.name == name]:
-            if any(part.startswith(".") for part in path.parts[-4:-1]):
-                continue  # an unfinished copy of a run
+        for folder in dict.fromkeys(folders):
             with contextlib.suppress(FileNotFoundError, Damaged):
-                record, tensors = run.load(job, path)
+                record, tensors = run.load(job, folder / "checkpoints" / name)
                 if record.taught_by != taught_by(run, job):
                     continue
                 run.finish(job, record, tensors)
-                source = path.parent.parent.name
-                note = f"{job.name} was reused from {source} (identical settings, data and precision)."
+                note = f"{job.name} was reused from {folder.name} (identical settings, data and precision)."
                 log.info("%s", note)
                 run.index.notes.append(note)
                 break
@@ -6248,17 +6299,27 @@ def note_teachers(run: Run, record: Record, index: Index) -> None:
             )
 
 
+def last_activity(path: Path) -> str:
+    """When a run's last session started, also of a run that needs a plugin; "" where that cannot be read."""
+    with contextlib.suppress(OSError, Damaged, KeyError, TypeError):
+        content = load_plain(path / "checkpoints" / STATE_NAME)
+        return str(max(content["created"], *(session["started"] for session in content["sessions"])))
+    return ""
+
+
 def show_results(run_dir: str | Path | None = None) -> None:
     """In a notebook: show the table, the report and the figures of a run (default: the newest)."""
     from IPython.display import Image, Markdown, display
 
     if run_dir is None:
         platform = detect_platform()
-        reports = list(find_files((platform.output_root, *platform.inputs), {REPORT_NAME}))
-        if not reports:
+        found = [*runs_in(platform.output_root), *runs_below(platform.inputs)]
+        reported = [(last_activity(path), path) for path in found if (path / REPORT_NAME).exists()]
+        if not reported:
             raise UsageError("no run was found here: show_results(run_dir) takes the path of a run folder")
-        run_dir = max(reports, key=lambda path: path.stat().st_mtime).parent
-    folder = Path(run_dir)
+        run_dir = max(reported)[1]
+    folder = Path(run_dir).expanduser()
+    print(folder)
     display(pd.read_csv(folder / "summary.csv"))
     report = (folder / REPORT_NAME).read_text(encoding="utf-8")
     display(Markdown(re.sub(r"!\[.*?\]\(figures/.*?\)\n?", "", report)))  # their paths are not the notebook's
