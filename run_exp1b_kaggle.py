@@ -5603,12 +5603,6 @@ def make_index(
         return new_index(settings, precision, describe_data(data, settings.seed), args.plugins)
     if index.data.sha256 != data.sha256:
         raise UsageError(f"the data found ({data.source}) are not the run's: give the right --data-dir")
-    networks = [network for ratio in index.merged_teachers.values() for network in ratio.values()]
-    if len({network.weights_sha256 for network in networks if network.kind == "teacher"}) > 1:
-        raise UsageError(
-            "this run was merged from several teachers: it can be reported on (--report-only) "
-            "but not continued"
-        )
     epochs = {**equal_cost_epochs(settings), **index.equal_cost_epochs}  # what has begun keeps its length
     return replace(index, plugins={**index.plugins, **args.plugins}, equal_cost_epochs=epochs)
 
@@ -6205,9 +6199,8 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
     paths = list(dict.fromkeys(path.resolve() for path in args.merge))
     runs = [Run(path, load_index(path, args.plugins)) for path in paths]
     settings = merged_settings(runs)
-    default = platform.output_root / f"exp1b_merged_{datetime.datetime.now():%Y%m%d_%H%M%S}"
-    target = Path(args.given.get("output_dir") or default)
-    if target.exists() and (is_run(target) or not target.is_dir() or any(target.iterdir())):
+    target = args.given.get("output_dir")
+    if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists already: choose another --output-dir for the merged run")
 
     index = replace(
@@ -6218,18 +6211,20 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
         sessions=[session for run in runs for session in run.index.sessions],
         notes=list(dict.fromkeys(note for run in runs for note in run.index.notes)),
         plugins={name: sha256 for run in runs for name, sha256 in run.index.plugins.items()},
+        equal_cost_epochs=merged_epochs(runs, settings),
     )
     index.notes.append(f"Merged from {listed(index.merged_from)}.")
-    files = merged_files(runs, settings, index)
+    files = merged_files(runs, settings)
 
+    if target is None:
+        target = new_run_folder(platform.output_root, "merged")
     partial_run = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial_run, ignore_errors=True)
     make_run_folder(partial_run)
-    for source in files.values():
+    for source in files:
         write_atomic(partial_run / "checkpoints" / source.name, source.read_bytes())
     Run(partial_run, index).save_index()
-    if target.is_dir():
-        target.rmdir()
+    shutil.rmtree(target, ignore_errors=True)  # an empty one
     rename(partial_run, target)  # from here on it is a run, and --report-only can write its report
     with hold_folder(target) as token:
         start_logging(target / "experiment.log")
@@ -6257,46 +6252,48 @@ def merged_settings(runs: Sequence[Run]) -> Settings:
     return settings
 
 
-def merged_files(runs: Sequence[Run], settings: Settings, index: Index) -> dict[str, Path]:
-    """The finished files of a merged run, by job; what taught each ratio goes into the index."""
+def merged_epochs(runs: Sequence[Run], settings: Settings) -> dict[str, int]:
+    """The epochs of Direct-equal-cost at each ratio, as the parts have them. Raises `UsageError`."""
+    epochs: dict[str, int] = {}
+    for run in runs:
+        for ratio, count in run.index.equal_cost_epochs.items():
+            if epochs.setdefault(ratio, count) != count:
+                raise UsageError(
+                    f"{run.path} plans {count} epochs of Direct-equal-cost at {ratio}, another part plans "
+                    f"{epochs[ratio]}: merge parts that were started with the same scope"
+                )
+    return {**equal_cost_epochs(settings), **epochs}
+
+
+def merged_files(runs: Sequence[Run], settings: Settings) -> list[Path]:
+    """The finished files of a merged run. Raises `UsageError` unless all was learned from one teacher."""
     chosen: dict[str, tuple[Path, Record]] = {}
     for run in runs:
         run.jobs = planned_jobs(settings)
         for job in run.jobs:
             try:
-                run.records[job.name] = run.load(job)[0]
+                record, _ = run.load(job)
             except FileNotFoundError:
                 continue
             except Damaged as error:
                 raise UsageError(f"{run.file(job)} {error}: repair that run with --resume first") from None
-            record = run.records[job.name]
+            run.records[job.name] = record
             path, known = chosen.setdefault(job.name, (run.file(job), record))
-            same = (known.weights_sha256, known.config) == (record.weights_sha256, record.config)
-            if job.kind == "student" and not same:
+            if (known.weights_sha256, known.config) != (record.weights_sha256, record.config):
+                remedy = "merge only one of them"
+                if job.kind in ("teacher", "assistant"):
+                    remedy = "merge runs that share one teacher"
                 raise UsageError(
-                    f"{run.path} and {path.parent.parent} both hold {job.name}, trained "
-                    "differently: merge only one of them"
+                    f"{run.path} and {path.parent.parent} both hold {job.name}, trained differently: {remedy}"
                 )
-            if job.kind == "student" and job.teacher_networks:
-                note_teachers(run, record, index)
-    return {name: path for name, (path, _) in chosen.items()}
-
-
-def note_teachers(run: Run, record: Record, index: Index) -> None:
-    """Note what taught a ratio. Raises `UsageError` where its students learned from different networks."""
-    own = index.merged_teachers.setdefault(record.compression, {})
-    for name, sha256 in record.taught_by.items():
-        teacher = run.records.get(name)
-        if teacher is None or teacher.weights_sha256 != sha256:
-            raise UsageError(
-                f"{run.path} lacks the {name} that {record.job} learned from: repair that run "
-                "with --resume first"
-            )
-        if own.setdefault(name, teacher).weights_sha256 != sha256:
-            raise UsageError(
-                f"the students at {record.compression} learned from different teachers and cannot be "
-                "compared: merge runs that share one"
-            )
+    for path, record in chosen.values():
+        for name, sha256 in record.taught_by.items():
+            if name not in chosen or chosen[name][1].weights_sha256 != sha256:
+                raise UsageError(
+                    f"{path} was distilled from a {name} that none of these runs holds: repair its run with "
+                    "--resume first, or merge runs that share one teacher"
+                )
+    return [path for path, _ in chosen.values()]
 
 
 def last_activity(path: Path) -> str:
