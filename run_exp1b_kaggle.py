@@ -62,6 +62,7 @@ import datetime
 import errno
 import hashlib
 import http.client
+import importlib
 import importlib.metadata
 import io
 import itertools
@@ -5198,6 +5199,9 @@ def fetch(url: str, limit_seconds: float, check: Callable[[], None]) -> bytes:
 
 
 # -- plugins ------------------------------------------------------------------------------------------------
+HELPERS: dict[Path, dict[str, Path]] = {}  # plugin -> module -> file: what its import has brought in
+
+
 def load_plugins(paths: Sequence[Path]) -> dict[str, str]:
     """Import the user's files, each of which registers a method; returns their names and checksums.
 
@@ -5205,40 +5209,84 @@ def load_plugins(paths: Sequence[Path]) -> dict[str, str]:
     """
     sys.modules.setdefault("run_exp1b_kaggle", sys.modules[__name__])
     found: dict[str, str] = {}
-    for path in dict.fromkeys(Path(path) for path in paths):
+    for path in dict.fromkeys(Path(path).absolute() for path in paths):
+        if path.name in found:
+            raise UsageError(f"--plugin: two files are called {path.name}: rename one")
         try:
             source = path.read_bytes()
+            known = source_sha256(path, source)
+            if all(method.source_sha256 != known for method in METHODS.values()):
+                import_plugin(path, source)  # unless an earlier command of this process has
+            found[path.name] = source_sha256(path, source)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = getattr(error, "strerror", None) or error
             raise UsageError(
                 f"--plugin {path} cannot be read ({reason}): give the path of a Python file"
             ) from None
-        if path.name in found:
-            raise UsageError(f"--plugin: two files are called {path.name}: rename one")
-        found[path.name] = hashlib.sha256(source).hexdigest()
-        if all(method.source_sha256 != found[path.name] for method in METHODS.values()):
-            import_plugin(path, source, found[path.name])  # unless an earlier command of this process has
     return found
 
 
-def import_plugin(path: Path, source: bytes, sha256: str) -> None:
-    """Execute a plugin's source, which registers methods. Raises `UsageError`; then none is registered."""
-    before = dict(METHODS)
+def source_sha256(path: Path, source: bytes) -> str:
+    """SHA-256 (hex) of a plugin's source and of the modules beside it that it has imported."""
+    whole = hashlib.sha256(source)
+    for name, file in sorted(HELPERS.get(path, {}).items()):
+        whole.update(name.encode() + file.read_bytes())
+    return whole.hexdigest()
+
+
+def import_plugin(path: Path, source: bytes) -> None:
+    """Execute a plugin's source, which registers methods. Raises `UsageError`; then none is registered.
+
+    It may import modules that lie beside it or below: each plugin gets its own, whatever others are called.
+    """
+    others = {name: sys.modules.pop(name, None) for helpers in HELPERS.values() for name in helpers}
+    methods, modules = dict(METHODS), set(sys.modules)
     module = types.ModuleType(f"exp1b_plugin_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
+    sys.path.insert(0, str(path.parent))
+    importlib.invalidate_caches()
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
-        added = [method for name, method in METHODS.items() if name not in before]
+        added = [method for name, method in METHODS.items() if name not in methods]
         if not added:
             raise UsageError('it registers no method: decorate a class with @register("Name")')
     except (Exception, SystemExit) as error:
         METHODS.clear()
-        METHODS.update(before)
+        METHODS.update(methods)
         kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
-        raise UsageError(f"--plugin {path} cannot be used ({kind}{first_line(error)})") from None
+        what = f"{kind}{first_line(error)}{place_in_plugin(error, path)}"
+        raise UsageError(f"--plugin {path} cannot be used ({what})") from None
+    finally:
+        sys.path.remove(str(path.parent))
+        HELPERS[path] = modules_below(path.parent, set(sys.modules) - modules - {module.__name__})
+        sys.modules.update(
+            {name: other for name, other in others.items() if other and name not in sys.modules}
+        )
     for method in added:
-        method.source_sha256 = sha256
+        method.source_sha256 = source_sha256(path, source)
+
+
+def modules_below(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Which of these modules lie in a folder or below, with their files; not what is installed there."""
+    files = {name: Path(getattr(sys.modules[name], "__file__", None) or "") for name in names}
+    own = {name: file for name, file in files.items() if file.is_relative_to(folder)}
+    installed = {"site-packages", "dist-packages", "lib-dynload"}
+    return {
+        name: file
+        for name, file in own.items()
+        if name.partition(".")[0] not in sys.stdlib_module_names and not installed & set(file.parts)
+    }
+
+
+def place_in_plugin(error: BaseException, path: Path) -> str:
+    """Where in a plugin, or in a module beside it, an error arose: ", mine.py, line 3"."""
+    if isinstance(error, SyntaxError):
+        return ""  # its message says it
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(path.parent)]
+    own = [frame for frame in own if frame.filename != import_plugin.__code__.co_filename]
+    return f", {Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
 
 
 # -- command line -------------------------------------------------------------------------------------------
