@@ -1330,21 +1330,15 @@ def blamed_on(method: type[Method], what: str) -> Iterator[None]:
             raise
         log.error("%s of %s failed", what, method.name, exc_info=error)
         kind = "" if isinstance(error, MethodFailed) else f"{type(error).__name__}: "
-        place = place_in_plugin(method, what, error)
+        file = Path(sys.modules[method.__module__].__file__ or "")
+        place = place_in_plugin(error, file) or defined_at(method, what)
         raise MethodFailed(f"{what} of {method.name} ({place}): {kind}{first_line(error)}") from None
 
 
-def place_in_plugin(method: type[Method], what: str, error: BaseException | None = None) -> str:
-    """ "file, line n": the last line of a plugin, or of a module beside it, that an error passed; or else the
-    line where the member is defined."""
-    file = Path(sys.modules[method.__module__].__file__ or "")
+def defined_at(method: type[Method], what: str) -> str:
+    """ "mine.py, line 3": where a member of a plugin's method is defined."""
     code = getattr(inspect.unwrap(getattr(method, what)), "__code__", None)
-    line = code.co_firstlineno if code and Path(code.co_filename) == file else 1
-    for frame in traceback.extract_tb(error.__traceback__ if error else None):
-        beside = Path(frame.filename).parent == file.parent
-        if beside and frame.filename != globals().get("__file__"):
-            file, line = Path(frame.filename), frame.lineno or line
-    return f"{file.name}, line {line}"
+    return f"{Path(code.co_filename).name}, line {code.co_firstlineno}" if code else method.__name__
 
 
 class Experiment:
@@ -2011,7 +2005,7 @@ class Training:
         if not mean <= self.DIVERGED * max(1.0, start):
             what = "the loss"
             if is_plugin(type(self.method)):
-                what += f" ({place_in_plugin(type(self.method), 'loss')})"
+                what += f" ({defined_at(type(self.method), 'loss')})"
             epoch = len(self.history) + 1
             raise Diverged(
                 f"{what} diverged in epoch {epoch} (mean {mean:g}): try a smaller --lr in a new run"
@@ -5730,7 +5724,8 @@ def import_plugin(path: Path, source: bytes) -> None:
         METHODS.clear()
         METHODS.update(methods)
         kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
-        what = f"{kind}{first_line(error)}{place_in_plugin(error, path)}"
+        place = place_in_plugin(error, path)
+        what = ", ".join(filter(None, [kind + first_line(error), place]))
         raise UsageError(f"--plugin {path} cannot be used ({what})") from None
     finally:
         sys.path.remove(str(path.parent))
@@ -5755,13 +5750,13 @@ def modules_below(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 
 
 def place_in_plugin(error: BaseException, path: Path) -> str:
-    """Where in a plugin, or in a module beside it, an error arose: ", mine.py, line 3"."""
+    """Where in a plugin, or in a module beside it, an error arose: "mine.py, line 3"; "" if nowhere."""
     if isinstance(error, SyntaxError):
         return ""  # its message says it
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(path.parent)]
     own = [frame for frame in own if frame.filename != import_plugin.__code__.co_filename]
-    return f", {Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
+    return f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
 
 
 # -- command line -------------------------------------------------------------------------------------------
@@ -6140,7 +6135,7 @@ def prepare_run(run: Run, platform: Platform) -> None:
         raise UsageError(f"--batch-size {batch} is larger than the {train} training images: make it smaller")
     if platform.kaggle:
         needed, pages = disk_bytes(run.settings), page_bytes(run.settings)
-        if not has_room(page_places(run.path)[0], pages):
+        if not has_room(PageStore(run.path).places[0], pages):
             needed += pages  # then they fall into the run folder
         check_disk(run.path, needed, platform)
 
