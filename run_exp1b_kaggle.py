@@ -1873,6 +1873,21 @@ def parameters_outside(method: Method) -> list[str]:
     return sorted(set(found))
 
 
+def marks_of(method: Method) -> dict[str, Any]:
+    """By attribute of a method, something that changes when it is set or changed in place."""
+    marks: dict[str, Any] = {}
+    for name, value in vars(method).items():
+        if isinstance(value, torch.Tensor):
+            marks[name] = (id(value), value._version)
+        elif isinstance(value, np.ndarray):
+            marks[name] = (id(value), zlib.crc32(value.tobytes()))
+        elif isinstance(value, int | float | str | None):
+            marks[name] = value
+        else:
+            marks[name] = (id(value), len(value) if hasattr(value, "__len__") else 0)
+    return marks
+
+
 class Training:
     """Trains one network with one method, checkpointed as it goes: the only training loop there is."""
 
@@ -1906,6 +1921,8 @@ class Training:
         self.seconds = 0.0
         self.micro_batch = settings.batch_size
         self._saved, self._unsaved = time.monotonic(), False
+        self.carried: set[str] = set()  # the method's attributes that `loss` changes and the next epoch finds
+        self._changed: dict[str, Any] = {}
 
     def _add_module(self) -> None:
         """What the method wants trained beside the network; its start is a function of the seed."""
@@ -1950,8 +1967,11 @@ class Training:
             method.descriptions = outputs.descriptions(type(method), self.taught_by, method.page)
         with blamed_on(type(method), "start_epoch"):
             method.start_epoch(epoch, [past.loss for past in self.history])
-        self._check_method()
+        if is_plugin(type(method)):
+            self._check_method()
+        before = marks_of(method)
         loss = self._train_epoch(epoch)
+        self._changed = {name: mark for name, mark in marks_of(method).items() if mark != before.get(name)}
         split = self.experiment.images.select
         accuracy = percent_correct(self.experiment.predict(self.model, split).argmax(1), split.labels)
         seconds = watch.seconds
@@ -1963,12 +1983,21 @@ class Training:
         self.experiment.progress.epoch_done(self)
 
     def _check_method(self) -> None:
-        """Raise `MethodFailed` where a plugin's parameters would silently stay as they are."""
-        outside = parameters_outside(self.method) if is_plugin(type(self.method)) else []
+        """Find what is held outside `modules` and would be lost: parameters (`MethodFailed`), and state."""
+        outside = parameters_outside(self.method)
         if outside:
             raise MethodFailed(
                 f"{self.method.name} holds parameters that nothing trains or saves ({listed(outside)}): "
                 "return them from modules(), or call requires_grad_(False)"
+            )
+        marks = marks_of(self.method)
+        carried = {name for name, mark in self._changed.items() if marks.get(name) == mark}
+        if carried - self.carried:
+            self.carried |= carried
+            log.warning(
+                "%s keeps %s from epoch to epoch outside modules(): a resume starts without it",
+                self.method.name,
+                listed(sorted(carried)),
             )
 
     def _train_epoch(self, epoch: int) -> float:
@@ -2141,6 +2170,9 @@ def do_job(experiment: Experiment, job: Job) -> None:
             f"trained with micro-batches of {training.micro_batch} after running out of memory "
             "(BatchNorm sees these)"
         )
+    if training.carried:
+        state = listed(sorted(training.carried))
+        notes.append(f"its method keeps {state} outside modules(), which a resume would have lost")
     speed = steps * settings.batch_size / max(training.seconds, 1e-9)
     record = replace(
         record,
