@@ -6,8 +6,9 @@ In every loss `logits` are the student's, float32 [n, C], and `index` [n] says w
 four methods see the teacher's logits: `self.soft_targets` are its probabilities at `self.temperature` for all N images, as the
 student sees them in this epoch. The other four see features: `self.features` are the student's, {stage: [n, C, H, W]}, with
 gradient, and `self.descriptions` [N, D] is what `describe` makes of the teacher's. A description is kept in fp16, which ends at
-65504: these are attention maps of length one, pooled activations and a projection that keeps lengths, all far below that. Weights and temperatures are the published ones, or else those of the benchmarks that everyone uses
-(RepDistiller, mdistiller); where a method had to be adapted, its docstring says so.
+65504: these are attention maps of length one, pooled activations and a projection that keeps lengths, all far below that.
+Weights and temperatures are the published ones, or else those of the benchmarks that everyone uses (RepDistiller, mdistiller);
+where a method had to be adapted, its docstring says so.
 """
 
 from __future__ import annotations
