@@ -348,7 +348,9 @@ def test_a_full_disk_is_said_and_loses_nothing(
     numbers: tuple[int, ...],
 ) -> None:
     """Every kind of write fails once for lack of room, one session after the other; with room the run goes on."""
-    monkeypatch.setattr(exp, "page_places", lambda _: [])  # of teacher outputs: these can be done without
+    monkeypatch.setattr(
+        exp.PageStore, "__init__", lambda store, _: setattr(store, "places", [])
+    )  # of teacher outputs: these can be done without
     for number in numbers:
         with struck(point, number, no_room) as visits:
             code = resume(toy / "run") if exp.is_run(toy / "run") else new_toy(toy / "run", "--fresh-teacher")

@@ -368,7 +368,7 @@ def test_a_temporary_folder_that_cannot_be_used_costs_one_warning(
     toy: Path, toy_run: Path, capsys: Capture
 ) -> None:
     """Pages are only a cache: they go into the run folder, and are gone at the end."""
-    exp.page_places(toy)[0].write_text("a file where the folder should be")
+    exp.PageStore(toy).places[0].write_text("a file where the folder should be")
     exp.warn_once.cache_clear()
     assert new_toy(toy / "run") == 0
     assert capsys.readouterr().out.count("teacher outputs cannot be kept in") == 1
