@@ -1,66 +1,56 @@
 """Eight published distillation methods as one plugin: a gallery to measure with, and examples to write your own from.
 
-    python run_exp1b_kaggle.py --mode smoke --plugin tests/published_methods.py --methods Direct TraditionalKD DKD AT
+    python run_exp1b_kaggle.py --mode smoke --plugin tests/published_methods.py --methods Direct AT RKD TAKD
 
-In every loss `logits` are the student's, float32 [n, C], and `index` [n] says which training images they belong to. The first
-four methods see the teacher's logits: `self.soft_targets` are its probabilities at `self.temperature` for all N images, as the
-student sees them in this epoch. The other four see features: `self.features` are the student's, {stage: [n, C, H, W]}, with
-gradient, and `self.descriptions` [N, D] is what `describe` makes of the teacher's. A description is kept in fp16, which ends at
-65504: these are attention maps of length one, pooled activations and a projection that keeps lengths, all far below that.
-Weights and temperatures are the published ones, or else those of the benchmarks that everyone uses (RepDistiller, mdistiller);
-where a method had to be adapted, its docstring says so.
+In every loss `logits` are the student's, float32 [n, C], and `index` [n] says which training images they belong to.
+
+The first four methods see the teacher's logits: `self.soft_targets` [N, C] are its probabilities, at the
+temperature `self.temperature`, for all training images as the student sees them in this epoch.
+
+The other four see features. `self.features` are the student's, {stage: [n, C, H, W]}, with gradient.
+`self.descriptions` [N, D] is what `describe` makes of the teacher's: means over positions, unless a method says
+otherwise. Descriptions are kept in fp16, which ends at 65504. These here are pooled activations, maps of length one
+and a projection that keeps lengths: all far below.
+
+Weights and temperatures are the published ones, or else those of the benchmarks that everyone uses (RepDistiller,
+mdistiller). Where a method had to be adapted, its docstring says so.
 """
 
 from __future__ import annotations
-
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from run_exp1b_kaggle import Distillation, Method, TraditionalKD, ladder_above, register
+from run_exp1b_kaggle import (
+    Distillation,
+    Method,
+    TraditionalKD,
+    ladder_above,
+    projection,
+    register,
+    relation_loss,
+)
 
 
 # -- methods that see logits ------------------------------------------------------------------------------------------
-def target_and_others(log_p, labels):
-    """Split log-probabilities [n, C]: "the target class or not" [n, 2], and the other classes among themselves [n, C - 1]."""
-    classes = log_p.shape[1]
-    others = (labels[:, None] + torch.arange(1, classes, device=labels.device)) % classes
-    log_others = log_p.gather(1, others)
-    log_rest = log_others.logsumexp(1, keepdim=True)
-    return torch.cat([log_p.gather(1, labels[:, None]), log_rest], 1), log_others - log_rest
-
-
 @register("DKD")
 class DKD(TraditionalKD):
     """Decoupled knowledge distillation (Zhao et al. 2022, arXiv 2203.08679).
 
-    The divergence from the teacher falls into two parts, each with a weight of its own: whether it is the target class
-    (alpha 1), and the other classes among themselves (beta). Beta 8 is published, for CIFAR-100. A pilot tries smaller ones,
-    because fewer classes want less. The authors' code lets the loss grow during the first 20 of 240 epochs; here the learning
-    rate warms up instead.
+    The divergence from the teacher falls into two parts, each with a weight of its own: whether it is the target
+    class (weight 1), and the other classes among themselves (beta). TraditionalKD's loss does that where beta is
+    not zero. Beta 8 is published, for CIFAR-100; a pilot tries smaller ones, because fewer classes want less. The
+    authors' code lets the loss grow during the first 20 of 240 epochs; here the learning rate warms up instead.
     """
 
     @classmethod
     def candidates(cls, compression):
-        return [Distillation(alpha=1.0, temperature=4.0, beta=beta) for beta in (8.0, 1.0, 2.0, 4.0)]
+        return [Distillation(temperature=4.0, beta=beta) for beta in (8.0, 1.0, 2.0, 4.0)]
 
     @classmethod
     def configure(cls, compression, chosen):
         return chosen or cls.candidates(compression)[0]
-
-    def loss(self, logits, index):
-        labels, T = self.experiment.images.labels[index], self.temperature
-        student = target_and_others(F.log_softmax(logits / T, 1), labels)
-        teacher = target_and_others(self.soft_targets[index].clamp_min(1e-30).log(), labels)
-        target, others = (
-            F.kl_div(s, t, reduction="batchmean", log_target=True)
-            for s, t in zip(student, teacher, strict=True)
-        )
-        return F.cross_entropy(logits, labels) + T**2 * (
-            self.config.alpha * target + self.config.beta * others
-        )
 
 
 def correlation(a, b):
@@ -73,8 +63,9 @@ def correlation(a, b):
 class DIST(TraditionalKD):
     """Distillation from a stronger teacher (Huang et al. 2022, arXiv 2205.10536).
 
-    The student's probabilities need not equal the teacher's, only correlate with them: over the classes of an image, and over
-    the images of a batch for each class. T 4 and both weights as published for CIFAR-100; the authors' code has the T^2.
+    The student's probabilities need not equal the teacher's, only correlate with them: over the classes of each
+    image, and over the images of a batch for each class. T 4 and both weights are published for CIFAR-100; the
+    factor T^2 is in the authors' code.
     """
 
     BETA, GAMMA = 2.0, 2.0
@@ -84,11 +75,12 @@ class DIST(TraditionalKD):
         return chosen or Distillation(temperature=4.0)
 
     def loss(self, logits, index):
+        labels = self.experiment.images.labels[index]
         student, teacher = F.softmax(logits / self.temperature, 1), self.soft_targets[index]
-        within_images = 1 - correlation(student, teacher).mean()
-        within_classes = 1 - correlation(student.T, teacher.T).mean()
-        relations = self.BETA * within_images + self.GAMMA * within_classes
-        return F.cross_entropy(logits, self.experiment.images.labels[index]) + self.temperature**2 * relations
+        over_classes = 1 - correlation(student, teacher).mean()
+        over_images = 1 - correlation(student.T, teacher.T).mean()
+        relations = self.BETA * over_classes + self.GAMMA * over_images
+        return F.cross_entropy(logits, labels) + self.temperature**2 * relations
 
 
 def standardised(logits):
@@ -100,8 +92,8 @@ def standardised(logits):
 class LSKD(TraditionalKD):
     """Distillation of standardised logits (Sun et al. 2024, arXiv 2403.01427).
 
-    The student learns how the teacher ranks the classes, not how large its logits are. Cross-entropy has the weight 0.1 and
-    the divergence 9, at T 2: published for pairs of ResNets on CIFAR-100.
+    The student learns how the teacher ranks the classes, not how large its logits are. T 2 and both weights are
+    published for pairs of ResNets on CIFAR-100.
     """
 
     CROSS_ENTROPY, DIVERGENCE = 0.1, 9.0
@@ -110,10 +102,9 @@ class LSKD(TraditionalKD):
     def configure(cls, compression, chosen):
         return chosen or Distillation(temperature=2.0)
 
-    def start_epoch(self, epoch, losses):
-        self.temperature = self.config.temperature
-        logits = self.experiment.outputs.page(self.config.teachers, self.page)[0].float()
-        self.soft_targets = F.softmax(standardised(logits) / self.temperature, 1)
+    def soft_targets_of(self, page):
+        logits = self.experiment.outputs.page(self.config.teachers, page)[0].float()
+        return F.softmax(standardised(logits) / self.temperature, 1)
 
     def loss(self, logits, index):
         student = F.log_softmax(standardised(logits) / self.temperature, 1)
@@ -126,8 +117,9 @@ class LSKD(TraditionalKD):
 class TAKD(TraditionalKD):
     """Distillation from a teacher assistant (Mirzadeh et al. 2020, arXiv 1902.03393).
 
-    Hinton's loss, from the smallest assistant that is larger than the student. The authors searched for temperature and weight;
-    here they are TraditionalKD's, so that only the teacher differs. The assistant is the run's own, distilled as HPM-KD's are.
+    Hinton's loss, from the smallest assistant that is larger than the student. The authors searched for weight and
+    temperature; here they are TraditionalKD's, so that only the teacher differs. The assistant is the run's own,
+    which is distilled by HPM-KD's default.
     """
 
     @classmethod
@@ -141,7 +133,7 @@ class TAKD(TraditionalKD):
 
 # -- methods that see features ----------------------------------------------------------------------------------------
 class FeatureMethod(Method):
-    """What the following four share: the labels' cross-entropy and, weighted, a loss between features and the teacher's."""
+    """What the following four share: cross-entropy, and a weighted loss between features and the teacher's."""
 
     weight: float
 
@@ -166,8 +158,9 @@ class FeatureMethod(Method):
 class AT(FeatureMethod):
     """Attention transfer (Zagoruyko and Komodakis 2017, arXiv 1612.03928).
 
-    A stage's attention map is the mean of f^2 over its channels, with length one. The loss is the squared difference, mean over
-    positions, sum over stages, times 1,000. Of the four stages the first is left out: its maps are large and say little.
+    A stage's attention map is the mean of f^2 over its channels, scaled to length one. The loss is the squared
+    difference of the maps, mean over positions, sum over stages, times 1,000. The first of the four stages is left
+    out: its map alone has three times as many numbers as the others together.
     """
 
     stages = ("stage2", "stage3", "stage4")
@@ -175,35 +168,22 @@ class AT(FeatureMethod):
 
     @staticmethod
     def describe(features):
-        maps = [F.normalize(f.float().square().mean(1).flatten(1)) for f in features.values()]
-        return torch.cat(
-            [m / m.shape[1] ** 0.5 for m in maps], 1
-        )  # so that a sum of squares is a mean over positions
+        maps = [F.normalize(f.square().mean(1).flatten(1)) for f in features.values()]
+        # Scaled once more: a sum of squares is then the sum over stages of the mean over positions.
+        return torch.cat([m / m.shape[1] ** 0.5 for m in maps], 1)
 
     def feature_loss(self, teacher):
         return (self.describe(self.features) - teacher).square().sum(1).mean()
-
-
-@cache
-def projection(inputs, device):
-    """A fixed Gaussian matrix [inputs, 512] that keeps the expectation of the product of any two images' features."""
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randn(inputs, 512, generator=generator) / 512**0.5).to(device)
-
-
-def similarities(flat):
-    """Products of all pairs of images [n, n] from their features [n, D]; each row has length one."""
-    return F.normalize(flat @ flat.T)
 
 
 @register("SP")
 class SP(FeatureMethod):
     """Similarity-preserving distillation (Tung and Mori 2019, arXiv 1907.09682).
 
-    Images that are alike to the teacher shall be alike to the student: 3,000 times the mean squared difference between their
-    similarities, from the whole last stage. A whole stage is too large to keep. Kept of the teacher are the channels' means
-    and a random projection of the deviations from them. That changes the similarities by 7% (Frobenius norm; teacher of width 8
-    after 6 epochs on SYNTHETIC, 128 images; 13% if everything is projected, 22% with the means alone).
+    Images that are alike to the teacher shall be alike to the student: 3,000 times the mean squared difference of
+    their similarities, from the whole last stage. Kept of the teacher's are the channels' means and a random
+    projection of the deviations from them. That changes the similarities by 7% (Frobenius norm, 128 images, a
+    teacher of width 8 after 6 epochs on SYNTHETIC; 13% if all is projected, 22% with the means alone).
     """
 
     stages = ("stage4",)
@@ -211,24 +191,18 @@ class SP(FeatureMethod):
 
     @staticmethod
     def describe(features):
-        maps = features["stage4"].float().flatten(2)  # [n, C, positions]
+        maps = features["stage4"].flatten(2)  # [n, C, positions]
         means = maps.mean(2, keepdim=True)
         deviations = (maps - means).flatten(1)
-        means = means.flatten(1) * maps.shape[2] ** 0.5  # with the length that they have in the whole
+        means = means.flatten(1) * maps.shape[2] ** 0.5  # as long as they are in the whole map
         return torch.cat([means, deviations @ projection(deviations.shape[1], maps.device)], 1)
 
     def feature_loss(self, teacher):
-        student = self.features["stage4"].float().flatten(1)
-        return F.mse_loss(similarities(student), similarities(teacher))
-
-
-def pooled(features):
-    """The last stage's mean over its positions: [n, C]."""
-    return features["stage4"].float().mean((2, 3))
+        return relation_loss(self.features["stage4"].flatten(1), teacher)
 
 
 def distances_and_angles(x):
-    """Between images x [n, D]: distances [n, n], their mean one, and the cosines [n, n, n] of the angles at each image."""
+    """Of images x [n, D]: distances [n, n] relative to their mean; cosines [n, n, n] of the angles at each image."""
     n, differences = len(x), x[:, None] - x
     distances = differences.norm(dim=2)
     mean = distances.sum() / max(n * (n - 1), 1)
@@ -240,18 +214,16 @@ def distances_and_angles(x):
 class RKD(FeatureMethod):
     """Relational knowledge distillation (Park et al. 2019, arXiv 1904.05068).
 
-    Distances between images, relative to their mean, and angles between triples of images are those of the teacher, by Huber's
-    loss: 25 for the distances and twice as much for the angles. Of the pooled last stage.
+    Distances between images and angles between triples of them shall be the teacher's, by Huber's loss, with the
+    weights 25 and 50. An image is its last stage, pooled.
     """
 
     stages = ("stage4",)
     weight = 25.0
     ANGLES = 2.0  # relative to the distances
 
-    describe = staticmethod(pooled)
-
     def feature_loss(self, teacher):
-        student_distances, student_angles = distances_and_angles(pooled(self.features))
+        student_distances, student_angles = distances_and_angles(self.describe(self.features))
         teacher_distances, teacher_angles = distances_and_angles(teacher)
         distances = F.smooth_l1_loss(student_distances, teacher_distances)
         return distances + self.ANGLES * F.smooth_l1_loss(student_angles, teacher_angles)
@@ -261,14 +233,14 @@ class RKD(FeatureMethod):
 class Hint(FeatureMethod):
     """A hint as in FitNets (Romero et al. 2015, arXiv 1412.6550), on the pooled last stage.
 
-    A linear regressor, trained beside the student, predicts the teacher's features from the student's: 100 times the mean
-    squared error. The teacher's features are divided by their standard deviation, one number over all images and channels,
-    so that the weight means the same for every teacher. The authors used a middle layer, before the training proper.
+    A linear regressor, trained beside the student, predicts the teacher's features from the student's: 100 times
+    the mean squared error. The teacher's are divided by their standard deviation, one number over all images and
+    channels, so that the weight means the same for every teacher. The authors' hint is a middle layer, learned
+    before the training proper.
     """
 
     stages = ("stage4",)
     weight = 100.0
-    describe = staticmethod(pooled)
 
     def modules(self, student, teacher):
         return nn.Linear(student["stage4"], teacher["stage4"])
@@ -277,4 +249,4 @@ class Hint(FeatureMethod):
         self.scale = self.descriptions.float().std().clamp_min(1e-6)
 
     def feature_loss(self, teacher):
-        return F.mse_loss(self.module(pooled(self.features)), teacher / self.scale)
+        return F.mse_loss(self.module(self.describe(self.features)), teacher / self.scale)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lab import do, lab_data, open_lab, shortcuts
 from scipy import special, stats
 
 import run_exp1b_kaggle as exp
@@ -95,6 +96,7 @@ def prepared(method: Any, **config: Any) -> Any:
     if made.stages and made.module is not None:
         weight, bias = (torch.tensor(values, dtype=torch.float32) for values in REGRESSOR)
         made.module.load_state_dict({"weight": weight, "bias": bias})
+    made.page = 3
     made.start_epoch(0, [])
     return made
 
@@ -302,3 +304,16 @@ def test_the_projection_keeps_similarities(methods: dict[str, Any]) -> None:
     describe = methods["SP"].describe
     assert error(flat, describe({"stage4": flat})) < 1e-6
     assert error(maps, describe({"stage4": maps})) < min(0.09, 0.7 * error(maps, maps.mean((2, 3))))
+
+
+@pytest.mark.usefixtures("small_networks")
+def test_all_eight_train_in_one_run(methods: dict[str, Any], tmp_path: Path) -> None:
+    """The whole graph, DKD's pilot and the assistants included: every job ends well, and the methods differ."""
+    chosen = {"methods": tuple(methods), "compression": ("7x",), "student_epochs": 1, "teacher_epochs": 1}
+    experiment = open_lab(tmp_path / "run", lab_data(), **chosen)
+    with shortcuts():
+        records = do(experiment)
+    assert [record.failure for record in records.values()] == [""] * len(experiment.run.jobs)
+    assert {"pilot_7x_DKD_SYNTHETIC", "assistant_5x_SYNTHETIC"} <= set(records)
+    losses = [records[f"student_7x_{name}_run1"].history[0].loss for name in methods]
+    assert all(map(math.isfinite, losses)) and len(set(losses)) == len(NAMES)
