@@ -64,7 +64,7 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> exp.Experimen
         return torch.zeros(len(teachers), len(outputs.experiment.images), 10, dtype=torch.float16)
 
     monkeypatch.setattr(exp.TeacherOutputs, "page", page)
-    opened = open_lab(tmp_path / "run")
+    opened = open_lab(tmp_path / "run", batch_size=4)
     job = teacher(opened)
     opened.run.records[job.name] = exp.Record(**opened.run.identity(job), weights_sha256="untrained")
     return opened
@@ -74,11 +74,11 @@ def trained(experiment: exp.Experiment, network: str, name: str) -> exp.Training
     """A training that has made its first step, in which an optimizer prepares."""
     job = teacher(experiment) if network == "teacher" else student(experiment, name, network)
     method = job.arm(experiment, job.arm.configure(network, None), [0])
-    training = exp.Training(experiment, job, job.name, 100, method)
+    training = exp.Training(experiment, job, job.name, 3, method)
     method.page = 0
     method.start_epoch(0, [])
     training.trained.train()
-    training._step(torch.arange(8), 0)
+    training._step(torch.arange(4), 0)
     return training
 
 
@@ -88,7 +88,7 @@ def test_a_step_launches_few_kernels_and_never_waits(
 ) -> None:
     training = trained(experiment, network, name)
     with Counted() as counted:
-        training._step(torch.arange(8), 0)
+        training._step(torch.arange(4), 0)
     assert counted.waits == {}
     bound = KERNELS[network, name]
     assert 0.5 * bound < counted.count <= 1.05 * bound, counted.names.most_common()
@@ -100,7 +100,7 @@ def test_an_epoch_never_waits_between_its_steps(experiment: exp.Experiment, prec
     experiment.precision = precision
     training = trained(experiment, "7x", "TraditionalKD")
     with Counted() as step:
-        training._step(torch.arange(60), 0)
+        training._step(torch.arange(4), 0)
     with Counted() as epoch:
         training._train_epoch(0)
     assert epoch.waits == {}
@@ -117,5 +117,5 @@ def test_waiting_is_noticed(experiment: exp.Experiment, monkeypatch: pytest.Monk
         loss = training.method.loss
         monkeypatch.setattr(training.method, "loss", lambda *a, m=mistake, loss=loss: m(loss(*a)))
         with Counted() as counted:
-            training._step(torch.arange(8), 0)
+            training._step(torch.arange(4), 0)
         assert counted.waits == {found: 1}
