@@ -62,6 +62,7 @@ import datetime
 import errno
 import hashlib
 import http.client
+import importlib
 import importlib.metadata
 import inspect
 import io
@@ -88,6 +89,7 @@ import types
 import typing
 import urllib.request
 import uuid
+import warnings
 import zipfile
 import zlib
 from argparse import Namespace
@@ -1328,21 +1330,15 @@ def blamed_on(method: type[Method], what: str) -> Iterator[None]:
             raise
         log.error("%s of %s failed", what, method.name, exc_info=error)
         kind = "" if isinstance(error, MethodFailed) else f"{type(error).__name__}: "
-        place = place_in_plugin(method, what, error)
+        file = Path(sys.modules[method.__module__].__file__ or "")
+        place = place_in_plugin(error, file) or defined_at(method, what)
         raise MethodFailed(f"{what} of {method.name} ({place}): {kind}{first_line(error)}") from None
 
 
-def place_in_plugin(method: type[Method], what: str, error: BaseException | None = None) -> str:
-    """ "file, line n": the last line of a plugin, or of a module beside it, that an error passed; or else the
-    line where the member is defined."""
-    file = Path(sys.modules[method.__module__].__file__ or "")
+def defined_at(method: type[Method], what: str) -> str:
+    """ "mine.py, line 3": where a member of a plugin's method is defined."""
     code = getattr(inspect.unwrap(getattr(method, what)), "__code__", None)
-    line = code.co_firstlineno if code and Path(code.co_filename) == file else 1
-    for frame in traceback.extract_tb(error.__traceback__ if error else None):
-        beside = Path(frame.filename).parent == file.parent
-        if beside and frame.filename != globals().get("__file__"):
-            file, line = Path(frame.filename), frame.lineno or line
-    return f"{file.name}, line {line}"
+    return f"{Path(code.co_filename).name}, line {code.co_firstlineno}" if code else method.__name__
 
 
 class Experiment:
@@ -2009,7 +2005,7 @@ class Training:
         if not mean <= self.DIVERGED * max(1.0, start):
             what = "the loss"
             if is_plugin(type(self.method)):
-                what += f" ({place_in_plugin(type(self.method), 'loss')})"
+                what += f" ({defined_at(type(self.method), 'loss')})"
             epoch = len(self.history) + 1
             raise Diverged(
                 f"{what} diverged in epoch {epoch} (mean {mean:g}): try a smaller --lr in a new run"
@@ -5196,12 +5192,13 @@ class Session:
         self.signal = 0
 
     def limit(self, hours: float | None, kaggle: bool) -> None:
-        """Set the deadline of a session of so many hours; Kaggle's always has one, from its start."""
-        if hours is None and not kaggle:
-            return
-        seconds = 3600 * (KAGGLE_SESSION_HOURS if hours is None else hours)
-        age = session_age_seconds() if kaggle else 0.0
-        self.deadline = time.time() - age + seconds - min(120.0, 0.02 * seconds)
+        """Set the deadline: so many hours from now; without a number Kaggle's, from the session's start."""
+        age = 0.0
+        if hours is None and kaggle:
+            hours, age = KAGGLE_SESSION_HOURS, session_age_seconds()
+        if hours is not None:
+            seconds = 3600 * hours
+            self.deadline = time.time() - age + seconds - min(120.0, 0.02 * seconds)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -5257,14 +5254,12 @@ class _LauncherLog(logging.Handler):
 class _Console(logging.StreamHandler[Any]):
     """Console output through tqdm, so that lines and bars do not overwrite each other.
 
-    A console that is gone (a closed pipe, a lost connection) or that lacks a character takes nothing down.
+    A console that is gone (a closed pipe, a lost connection) takes nothing down.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        with contextlib.suppress(OSError, ValueError, AttributeError, LookupError):
-            text = self.format(record).encode(encoding, "backslashreplace").decode(encoding)
-            tqdm.write(text, file=sys.stdout)
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
 
 
@@ -5274,7 +5269,13 @@ def is_for_console(record: logging.LogRecord) -> bool:
 
 
 def start_logging(file: Path | None, who: str = "", console_level: int = logging.INFO) -> None:
-    """Log to the console and, with `file`, append to the experiment's log."""
+    """Log to the console and, with `file`, append to the experiment's log.
+
+    What this process prints from here on is shown escaped where the console lacks a letter.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # none, a notebook's, a closed one
+            cast(Any, stream).reconfigure(errors="backslashreplace")
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
@@ -5483,6 +5484,7 @@ MIRRORS = {
 }
 ATTACHABLE = {"CIFAR10": "pankrzysiu/cifar10-python", "CIFAR100": "fedesoriano/cifar100"}  # on Kaggle
 MIRROR_SECONDS, HOME_SECONDS = 900.0, 4_500.0  # time limit per source: 170 MB at 190 and at 38 kB/s
+NUMPY_WARNING = r"dtype\(\): align should be passed"  # numpy 2.4, about what numpy 1 wrote into the files
 STALL_SECONDS = 20.0  # a source that sends nothing for this long is given up
 FILE_LIMIT = 200_000_000  # bytes; the archives have 170 MB, the largest file in them 155
 SEARCH_DEPTH, SEARCH_FOLDERS = 10, 20_000  # bounds of a search, per root
@@ -5511,10 +5513,15 @@ def load_data(
         data = read_first(name, download_sources(name, download_to, problems, check), problems)
     if data is None:
         reason = "; ".join(problems[:3]) or f"no such file in {listed(folders) or 'any input'}"
+        remedy = (
+            f"On Kaggle attach it as input (Add Input, such as {ATTACHABLE[name]}) or switch Internet on; "
+            "elsewhere give --data-dir DIR"
+        )
+        if download_to is None:
+            remedy = "Give the --data-dir that holds it, or leave --data-dir out: then it is looked for"
         raise UsageError(
             f"{name} was not found ({reason}). Needed, at any depth: a folder with "
-            f"{', '.join(batch_files(name))}, or {READERS[name].filename}. On Kaggle attach it as input (Add "
-            f"Input, such as {ATTACHABLE[name]}) or switch Internet on; elsewhere give --data-dir DIR"
+            f"{', '.join(batch_files(name))}, or {READERS[name].filename}. {remedy}"
         )
     return data if size is None else keep_stratified(data, size, seed)
 
@@ -5554,13 +5561,6 @@ def walk(root: Path) -> Iterator[tuple[Path, set[str]]]:
         yield Path(folder), set(files)
 
 
-def find_files(roots: Iterable[Path], names: set[str]) -> Iterator[Path]:
-    """Files with one of these names, at any depth below the roots."""
-    for root in dict.fromkeys(roots):
-        for folder, files in walk(root):
-            yield from (folder / name for name in sorted(names & files))
-
-
 def find_sources(name: str, folders: Iterable[Path], problems: list[str]) -> Iterator[Path]:
     """Folders with all batch files of a data set, and its archives. What lacks a file goes to `problems`."""
     wanted, archive = set(batch_files(name)), READERS[name].filename
@@ -5593,7 +5593,10 @@ def read_source(name: str, source: Path) -> RawData:
                 payload = archive.extractfile(f"{reader.base_folder}/{file}").read()
             except (KeyError, AttributeError):  # no such member, or a folder
                 raise Damaged(f"{source}: the archive lacks {file}") from None
-        return cast("dict[str, Any]", pickle.loads(check_md5(source / file, payload, md5), encoding="latin1"))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", NUMPY_WARNING)
+            content = pickle.loads(check_md5(source / file, payload, md5), encoding="latin1")
+        return cast("dict[str, Any]", content)
 
     def part(batches: Iterable[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
         contents = [unpickle(file, md5) for file, md5 in batches]
@@ -5665,6 +5668,9 @@ def fetch(url: str, limit_seconds: float, check: Callable[[], None]) -> bytes:
 
 
 # -- plugins ------------------------------------------------------------------------------------------------
+HELPERS: dict[Path, dict[str, Path]] = {}  # plugin -> module -> file: what its import has brought in
+
+
 def load_plugins(paths: Sequence[Path]) -> dict[str, str]:
     """Import the user's files, each of which registers a method; returns their names and checksums.
 
@@ -5672,43 +5678,89 @@ def load_plugins(paths: Sequence[Path]) -> dict[str, str]:
     """
     sys.modules.setdefault("run_exp1b_kaggle", sys.modules[__name__])
     found: dict[str, str] = {}
-    for path in dict.fromkeys(Path(path) for path in paths):
+    for path in dict.fromkeys(Path(path).absolute() for path in paths):
+        if path.name in found:
+            raise UsageError(f"--plugin: two files are called {path.name}: rename one")
         try:
             source = path.read_bytes()
+            known = source_sha256(path, source)
+            if all(method.source_sha256 != known for method in METHODS.values()):
+                import_plugin(path, source)  # unless an earlier command of this process has
+            found[path.name] = source_sha256(path, source)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = getattr(error, "strerror", None) or error
             raise UsageError(
                 f"--plugin {path} cannot be read ({reason}): give the path of a Python file"
             ) from None
-        if path.name in found:
-            raise UsageError(f"--plugin: two files are called {path.name}: rename one")
-        found[path.name] = hashlib.sha256(source).hexdigest()
-        if all(method.source_sha256 != found[path.name] for method in METHODS.values()):
-            import_plugin(path, source, found[path.name])  # unless an earlier command of this process has
     return found
 
 
-def import_plugin(path: Path, source: bytes, sha256: str) -> None:
-    """Execute a plugin's source, which registers methods. Raises `UsageError`; then none is registered."""
-    before = dict(METHODS)
+def source_sha256(path: Path, source: bytes) -> str:
+    """SHA-256 (hex) of a plugin's source and of the modules beside it that it has imported."""
+    whole = hashlib.sha256(source)
+    for name, file in sorted(HELPERS.get(path, {}).items()):
+        whole.update(name.encode() + file.read_bytes())
+    return whole.hexdigest()
+
+
+def import_plugin(path: Path, source: bytes) -> None:
+    """Execute a plugin's source, which registers methods. Raises `UsageError`; then none is registered.
+
+    It may import modules that lie beside it or below: each plugin gets its own, whatever others are called.
+    """
+    others = {name: sys.modules.pop(name, None) for helpers in HELPERS.values() for name in helpers}
+    methods, modules = dict(METHODS), set(sys.modules)
     module = types.ModuleType(f"exp1b_plugin_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
+    sys.path.insert(0, str(path.parent))
+    importlib.invalidate_caches()
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
-        added = [method for name, method in METHODS.items() if name not in before]
+        added = [method for name, method in METHODS.items() if name not in methods]
         if not added:
             raise UsageError('it registers no method: decorate a class with @register("Name")')
     except (Exception, SystemExit) as error:
         METHODS.clear()
-        METHODS.update(before)
+        METHODS.update(methods)
         kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
-        raise UsageError(f"--plugin {path} cannot be used ({kind}{first_line(error)})") from None
+        place = place_in_plugin(error, path)
+        what = ", ".join(filter(None, [kind + first_line(error), place]))
+        raise UsageError(f"--plugin {path} cannot be used ({what})") from None
+    finally:
+        sys.path.remove(str(path.parent))
+        HELPERS[path] = modules_below(path.parent, set(sys.modules) - modules - {module.__name__})
+        sys.modules.update(
+            {name: other for name, other in others.items() if other and name not in sys.modules}
+        )
     for method in added:
-        method.source_sha256 = sha256
+        method.source_sha256 = source_sha256(path, source)
+
+
+def modules_below(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Which of these modules lie in a folder or below, with their files; not what is installed there."""
+    files = {name: Path(getattr(sys.modules[name], "__file__", None) or "") for name in names}
+    own = {name: file for name, file in files.items() if file.is_relative_to(folder)}
+    installed = {"site-packages", "dist-packages", "lib-dynload"}
+    return {
+        name: file
+        for name, file in own.items()
+        if name.partition(".")[0] not in sys.stdlib_module_names and not installed & set(file.parts)
+    }
+
+
+def place_in_plugin(error: BaseException, path: Path) -> str:
+    """Where in a plugin, or in a module beside it, an error arose: "mine.py, line 3"; "" if nowhere."""
+    if isinstance(error, SyntaxError):
+        return ""  # its message says it
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(path.parent)]
+    own = [frame for frame in own if frame.filename != import_plugin.__code__.co_filename]
+    return f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
 
 
 # -- command line -------------------------------------------------------------------------------------------
+OWN_NAMES = {"checkpoints", "figures", "data", "experiment.log", "run.lock", "run.owner", ".pages"}
 ACTIONS = {  # option -> which settings it takes beside it (None: all)
     "status": ("mode", "dataset", "output_dir", "plugin"),
     "report_only": ("mode", "dataset", "output_dir", "data_dir", "plugin"),
@@ -5739,6 +5791,11 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
 
+def home_path(text: str) -> Path:
+    """A path as it is given; a shell leaves the `~` of `--output-dir=~/run` alone."""
+    return Path(os.path.expanduser(text))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line, made from the fields of `Settings`."""
     parser = _Parser(
@@ -5757,7 +5814,7 @@ def build_parser() -> argparse.ArgumentParser:
     }.items():
         actions.add_argument(option, action="store_true", help=text)
     actions.add_argument(
-        "--merge", nargs="+", type=Path, metavar="RUN_DIR", help="make one run and one report of several"
+        "--merge", nargs="+", type=home_path, metavar="RUN_DIR", help="make one run and one report of several"
     )
     titles = {
         "experiment": "the experiment (fixed once a run exists)",
@@ -5771,6 +5828,8 @@ def build_parser() -> argparse.ArgumentParser:
             options["action"] = argparse.BooleanOptionalAction
         elif "choices" not in options:
             options.setdefault("metavar", "N")
+        if options.get("type") is Path:
+            options["type"] = home_path
         text = (declared.metadata["help"] + say_default(declared)).replace("%", "%%")
         group = groups[declared.metadata["role"]]
         group.add_argument(flag(declared.name), default=argparse.SUPPRESS, help=text, **options)
@@ -5841,8 +5900,8 @@ def find_run(args: Namespace, platform: Platform) -> Path:
     if given is not None and is_run(given):
         return Path(given)
     wanted = {name: args.given[name] for name in ("mode", "dataset") if name in args.given}
-    for roots in ((platform.output_root,), platform.inputs):
-        found = [(index.last_activity, str(path)) for path, index in find_runs(args, roots, wanted)]
+    for folders in (runs_in(platform.output_root), runs_below(platform.inputs)):
+        found = [(index.last_activity, str(path)) for path, index in read_runs(args, folders, wanted)]
         found = [item for item in found if given is None or Path(item[1]).name == Path(given).name]
         if len(found) > 1:
             log.info("%d runs match; the newest is used: %s", len(found), max(found)[1])
@@ -5856,15 +5915,23 @@ def find_run(args: Namespace, platform: Platform) -> Path:
     raise UsageError(f"found no {what} in {searched}: attach its output as input, or give --output-dir")
 
 
-def find_runs(
-    args: Namespace, roots: Sequence[Path], wanted: Mapping[str, str]
+def runs_in(folder: Path) -> list[Path]:
+    """The run folders in a folder, but not in what lies deeper. One with a dot in front is no whole copy."""
+    found = [path.parent for path in sorted(folder.glob("*/checkpoints"))]
+    return [path for path in found if not path.name.startswith(".") and is_run(path)]
+
+
+def runs_below(roots: Iterable[Path]) -> list[Path]:
+    """The run folders at any depth below Kaggle's inputs."""
+    folders = [folder for root in dict.fromkeys(roots) for folder, _ in walk(root)]
+    return [path.parent for path in folders if path.name == "checkpoints" and is_run(path.parent)]
+
+
+def read_runs(
+    args: Namespace, folders: Iterable[Path], wanted: Mapping[str, str]
 ) -> Iterator[tuple[Path, Index]]:
-    """Runs below the roots with settings as `wanted`. A folder with a dot in front is no whole copy."""
-    names = {STATE_NAME, *(Job("teacher", dataset).name + ".pt" for dataset in DATASETS)}
-    folders = [path.parent for path in find_files(roots, names) if path.parent.name == "checkpoints"]
-    for path in dict.fromkeys(folder.parent for folder in folders):
-        if path.name.startswith("."):
-            continue
+    """Those of these runs that can be used and have settings as `wanted`, each with its index."""
+    for path in folders:
         try:
             index = load_index(path, args.plugins)
         except UsageError as error:
@@ -5909,8 +5976,7 @@ def open_run(
     args: Namespace, platform: Platform, session: Session
 ) -> Iterator[tuple[Run, list[Device], RawData]]:
     """Find or create the run, take its lock, check device and data, and enter this session into the index."""
-    path = choose_folder(args, platform)
-    is_new = not os.path.exists(path)
+    path, is_new = choose_folder(args, platform)
     make_run_folder(path)
     try:
         with hold_folder(path) as token:
@@ -5938,26 +6004,46 @@ def open_run(
             shutil.rmtree(path, ignore_errors=True)
 
 
-def choose_folder(args: Namespace, platform: Platform) -> Path:
-    """The folder of the run to start or to continue."""
+def choose_folder(args: Namespace, platform: Platform) -> tuple[Path, bool]:
+    """The folder of the run to start or to continue, and whether it was not there before."""
     if args.resume:
-        return adopt(find_run(args, platform), args, platform)
+        return adopt(find_run(args, platform), args, platform), False
     settings = new_settings(args.given)
-    name = f"exp1b_{settings.mode}_{datetime.datetime.now():%Y%m%d_%H%M%S}"
-    path = Path(settings.output_dir or platform.output_root / name)
+    path = settings.output_dir
+    if path is None:
+        return new_run_folder(platform.output_root, settings.mode), True
     if is_run(path):
         raise UsageError(
             f"{path} holds a run already: add --resume to continue it, or choose another --output-dir"
         )
-    return path
+    others = sorted({*os.listdir(path)} - OWN_NAMES) if os.path.isdir(path) else []
+    if others:
+        raise UsageError(f"{path} holds other files ({others[0]}): choose a new or empty --output-dir")
+    return path, not os.path.exists(path)
 
 
-def make_run_folder(path: Path) -> None:
+def new_run_folder(root: Path, kind: str) -> Path:
+    """Make a run folder, named after the time, that no other process has made: later ones get a number."""
+    name, number = f"exp1b_{kind}_{datetime.datetime.now():%Y%m%d_%H%M%S}", 1
+    path = root / name
+    while True:
+        try:
+            make_run_folder(path, exist_ok=False)
+            return path
+        except FileExistsError:
+            number += 1
+            path = root / f"{name}_{number}"
+
+
+def make_run_folder(path: Path, exist_ok: bool = True) -> None:
     """Make the folders of a run. Raises `UsageError` where that is impossible."""
     try:
+        path.mkdir(parents=True, exist_ok=exist_ok)
         for folder in (path / "checkpoints", path / "figures"):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
     except OSError as error:
+        if isinstance(error, FileExistsError) and not exist_ok:
+            raise
         if error.errno in NO_ROOM:
             raise DiskFull(f"no room to make {path}") from None
         raise UsageError(
@@ -5967,7 +6053,8 @@ def make_run_folder(path: Path) -> None:
 
 def continued_settings(index: Index, given: Mapping[str, Any]) -> Settings:
     """Settings of a run that is continued, by default with as many threads: others round differently."""
-    settings = extended_settings(index.settings, given)
+    stored = replace(index.settings, precision=index.precision)  # what `auto` has become may be asked for
+    settings = replace(extended_settings(stored, given), precision=index.settings.precision)
     if settings.threads is None and settings.workers is None and index.sessions:
         settings = replace(settings, threads=index.sessions[-1].threads)
     return settings
@@ -6034,12 +6121,6 @@ def make_index(
         return new_index(settings, precision, describe_data(data, settings.seed), args.plugins)
     if index.data.sha256 != data.sha256:
         raise UsageError(f"the data found ({data.source}) are not the run's: give the right --data-dir")
-    networks = [network for ratio in index.merged_teachers.values() for network in ratio.values()]
-    if len({network.weights_sha256 for network in networks if network.kind == "teacher"}) > 1:
-        raise UsageError(
-            "this run was merged from several teachers: it can be reported on (--report-only) "
-            "but not continued"
-        )
     epochs = {**equal_cost_epochs(settings), **index.equal_cost_epochs}  # what has begun keeps its length
     return replace(index, plugins={**index.plugins, **args.plugins}, equal_cost_epochs=epochs)
 
@@ -6053,7 +6134,16 @@ def prepare_run(run: Run, platform: Platform) -> None:
     if batch > train:
         raise UsageError(f"--batch-size {batch} is larger than the {train} training images: make it smaller")
     if platform.kaggle:
-        check_disk(run.path, disk_bytes(run.settings), platform)
+        needed, pages = disk_bytes(run.settings), page_bytes(run.settings)
+        if not has_room(PageStore(run.path).places[0], pages):
+            needed += pages  # then they fall into the run folder
+        check_disk(run.path, needed, platform)
+
+
+def has_room(folder: Path, size: int) -> bool:
+    """Whether a folder, which need not exist yet, can take so many bytes."""
+    place = folder if folder.exists() else folder.parent
+    return place.is_dir() and os.access(place, os.W_OK) and shutil.disk_usage(place).free > size
 
 
 def disk_bytes(settings: Settings) -> int:
@@ -6104,7 +6194,8 @@ def enter_session(run: Run, settings: Settings, args: Namespace, devices: Sequen
         if old != new:
             old, new = (listed(value) if isinstance(value, tuple) else value for value in (old, new))
             grown.append(f"{name} from {old} to {new}")
-    seen = any(record.kind == "student" for record in index.jobs.values())
+    run.refresh()
+    seen = any(record.kind == "student" for record in run.records.values())  # whatever the index knew
     session = SessionRecord(
         started=now(),
         command=args.command,
@@ -6144,21 +6235,18 @@ def reuse_finished(run: Run, platform: Platform) -> None:
     wanted = {name for name, job in jobs.items() if not run.file(job).exists()}
     if not wanted:
         return
-    found = list(find_files([platform.output_root, *platform.inputs], wanted))
+    folders = [*runs_in(run.path.parent), *runs_in(platform.output_root), *runs_below(platform.inputs)]
     for name, job in jobs.items():  # in the order of learning: what teaches comes first
         run.refresh()
         if name not in wanted or any(teacher.name not in run.records for teacher in teachers_of(job)):
             continue
-        for path in [path for path in found if path.name == name]:
-            if any(part.startswith(".") for part in path.parts[-4:-1]):
-                continue  # an unfinished copy of a run
+        for folder in dict.fromkeys(folders):
             with contextlib.suppress(FileNotFoundError, Damaged):
-                record, tensors = run.load(job, path)
+                record, tensors = run.load(job, folder / "checkpoints" / name)
                 if record.taught_by != taught_by(run, job):
                     continue
                 run.finish(job, record, tensors)
-                source = path.parent.parent.name
-                note = f"{job.name} was reused from {source} (identical settings, data and precision)."
+                note = f"{job.name} was reused from {folder.name} (identical settings, data and precision)."
                 log.info("%s", note)
                 run.index.notes.append(note)
                 break
@@ -6629,9 +6717,8 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
     paths = list(dict.fromkeys(path.resolve() for path in args.merge))
     runs = [Run(path, load_index(path, args.plugins)) for path in paths]
     settings = merged_settings(runs)
-    default = platform.output_root / f"exp1b_merged_{datetime.datetime.now():%Y%m%d_%H%M%S}"
-    target = Path(args.given.get("output_dir") or default)
-    if target.exists() and (is_run(target) or not target.is_dir() or any(target.iterdir())):
+    target = args.given.get("output_dir")
+    if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists already: choose another --output-dir for the merged run")
 
     index = replace(
@@ -6642,18 +6729,20 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
         sessions=[session for run in runs for session in run.index.sessions],
         notes=list(dict.fromkeys(note for run in runs for note in run.index.notes)),
         plugins={name: sha256 for run in runs for name, sha256 in run.index.plugins.items()},
+        equal_cost_epochs=merged_epochs(runs, settings),
     )
     index.notes.append(f"Merged from {listed(index.merged_from)}.")
-    files = merged_files(runs, settings, index)
+    files = merged_files(runs, settings)
 
+    if target is None:
+        target = new_run_folder(platform.output_root, "merged")
     partial_run = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial_run, ignore_errors=True)
     make_run_folder(partial_run)
-    for source in files.values():
+    for source in files:
         write_atomic(partial_run / "checkpoints" / source.name, source.read_bytes())
     Run(partial_run, index).save_index()
-    if target.is_dir():
-        target.rmdir()
+    shutil.rmtree(target, ignore_errors=True)  # an empty one
     rename(partial_run, target)  # from here on it is a run, and --report-only can write its report
     with hold_folder(target) as token:
         start_logging(target / "experiment.log")
@@ -6681,46 +6770,56 @@ def merged_settings(runs: Sequence[Run]) -> Settings:
     return settings
 
 
-def merged_files(runs: Sequence[Run], settings: Settings, index: Index) -> dict[str, Path]:
-    """The finished files of a merged run, by job; what taught each ratio goes into the index."""
+def merged_epochs(runs: Sequence[Run], settings: Settings) -> dict[str, int]:
+    """The epochs of Direct-equal-cost at each ratio, as the parts have them. Raises `UsageError`."""
+    epochs: dict[str, int] = {}
+    for run in runs:
+        for ratio, count in run.index.equal_cost_epochs.items():
+            if epochs.setdefault(ratio, count) != count:
+                raise UsageError(
+                    f"{run.path} plans {count} epochs of Direct-equal-cost at {ratio}, another part plans "
+                    f"{epochs[ratio]}: merge parts that were started with the same scope"
+                )
+    return {**equal_cost_epochs(settings), **epochs}
+
+
+def merged_files(runs: Sequence[Run], settings: Settings) -> list[Path]:
+    """The finished files of a merged run. Raises `UsageError` unless all was learned from one teacher."""
     chosen: dict[str, tuple[Path, Record]] = {}
     for run in runs:
         run.jobs = planned_jobs(settings)
         for job in run.jobs:
             try:
-                run.records[job.name] = run.load(job)[0]
+                record, _ = run.load(job)
             except FileNotFoundError:
                 continue
             except Damaged as error:
                 raise UsageError(f"{run.file(job)} {error}: repair that run with --resume first") from None
-            record = run.records[job.name]
+            run.records[job.name] = record
             path, known = chosen.setdefault(job.name, (run.file(job), record))
-            same = (known.weights_sha256, known.config) == (record.weights_sha256, record.config)
-            if job.kind == "student" and not same:
+            if (known.weights_sha256, known.config) != (record.weights_sha256, record.config):
+                remedy = "merge only one of them"
+                if job.kind in ("teacher", "assistant"):
+                    remedy = "merge runs that share one teacher"
                 raise UsageError(
-                    f"{run.path} and {path.parent.parent} both hold {job.name}, trained "
-                    "differently: merge only one of them"
+                    f"{run.path} and {path.parent.parent} both hold {job.name}, trained differently: {remedy}"
                 )
-            if job.kind == "student" and job.teacher_networks:
-                note_teachers(run, record, index)
-    return {name: path for name, (path, _) in chosen.items()}
+    for path, record in chosen.values():
+        for name, sha256 in record.taught_by.items():
+            if name not in chosen or chosen[name][1].weights_sha256 != sha256:
+                raise UsageError(
+                    f"{path} was distilled from a {name} that none of these runs holds: repair its run with "
+                    "--resume first, or merge runs that share one teacher"
+                )
+    return [path for path, _ in chosen.values()]
 
 
-def note_teachers(run: Run, record: Record, index: Index) -> None:
-    """Note what taught a ratio. Raises `UsageError` where its students learned from different networks."""
-    own = index.merged_teachers.setdefault(record.compression, {})
-    for name, sha256 in record.taught_by.items():
-        teacher = run.records.get(name)
-        if teacher is None or teacher.weights_sha256 != sha256:
-            raise UsageError(
-                f"{run.path} lacks the {name} that {record.job} learned from: repair that run "
-                "with --resume first"
-            )
-        if own.setdefault(name, teacher).weights_sha256 != sha256:
-            raise UsageError(
-                f"the students at {record.compression} learned from different teachers and cannot be "
-                "compared: merge runs that share one"
-            )
+def last_activity(path: Path) -> str:
+    """When a run's last session started, also of a run that needs a plugin; "" where that cannot be read."""
+    with contextlib.suppress(OSError, Damaged, KeyError, TypeError):
+        content = load_plain(path / "checkpoints" / STATE_NAME)
+        return str(max(content["created"], *(session["started"] for session in content["sessions"])))
+    return ""
 
 
 def show_results(run_dir: str | Path | None = None) -> None:
@@ -6729,11 +6828,13 @@ def show_results(run_dir: str | Path | None = None) -> None:
 
     if run_dir is None:
         platform = detect_platform()
-        reports = list(find_files((platform.output_root, *platform.inputs), {REPORT_NAME}))
-        if not reports:
+        found = [*runs_in(platform.output_root), *runs_below(platform.inputs)]
+        reported = [(last_activity(path), path) for path in found if (path / REPORT_NAME).exists()]
+        if not reported:
             raise UsageError("no run was found here: show_results(run_dir) takes the path of a run folder")
-        run_dir = max(reports, key=lambda path: path.stat().st_mtime).parent
-    folder = Path(run_dir)
+        run_dir = max(reported)[1]
+    folder = Path(run_dir).expanduser()
+    print(folder)
     display(pd.read_csv(folder / "summary.csv"))
     report = (folder / REPORT_NAME).read_text(encoding="utf-8")
     display(Markdown(re.sub(r"!\[.*?\]\(figures/.*?\)\n?", "", report)))  # their paths are not the notebook's
