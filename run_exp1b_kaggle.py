@@ -89,7 +89,7 @@ import uuid
 import zipfile
 import zlib
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
@@ -2337,44 +2337,65 @@ def method_costs(run: Run, ratio: str | None = None) -> pd.DataFrame:
 
 
 def cost_row(run: Run, students: Sequence[Record]) -> dict[str, float]:
-    """The seconds of one method's students, and of the networks and pilots that they needed."""
-    method, dataset = METHODS[students[0].method], run.settings.dataset
-    counted: dict[tuple[str, str], Record] = {}  # (job, weights): merged ratios may have a teacher each
-    pages: list[dict[tuple[str, int], float]] = []
-    for ratio in sorted({student.compression for student in students}):
-        teachers = run.teachers(ratio)
-        helpers = [teachers.get(teacher_job(network, dataset).name) for network in method.teachers(ratio)]
-        if method.managed:
-            helpers.append(run.records.get(Job("pilot", dataset, ratio, method.pilot).name))
-        for record in [*helpers, *(student for student in students if student.compression == ratio)]:
-            if record and record.done and (record.job, record.weights_sha256) not in counted:
-                counted[record.job, record.weights_sha256] = record
-                pages.append(pages_of(run, record, teachers))
-
-    row = dict.fromkeys(COST_OF.values(), 0.0)
-    for record in counted.values():
-        row[COST_OF[record.kind]] += record.train_seconds
-    row["teacher_outputs"] = sum({page: seconds for used in pages for page, seconds in used.items()}.values())
-    row["total"] = sum(row.values())
-    row["unshared"] = sum(sum(used.values()) for used in pages)
-    row["students"] = len(students)
-    return row
+    """The seconds of one method's finished students, and of everything that they needed."""
+    needed = {student.job: student for student in students}
+    for student in students:
+        needed |= {record.job: record for record in helpers_of(run, student)}
+    seconds = dict.fromkeys(COST_COLUMNS, 0.0)
+    used, unshared = set(), 0.0
+    for record in needed.values():
+        seconds[COST_OF[record.kind]] += record.train_seconds
+        pages = pages_seen(run, record)
+        used |= pages
+        unshared += outputs_seconds(run, pages)
+    seconds["teacher_outputs"] = outputs_seconds(run, used)
+    seconds["total"] = sum(seconds.values())
+    return seconds | {"students": len(students), "unshared": unshared}
 
 
-def pages_of(run: Run, record: Record, teachers: Mapping[str, Record]) -> dict[tuple[str, int], float]:
-    """(weights of a teacher, page) -> seconds, of the teachers' outputs that a job has used."""
-    configs = [record.config, *(candidate.config for candidate in record.candidates)]
-    networks = {network for config in configs if config for network in config.teachers}
-    epochs = run.settings.student_epochs if record.kind == "pilot" else len(record.history)
-    order_of = record.run if record.kind == "student" else 1
-    order = page_order(run.settings.seed, order_of, epochs)
-    used = {}
-    for network in sorted(networks):
-        teacher = teachers.get(teacher_job(network, run.settings.dataset).name)
-        if teacher and math.isfinite(teacher.inference_seconds):
-            for page in order:
-                used[teacher.weights_sha256, page] = teacher.inference_seconds * run.index.data.train
-    return used
+def helpers_of(run: Run, student: Record) -> list[Record]:
+    """The finished jobs that a student needed: its pilot, and all networks that taught either of them."""
+    method, dataset = METHODS[student.method], run.settings.dataset
+    helpers, networks = [], set(method.teachers(student.compression))
+    if student.config:
+        networks = set(student.config.teachers)
+    pilot = run.records.get(Job("pilot", dataset, student.compression, method.pilot).name)
+    if pilot and pilot.done and method.managed:
+        helpers.append(pilot)
+        networks.update(*(candidate.config.teachers for candidate in pilot.candidates))
+    jobs = {teacher_job(network, dataset) for network in networks}
+    jobs.update(*(teachers_of(job) for job in jobs))  # an assistant learns from all that are larger
+    records = [run.records[job.name] for job in jobs if job.name in run.records]
+    return helpers + sorted((record for record in records if record.done), key=lambda record: record.job)
+
+
+def pages_seen(run: Run, record: Record) -> set[tuple[str, int]]:
+    """(network that teaches, page of its outputs) of all that a finished job has asked for."""
+    steps_per_epoch = run.index.data.train // run.settings.batch_size
+    trainings = [(record.config, len(record.history))]
+    if record.kind == "pilot":  # each candidate in each rung begins with the first page
+        longest = [(candidate.config, max(candidate.steps, default=0)) for candidate in record.candidates]
+        trainings = [(config, math.ceil(steps / steps_per_epoch)) for config, steps in longest]
+    number = record.run if record.kind == "student" else 1
+    seen: set[tuple[str, int]] = set()
+    for config, epochs in trainings:
+        pages = page_order(run.settings.seed, number, epochs)
+        if config and config.attention and epochs:
+            pages += page_order(run.settings.seed, 1, 1)  # that the attention is judged on
+        if config:
+            seen.update(itertools.product(config.teachers, pages))
+    return seen
+
+
+def outputs_seconds(run: Run, pages: Collection[tuple[str, int]]) -> float:
+    """What it takes to compute these (network that teaches, page)."""
+    total = 0.0
+    for network in ("teacher", *LADDER):
+        record = run.records.get(teacher_job(network, run.settings.dataset).name)
+        if record and record.done and math.isfinite(record.inference_seconds):
+            count = sum(asked == network for asked, _ in pages)
+            total += count * record.inference_seconds * run.index.data.train
+    return total
 
 
 # -- evidence: what figures and report are made from --------------------------------------------------------

@@ -406,25 +406,46 @@ def test_costs_count_each_page_once_per_method(tmp_path):
     assert costs.teacher_outputs["TraditionalKD"] == pytest.approx(10 * distinct)
     assert costs.total["TraditionalKD"] == pytest.approx(1000 + 20 + 10 * distinct)
     assert costs.unshared["TraditionalKD"] == pytest.approx(10 * 2 * 20)
-    # HPM-KD: students learn from the teacher and 1.5x; the pilot tries 2.3x too; pilot and assistants use the pages of run 1.
-    assert costs.teacher_outputs["HPM-KD"] == pytest.approx(11 * distinct + 20)
-    assert (costs.assistants["HPM-KD"], costs.pilots["HPM-KD"], costs.student_training["HPM-KD"]) == (
-        200,
-        50,
-        20,
-    )
-    assert costs.total["HPM-KD"] == pytest.approx(1000 + 200 + 50 + 20 + 11 * distinct + 20)
-    assert costs.unshared["HPM-KD"] == pytest.approx(
-        20 * (2 * 11 + 12 + 10 + 11)
-    )  # students, pilot, 1.5x, 2.3x
+    # HPM-KD: students and assistants, together, see every page of the teacher and of 1.5x.
+    # Of 2.3x only the pilot sees anything: one page, in its first rung.
+    assert costs.teacher_outputs["HPM-KD"] == pytest.approx(11 * distinct + 1)
+    assert costs.assistants["HPM-KD"] == 200 and costs.pilots["HPM-KD"] == 50
+    assert costs.student_training["HPM-KD"] == 20
+    assert costs.total["HPM-KD"] == pytest.approx(1000 + 200 + 50 + 20 + 11 * distinct + 1)
+    # Run 2's attention is judged on run 1's first page. The assistants have one and two teachers.
+    judged = len(pages(run, (2,)) | {exp.page_order(run.settings.seed, 1, 1)[0]})
+    students = 11 * (20 + judged)
+    assert costs.unshared["HPM-KD"] == pytest.approx(students + (2 * 11 + 1) + 20 * 10 + 20 * 11)
 
 
-def test_a_network_that_no_configuration_uses_costs_no_page(tmp_path):
-    run = tiny_costs(tmp_path)
-    for name in ("student_5x_HPM-KD_run1", "student_5x_HPM-KD_run2"):
-        change(run, name, config=replace(run.records[name].config, teachers=("teacher", "1.5x")))
-    expected = 11 * len(pages(run, (1, 2))) + len(pages(run, (1,)))  # the pilot alone has asked 2.3x
-    assert exp.method_costs(run).teacher_outputs["HPM-KD"] == pytest.approx(expected)
+def test_a_pilot_pays_for_the_pages_that_its_candidates_used_and_no_more(tmp_path):
+    run = without(tiny_costs(tmp_path), "run2")
+    pilot, student = "pilot_5x_HPM-KD_CIFAR10", "student_5x_HPM-KD_run1"
+    change(run, student, config=replace(run.records[student].config, teachers=("teacher",)))
+    change(run, "assistant_1.5x_CIFAR10", config=None)
+    change(run, "assistant_2.3x_CIFAR10", config=None)
+    steps = 45_000 // run.settings.batch_size  # of an epoch
+    config = exp.Distillation(teachers=("teacher", "1.5x"))
+    candidates = [
+        exp.Candidate(config, [steps, 3 * steps + 1], [60.0, 70.0], 0.0, 0.0),
+        exp.Candidate(replace(config, teachers=("teacher", "2.3x")), [steps], [60.0], 0.0, 0.0),
+    ]
+    change(run, pilot, candidates=candidates, config=config)
+    costs = exp.method_costs(run)
+    assert costs.teacher_outputs["HPM-KD"] == pytest.approx(20 * 10 + 4 * 1 + 1 * 1)
+    change(run, pilot, candidates=[replace(candidates[0], steps=[])])  # a single candidate is never trained
+    assert exp.method_costs(run).teacher_outputs["HPM-KD"] == pytest.approx(20 * 10)
+
+
+def test_a_method_pays_for_the_networks_that_it_needed_and_for_theirs(tmp_path):
+    run = fake_run(tmp_path, 1, ratios=("7x",), ablation=True)
+    costs = exp.method_costs(run)
+    assert costs.assistants["HPM-KD"] == 2400  # of which a candidate of its pilot has three
+    assert costs.assistants["HPM-KD-no-manager"] == 800  # it learns from the teacher and 1.5x
+    student = "student_7x_TraditionalKD_run1"
+    change(run, student, config=exp.Distillation(teachers=("5x",)))
+    costs = exp.method_costs(run)
+    assert costs.assistants["TraditionalKD"] == 2400 and costs.teacher["TraditionalKD"] == 4000
 
 
 def test_costs_of_one_ratio_and_of_nothing(tmp_path):
@@ -439,8 +460,12 @@ def test_costs_of_one_ratio_and_of_nothing(tmp_path):
     assert (
         total.assistants["HPM-KD"] == 2400 and total.pilots["HPM-KD"] == 1500
     )  # assistants are shared, pilots are not
-    # Teachers: 2 for two students per ratio; 2, 3 and 4 for the pilots; 1, 2 and 3 for the assistants, once. 20 pages of 10 s.
-    assert total.unshared["HPM-KD"] == pytest.approx(200 * (2 * 3 * 2 + (2 + 3 + 4) + 1 + 2 + 3))
+    # Pages of 10 s. Two teachers for two students per ratio, 20 pages for run 1 and `judged` for run 2; two pages of the
+    # default's teachers and one of each other's for the pilots; one, two and three teachers for the assistants, once.
+    judged = len(pages(run, (2,)) | {exp.page_order(run.settings.seed, 1, 1)[0]})
+    assert total.unshared["HPM-KD"] == pytest.approx(
+        10 * (3 * 2 * (20 + judged) + (4 + 5 + 6) + 20 * (1 + 2 + 3))
+    )
     assert exp.method_costs(without(run, "student")).empty
 
 
@@ -450,15 +475,6 @@ def test_a_copy_costs_what_its_training_costs_and_a_control_its_own_pilot(tmp_pa
     assert costs.pilots["TunedKD"] == 1500 and costs.assistants["TunedKD"] == 0
     assert costs.pilots["HPM-KD"] == costs.pilots["HPM-KD-no-chain"] == 1500
     assert costs.pilots["HPM-KD-no-manager"] == 0
-
-
-def test_a_merged_run_pays_for_both_teachers(tmp_path):
-    run = fake_run(tmp_path, 2)
-    assert exp.method_costs(run).teacher["TraditionalKD"] == 4000
-    merged(run, "7x", 90.0)
-    costs = exp.method_costs(run)
-    assert costs.teacher["TraditionalKD"] == 8000 and costs.teacher["Direct"] == 0
-    assert costs.teacher_outputs["TraditionalKD"] == pytest.approx(2 * 10 * len(pages(run, (1, 2))))
 
 
 # ---- evidence
