@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fake_state import change, failed, fake_run, merged, without
+from fake_state import change, failed, fake_run, without
 from scipy import stats
 
 import run_exp1b_kaggle as exp
@@ -100,9 +100,18 @@ def test_pairs_are_formed_by_run_number():
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_interval_covers_95_percent(n):
     draws = np.random.default_rng(n).normal(0.4, 0.3, (2000, n))
-    bounds = np.array([exp.mean_interval(row)[2:] for row in draws])
+    bounds = np.array([exp.t_interval(row) for row in draws])
     covered = ((bounds[:, 0] <= 0.4) & (bounds[:, 1] >= 0.4)).mean()
     assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)
+
+
+def test_equal_values_and_single_ones_have_no_interval():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for values in ([], [85.0], [85.0, 85.0 + 1e-14, 85.0]):
+            assert np.isnan(exp.t_interval(values)).all()
+        c = exp.one_sample([0.1 + 0.2, 0.3, 0.3], (1, 2, 3))
+    assert (c.sd, c.no_interval) == (0.0, "all differences are equal") and math.isnan(c.low)
 
 
 # ---- power
@@ -343,7 +352,7 @@ def test_frame_has_the_promised_columns_in_order(tmp_path):
     assert (row.dataset, row.seed, row.epochs, row.status) == ("CIFAR10", 43, 20, "done")
     assert row.ratio_actual == pytest.approx(23_520_842 / 10_235_000) and row.teacher_accuracy == 92.4
     assert row.retention == pytest.approx(100 * row.test_accuracy / 92.4)
-    assert exp.cell(frame, "5x", "Direct-equal-cost", "epochs").tolist() == [82, 82, 82]
+    assert exp.values_of(frame, "5x", "Direct-equal-cost", "epochs").tolist() == [82, 82, 82]
     copies = frame[(frame.method == "HPM-KD-no-manager") & (frame.compression == "7x")]
     assert copies.same_as.tolist() == ["HPM-KD"] * 3  # an arm that equals another has its rows like any other
 
@@ -360,20 +369,11 @@ def test_frame_of_nothing_and_of_failures(tmp_path):
         and math.isnan(row.test_accuracy)
         and pd.isna(row.params)
     )
-    assert len(exp.cell(frame, "5x", "Direct")) == 0
+    assert len(exp.values_of(frame, "5x", "Direct")) == 0
     text = frame.to_csv()
     assert (
         ",4716000," in text and "4716000.0" not in text
     )  # one missing number does not turn counts into fractions
-
-
-def test_each_ratio_of_a_merged_run_has_its_teacher(tmp_path):
-    assert exp.gather_evidence(fake_run(tmp_path, 2)).one_teacher
-    evidence = exp.gather_evidence(merged(fake_run(tmp_path, 2), "7x", 50.0))
-    accuracies = evidence.frame.groupby("compression").teacher_accuracy.first()
-    assert accuracies.to_dict() == {"2.3x": 92.4, "5x": 92.4, "7x": 50.0}
-    assert [evidence.teacher_accuracy(ratio) for ratio in evidence.ratios] == [92.4, 92.4, 50.0]
-    assert not evidence.one_teacher and "different teachers" in evidence.trend.no_interval
 
 
 # ---- costs
@@ -484,10 +484,8 @@ def test_evidence_lists_what_is_missing(tmp_path):
     assert exp.gather_evidence(fake_run(tmp_path, 3, ablation=True)).missing == []
     run = without(fake_run(tmp_path, 3, ablation=True), "student_7x", "student_5x_HPM-KD_run2", "teacher")
     assert exp.gather_evidence(run).missing == ["the teacher", "5x: HPM-KD 2 of 3 runs", "all of 7x"]
-    run = without(merged(fake_run(tmp_path, 2), "7x", 90.0), "run1")
-    run.index.merged_teachers["7x"] = {"assistant_5x_CIFAR10": run.records["assistant_5x_CIFAR10"]}
-    assert exp.gather_evidence(run).missing[0] == "the teacher at 7x"
-    assert exp.gather_evidence(run).missing[1] == "2.3x: Direct 1, TraditionalKD 1 and HPM-KD 1 of 2 runs"
+    run = without(fake_run(tmp_path, 2), "run1")
+    assert exp.gather_evidence(run).missing[0] == "2.3x: Direct 1, TraditionalKD 1 and HPM-KD 1 of 2 runs"
 
 
 def test_every_method_is_compared_with_those_before_it(tmp_path):
