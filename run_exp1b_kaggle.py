@@ -85,7 +85,6 @@ import traceback
 import types
 import typing
 import urllib.request
-import uuid
 import zipfile
 import zlib
 from argparse import Namespace
@@ -93,7 +92,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
-from multiprocessing import resource_tracker
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, cast
 
@@ -101,15 +100,11 @@ import filelock
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from scipy import stats
 from scipy.optimize import brentq
 from scipy.special import log_softmax, softmax
 from torch import nn
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
@@ -3650,6 +3645,7 @@ def write_archive(run: Run) -> None:
 # -- files --------------------------------------------------------------------------------------------------
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EISDIR)
 SEAL_BYTES = 73  # newline, "sha256 ", 64 hex digits, newline: behind the payload, where unpicklers ignore it
 
 
@@ -3831,44 +3827,81 @@ def locked(path: Path, check: Callable[[], None]) -> Iterator[None]:
         lock.release()
 
 
-@contextlib.contextmanager
-def hold_folder(folder: Path) -> Iterator[str]:
-    """Keep every other process out of a run folder; yields a token. Raises `UsageError` if it is in use.
+def take_lock(path: Path, seconds: float = 0.0) -> filelock.BaseFileLock | None:
+    """Take a lock that ends with its process; None where another process holds it for so many seconds.
 
-    The kernel's lock ends with its process and means nothing on a copy. Beside it, `run.owner` names the
-    holder, and its token tells every process that works for this run whether the folder is still theirs: one
-    that was removed and made anew by another run is not.
+    Raises NotImplementedError where the file system has no locks.
     """
-    lock, owner, token = filelock.FileLock(folder / "run.lock"), folder / "run.owner", uuid.uuid4().hex
+    if not path.parent.is_dir():  # removed: `Run.check_ours` finds out, and filelock would make it anew
+        return None
+    lock = filelock.FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=seconds)
     except filelock.Timeout:
+        return None
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            raise NotImplementedError(first_line(error)) from None
+        raise
+    return lock
+
+
+def give_back(lock: filelock.BaseFileLock) -> None:
+    """End a lock and remove its file: who locks a file that has no name any more does not hold it."""
+    with contextlib.suppress(OSError):
+        os.unlink(lock.lock_file)
+    lock.release()
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds a lock."""
+    if not path.exists():
+        return False
+    try:
+        lock = take_lock(path)
+    except NotImplementedError:  # there are none here
+        return False
+    if lock is not None:
+        lock.release()
+    return lock is None
+
+
+def has_locks(folder: Path) -> bool:
+    """Whether the file system of a folder has locks."""
+    try:
+        lock = take_lock(folder / f".{os.getpid()}.lock")
+    except NotImplementedError:
+        return False
+    if lock is not None:
+        give_back(lock)
+    return True
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Lead a run: keep every other process that would out of its folder. Raises `UsageError` if it is in use.
+
+    The kernel's lock ends with its process and means nothing on a copy. Its file names the holder.
+    """
+    path = folder / "run.lock"
+    try:
+        lock = take_lock(path, seconds=1.0)  # who asks whether it is held takes it for a moment, too
+    except NotImplementedError as error:
+        log.warning("%s cannot be locked (%s): take care that only one process works on it", folder, error)
+        yield
+        return
+    if lock is None:
         holder = "another process"
         with contextlib.suppress(OSError, ValueError):
-            holder = owner.read_text().splitlines()[0]
-        raise UsageError(f"{folder} is in use by {holder}: wait for it or stop it") from None
-    except (OSError, NotImplementedError) as error:
-        log.warning(
-            "%s cannot be locked (%s): take care that only one process works on it", folder, first_line(error)
-        )
+            holder = " ".join(path.read_text().split()) or holder
+        raise UsageError(f"{folder} is in use by {holder}: wait for it or stop it")
     try:
-        write_atomic(owner, f"process {os.getpid()} on host {socket.gethostname()}\n{token}\n".encode())
-        yield token
+        with contextlib.suppress(OSError, ValueError):
+            if not path.read_text()[:1].isdigit():  # else filelock's own, where there is no flock
+                path.write_text(f"process {os.getpid()} on host {socket.gethostname()}\n")
+        yield
     finally:
-        if owner_token(folder) == token:
-            with contextlib.suppress(OSError):
-                owner.unlink()
         lock.release()
-
-
-def owner_token(folder: Path) -> str | None:
-    """The token of the process that holds a run folder, "" if none does, None if that cannot be read now."""
-    try:
-        return (folder / "run.owner").read_text().split()[-1]
-    except (FileNotFoundError, NotADirectoryError, ValueError, IndexError):
-        return ""
-    except OSError:
-        return None
 
 
 def to_plain(value: Any) -> Any:
@@ -3986,9 +4019,12 @@ class Run:
 
     REPORT_SECONDS, FIGURE_SECONDS = 30.0, 600.0  # the least time between two writings of the same
 
-    def __init__(self, path: Path, index: Index, token: str = "", labels: np.ndarray | None = None) -> None:
-        """`token`: of the process that holds the folder (`hold_folder`); `labels`: of the test images."""
-        self.path, self.index, self.token, self.labels = path, index, token, labels
+    def __init__(self, path: Path, index: Index, labels: np.ndarray | None = None) -> None:
+        """`labels`: of the test images."""
+        self.path, self.index, self.labels = path, index, labels
+        self.lock_file = (
+            self._lock_file()
+        )  # of the process that leads: while it is the same, so is the folder
         self.settings = index.settings
         self.checkpoints = path / "checkpoints"
         self.jobs = planned_jobs(self.settings)
@@ -3998,8 +4034,16 @@ class Run:
         self.stale = False  # whether something has ended that the report does not know
 
     def file(self, job: Job, kind: str = "pt") -> Path:
-        """A file of a job: "pt" its result, "progress" its last epoch, "failed" why it failed."""
+        """A file of a job: "pt" its result, "progress" its last epoch, "failed" why it failed.
+
+        "lock" is held while a process does it, "attempts" counts the processes that died of it.
+        """
         return self.checkpoints / f"{job.name}.{kind}"
+
+    def progress_files(self, job: Job) -> list[Path]:
+        """The checkpoints in progress of a job, a pilot's candidates included."""
+        patterns = (f"{job.name}.progress*", f"{job.name}_rung*.progress*")
+        return [path for pattern in patterns for path in self.checkpoints.glob(pattern)]
 
     @property
     def left(self) -> list[Job]:
@@ -4114,11 +4158,13 @@ class Run:
         return True
 
     def _drop_progress(self, job: Job) -> None:
-        """Remove the checkpoints in progress of a finished job, also those that a killed process left."""
-        for pattern in (f"{job.name}.progress*", f"{job.name}_rung*.progress*"):
-            for path in self.checkpoints.glob(pattern):
-                self.check_ours()
-                path.unlink(missing_ok=True)
+        """Remove what a finished job needs no more, also where a killed process left it."""
+        for path in self.progress_files(job):
+            self.check_ours()
+            path.unlink(missing_ok=True)
+        for kind in ("attempts", "lock"):
+            with contextlib.suppress(OSError):  # Windows removes no file that is open
+                self.file(job, kind).unlink(missing_ok=True)
 
     def finish(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
         """Write a job's result. Its checkpoints in progress go when this has been read back (`refresh`)."""
@@ -4170,16 +4216,35 @@ class Run:
         if figures:
             self._drawn = self._written
 
+    def _lock_file(self) -> tuple[int, int] | None:
+        """Which file `run.lock` is, None if there is none; the one it was where that cannot be seen now."""
+        try:
+            status = (self.path / "run.lock").stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError:
+            return getattr(self, "lock_file", None)
+        return status.st_dev, status.st_ino
+
     def check_ours(self) -> None:
-        """Raise `Stopped` if the folder was removed or taken by another process: nothing more is written."""
-        if self.token and owner_token(self.path) not in (self.token, None):
+        """Raise `Stopped` if the folder was removed or made anew by another process: write nothing more."""
+        if self.lock_file is not None and self._lock_file() != self.lock_file:
             raise Stopped(f"the loss of {self.path}, which was removed or taken by another process")
 
     def clean(self) -> None:
-        """Remove temporary files of processes that were killed (only while holding the lock)."""
-        for pattern in (".*.tmp", "checkpoints/.*.tmp", "figures/.*.tmp", "data/.*.tmp"):
+        """Remove what killed processes have left, but for jobs that are being done (only the leader may)."""
+        held = [job.name for job in self.jobs if is_held(self.file(job, "lock"))]
+        own = tuple(f"{dot}{name}{end}" for name in held for dot in ("", ".") for end in (".", "_rung"))
+        for pattern in (
+            ".*.tmp",
+            "checkpoints/.*.tmp",
+            "checkpoints/*.attempts",
+            "figures/.*.tmp",
+            "data/.*.tmp",
+        ):
             for path in self.path.glob(pattern):
-                path.unlink(missing_ok=True)
+                if not path.name.startswith(own):
+                    path.unlink(missing_ok=True)
 
 
 def run_fingerprint(
@@ -4327,23 +4392,24 @@ def load_student(path: str | Path) -> nn.Module:
 
 
 # -- workers ------------------------------------------------------------------------------------------------
-class Worker:
-    """One process's share of the work: it does the most urgent ready job, until nothing is left."""
+class DeviceLost(Stopped):
+    """The device computes nothing more in this process. A new process may find it sound."""
 
-    POLL_SECONDS = 0.5
+
+class Worker:
+    """One process's share of the work: it does the most urgent job that is ready and free, again and again.
+
+    Workers share nothing but the files of the run, so that any number may come and go, on any machine. Who
+    does a job holds the lock on <job>.lock, which ends with its process.
+    """
+
+    POLL_SECONDS, WAIT_SECONDS = 0.5, 300.0  # between two looks, and two lines that say what is waited for
     MOST_ATTEMPTS = 2
 
-    def __init__(
-        self, experiment: Experiment, store: Any, generation: str, alone: bool, writes: bool
-    ) -> None:
-        """`store`: any torch.distributed store, whose counters hold the claims (of this generation) and the
-        attempts (of all).
-
-        `alone`: no other process could do a job that crashed here. `writes`: this one keeps index and report.
-        """
-        self.experiment, self.run, self.store = experiment, experiment.run, store
-        self.claims = torch.distributed.PrefixStore(generation, store)
-        self.alone, self.writes = alone, writes
+    def __init__(self, experiment: Experiment, writes: bool) -> None:
+        """`writes`: this process keeps index and report."""
+        self.experiment, self.run, self.writes = experiment, experiment.run, writes
+        self._said = time.monotonic()
         if writes:
             experiment.progress.after_epoch = self.refresh
 
@@ -4353,44 +4419,47 @@ class Worker:
         while True:
             self.refresh()
             ready = ready_jobs(self.run.jobs, self.run.settings, self.run.records, order)
-            job = self.claim(ready)
-            if job is not None:
-                self.attempt(job)
-                self.experiment.progress.tell("")
-            elif not ready:
+            if not ready:
                 return
-            else:
-                self.experiment.session.check()
-                if self.claims.add("stopped", 0):
-                    raise Stopped("session clock")  # another stopped: what is waited for will not come
-                time.sleep(self.POLL_SECONDS)
+            if not any(self.take(job) for job in ready):
+                self.wait(ready[0])
 
-    def claim(self, ready: Sequence[Job]) -> Job | None:
-        """Take the first of these jobs that no other worker has taken."""
-        for job in ready:
-            if self.claims.add(f"claim/{job.name}", 1) == 1:
-                return job
-        return None
+    def take(self, job: Job) -> bool:
+        """Do a job unless another process is doing it; whether there is something new to look at."""
+        try:
+            lock = take_lock(self.run.file(job, "lock"))
+        except NotImplementedError:  # no locks here: this is the only worker
+            self.attempt(job)
+            return True
+        if lock is None:
+            return False
+        try:
+            self.refresh()
+            if job.name not in self.run.records:  # else another has done it just now
+                self.attempt(job)
+        finally:
+            give_back(lock)
+        return True
+
+    def wait(self, job: Job) -> None:
+        """Wait a moment: other processes are doing all that is ready."""
+        self.run.check_ours()
+        self.experiment.session.check()
+        if time.monotonic() - self._said > self.WAIT_SECONDS:
+            self._said = time.monotonic()
+            log.info("waiting for %s, which another process is doing", job.name)
+        time.sleep(self.POLL_SECONDS)
 
     def refresh(self) -> None:
         """Take in what has ended; if this process writes, bring index and report up to date."""
         fresh = self.run.refresh()
-        if not self.writes:
-            return
-        for job in fresh:
-            self.experiment.progress.job_ended(job)
-        if fresh or self.run.stale:
-            self.run.save()
+        if self.writes:
+            report_progress(self.run, self.experiment.progress, fresh)
 
     def attempt(self, job: Job) -> None:
         """Do a job. One that cannot be done, or that has ended its process twice, is marked failed."""
-        attempts = f"attempt/{job.name}"
         try:
-            if self.store.add(attempts, 1) > self.MOST_ATTEMPTS:
-                raise JobFailed(
-                    f"it ended its process {self.MOST_ATTEMPTS} times (no memory on the host, or a driver "
-                    "crash): --resume tries again"
-                )
+            self.count_attempt(job)
             do_job(self.experiment, job)
             self.refresh()
             if job.name not in self.run.records:
@@ -4400,16 +4469,29 @@ class Worker:
         except JobFailed as error:
             self.run.fail(job, str(error), final=isinstance(error, Diverged))
         except (Stopped, DiskFull, UsageError):
-            self.store.add(attempts, -1)
             raise
         except Exception as error:
-            if not self.alone:
-                raise  # the launcher starts all anew, on devices that forget an error with their process
             self.crashed(job, error)
-        self.store.add(attempts, -1)  # a process that dies does not get here: that is what is counted
+        finally:  # a process that dies does not get here: that is what is counted
+            self.run.file(job, "attempts").unlink(missing_ok=True)
+        self.experiment.progress.tell("")
+
+    def count_attempt(self, job: Job) -> None:
+        """Count an attempt, anew where the last one has saved an epoch. Raises `JobFailed` at the third."""
+        path, count = self.run.file(job, "attempts"), 0
+        saved = digest(sorted((path.name, path.stat().st_mtime_ns) for path in self.run.progress_files(job)))
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            before, saved_before = path.read_text().split()
+            count = int(before) if saved == saved_before else 0
+        if count >= self.MOST_ATTEMPTS:
+            raise JobFailed(
+                f"it ended its process {count} times (no memory on the host, or a driver crash): "
+                "--resume tries again"
+            )
+        write_atomic(path, f"{count + 1} {saved}".encode())
 
     def crashed(self, job: Job, error: Exception) -> None:
-        """After a crash in the only process: go on, unless the device is lost until this process ends."""
+        """After an error that nobody expected: fail this job, and go on unless the device is lost."""
         log.error("%s crashed", job.name, exc_info=error)
         what = f"{type(error).__name__}: {first_line(error)}"
         self.run.fail(job, f"it crashed ({what}): --resume tries again, experiment.log says where")
@@ -4417,7 +4499,15 @@ class Worker:
         try:
             probe(self.experiment.device)
         except UsageError:
-            raise Stopped(f"the loss of {self.experiment.device.name} ({what})") from None
+            raise DeviceLost(f"the loss of {self.experiment.device.name} ({what})") from None
+
+
+def report_progress(run: Run, progress: Progress, fresh: Sequence[Job]) -> None:
+    """Show the jobs that have ended, and bring index and report up to date."""
+    for job in fresh:
+        progress.job_ended(job)
+    if fresh or run.stale:
+        run.save()
 
 
 def make_experiment(
@@ -4439,25 +4529,23 @@ def make_progress(
     return Progress(run, estimate, bar, publish)
 
 
-def work(
-    experiment: Experiment, store: Any, generation: str, alone: bool, writes: bool, announce: bool
-) -> str:
-    """Do this process's share of a run; returns why it stopped early ("" when nothing is left to do)."""
+def work(experiment: Experiment, writes: bool, prepared: Callable[[], object]) -> str:
+    """Do this process's share of a run; returns why it stopped early ("" when nothing is left to do).
+
+    `prepared` is called when the speeds are known, before anything is trained.
+    """
     try:
         probe(experiment.device)
         experiment.run.refresh()
-        speeds = experiment.progress.estimate.speeds = measure_speeds(experiment)
-        if announce:
-            store.set("speeds", json.dumps(to_plain(speeds)))  # for the process that shows the time left
-            experiment.progress.announce(experiment.session)
-        Worker(experiment, store, generation, alone, writes).work()
+        experiment.progress.estimate.speeds = measure_speeds(experiment)
+        prepared()
+        Worker(experiment, writes).work()
         if not experiment.run.left:
             experiment.outputs.remove()
-    except (Stopped, DiskFull) as error:
-        store.add(f"{generation}/stopped", 1)
-        if isinstance(error, DiskFull):
-            raise
-        return str(error)
+    except DeviceLost:
+        raise
+    except Stopped as stop:
+        return str(stop)
     finally:
         experiment.progress.close()
     return ""
@@ -4770,15 +4858,6 @@ class _LogFile(logging.FileHandler):
         return
 
 
-class _LauncherLog(logging.Handler):
-    """Of what torch's launcher logs, this keeps how a worker ended."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and record.exc_info[1]:
-            how = str(record.exc_info[1]).strip()
-            log.error("a worker died, so all start again from their last epochs: %s", how)
-
-
 class _Console(logging.StreamHandler[Any]):
     """Console output through tqdm, so that lines and bars do not overwrite each other.
 
@@ -4942,19 +5021,38 @@ def usable_cores() -> int:
     return max(1, math.floor(cores))
 
 
-def torchrun_size(name: str) -> int:
-    """A size that torchrun tells its processes, such as "WORLD_SIZE"; 0 without torchrun."""
-    return int(os.environ.get(name, 0)) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+@dataclass(frozen=True)
+class Group:
+    """The place of this process among those that torchrun or srun has started together."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1  # processes that share this machine's cores
+
+    @classmethod
+    def find(cls) -> Group:
+        """As the environment says; a group of one where nothing else is said."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            return cls(*(int(os.environ[name]) for name in names))
+        tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))  # srun sets it, sbatch does not
+        if "SLURM_STEP_ID" not in os.environ or tasks == 1:
+            return cls()
+        rank, local_rank = (int(os.environ[f"SLURM_{name}"]) for name in ("PROCID", "LOCALID"))
+        return cls(rank, tasks, local_rank)  # srun binds each of its processes to cores of its own
 
 
 def worker_count(settings: Settings, devices: Sequence[Device]) -> int:
-    """Processes that share the jobs: what torchrun started, else --workers, else one per GPU."""
-    return torchrun_size("WORLD_SIZE") or settings.workers or len(devices)
+    """Processes that share the jobs: what torchrun or srun started, else --workers, else one per GPU."""
+    group = Group.find()
+    return group.size if group.size > 1 else settings.workers or len(devices)
 
 
 def thread_count(settings: Settings, devices: Sequence[Device]) -> int:
     """CPU threads of each process: what was asked for, else this machine's cores shared among its workers."""
-    here = torchrun_size("LOCAL_WORLD_SIZE") or worker_count(settings, devices)
+    group = Group.find()
+    here = group.local_size if group.size > 1 else worker_count(settings, devices)
     return settings.threads or max(1, usable_cores() // here)
 
 
@@ -5276,6 +5374,7 @@ def build_parser() -> argparse.ArgumentParser:
     actions = parser.add_argument_group("what to do instead of starting a new run")
     for option, text in {
         "--resume": "continue --output-dir, or else the newest matching run",
+        "--join": "help with the run in --output-dir, which another process leads",
         "--status": "what is done and what is left; trains nothing",
         "--plan": "jobs, measured speed, hours and disk; trains nothing",
         "--report-only": "figures and report again; trains nothing",
@@ -5325,8 +5424,11 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     chosen = [name for name in ACTIONS if parsed.get(name)]
     if len(chosen) > 1:
         raise UsageError(f"{listed(flag(name) for name in chosen)} exclude each other: give one of them")
-    args = Namespace(action="".join(chosen) or "run", resume=parsed["resume"], merge=parsed["merge"] or [])
-    args.given = {name: value for name, value in parsed.items() if name not in (*ACTIONS, "resume")}
+    if parsed["join"] and (chosen or parsed["resume"]):
+        raise UsageError("--join excludes --resume and whatever trains nothing: leave one of them out")
+    args = Namespace(action="".join(chosen) or "run", merge=parsed["merge"] or [])
+    args.resume, args.join = parsed["resume"], parsed["join"]
+    args.given = {name: value for name, value in parsed.items() if name not in (*ACTIONS, "resume", "join")}
     args.command = shlex.join([*script_command(), *argv])
 
     taken = ACTIONS.get(args.action)
@@ -5424,7 +5526,7 @@ def copy_run(source: Path, target: Path) -> None:
         (target / place).mkdir(parents=True, exist_ok=True)
         for name in files:
             path = folder / name
-            left_out = name in ("run.lock", "run.owner") or name.endswith((".tmp", ".corrupt"))
+            left_out = name.endswith((".lock", ".attempts", ".tmp", ".corrupt"))
             if not left_out and path.is_file() and path.resolve().is_relative_to(inside):
                 write_atomic(target / place / name, path.read_bytes())
 
@@ -5438,7 +5540,7 @@ def open_run(
     is_new = not os.path.exists(path)
     make_run_folder(path)
     try:
-        with hold_folder(path) as token:
+        with hold_folder(path):
             start_logging(path / "experiment.log")
             log.info("run_exp1b_kaggle.py %s, run folder %s", VERSION, path)
             index = load_index(path, args.plugins) if args.resume else None
@@ -5449,7 +5551,7 @@ def open_run(
             data = load_run_data(settings, path, platform, session)
             count = f"{len(data.train_labels):,}"
             log.info("data: %s, %s training images (%s)", data.name, count, data.source)
-            run = Run(path, make_index(index, settings, precision, data, args), token, data.test_labels)
+            run = Run(path, make_index(index, settings, precision, data, args), data.test_labels)
             prepare_run(run, platform)
             enter_session(run, settings, args, devices)
             if not settings.fresh_teacher:
@@ -5458,7 +5560,9 @@ def open_run(
             run.save_index()
             yield run, devices, data
     finally:
-        if is_new and not is_run(path) and owner_token(path) == "":  # refused: leave no empty folder behind
+        if (
+            is_new and not is_run(path) and not is_held(path / "run.lock")
+        ):  # refused: leave no empty folder behind
             start_logging(None)
             shutil.rmtree(path, ignore_errors=True)
 
@@ -5572,8 +5676,7 @@ def make_index(
 def prepare_run(run: Run, platform: Platform) -> None:
     """Clean up after killed processes and check that the run fits. Raises `UsageError`."""
     run.clean()
-    if torchrun_size("TORCHELASTIC_RESTART_COUNT") == 0:
-        run.forget_failures()
+    run.forget_failures()
     batch, train = run.settings.batch_size, run.index.data.train
     if batch > train:
         raise UsageError(f"--batch-size {batch} is larger than the {train} training images: make it smaller")
@@ -5621,8 +5724,6 @@ def enter_session(run: Run, settings: Settings, args: Namespace, devices: Sequen
     index, before = run.index, run.index.settings
     run.settings = index.settings = settings
     run.jobs = planned_jobs(settings)
-    if torchrun_size("TORCHELASTIC_RESTART_COUNT") > 0 and index.sessions:
-        return  # a restart of torchrun's group is no new session
     grown = []
     for name in setting_names("scope"):
         old, new = getattr(before, name), getattr(settings, name)
@@ -5689,199 +5790,280 @@ def reuse_finished(run: Run, platform: Platform) -> None:
                 break
 
 
-# -- working on a run: alone, under our own launcher, or under torchrun -------------------------------------
-MOST_RESTARTS = 20  # of a group of workers
-CONNECT_SECONDS = 60.0  # a process that cannot reach the others for this long gives up
+# -- working on a run: alone, with workers of our own, or beside the process that leads ---------------------
+MOST_RESTARTS = 20  # of the workers of one machine
+JOIN_SECONDS = 600.0  # who joins waits so long for a process that leads
+END_SECONDS = 120.0  # workers that were told to end are killed after this
 
 
 def run_experiment(args: Namespace, platform: Platform) -> int:
-    """Start or continue an experiment on everything there is; returns the exit code."""
-    session = Session()
+    """Start, continue or join an experiment, with everything there is here; returns the exit code."""
+    session, group = Session(), Group.find()
     with session.listening():
         session.limit(args.given.get("max_hours"), platform.kaggle)
-        if torchrun_size("WORLD_SIZE"):
-            return run_member(args, platform, session)
+        if args.join or group.size > 1:
+            if "output_dir" not in args.given:
+                raise UsageError(
+                    "several processes that share a run (--join, torchrun, srun) need --output-dir DIR, "
+                    "a folder that all of them see"
+                )
+        if args.join or group.rank > 0:
+            return join_run(args, platform, session)
         with open_run(args, platform, session) as (run, devices, data):
             try:
-                if worker_count(run.settings, devices) == 1:
-                    progress = make_progress(run, devices, platform.watched)
-                    experiment = make_experiment(run, devices[0], devices, data, session, progress)
-                    del data
-                    store = torch.distributed.HashStore()
-                    reason = work(experiment, store, "0", alone=True, writes=True, announce=True)
-                else:
-                    del data
-                    reason = launch(args, run, devices, platform, session)
+                reason = do_share(args, run, devices, data, platform, session, leads=True)
             except Stopped as stop:
                 reason = str(stop)
             return conclude(args, run, session, reason)
 
 
-def launch(args: Namespace, run: Run, devices: Sequence[Device], platform: Platform, session: Session) -> str:
-    """Share the work among one process per GPU under torch's elastic launcher; returns why it stopped early.
+def do_share(
+    args: Namespace,
+    run: Run,
+    devices: Sequence[Device],
+    data: RawData,
+    platform: Platform,
+    session: Session,
+    leads: bool,
+) -> str:
+    """Do what this machine can do of a run; returns why it stopped early ("" if nothing is left to do here).
 
-    The launcher restarts the group when a worker dies. It runs in a thread, so that the signals are this
-    process's own: it passes them on to the workers, and keeps index, report and progress bar meanwhile.
+    One worker works in this process. Several are processes of their own, one per device; under torchrun or
+    srun each process is one of them already.
+    """
+    group, workers = Group.find(), worker_count(run.settings, devices)
+    if group.size == 1 and workers > 1:
+        if has_locks(run.checkpoints):
+            return launch(args, run, devices, platform, session, leads)
+        log.warning("the file system of %s has no locks, which several workers need: one worker", run.path)
+    progress = make_progress(run, devices, platform.watched)
+    experiment = make_experiment(run, own_device(devices, group.local_rank), devices, data, session, progress)
+    if leads:
+        return work(experiment, True, partial(progress.announce, session))
+    return work(experiment, False, lambda: None)
+
+
+def own_device(devices: Sequence[Device], number: int) -> Device:
+    """The device of a process that was started with others, by its number on this machine."""
+    return devices[number % len(devices)]
+
+
+# -- workers of our own: processes that only their parent knows
+@dataclass
+class Member:
+    """A worker, as its parent sees it."""
+
+    process: multiprocessing.process.BaseProcess
+    pipe: connection.Connection
+    text: str = "starting"  # what it is doing
+    outcome: str | Exception | None = None  # why it ended; None: it has not said so
+
+
+class Crew:
+    """The workers of one machine. One that dies is started again, alone; its job continues where it was."""
+
+    def __init__(self, count: int, *mandate: Any) -> None:
+        """`mandate`: further arguments of `worker_main`."""
+        self.mandate, self.restarts, self.ending = mandate, 0, 0.0
+        self.speeds: dict[str, Speed] = {}
+        self.members: list[Member] = []
+        self.members += [self.start(number) for number in range(count)]
+
+    def start(self, number: int) -> Member:
+        """Start a worker. A signal that comes before it listens waits until then."""
+        spawn = multiprocessing.get_context("spawn")
+        here, there = spawn.Pipe(duplex=False)
+        arguments = (number, there, *self.mandate)
+        process = spawn.Process(target=worker_main, args=arguments, name=f"worker {number + 1}", daemon=True)
+        with contextlib.suppress(ImportError):  # Windows
+            resource_tracker.ensure_running()  # its first start would let the signals through
+        hold_signals(True)
+        try:
+            process.start()
+        except (OSError, RuntimeError) as error:
+            self.kill()
+            raise UsageError(
+                f"several workers cannot be started ({first_line(error)}): they need memory and open files "
+                "(ulimit -n); --workers 1 needs no other process"
+            ) from None
+        finally:
+            hold_signals(False)
+            there.close()
+        return Member(process, here)
+
+    @property
+    def working(self) -> list[Member]:
+        """Those that have not ended."""
+        return [member for member in self.members if member.outcome is None]
+
+    def listen(self, seconds: float) -> None:
+        """Take in what the workers say, and start those again that have died."""
+        pipes = [member.pipe for member in self.working]
+        heard = connection.wait(pipes, seconds)
+        for number, member in enumerate(self.members):
+            if member.outcome is None and member.pipe in heard:
+                self._hear(number, member)
+
+    def _hear(self, number: int, member: Member) -> None:
+        try:
+            while member.pipe.poll():
+                kind, value = member.pipe.recv()
+                if kind == "speeds":
+                    self.speeds = value
+                else:
+                    setattr(member, kind, value)
+        except (EOFError, OSError):
+            member.process.join()
+            if member.outcome is None:
+                self._died(number, member)
+
+    def _died(self, number: int, member: Member) -> None:
+        code = cast(int, member.process.exitcode)
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if self.ending:
+            member.outcome = f"the death of a worker ({how})"
+        elif self.restarts == MOST_RESTARTS:
+            log.error("worker %d died (%s), too often to be started again", number + 1, how)
+            member.outcome = "repeated crashes of workers"
+        else:
+            self.restarts += 1
+            log.error("worker %d died (%s) and is started again; the others go on", number + 1, how)
+            self.members[number] = self.start(number)
+
+    def end(self, number: int) -> None:
+        """Pass a signal on, once; kill those that have not ended after a while."""
+        if not self.ending:
+            self.ending = time.monotonic()
+            for member in self.working:
+                with contextlib.suppress(OSError):
+                    os.kill(cast(int, member.process.pid), number)
+        if time.monotonic() - self.ending > END_SECONDS:
+            self.kill()
+
+    def kill(self) -> None:
+        """Nobody is left after this."""
+        for member in self.members:
+            member.process.kill()
+            member.process.join()
+
+    def reason(self) -> str:
+        """Why they stopped early ("" if not). Raises a full disk, or what kept all of them from working."""
+        outcomes = [member.outcome for member in self.members]
+        errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+        for error in errors:
+            if isinstance(error, DiskFull) or len(errors) == len(outcomes):
+                raise error
+        return next((outcome for outcome in outcomes if isinstance(outcome, str) and outcome), "")
+
+
+def launch(
+    args: Namespace, run: Run, devices: Sequence[Device], platform: Platform, session: Session, leads: bool
+) -> str:
+    """Share the work among one process per device; returns why it stopped early.
+
+    This process passes signals on, and keeps index, report and progress bar meanwhile.
     """
     if not os.environ.get("OMP_WAIT_POLICY"):
         os.environ["OMP_WAIT_POLICY"] = "passive"  # spinning workers slow each other down
+    progress, problem = make_progress(run, devices, platform.watched), None
+    plugins, count = args.given["plugin"], worker_count(run.settings, devices)
+    crew = Crew(count, run.path, run.settings, plugins, platform, session.deadline)
     try:
-        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=worker_count(run.settings, devices),
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=MOST_RESTARTS,
-            monitor_interval=0.5,
-            start_method="spawn",
-            logs_specs=DefaultLogsSpecs(os.devnull),
-        )
-    except (OSError, RuntimeError) as error:
-        raise cannot_start(error) from None
-    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
-        launcher = logging.getLogger(name)
-        launcher.handlers, launcher.propagate = [_LauncherLog()], False
-    plugins, deadline = args.given["plugin"], session.deadline
-    mandate = (run.path, run.settings, run.token, plugins, platform, deadline, store.port)
-    outcome: dict[str, Any] = {}
-
-    def start() -> None:
-        try:
-            with contextlib.suppress(ImportError):  # Windows
-                resource_tracker.ensure_running()  # the first start of it would undo the next line
-            hold_signals(True)  # workers inherit this: a signal waits until they listen
-            outcome["returned"] = elastic_launch(config, worker_main)(*mandate)
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=start, daemon=True)
-    thread.start()
-    supervise(run, make_progress(run, devices, platform.watched), session, thread, store)
-    return judge_outcome(session, outcome)
-
-
-def supervise(run: Run, progress: Progress, session: Session, thread: threading.Thread, store: Any) -> None:
-    """While the launcher's thread lives: keep index and report, show progress, pass signals on to workers."""
-    forwarded, patience = False, 20.0
-    full: DiskFull | None = None
-    status = [f"status/{rank}" for rank in range(progress.estimate.workers)]
-    for key in status:
-        store.set(key, "the workers start" if key == status[0] else "")
-    while thread.is_alive() and patience > 0:
-        thread.join(0.5)
-        try:
-            fresh = run.refresh()
-            for job in fresh:
-                progress.job_ended(job)
-            if fresh or run.stale:
-                run.save()
-        except Stopped:
-            session.signal = session.signal or signal.SIGTERM  # the folder is lost: so are the workers
-        except DiskFull as error:
-            full = full or error
-        if not progress.estimate.speeds and store.check(["speeds"]):
-            progress.estimate.speeds = from_plain(dict[str, Speed], json.loads(store.get("speeds")))
-        progress.show([store.get(key).decode() for key in status])
-        ending = session.signal or (signal.SIGTERM if full else 0)
-        if ending and not forwarded:
-            forwarded = True
-            store.add("ended", 1)
-            for child in multiprocessing.active_children():
-                with contextlib.suppress(OSError):
-                    os.kill(cast(int, child.pid), ending)
-        if ending and not multiprocessing.active_children():
-            patience -= 0.5  # a launcher without workers is waiting for something that will not come
-    progress.close()
-    for child in multiprocessing.active_children():
-        child.terminate()
-        child.join()
-    if full:
-        raise full
-
-
-def connect(address: str, port: int) -> Any:
-    """The key-value store that another process offers. Raises `UsageError` where it cannot be reached."""
-    limit = datetime.timedelta(seconds=CONNECT_SECONDS)
-    try:
-        return torch.distributed.TCPStore(
-            address, port, is_master=False, wait_for_workers=False, timeout=limit
-        )
-    except RuntimeError as error:
-        raise cannot_start(error) from None
-
-
-def cannot_start(error: BaseException) -> UsageError:
-    """What to say where the launcher fails."""
-    return UsageError(
-        f"several workers cannot be started ({first_line(error)}): they need shared memory (/dev/shm), a "
-        "temporary folder, local network ports and open files (ulimit -n); --workers 1 needs none"
-    )
-
-
-def judge_outcome(session: Session, outcome: dict[str, Any]) -> str:
-    """Why the workers stopped early ("" if not). Raises `DiskFull` or `UsageError` where none could work."""
+        while crew.working:
+            crew.listen(Worker.POLL_SECONDS)
+            try:
+                supervise(run, crew, progress, session, leads)
+            except (Stopped, DiskFull, UsageError) as error:
+                problem = problem or error
+            if session.signal or problem:
+                crew.end(session.signal or signal.SIGTERM)
+    finally:
+        progress.close()
+        crew.kill()
+    if problem is not None:
+        raise problem
     if session.signal:
         return signal.Signals(session.signal).name
-    error = outcome.get("error")
-    if isinstance(error, ChildFailedError):
-        log.error("a worker failed %d times: %s", MOST_RESTARTS, first_line(error))
-        return "repeated crashes of workers"
-    if error is not None:
-        log.error("the launcher failed", exc_info=error)
-        raise cannot_start(error)
-    returned = list(outcome.get("returned", {}).values())
-    problems = [item for item in returned if isinstance(item, Exception)]
-    for problem in problems:
-        if isinstance(problem, DiskFull) or len(problems) == len(returned):
-            raise problem
-    return next((item for item in returned if isinstance(item, str) and item), "")
+    return crew.reason() if run.left else ""
+
+
+def supervise(run: Run, crew: Crew, progress: Progress, session: Session, leads: bool) -> None:
+    """What the parent of workers does between two looks at them."""
+    if crew.speeds and not progress.estimate.speeds:
+        progress.estimate.speeds = crew.speeds
+        if leads:
+            progress.announce(session)
+    run.check_ours()
+    fresh = run.refresh()
+    if leads:
+        report_progress(run, progress, fresh)
+    progress.show([member.text for member in crew.members])
 
 
 def worker_main(
+    number: int,
+    pipe: connection.Connection,
     path: Path,
     settings: Settings,
-    token: str,
     plugins: Sequence[Path],
     platform: Platform,
     deadline: float | None,
-    port: int,
-) -> str | Exception:
-    """A worker under our own launcher: works on the run that the parent has prepared and holds the lock of.
+) -> None:
+    """A worker: does its share of the run that its parent has prepared, and tells it how that ended.
 
-    Returns why it stopped early, or the error that a new attempt would not cure (after a raised one the
-    launcher restarts).
+    One that ends without a word is started again.
     """
     session = Session(deadline)
     follow_parent(session)
     with session.listening():
         level = logging.WARNING if platform.watched else logging.INFO
-        start_logging(path / "experiment.log", worker_label(), level)
+        start_logging(path / "experiment.log", f"[worker {number + 1}] ", level)
+        outcome: str | Exception
         try:
-            store = connect("127.0.0.1", port)
-            if store.check(["ended"]):
-                return "session clock"
-            reason = join_run(path, settings, token, load_plugins(plugins), platform, session, store)
+            outcome = work_as_member(number, pipe, path, settings, load_plugins(plugins), platform, session)
+        except DeviceLost as lost:
+            log.error("this worker stops: %s", lost)
+            sys.exit(1)
         except Stopped as stop:
-            reason = str(stop)
+            outcome = str(stop)
         except (DiskFull, UsageError) as error:
             log.error("this worker stops: %s", error)
-            return error
-        if session.signal:
-            await_end(session, store)
-    return reason
+            outcome = error
+        except Exception as error:
+            log.error("this worker crashed (%s)", first_line(error))
+            log.error("the worker crashed", exc_info=error)
+            sys.exit(1)
+        tell(pipe, "outcome", outcome)
 
 
-def worker_label() -> str:
-    """What a worker's log lines begin with."""
-    return f"[worker {int(os.environ['RANK']) + 1}] "
+def tell(pipe: connection.Connection, kind: str, value: object) -> None:
+    """Tell the parent something; one that is gone hears nothing."""
+    with contextlib.suppress(OSError):
+        pipe.send((kind, value))
+
+
+def work_as_member(
+    number: int,
+    pipe: connection.Connection,
+    path: Path,
+    settings: Settings,
+    plugins: Mapping[str, str],
+    platform: Platform,
+    session: Session,
+) -> str:
+    """Open a run that is prepared, and do one worker's share; returns why it stopped early."""
+    devices = find_devices(settings.device, platform.kaggle, allow_cpu=True)
+    index = load_index(path, plugins)
+    index.settings = settings
+    run, data = Run(path, index), load_run_data(settings, path, platform, session)
+    publish = partial(tell, pipe, "text") if platform.watched else None
+    progress = make_progress(run, devices, False, publish)
+    experiment = make_experiment(run, own_device(devices, number), devices, data, session, progress)
+    return work(experiment, False, lambda: tell(pipe, "speeds", progress.estimate.speeds))
 
 
 def follow_parent(session: Session) -> None:
-    """End this worker, in order if it can, when its parent is gone: another process may hold the run then."""
+    """End this worker, in order if it can, when its parent is gone: another process may lead the run then."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -5894,111 +6076,73 @@ def follow_parent(session: Session) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def await_end(session: Session, store: Any, patience: float = 5.0) -> None:
-    """After a signal: return if the whole session ends. Else the launcher is about to start the group
-    again: it takes no more results, and whoever offers one waits for its SIGKILL, so this process exits."""
-    while not store.check(["ended"]):
-        if patience <= 0:
-            sys.exit(128 + session.signal)
-        time.sleep(0.25)
-        patience -= 0.25
+# -- joining a run that another process leads
+def join_run(args: Namespace, platform: Platform, session: Session) -> int:
+    """Help with the run that another process leads, until nothing is left to do here; returns the exit code.
 
-
-def join_run(
-    path: Path,
-    settings: Settings,
-    token: str,
-    plugins: dict[str, str],
-    platform: Platform,
-    session: Session,
-    store: Any,
-) -> str:
-    """Work on a run which another process has prepared; returns why this one stopped early."""
-    rank, generation = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
-    devices = find_devices(settings.device, platform.kaggle, allow_cpu=True)
-    index = load_index(path, plugins)
-    index.settings = settings
-    data = load_run_data(settings, path, platform, session)
-    run = Run(path, index, token, data.test_labels)
-    publish = partial(store.set, f"status/{rank}") if platform.watched else None
-    progress = make_progress(run, devices, False, publish)
-    experiment = make_experiment(run, own_device(devices), devices, data, session, progress)
-    del data
-    return work(experiment, store, generation, alone=False, writes=False, announce=rank == 0)
-
-
-def own_device(devices: Sequence[Device]) -> Device:
-    """The device of a process that was started with others."""
-    return devices[int(os.environ["LOCAL_RANK"]) % len(devices)]
-
-
-def run_member(args: Namespace, platform: Platform, session: Session) -> int:
-    """One process of `torchrun`: rank 0 prepares the run in --output-dir and reports, the others join."""
-    if "output_dir" not in args.given:
-        raise UsageError("under torchrun give --output-dir DIR, a folder that all processes share")
-    if torchrun_size("GROUP_WORLD_SIZE") > 1 and torchrun_size("TORCHELASTIC_MAX_RESTARTS") > 0:
-        raise UsageError(
-            "torchrun counts restarts per machine: on several machines leave out --max-restarts "
-            "and start again with --resume"
-        )
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # torchrun's key-value store outlives the processes, so it remembers what a restarted group must know.
-    store = connect(address, port)
-    if store.check(["concluded"]):  # torchrun starts a group again, for nothing, where jobs have failed
-        return int(store.get("concluded"))
-    act = lead_members if os.environ["RANK"] == "0" else follow_leader
-    return act(args, platform, session, store, os.environ["TORCHELASTIC_RESTART_COUNT"])
-
-
-def lead_members(args: Namespace, platform: Platform, session: Session, store: Any, generation: str) -> int:
-    """Rank 0 of `torchrun`: prepares the run, does its share, waits for the others, reports."""
-    prepared = f"prepared/{generation}"
-    args.resume = args.resume or (generation != "0" and is_run(args.given["output_dir"]))
-    try:
-        with open_run(args, platform, session) as (run, devices, data):
-            store.set("token", run.token)
-            store.set(prepared, "ok")
-            progress = make_progress(run, devices, platform.watched)
-            experiment = make_experiment(run, own_device(devices), devices, data, session, progress)
-            del data
-            reason = work(experiment, store, generation, alone=False, writes=True, announce=True)
-            wait_for_members(store, generation, session)
-            code = conclude(args, run, session, reason)
-        if not session.signal:  # torchrun ends the others too, by SIGTERM, when one of them has died
-            store.set("concluded", str(code))
-        return code
-    except BaseException as error:  # whatever it is, the others must not wait for this one
-        store.set(prepared, "stopped" if isinstance(error, Stopped) else "failed")
-        raise
-
-
-def follow_leader(args: Namespace, platform: Platform, session: Session, store: Any, generation: str) -> int:
-    """Any other rank of `torchrun`: joins the run as soon as rank 0 has prepared it."""
-    prepared, path = f"prepared/{generation}", Path(args.given["output_dir"])
-    try:
-        while not store.check([prepared]):
-            session.check()
-            time.sleep(0.5)
-        if store.get(prepared) != b"ok":
-            return 0 if store.get(prepared) == b"stopped" else 2
-        start_logging(path / "experiment.log", worker_label())
-        settings = continued_settings(load_index(path, args.plugins), args.given)
-        join_run(path, settings, store.get("token").decode(), args.plugins, platform, session, store)
-        return 0
-    finally:
-        with contextlib.suppress(RuntimeError):  # the store is gone with rank 0
-            store.add(f"left/{generation}", 1)
-
-
-def wait_for_members(store: Any, generation: str, session: Session, patience: float = 10.0) -> None:
-    """Wait until the other processes of `torchrun` have finished too, after a signal only `patience` seconds.
-
-    Rank 0 holds the lock and writes the last report, so it must be the last to leave.
+    It writes neither index nor report. It goes on when that process ends: what it has done is not lost.
     """
-    while store.add(f"left/{generation}", 0) < torchrun_size("WORLD_SIZE") - 1 and patience > 0:
-        time.sleep(0.5)
-        if session.signal:
-            patience -= 0.5
+    path = Path(args.given["output_dir"])
+    await_leader(path, session)
+    if not has_locks(path / "checkpoints"):
+        log.warning("the file system of %s has no locks, so only the process that leads can work there", path)
+        return 0
+    start_logging(path / "experiment.log", f"[{socket.gethostname()} {os.getpid()}] ")
+    index = load_index(path, args.plugins)
+    if index.sessions[-1].script_sha256 != script_sha256():
+        raise UsageError(
+            f"another version of this script leads the run in {path}: use the same file everywhere"
+        )
+    given = {name: value for name, value in args.given.items() if name not in setting_names("scope")}
+    settings = index.settings = continued_settings(index, given)
+    devices = choose_devices(settings, platform)
+    announce_devices(devices, index.precision, settings)
+    data = load_run_data(settings, path, platform, session)
+    if data.sha256 != index.data.sha256:
+        raise UsageError(f"the data found ({data.source}) are not the run's: give the right --data-dir")
+    run = Run(path, index)
+    log.info("joined the run in %s", path)
+    try:
+        reason = do_share(args, run, devices, data, platform, session, leads=False)
+    except Stopped as stop:
+        reason = str(stop)
+    ended = f"stopped by {reason}" if reason else "nothing is left to do here"
+    writer = "the process that leads it writes the report"
+    if not is_held(path / "run.lock"):
+        writer = f"nobody leads it any more, so continue with: {continue_command(args, path)}"
+    log.info(
+        "%s: %d of %d jobs of the run done; %s",
+        ended,
+        len(run.records) - len(run.failed),
+        len(run.jobs),
+        writer,
+    )
+    if session.signal:
+        return 128 + session.signal
+    return 0 if reason in ("", "session clock") else 1
+
+
+def await_leader(path: Path, session: Session) -> None:
+    """Wait for a process that leads the run and has prepared it; `UsageError` where none comes."""
+    lock, state = path / "run.lock", path / "checkpoints" / STATE_NAME
+    said, waited = False, 0.0
+    while True:
+        session.check()
+        led = is_held(lock)
+        with contextlib.suppress(OSError):
+            # The lock's file is written when it is taken, the index when all is prepared.
+            if led and state.stat().st_mtime >= lock.stat().st_mtime:
+                return
+        if not said:
+            log.info("waiting for the process that leads the run in %s", path)
+            said = True
+        waited = 0.0 if led else waited + 1.0
+        if waited > JOIN_SECONDS:
+            raise UsageError(
+                f"no process leads a run in {path}: start one there without --join, or check the path "
+                f"(waited {say_time(JOIN_SECONDS)})"
+            )
+        time.sleep(1.0)
 
 
 def conclude(args: Namespace, run: Run, session: Session, reason: str) -> int:
@@ -6084,9 +6228,9 @@ def show_status(args: Namespace, platform: Platform) -> int:
 def report_again(args: Namespace, platform: Platform) -> int:
     """Write tables, figures and report of a run once more, without training."""
     path = adopt(find_run(args, platform), args, platform)
-    with hold_folder(path) as token:
+    with hold_folder(path):
         start_logging(path / "experiment.log")
-        report_on(Run(path, load_index(path, args.plugins), token), args, platform)
+        report_on(Run(path, load_index(path, args.plugins)), args, platform)
     return 0
 
 
@@ -6180,10 +6324,10 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
     if target.is_dir():
         target.rmdir()
     rename(partial_run, target)  # from here on it is a run, and --report-only can write its report
-    with hold_folder(target) as token:
+    with hold_folder(target):
         start_logging(target / "experiment.log")
         log.info("merged %d jobs of %d runs into %s", len(files), len(runs), target)
-        report_on(Run(target, index, token), args, platform)
+        report_on(Run(target, index), args, platform)
     return 0
 
 

@@ -531,7 +531,7 @@ def test_results_are_written_anew(
     assert (copied / "summary.csv").read_bytes() == (toy_run / "summary.csv").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["results.csv", "run.owner", "run.lock", "figures", "checkpoints"])
+@pytest.mark.parametrize("name", ["results.csv", "run.lock", "figures", "checkpoints"])
 def test_something_else_in_the_place_of_an_output_is_one_line(
     copied: Path, redone: list[str], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -366,13 +366,13 @@ def test_a_full_disk_is_said_and_loses_nothing(
 
 
 WRITTEN = [
+    ".attempts.",
     ".progress.",
     ".pt.",
     ".pkl.",
     "results.csv.",
     "report.md.",
     ".png.",
-    "run.owner.",
 ]  # parts of names
 
 
@@ -697,7 +697,7 @@ def test_a_report_that_had_to_wait_is_written_after_the_next_epoch(
     """Two jobs that end within REPORT_SECONDS: the second is in the report when a third has saved an epoch."""
     lab, written = open_lab(tmp_path), []
     monkeypatch.setattr(exp, "write_outputs", lambda run, figures: written.append(figures))
-    worker = exp.Worker(lab, exp.torch.distributed.HashStore(), "0", alone=True, writes=True)
+    worker = exp.Worker(lab, writes=True)
     lab.run.save()
     lab.run.save()
     assert (len(written), lab.run.stale) == (1, True)
@@ -767,7 +767,7 @@ def test_a_second_process_is_refused_and_named_the_holder(
         assert exp.main(["--status", "--output-dir", str(copied)]) == 0
 
         shutil.copytree(copied, copied.with_name("copy"))
-        assert {"run.lock", "run.owner"} <= {path.name for path in copied.with_name("copy").iterdir()}
+        assert (copied.with_name("copy") / "run.lock").exists()
         assert resume(copied.with_name("copy")) == 0
         assert tree(copied) == before
     assert process.returncode == -signal.SIGKILL
@@ -824,7 +824,7 @@ def test_a_process_that_lost_its_folder_writes_nothing_into_the_other_runs(
     def taken() -> None:
         shutil.rmtree(copied)
         exp.make_run_folder(copied)
-        (copied / "run.owner").write_text("process 1 on host elsewhere\nanother-token\n")
+        (copied / "run.lock").write_text("process 1 on host elsewhere\n")
         (copied / "experiment_report.md").write_text("of the other run")
         (copied / f"checkpoints/{DIRECT}.pt").write_text("of the other run")
         other.update(tree(copied))
@@ -835,21 +835,23 @@ def test_a_process_that_lost_its_folder_writes_nothing_into_the_other_runs(
     assert tree(copied) == other
 
 
-def test_an_owner_that_cannot_be_read_is_no_loss_of_the_folder(
+def test_a_folder_that_cannot_be_looked_at_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a free file descriptor, for instance: the folder may still be this process's own."""
+    """A stale handle on a network file system, for instance: the folder may still be this process's own."""
 
     def fail(*_: object) -> str:
-        raise OSError(errno.EMFILE, "Too many open files")
+        raise OSError(errno.ESTALE, "Stale file handle")
 
     folder = tmp_path / "run"
-    run = open_lab(folder).run
-    with exp.hold_folder(folder) as run.token:
+    exp.make_run_folder(folder)
+    with exp.hold_folder(folder):
+        run = open_lab(folder).run
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "read_text", fail)
-            run.save_index()
-        (folder / "run.owner").unlink()
+            patch.setattr(Path, "stat", fail)
+            run.check_ours()
+        run.save_index()
+        (folder / "run.lock").unlink()
         with pytest.raises(exp.Stopped, match="removed or taken by another process"):
             run.save_index()
 

@@ -107,7 +107,9 @@ def leftovers(folder: Path) -> list[str]:
     """Files that a finished run must not have: temporary ones, and checkpoints in progress."""
     names = (str(path.relative_to(folder)) for path in folder.rglob("*"))
     return sorted(
-        n for n in names if re.search(r"\.tmp$|\.part|\.partial|\.progress|\.corrupt|run\.owner", n)
+        n
+        for n in names
+        if re.search(r"\.tmp$|\.part|\.partial|\.progress|\.corrupt|\.attempts|checkpoints/.*\.lock", n)
     )
 
 
