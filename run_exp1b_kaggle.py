@@ -94,7 +94,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from multiprocessing import connection, resource_tracker
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, cast
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar, cast
 
 import filelock
 import numpy as np
@@ -115,6 +115,7 @@ from tqdm import tqdm
 if typing.TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+T = TypeVar("T")
 log = logging.getLogger("exp1b")
 tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves behind
 
@@ -202,7 +203,7 @@ def warn_once(text: str) -> None:
 # -- settings -----------------------------------------------------------------------------------------------
 VERSION = "2.0.0"
 PROTOCOL = 2  # raised when what a seed produces changes; files of different protocols are not mixed
-FORMAT = 2  # of the index; raised when its layout changes
+FORMAT = 3  # of the index; raised when its layout changes
 STATE_NAME = "experiment_state.pkl"
 REPORT_NAME = "experiment_report.md"
 MODES = ("smoke", "quick", "full")
@@ -1574,8 +1575,7 @@ class Training:
 
     def forget(self) -> None:
         """Remove the checkpoints in progress: what was to be done with the network has been done."""
-        for path in (self.path, previous(self.path)):
-            path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
 
     def _epoch(self, epoch: int) -> None:
         watch = Stopwatch(self.experiment.outputs)
@@ -1714,11 +1714,11 @@ def do_job(experiment: Experiment, job: Job) -> None:
         )
         record, tensors = run.load(twin)
         copied = replace(record, same_as=record.same_as or twin.method, taught_by=taught_by(run, job))
-        run.finish(job, replace(copied, **run.identity(job)), tensors)
+        run.save_result(job, replace(copied, **run.identity(job)), tensors)
         return
     record = blank_record(experiment, job)
     if job.kind == "pilot":
-        run.finish(job, run_pilot(experiment, job, record), {})
+        run.save_result(job, run_pilot(experiment, job, record), {})
         return
 
     epochs = int(job_epochs(job, settings, run.index.equal_cost_epochs))
@@ -1744,7 +1744,7 @@ def do_job(experiment: Experiment, job: Job) -> None:
         attention=method.attention_report,
         finished=now(),
     )
-    run.finish(job, *evaluate(experiment, network, record))
+    run.save_result(job, *evaluate(experiment, network, record))
 
 
 def blank_record(experiment: Experiment, job: Job) -> Record:
@@ -3567,7 +3567,6 @@ SECTIONS: tuple[Callable[[Evidence], str], ...] = (
 
 def write_outputs(run: Run, figures: bool) -> None:
     """Rewrite tables and report from what is finished; with `figures` these too, which takes seconds."""
-    run.check_ours()
     try:
         if figures:
             draw_figures(gather_evidence(run), run.path / "figures")
@@ -3622,7 +3621,6 @@ def latex_table(evidence: Evidence) -> str:
 
 def write_archive(run: Run) -> None:
     """Write <run>_results.zip, for a small download: all but checkpoints and data, with the log."""
-    run.check_ours()
     name = f"{run.path.resolve().name}_results"
     buffer = io.BytesIO()
     try:
@@ -3645,6 +3643,8 @@ def write_archive(run: Run) -> None:
 # -- files --------------------------------------------------------------------------------------------------
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
+READ_PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between two tries
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EISDIR)
 SEAL_BYTES = 73  # newline, "sha256 ", 64 hex digits, newline: behind the payload, where unpicklers ignore it
 
@@ -3652,7 +3652,7 @@ SEAL_BYTES = 73  # newline, "sha256 ", 64 hex digits, newline: behind the payloa
 def write_atomic(path: Path, payload: bytes) -> None:
     """Write a file so that a reader sees the old content or the new one, whenever the machine stops.
 
-    Temporary file in the same folder, fsync, read back, rename, fsync of the folder. Raises `DiskFull` where
+    Temporary file in the same folder, fsync, rename, fsync of the folder. Raises `DiskFull` where
     there is no room, and `UsageError` where the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -3661,8 +3661,6 @@ def write_atomic(path: Path, payload: bytes) -> None:
             file.write(payload)
             file.flush()
             sync(file.fileno(), path)
-        if temporary.read_bytes() != payload:
-            raise OSError(errno.EIO, "the disk returned something else than was written")
         rename(temporary, path)
         with contextlib.suppress(OSError):  # Windows cannot open a folder
             handle = os.open(path.parent, os.O_RDONLY)
@@ -3709,14 +3707,35 @@ def write_sealed(path: Path, payload: bytes) -> None:
     write_atomic(path, payload + f"\nsha256 {hashlib.sha256(payload).hexdigest()}\n".encode())
 
 
+def patiently(action: Callable[[], T], path: Path, lasting: Sequence[int | None] = NO_FILE) -> T:
+    """Open a path in some way, again and again for a while where the system cannot do that at the moment.
+
+    A network file system, permissions or file handles may be back in a second, and the file is no worse for
+    it. Raises `UsageError` if it lasts, and an OSError whose number is among the `lasting` at once.
+    """
+    reason = ""
+    for pause in (0.0, *READ_PAUSES):
+        time.sleep(pause)
+        try:
+            return action()
+        except OSError as error:
+            if error.errno in lasting:
+                raise
+            reason = error.strerror or first_line(error)
+            warn_once(f"{path} cannot be opened now ({reason}): trying again")
+    raise UsageError(
+        f"cannot open {path} ({reason}): nothing is lost; mend that, then continue with --resume"
+    )
+
+
 def read_sealed(path: Path) -> bytes:
     """The payload of a sealed file. Raises FileNotFoundError, or `Damaged` with the reason."""
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise
+        content = patiently(path.read_bytes, path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from None
     except OSError as error:
-        raise Damaged(f"cannot be read ({error.strerror})") from None
+        raise Damaged(f"is no file ({error.strerror})") from None
     payload, seal = content[:-SEAL_BYTES], content[-SEAL_BYTES:]
     if len(content) <= SEAL_BYTES or not seal.startswith(b"\nsha256 "):
         raise Damaged("is cut short or no file of this script")
@@ -3768,25 +3787,6 @@ def load_plain(path: Path) -> Any:
         raise Damaged(f"is not plain data ({error})") from None
 
 
-def previous(path: Path) -> Path:
-    """Where the version before the current one of a checkpoint in progress is kept."""
-    return path.with_name(path.name + ".previous")
-
-
-def keep_previous(path: Path) -> None:
-    """Keep a file's current version while its next one is written: by a hard link where possible, no gap."""
-    if not path.exists():
-        return
-    link = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        link.unlink(missing_ok=True)
-        os.link(path, link)
-        rename(link, previous(path))
-        link.unlink(missing_ok=True)  # a rename onto another link of the same file does nothing
-    except OSError:
-        write_atomic(previous(path), path.read_bytes())
-
-
 def set_aside(path: Path, reason: str) -> None:
     """Move a damaged file out of the way, keep it for inspection, and say so."""
     target = path.with_name(path.name + ".corrupt")
@@ -3836,13 +3836,11 @@ def take_lock(path: Path, seconds: float = 0.0) -> filelock.BaseFileLock | None:
         return None
     lock = filelock.FileLock(path)
     try:
-        lock.acquire(timeout=seconds)
-    except filelock.Timeout:
+        patiently(partial(lock.acquire, timeout=seconds), path, (None, *NO_LOCKS))
+    except filelock.Timeout:  # an OSError without a number
         return None
     except OSError as error:
-        if error.errno in NO_LOCKS:
-            raise NotImplementedError(first_line(error)) from None
-        raise
+        raise NotImplementedError(first_line(error)) from None
     return lock
 
 
@@ -3907,8 +3905,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
 def to_plain(value: Any) -> Any:
     """A record as dicts, lists, strings, numbers and None. Settings lose what belongs to one session."""
     if dataclasses.is_dataclass(value):
-        kept = [f.name for f in dataclasses.fields(value) if f.metadata.get("role") != "session"]
-        return {name: to_plain(getattr(value, name)) for name in kept}
+        return {name: to_plain(getattr(value, name)) for name in stored_fields(cast(Any, type(value)))}
     if isinstance(value, dict):
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -3917,44 +3914,38 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(kind: Any, value: Any, name: str = "content") -> Any:
-    """The inverse of `to_plain`, by the annotations of `kind`. Raises `Damaged` naming what does not fit."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return record_from_plain(kind, value, name)
+    """The inverse of `to_plain`, by the annotations of `kind`. Raises `Damaged` where a value is unfit."""
+    try:
+        return build(kind, value)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise Damaged(f"holds no sound {name} ({type(error).__name__}: {first_line(error)})") from None
+
+
+def build(kind: Any, value: Any) -> Any:
+    """A value of an annotated type from plain data. Of a dataclass, fields with a default may be missing."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        kind = cast(Any, kind)
+        hints = stored_fields(kind)
+        return kind(**{key: build(hints[key], item) for key, item in value.items()})
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else from_plain(arguments[0], value, name)
-    if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: from_plain(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
-    if origin in (list, tuple) and isinstance(value, list):
-        return origin(from_plain(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
-    if origin is Literal and value in arguments:
-        return value
-    if kind is float and type(value) in (int, float) and not abs(value) > 1e15:  # NaN stands for no value
+        return None if value is None else build(inner[0], value)
+    if origin is dict:
+        return {key: build(inner[1], item) for key, item in value.items()}
+    if origin in (list, tuple):
+        return origin(build(inner[0], item) for item in value)
+    if kind is float:
         return float(value)
-    if kind is int and type(value) is int and abs(value) < 10**15:
-        return value
-    if kind in (str, bool) and type(value) is kind:
-        return value
-    raise Damaged(f"holds no sound {name}")
+    if isinstance(kind, type) and not isinstance(value, kind):
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
 
 
 @cache
-def annotations_of(kind: Any) -> dict[str, Any]:
-    """Field name -> type, of a dataclass."""
-    return typing.get_type_hints(kind)
-
-
-def record_from_plain(kind: Any, values: dict[str, Any], name: str) -> Any:
-    """A dataclass from its fields; those with a default may be missing, unknown ones are not accepted."""
-    hints = annotations_of(kind)
-    fields = {f.name for f in dataclasses.fields(kind) if f.metadata.get("role") != "session"}
-    unknown = sorted(map(str, set(values) - fields))
-    if unknown:
-        raise Damaged(f"holds an unknown {name}.{unknown[0]}")
-    try:
-        return kind(**{key: from_plain(hints[key], value, f"{name}.{key}") for key, value in values.items()})
-    except TypeError as error:
-        raise Damaged(f"lacks a part of {name} ({error})") from None
+def stored_fields(kind: Any) -> dict[str, Any]:
+    """Field name -> type of a dataclass, without what belongs to one session."""
+    hints = typing.get_type_hints(kind)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.metadata.get("role") != "session"}
 
 
 # -- run folder and index -----------------------------------------------------------------------------------
@@ -4020,7 +4011,7 @@ class Run:
     REPORT_SECONDS, FIGURE_SECONDS = 30.0, 600.0  # the least time between two writings of the same
 
     def __init__(self, path: Path, index: Index, labels: np.ndarray | None = None) -> None:
-        """`labels`: of the test images."""
+        """`labels`: of the test images, in the process that writes the report."""
         self.path, self.index, self.labels = path, index, labels
         self.lock_file = (
             self._lock_file()
@@ -4029,7 +4020,7 @@ class Run:
         self.checkpoints = path / "checkpoints"
         self.jobs = planned_jobs(self.settings)
         self.records: Records = {}
-        self.logits: dict[str, np.ndarray] = {}  # of the test images, by job
+        self.logits: dict[str, np.ndarray] = {}  # fp16 [n, C] of the test images by job, for the report
         self._drawn, self._written = time.monotonic(), -math.inf
         self.stale = False  # whether something has ended that the report does not know
 
@@ -4077,20 +4068,9 @@ class Run:
 
     def load(self, job: Job, path: Path | None = None) -> tuple[Record, dict[str, torch.Tensor]]:
         """Record and tensors of a finished job. Raises FileNotFoundError, or `Damaged` if not of this run."""
-        content = load_checkpoint(path or self.file(job))
-        record = from_plain(Record, content.get("record"), "record")
-        differing = [name for name, value in self.identity(job).items() if getattr(record, name) != value]
-        if differing or not record.done:
-            raise Damaged(f"is not the file of {job.name} in a run with these settings")
-        if record.network != job.network or record.seed != self.settings.seed + job.run:
-            raise Damaged("is about another network or seed")
-        cost = network_cost(job.network, len(self.index.data.classes), self.settings.width)
-        if (record.params, record.macs) != cost:
-            raise Damaged("is about a network of another size")
-        for name, sha256 in record.taught_by.items():
-            known = self.teachers(job.compression).get(name)
-            if known is not None and known.weights_sha256 != sha256:
-                raise Damaged(f"was distilled from another {name} than this run's")
+        tensors = load_checkpoint(path or self.file(job))
+        record = from_plain(Record, tensors.pop("record", None), "record")
+        self._check_identity(job, record)
         if job.kind == "pilot":
             if record.config not in [candidate.config for candidate in record.candidates]:
                 raise Damaged("chose a configuration that is no candidate")
@@ -4099,9 +4079,22 @@ class Run:
         configured = pilot is None or pilot.name in self.records
         if configured and record.config != config_of(job, self.records):
             raise Damaged("was configured in another way than this run's pilot says")
-        tensors = {name: value for name, value in content.items() if name not in ("record", "index")}
         self._check_tensors(job, record, tensors)
         return record, tensors
+
+    def _check_identity(self, job: Job, record: Record) -> None:
+        """Raise `Damaged` unless a record is of this job of this run, done, and of this run's teachers."""
+        differing = [name for name, value in self.identity(job).items() if getattr(record, name) != value]
+        if differing or not record.done:
+            raise Damaged(f"is not the file of {job.name} in a run with these settings")
+        cost = network_cost(job.network, len(self.index.data.classes), self.settings.width)
+        about = (record.network, record.seed, record.params, record.macs)
+        if about != (job.network, self.settings.seed + job.run, *cost):
+            raise Damaged("is about another network or seed")
+        for name, sha256 in record.taught_by.items():
+            known = self.records.get(name)
+            if known is not None and known.weights_sha256 != sha256:
+                raise Damaged(f"was distilled from another {name} than this run's")
 
     def _check_tensors(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
         """Raise `Damaged` unless a trained network's file holds what its record says."""
@@ -4119,58 +4112,63 @@ class Run:
     def refresh(self, touch: bool = True) -> list[Job]:
         """Take in what has ended since the last look; returns it.
 
-        A damaged file is set aside and its job done again; a finished job's checkpoints in progress are
-        removed. With `touch` False nothing is changed.
+        With `touch`, a damaged file is set aside, so that its job is done again, and what a finished job
+        needs no more is removed.
         """
-        fresh = [job for job in self.jobs if job.name not in self.records and self._take_in(job, touch)]
-        if all(job.kind == "student" for job in fresh):
-            return fresh
-        # What learned from an earlier version of a job that was done again is looked at once more.
+        if touch:
+            self.check_ours()
+        fresh = [job for job in self.left if self._take_in(job, touch)]
+        if any(job.kind != "student" for job in fresh):
+            self._look_at_pupils(fresh, touch)
+        return fresh
+
+    def _look_at_pupils(self, fresh: Sequence[Job], touch: bool) -> None:
+        """Look once more at what learned from an earlier version of a job that was done again."""
         known = [job for job in self.jobs if job.name in self.records and job not in fresh]
         pupils = [job for job in known if job.teacher_networks]
         for job in pupils:
             del self.records[job.name]
         for job in pupils:
             self._take_in(job, touch)
-        return fresh
 
     def _take_in(self, job: Job, touch: bool) -> bool:
         """Put a job's record into `records` if it has ended and its file is sound."""
         try:
-            record, tensors = self.load(job)
-            if "test_logits" in tensors:
-                self.logits[job.name] = tensors["test_logits"].float().numpy()
+            record = self._ended(job)
         except Damaged as error:
             if touch:
-                self.check_ours()
                 set_aside(self.file(job), f"{error}, so this job is done again;")
             return False
-        except FileNotFoundError:
-            try:
-                record = from_plain(Record, load_plain(self.file(job, "failed")), "record")
-            except (FileNotFoundError, Damaged):
-                return False
-            if not record.failure or (record.job, record.fingerprint) != (job.name, self.fingerprint(job)):
-                return False
+        if record is None:
+            return False
         self.records[job.name] = record
         if touch and record.done:
-            self._drop_progress(job)
+            self._tidy_up(job)
         return True
 
-    def _drop_progress(self, job: Job) -> None:
-        """Remove what a finished job needs no more, also where a killed process left it."""
-        for path in self.progress_files(job):
-            self.check_ours()
-            path.unlink(missing_ok=True)
-        for kind in ("attempts", "lock"):
-            with contextlib.suppress(OSError):  # Windows removes no file that is open
-                self.file(job, kind).unlink(missing_ok=True)
+    def _ended(self, job: Job) -> Record | None:
+        """The record of a job that is done or has failed, else None. Raises `Damaged`."""
+        with contextlib.suppress(FileNotFoundError):
+            record, tensors = self.load(job)
+            if self.labels is not None and "test_logits" in tensors:
+                self.logits[job.name] = tensors["test_logits"].numpy()
+            return record
+        with contextlib.suppress(FileNotFoundError, Damaged):
+            record = from_plain(Record, load_plain(self.file(job, "failed")), "record")
+            if record.failure and (record.job, record.fingerprint) == (job.name, self.fingerprint(job)):
+                return record
+        return None
 
-    def finish(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
+    def _tidy_up(self, job: Job) -> None:
+        """Remove what a finished job needs no more, also where a killed process left it."""
+        for path in (*self.progress_files(job), self.file(job, "attempts"), self.file(job, "lock")):
+            with contextlib.suppress(OSError):  # Windows removes no file that is open
+                path.unlink(missing_ok=True)
+
+    def save_result(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
         """Write a job's result. Its checkpoints in progress go when this has been read back (`refresh`)."""
         self.check_ours()
-        index = to_plain(replace(self.index, jobs={}))
-        save_checkpoint(self.file(job), {"record": to_plain(record), "index": index, **tensors})
+        save_checkpoint(self.file(job), {"record": to_plain(record), **tensors})
 
     def fail(self, job: Job, reason: str, final: bool = False) -> None:
         """Record a failure. One that is `final` would come again, so that `--resume` does not try."""
@@ -4187,10 +4185,12 @@ class Run:
                     path.unlink()
 
     def save_index(self) -> None:
-        """Write the index."""
+        """Write the index, and its copy for the case that it is lost."""
         self.check_ours()
         self.index.jobs = {job.name: self.records[job.name] for job in self.jobs if job.name in self.records}
-        save_plain(self.checkpoints / STATE_NAME, to_plain(self.index))
+        plain = to_plain(self.index)
+        for name in (STATE_NAME, STATE_NAME + ".bak"):
+            save_plain(self.checkpoints / name, plain)
 
     def save(self, final: bool = False) -> None:
         """Write the index, the tables and the report, but not twice in REPORT_SECONDS unless `final`.
@@ -4265,30 +4265,28 @@ def new_index(settings: Settings, precision: str, data: DataDescription, plugins
 
 def is_run(path: Path) -> bool:
     """Whether a run was started in this folder (its index or models, finished or not, exist)."""
-    checkpoints = path / "checkpoints"
-    if not os.path.isdir(checkpoints):  # Path.is_dir would raise for a name that is too long
+    folder = path / "checkpoints"
+    try:
+        names = patiently(partial(os.listdir, folder), folder)
+    except OSError:  # there is none
         return False
-    return any(any(checkpoints.glob(pattern)) for pattern in (STATE_NAME, "*.pt", "*.progress"))
+    return any(name.startswith(STATE_NAME) or name.endswith((".pt", ".progress")) for name in names)
 
 
 def load_index(path: Path, plugins: Mapping[str, str]) -> Index:
-    """The index of a run, or the copy in the newest of its files where it is lost. Touches nothing.
+    """The index of a run, or its copy where it is lost. Touches nothing.
 
     `plugins`: what this command has loaded; a run that used another file, or none of that name, is refused.
     Raises `UsageError`.
     """
-    checkpoints = path / "checkpoints"
-    others = [*checkpoints.glob("*.pt"), *checkpoints.glob("*.progress")]
-    others.sort(key=lambda file: file.stat().st_mtime, reverse=True)
-    for file in [checkpoints / STATE_NAME, *others]:
+    for name in (STATE_NAME, STATE_NAME + ".bak"):
         with contextlib.suppress(FileNotFoundError, Damaged):
-            content = load_plain(file) if file.name == STATE_NAME else load_checkpoint(file).get("index")
-            index = index_from_plain(content, plugins)
-            if file.name != STATE_NAME:
-                log.warning("the index of %s is lost; it is taken from %s", path, file.name)
-                index.notes.append(f"The index was lost and taken from {file.name}.")
+            index = index_from_plain(load_plain(path / "checkpoints" / name), plugins)
+            if name != STATE_NAME:
+                log.warning("the index of %s is lost; it is taken from %s", path, name)
+                index.notes.append(f"The index was lost and taken from {name}.")
             return index
-    raise UsageError(f"{path} holds no run that can be continued (no sound {STATE_NAME}, no sound model)")
+    raise UsageError(f"{path} holds no run that can be continued (no sound {STATE_NAME}, nor its copy .bak)")
 
 
 def index_from_plain(content: Any, plugins: Mapping[str, str]) -> Index:
@@ -4334,30 +4332,22 @@ def check_plugins(wanted: Any, loaded: Mapping[str, str]) -> None:
 
 
 def save_progress(run: Run, path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint in progress, with a copy of the index; its previous version is kept."""
+    """Write a checkpoint in progress."""
     run.check_ours()
-    keep_previous(path)
-    save_checkpoint(path, {**content, "index": to_plain(replace(run.index, jobs={}))})
+    save_checkpoint(path, content)
 
 
 def load_progress(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
-    """A checkpoint in progress, or its previous version; None if there is none that `check` accepts.
-
-    `check` raises `Damaged`; a damaged file is set aside.
-    """
-    for candidate in (path, previous(path)):
-        try:
-            content = load_checkpoint(candidate)
-            check(content)
-        except FileNotFoundError:
-            continue
-        except Damaged as error:
-            set_aside(candidate, str(error))
-            continue
-        if candidate != path:
-            log.warning("using %s instead of %s", candidate.name, path.name)
-        return content
-    return None
+    """A checkpoint in progress, or None. One that is damaged, also as `check` says, is set aside."""
+    try:
+        content = load_checkpoint(path)
+        check(content)
+    except FileNotFoundError:
+        return None
+    except Damaged as error:
+        set_aside(path, f"{error}, so its training starts again;")
+        return None
+    return content
 
 
 def page_places(run_folder: Path) -> list[Path]:
@@ -4443,7 +4433,6 @@ class Worker:
 
     def wait(self, job: Job) -> None:
         """Wait a moment: other processes are doing all that is ready."""
-        self.run.check_ours()
         self.experiment.session.check()
         if time.monotonic() - self._said > self.WAIT_SECONDS:
             self._said = time.monotonic()
@@ -5778,11 +5767,11 @@ def reuse_finished(run: Run, platform: Platform) -> None:
         for path in [path for path in found if path.name == name]:
             if any(part.startswith(".") for part in path.parts[-4:-1]):
                 continue  # an unfinished copy of a run
-            with contextlib.suppress(FileNotFoundError, Damaged):
+            with contextlib.suppress(FileNotFoundError, Damaged, UsageError):
                 record, tensors = run.load(job, path)
                 if record.taught_by != taught_by(run, job):
                     continue
-                run.finish(job, record, tensors)
+                run.save_result(job, record, tensors)
                 source = path.parent.parent.name
                 note = f"{job.name} was reused from {source} (identical settings, data and precision)."
                 log.info("%s", note)
@@ -5993,7 +5982,6 @@ def supervise(run: Run, crew: Crew, progress: Progress, session: Session, leads:
         progress.estimate.speeds = crew.speeds
         if leads:
             progress.announce(session)
-    run.check_ours()
     fresh = run.refresh()
     if leads:
         report_progress(run, progress, fresh)
@@ -6147,7 +6135,6 @@ def await_leader(path: Path, session: Session) -> None:
 
 def conclude(args: Namespace, run: Run, session: Session, reason: str) -> int:
     """Write the last report; the last line says the outcome and what continues. Returns the exit code."""
-    run.check_ours()
     last = run.index.sessions[-1]
     last.ended, last.stopped = now(), reason
     run.refresh()

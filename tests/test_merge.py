@@ -142,25 +142,9 @@ def test_students_of_one_ratio_from_different_teachers_are_refused(
     assert "the students at 2.3x learned from different teachers" in said
 
 
-def test_ratios_with_different_teachers_are_merged_and_each_keeps_its_own(
-    sessions: Path, toy: Path, merge: Merge
-) -> None:
-    five, other = sessions / "exp1b_five", sessions / "exp1b_other"
-    assert merge(other, five) == 0
-    merged = toy / "merged"
-    pd.testing.assert_frame_equal(rows(merged), rows(other, five))
-    assert rows(merged).groupby("compression").teacher_accuracy.nunique().tolist() == [1, 1]
-    teachers = exp.load_index(merged, {}).merged_teachers
-    assert teachers["2.3x"][TEACHER].weights_sha256 != teachers["5x"][TEACHER].weights_sha256
-    before = models(merged)
-    exp.main(["--resume", "--output-dir", str(merged), *SESSION])
-    assert models(merged) == before, "nothing is trained again, nothing is set aside"
-    pd.testing.assert_frame_equal(rows(merged), rows(other, five))
-
-
 def as_if(source: Path, target: Path, **changes: Any) -> Path:
     """A run that has only started, whose index is `source`'s but for these settings or fields."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.pt", "*.previous"))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.pt", "*.bak"))
     index = exp.load_index(source, {})
     settings = {
         name: changes.pop(name)
