@@ -991,6 +991,11 @@ class Method:
         return F.cross_entropy(logits, self.experiment.images.labels[index])
 
 
+def is_plugin(method: type[Method]) -> bool:
+    """Whether a method comes from a plugin."""
+    return method.__module__ != __name__
+
+
 def register(name: str) -> Callable[[type[Method]], type[Method]]:
     """Class decorator: make a method known under a name, for `--methods`, figures and report.
 
@@ -1013,59 +1018,6 @@ def register(name: str) -> Callable[[type[Method]], type[Method]]:
         return method
 
     return add
-
-
-def is_plugin(method: type[Method]) -> bool:
-    """Whether a method comes from a plugin."""
-    return method.__module__ != __name__
-
-
-def adapt_plugin(method: type[Method]) -> None:
-    """Give a plugin's method a look and a description, and check it. Raises `UsageError`."""
-    method.option, method.twin = "methods", ""
-    number = sum(is_plugin(known) for known in METHODS.values())
-    if "look" not in vars(method):
-        spare = (SPARE_COLOURS, SPARE_MARKERS, SPARE_LINES)
-        colour, marker, line = (choices[number % len(choices)] for choices in spare)
-        method.look = (colour, marker, line)
-    if "about" not in vars(method):
-        method.about = " ".join((method.__doc__ or "a method of a plugin").split()).rstrip(".")
-
-    def check(right: bool, what: str) -> None:
-        if not right:
-            raise UsageError(f"{method.name}: {what}")
-
-    try:
-        from matplotlib.lines import Line2D
-
-        colour, marker, line = method.look
-        Line2D([], [], color=colour, marker=marker, linestyle=line)
-    except (TypeError, ValueError) as error:
-        check(False, f"look {method.look!r} is no colour, marker and line ({first_line(error)})")
-    unknown = [stage for stage in method.stages if stage not in STAGES]
-    check(not unknown and not isinstance(method.stages, str), f"stages are a tuple of {', '.join(STAGES)}")
-    pilots = [known.name for known in METHODS.values() if known.pilot == known.name]
-    check(method.pilot in ("", method.name, *pilots), f"there is no pilot {method.pilot!r}: {listed(pilots)}")
-    for ratio in RATIOS:
-        known = ("teacher", *ladder_above(ratio))
-        teachers, candidates = method.teachers(ratio), method.candidates(ratio)
-        check(
-            isinstance(teachers, tuple) and set(teachers) <= set(known),
-            f"teachers({ratio!r}) is not of {known}",
-        )
-        check(bool(teachers) or not method.stages, "it names stages, but no teachers")
-        if method.pilot == method.name:
-            whole = len(candidates) >= 2 and all(isinstance(c, Distillation) for c in candidates)
-            check(whole, f"candidates({ratio!r}) must be a list of at least two Distillation")
-        for config in [method.configure(ratio, None), *candidates]:
-            check(
-                config is None or isinstance(config, Distillation), f"configure({ratio!r}) is no Distillation"
-            )
-            used = config.teachers if config else ()
-            check(
-                set(used) <= set(teachers) or not teachers,
-                f"a configuration at {ratio} has other teachers than teachers({ratio!r})",
-            )
 
 
 @register("Direct")
@@ -1308,33 +1260,6 @@ def out_of_memory_alike() -> Iterator[None]:
         if is_out_of_memory(error):
             raise torch.OutOfMemoryError(first_line(error)) from error
         raise
-
-
-@contextlib.contextmanager
-def blamed_on(method: type[Method], what: str) -> Iterator[None]:
-    """Turn an error in a plugin's code into `MethodFailed`, which names its file and line.
-
-    `what` is the name of the member that is called.
-    """
-    try:
-        yield
-    except (Stopped, DiskFull, UsageError):
-        raise
-    except Exception as error:
-        others = isinstance(error, JobFailed) and not isinstance(error, MethodFailed)
-        if not is_plugin(method) or others or is_out_of_memory(error) or "CUDA error" in str(error):
-            raise
-        log.error("%s of %s failed", what, method.name, exc_info=error)
-        kind = "" if isinstance(error, MethodFailed) else f"{type(error).__name__}: "
-        file = Path(sys.modules[method.__module__].__file__ or "")
-        place = place_in_plugin(error, file) or defined_at(method, what)
-        raise MethodFailed(f"{what} of {method.name} ({place}): {kind}{first_line(error)}") from None
-
-
-def defined_at(method: type[Method], what: str) -> str:
-    """ "mine.py, line 3": where a member of a plugin's method is defined."""
-    code = getattr(inspect.unwrap(getattr(method, what)), "__code__", None)
-    return f"{Path(code.co_filename).name}, line {code.co_firstlineno}" if code else method.__name__
 
 
 class Experiment:
@@ -1851,37 +1776,6 @@ def seed_globally(seed: int, run: int, epoch: int) -> None:
     torch.manual_seed(number)
     np.random.seed(number)
     random.seed(number)
-
-
-def parameters_outside(method: Method) -> list[str]:
-    """Names of trainable parameters that a method holds outside `module`: nothing would train them."""
-    known = {id(parameter) for parameter in method.module.parameters()} if method.module else set()
-    plugin = vars(sys.modules[type(method).__module__])
-    classes = [vars(base) for base in type(method).__mro__ if is_plugin(base)]
-    found = []
-    for name, value in itertools.chain(*(held.items() for held in (vars(method), *classes, plugin))):
-        items = list(value.values()) if isinstance(value, dict) else value
-        for item in items if isinstance(items, list | tuple) else [items]:
-            own = item.parameters() if isinstance(item, nn.Module) else [item]
-            leaves = [p for p in own if isinstance(p, torch.Tensor) and p.is_leaf and p.requires_grad]
-            if any(id(leaf) not in known for leaf in leaves):
-                found.append(name)
-    return sorted(set(found))
-
-
-def marks_of(method: Method) -> dict[str, Any]:
-    """By attribute of a method, something that changes when it is set or changed in place."""
-    marks: dict[str, Any] = {}
-    for name, value in vars(method).items():
-        if isinstance(value, torch.Tensor):
-            marks[name] = (id(value), value._version)
-        elif isinstance(value, np.ndarray):
-            marks[name] = (id(value), zlib.crc32(value.tobytes()))
-        elif isinstance(value, int | float | str | None):
-            marks[name] = value
-        else:
-            marks[name] = (id(value), len(value) if hasattr(value, "__len__") else 0)
-    return marks
 
 
 class Training:
@@ -5849,6 +5743,112 @@ def place_in_plugin(error: BaseException, path: Path) -> str:
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(path.parent)]
     own = [frame for frame in own if frame.filename != import_plugin.__code__.co_filename]
     return f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
+
+
+def adapt_plugin(method: type[Method]) -> None:
+    """Give a plugin's method a look and a description, and check it. Raises `UsageError`."""
+    method.option, method.twin = "methods", ""
+    number = sum(is_plugin(known) for known in METHODS.values())
+    if "look" not in vars(method):
+        spare = (SPARE_COLOURS, SPARE_MARKERS, SPARE_LINES)
+        colour, marker, line = (choices[number % len(choices)] for choices in spare)
+        method.look = (colour, marker, line)
+    if "about" not in vars(method):
+        method.about = " ".join((method.__doc__ or "a method of a plugin").split()).rstrip(".")
+
+    def check(right: bool, what: str) -> None:
+        if not right:
+            raise UsageError(f"{method.name}: {what}")
+
+    try:
+        from matplotlib.lines import Line2D
+
+        colour, marker, line = method.look
+        Line2D([], [], color=colour, marker=marker, linestyle=line)
+    except (TypeError, ValueError) as error:
+        check(False, f"look {method.look!r} is no colour, marker and line ({first_line(error)})")
+    unknown = [stage for stage in method.stages if stage not in STAGES]
+    check(not unknown and not isinstance(method.stages, str), f"stages are a tuple of {', '.join(STAGES)}")
+    pilots = [known.name for known in METHODS.values() if known.pilot == known.name]
+    check(method.pilot in ("", method.name, *pilots), f"there is no pilot {method.pilot!r}: {listed(pilots)}")
+    for ratio in RATIOS:
+        known = ("teacher", *ladder_above(ratio))
+        teachers, candidates = method.teachers(ratio), method.candidates(ratio)
+        check(
+            isinstance(teachers, tuple) and set(teachers) <= set(known),
+            f"teachers({ratio!r}) is not of {known}",
+        )
+        check(bool(teachers) or not method.stages, "it names stages, but no teachers")
+        if method.pilot == method.name:
+            whole = len(candidates) >= 2 and all(isinstance(c, Distillation) for c in candidates)
+            check(whole, f"candidates({ratio!r}) must be a list of at least two Distillation")
+        for config in [method.configure(ratio, None), *candidates]:
+            check(
+                config is None or isinstance(config, Distillation), f"configure({ratio!r}) is no Distillation"
+            )
+            used = config.teachers if config else ()
+            check(
+                set(used) <= set(teachers) or not teachers,
+                f"a configuration at {ratio} has other teachers than teachers({ratio!r})",
+            )
+
+
+@contextlib.contextmanager
+def blamed_on(method: type[Method], what: str) -> Iterator[None]:
+    """Turn an error in a plugin's code into `MethodFailed`, which names its file and line.
+
+    `what` is the name of the member that is called.
+    """
+    try:
+        yield
+    except (Stopped, DiskFull, UsageError):
+        raise
+    except Exception as error:
+        others = isinstance(error, JobFailed) and not isinstance(error, MethodFailed)
+        if not is_plugin(method) or others or is_out_of_memory(error) or "CUDA error" in str(error):
+            raise
+        log.error("%s of %s failed", what, method.name, exc_info=error)
+        kind = "" if isinstance(error, MethodFailed) else f"{type(error).__name__}: "
+        file = Path(sys.modules[method.__module__].__file__ or "")
+        place = place_in_plugin(error, file) or defined_at(method, what)
+        raise MethodFailed(f"{what} of {method.name} ({place}): {kind}{first_line(error)}") from None
+
+
+def defined_at(method: type[Method], what: str) -> str:
+    """ "mine.py, line 3": where a member of a plugin's method is defined."""
+    code = getattr(inspect.unwrap(getattr(method, what)), "__code__", None)
+    return f"{Path(code.co_filename).name}, line {code.co_firstlineno}" if code else method.__name__
+
+
+def parameters_outside(method: Method) -> list[str]:
+    """Names of trainable parameters that a method holds outside `module`: nothing would train them."""
+    known = {id(parameter) for parameter in method.module.parameters()} if method.module else set()
+    plugin = vars(sys.modules[type(method).__module__])
+    classes = [vars(base) for base in type(method).__mro__ if is_plugin(base)]
+    found = []
+    for name, value in itertools.chain(*(held.items() for held in (vars(method), *classes, plugin))):
+        items = list(value.values()) if isinstance(value, dict) else value
+        for item in items if isinstance(items, list | tuple) else [items]:
+            own = item.parameters() if isinstance(item, nn.Module) else [item]
+            leaves = [p for p in own if isinstance(p, torch.Tensor) and p.is_leaf and p.requires_grad]
+            if any(id(leaf) not in known for leaf in leaves):
+                found.append(name)
+    return sorted(set(found))
+
+
+def marks_of(method: Method) -> dict[str, Any]:
+    """By attribute of a method, something that changes when it is set or changed in place."""
+    marks: dict[str, Any] = {}
+    for name, value in vars(method).items():
+        if isinstance(value, torch.Tensor):
+            marks[name] = (id(value), value._version)
+        elif isinstance(value, np.ndarray):
+            marks[name] = (id(value), zlib.crc32(value.tobytes()))
+        elif isinstance(value, int | float | str | None):
+            marks[name] = value
+        else:
+            marks[name] = (id(value), len(value) if hasattr(value, "__len__") else 0)
+    return marks
 
 
 # -- command line -------------------------------------------------------------------------------------------
