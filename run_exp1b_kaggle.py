@@ -762,7 +762,7 @@ def temperature_at(schedule: str, start: float, epochs: int, losses: Sequence[fl
     maximum, 2 at its minimum. convergence: T0 - 2 damped by the slope of the loss relative to its first
     slope, so that T rises again as training settles. All values lie in [2, 6].
     """
-    smooth = smoothed(losses)
+    smooth = list(itertools.accumulate(losses, lambda average, loss: (average + loss) / 2))
     share = 1.0
     if schedule == "cosine":
         share = (1 + math.cos(math.pi * len(losses) / max(epochs - 1, 1))) / 2
@@ -774,11 +774,6 @@ def temperature_at(schedule: str, start: float, epochs: int, losses: Sequence[fl
         share = math.exp(-abs(smooth[-1] - smooth[-2]) / first) if first > 0 else 1.0
     temperature = TEMPERATURE_MIN + (start - TEMPERATURE_MIN) * share
     return min(max(temperature, TEMPERATURE_MIN), TEMPERATURE_MAX)
-
-
-def smoothed(losses: Sequence[float]) -> list[float]:
-    """Exponential moving average with weight one half."""
-    return list(itertools.accumulate(losses, lambda average, value: (average + value) / 2))
 
 
 def mixture(teacher_logits: torch.Tensor, weights: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -1158,10 +1153,14 @@ class HPMKD(TraditionalKD):
         """Distillation loss of a batch, and the relations between its images as the teachers see them."""
         total = super().loss(logits, index)
         if self.config.weight > 0:
-            own = self.features["stage4"].flatten(1)
-            known = self.descriptions[..., index, :].float().view(-1, len(index), PROJECTED)
-            total = total + self.config.weight * sum(relation_loss(own, one) for one in known) / len(known)
+            known = self.descriptions[..., index, :].float()
+            each = [self.relations(one) for one in known.view(-1, *known.shape[-2:])]
+            total = total + self.config.weight * sum(each) / len(each)
         return total
+
+    def relations(self, known: torch.Tensor) -> torch.Tensor:
+        """`relation_loss` of the student's features against one teacher's descriptions [n, D]."""
+        return relation_loss(self.features["stage4"].flatten(1), known)
 
 
 @register("Direct-equal-cost")
@@ -1266,18 +1265,12 @@ class Experiment:
     """What one process trains with: run, device with the images on it, teachers' outputs, session."""
 
     def __init__(
-        self,
-        run: Run,
-        device: Device,
-        images: Images,
-        session: Session,
-        progress: Progress,
-        pages: PageStore,
+        self, run: Run, device: Device, images: Images, session: Session, progress: Progress
     ) -> None:
         self.run, self.device, self.images = run, device, images
         self.session, self.progress = session, progress
         self.settings, self.precision = run.settings, run.index.precision
-        self.outputs = TeacherOutputs(self, pages)
+        self.outputs = TeacherOutputs(self, PageStore(run.path))
 
     def autocast(self) -> torch.autocast:
         """Mixed precision as this experiment uses it (no-op for fp32)."""
@@ -1429,20 +1422,9 @@ class TeacherOutputs:
         """Name of the folder of one teacher's pages: a fingerprint of all that their bytes depend on."""
         experiment, run = self.experiment, self.experiment.run
         threads = torch.get_num_threads() if experiment.device.kind == "cpu" else 0
-        return fingerprint(
-            [
-                run.records[job.name].weights_sha256,
-                run.index.data.sha256,
-                experiment.settings.seed,
-                experiment.precision,
-                experiment.device.name,
-                threads,
-                str(torch.__version__),
-                CHUNK,
-                PROTOCOL,
-                PAGE_FORMAT,
-            ]
-        )[:32]
+        data = [run.records[job.name].weights_sha256, run.index.data.sha256, experiment.settings.seed]
+        arithmetic = [experiment.precision, experiment.device.name, threads, str(torch.__version__)]
+        return fingerprint([*data, *arithmetic, CHUNK, PROTOCOL, PAGE_FORMAT])[:32]
 
     def _jobs(self, teachers: Iterable[Network]) -> list[Job]:
         return [teacher_job(name, self.experiment.settings.dataset) for name in teachers]
@@ -1686,7 +1668,15 @@ def run_pilot(experiment: Experiment, job: Job, record: Record) -> Record:
     candidates = job.arm.candidates(job.compression)
     per_epoch = len(experiment.images) // experiment.settings.batch_size
     path, identity = run.file(job, "progress"), training_identity(run, job)
-    trials = restore_trials(path, identity, len(split.labels))
+    sound = structure_of({"correct": split.labels == 0, "seconds": 0.0})
+
+    def check(content: dict[str, Any]) -> None:
+        if content.get("identity") != identity:
+            raise Damaged("belongs to another run or to other settings")
+        if any(structure_of(trial) != sound for trial in content["trials"].values()):
+            raise Damaged("holds an unsound trial")
+
+    trials = (load_progress(path, check) or {"trials": {}})["trials"]
 
     def evaluate(rung: int, candidate: int, steps: int) -> np.ndarray:
         key = f"rung{rung + 1}_candidate{candidate + 1}"
@@ -1725,23 +1715,6 @@ def describe_candidate(halving: Halving, number: int, config: Distillation) -> C
     took_part = [(rung, steps) for rung, (steps, alive) in enumerate(halving.rungs) if number in alive]
     accuracies = [100 * float(halving.correct[rung, number].mean()) for rung, _ in took_part]
     return Candidate(config, [steps for _, steps in took_part], accuracies, *halving.compared(number))
-
-
-def restore_trials(path: Path, identity: str, images: int) -> dict[str, dict[str, Any]]:
-    """The trials of a pilot in progress that are finished, by name."""
-
-    def check(content: dict[str, Any]) -> None:
-        trials = content.get("trials")
-        if content.get("identity") != identity or not isinstance(trials, dict):
-            raise Damaged("belongs to another run or to other settings")
-        for trial in trials.values():
-            sound = isinstance(trial, dict) and type(trial.get("seconds")) is float
-            correct = trial.get("correct") if sound else None
-            if not isinstance(correct, torch.Tensor) or correct.dtype != torch.bool or len(correct) != images:
-                raise Damaged("holds an unsound trial")
-
-    content = load_progress(path, check)
-    return content["trials"] if content else {}
 
 
 # -- training: one loop; the methods differ only in their loss ----------------------------------------------
@@ -1978,8 +1951,9 @@ class Training:
         named = self.trained.named_parameters()
         return {name: self.optimizer.state[parameter]["momentum_buffer"] for name, parameter in named}
 
-    def _save(self) -> None:
-        content = {
+    def _content(self) -> dict[str, Any]:
+        """What a checkpoint in progress holds."""
+        return {
             "identity": self.identity,
             "trained": {name: value.cpu() for name, value in self.trained.state_dict().items()},
             "momentum": {name: value.cpu() for name, value in self._momentum().items()},
@@ -1988,7 +1962,9 @@ class Training:
             "seconds": self.seconds,
             "micro_batch": self.micro_batch,
         }
-        save_progress(self.experiment.run, self.path, content)
+
+    def _save(self) -> None:
+        save_progress(self.experiment.run, self.path, self._content())
         self._saved, self._unsaved = time.monotonic(), False
 
     def _restore(self) -> None:
@@ -2007,26 +1983,19 @@ class Training:
         """Raise `Damaged` unless a checkpoint is of this very training, and whole."""
         if content.get("identity") != self.identity:
             raise Damaged("belongs to another run or to other settings")
-        for part, own in (("trained", self.trained.state_dict()), ("momentum", self._momentum())):
-            stored = content.get(part)
-            if not isinstance(stored, dict) or shapes_of(stored) != shapes_of(own):
-                raise Damaged(f"holds no sound {part}")
-        scaler = from_plain(dict[str, float], content.get("scaler"), "scaler")
-        if scaler.keys() != self.scaler.state_dict().keys():
-            raise Damaged("holds no sound scaler")
-        history = from_plain(list[Epoch], content.get("history"), "history")
-        from_plain(float, content.get("seconds"), "seconds")
-        micro_batch = from_plain(int, content.get("micro_batch"), "micro_batch")
-        if not 0 < len(history) < self.epochs or not 0 < micro_batch <= self.experiment.settings.batch_size:
+        if structure_of(content) != structure_of(self._content()):
+            raise Damaged("holds something else than this training")
+        if not 0 < len(from_plain(list[Epoch], content["history"])) < self.epochs:
             raise Damaged("holds a history of another length")
 
 
-def shapes_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Name -> shape and type of tensors (None for what is no tensor)."""
-    return {
-        name: (value.shape, value.dtype) if isinstance(value, torch.Tensor) else None
-        for name, value in tensors.items()
-    }
+def structure_of(value: Any) -> Any:
+    """What a value is made of: shapes and types of tensors, the same of each entry of a dict, else a type."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, dict):
+        return {name: structure_of(part) for name, part in value.items()}
+    return type(value)
 
 
 def do_job(experiment: Experiment, job: Job) -> None:
@@ -4621,7 +4590,7 @@ def load_progress(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[s
         check(content)
     except FileNotFoundError:
         return None
-    except Damaged as error:
+    except (Damaged, AttributeError, KeyError, TypeError, ValueError) as error:
         set_aside(path, f"{error}, so its training starts again;")
         return None
     return content
@@ -4875,8 +4844,7 @@ def make_experiment(
     if device.kind == "cuda":
         torch.cuda.set_device(device.torch)
     configure_torch(thread_count(run.settings, devices), run.settings.deterministic)
-    images, pages = Images(data, run.settings.seed, device.torch), PageStore(run.path)
-    return Experiment(run, device, images, session, progress, pages)
+    return Experiment(run, device, Images(data, run.settings.seed, device.torch), session, progress)
 
 
 def make_progress(
