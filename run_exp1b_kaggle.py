@@ -62,7 +62,9 @@ import datetime
 import errno
 import hashlib
 import http.client
+import importlib
 import importlib.metadata
+import inspect
 import io
 import itertools
 import json
@@ -71,6 +73,7 @@ import math
 import multiprocessing
 import pickle
 import platform
+import random
 import re
 import shlex
 import shutil
@@ -85,6 +88,7 @@ import traceback
 import types
 import typing
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from argparse import Namespace
@@ -107,7 +111,6 @@ from scipy.special import log_softmax, softmax
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from tqdm import tqdm
@@ -134,6 +137,10 @@ class JobFailed(Exception):
 
 class Diverged(JobFailed):
     """Training diverged. It would diverge again with the same seed, so `--resume` does not try again."""
+
+
+class MethodFailed(Diverged):
+    """A method's own code is wrong. It would fail again, too."""
 
 
 class DiskFull(Exception):
@@ -177,7 +184,7 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def digest(value: Any) -> str:
+def fingerprint(value: Any) -> str:
     """SHA-256 (hex) of plain data, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -567,6 +574,9 @@ def synthetic(train_size: int, seed: int) -> RawData:
 
 
 # -- networks -----------------------------------------------------------------------------------------------
+STAGES = ("stage1", "stage2", "stage3", "stage4")  # 32x32, 16x16, 8x8 and 4x4 positions
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A CIFAR ResNet: residual block, blocks per stage, and channels per stage at full width."""
@@ -574,6 +584,18 @@ class Architecture:
     block: type[BasicBlock] | type[Bottleneck]
     blocks: tuple[int, int, int, int]
     channels: tuple[int, int, int, int]
+
+    def planes(self, width: int) -> list[int]:
+        """Channels inside the blocks of each stage, at a width."""
+        # Never below 8: there oneDNN (AVX2) overruns a buffer in a strided 1x1 convolution's gradient.
+        return [max(8, channels * width // FULL_WIDTH) for channels in self.channels]
+
+    def outputs(self, width: int) -> dict[str, int]:
+        """Channels at the end of each stage, at a width: those of the features that methods see."""
+        return {
+            stage: planes * self.block.expansion
+            for stage, planes in zip(STAGES, self.planes(width), strict=True)
+        }
 
 
 # The last stage is trimmed in steps of 8 channels until the counted ratio is within 1% of the nominal one
@@ -592,18 +614,20 @@ class CifarResNet(nn.Module):
 
     def __init__(self, architecture: Architecture, classes: int, width: int) -> None:
         super().__init__()
-        # Never below 8: there oneDNN (AVX2) overruns a buffer in a strided 1x1 convolution's gradient.
-        widths = [max(8, channels * width // FULL_WIDTH) for channels in architecture.channels]
-        inputs = widths[0]
+        inputs = architecture.planes(width)[0]
         layers: list[nn.Module] = [nn.Conv2d(3, inputs, 3, padding=1, bias=False), nn.BatchNorm2d(inputs)]
         layers.append(nn.ReLU(inplace=True))
-        for stage, (planes, count) in enumerate(zip(widths, architecture.blocks, strict=True)):
+        self.stage_ends: dict[str, int] = {}  # stage -> position of its last block in `features`
+        stages = zip(STAGES, architecture.planes(width), architecture.blocks, strict=True)
+        for stage, planes, count in stages:
             for position in range(count):
-                stride = 2 if stage > 0 and position == 0 else 1
+                stride = 2 if stage != "stage1" and position == 0 else 1
                 layers.append(residual_block(architecture.block, inputs, planes, stride))
                 inputs = planes * architecture.block.expansion
+            self.stage_ends[stage] = len(layers) - 1
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(inputs, classes)
+        self.memory_format = torch.channels_last
         self._initialise()
 
     def _initialise(self) -> None:
@@ -622,7 +646,7 @@ class CifarResNet(nn.Module):
         The classifier computes in fp32 whatever the precision: a logit rounded to bf16 ties with its
         neighbour on about one test image in a hundred, and a tie goes to the lower class.
         """
-        features = self.features(images.contiguous(memory_format=torch.channels_last)).float().mean((2, 3))
+        features = self.features(images.contiguous(memory_format=self.memory_format)).float().mean((2, 3))
         with torch.autocast(images.device.type, enabled=False):
             return cast(torch.Tensor, self.classifier(features))
 
@@ -645,6 +669,18 @@ def residual_block(
     if stride != 1 or inputs != outputs:
         shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
     return block(inputs, planes, stride, shortcut)
+
+
+def collect_features(network: CifarResNet, stages: Iterable[str]) -> dict[str, torch.Tensor]:
+    """A dict that each forward pass fills with the outputs of these stages: float32 [n, C, H, W]."""
+    features: dict[str, torch.Tensor] = {}
+
+    def keep(stage: str, _block: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        features[stage] = output.float()
+
+    for stage in stages:
+        network.features[network.stage_ends[stage]].register_forward_hook(partial(keep, stage))
+    return features
 
 
 def build_network(name: str, classes: int, width: int, seed: int = 0) -> CifarResNet:
@@ -681,6 +717,44 @@ def distillation_loss(
     return alpha * temperature**2 * divergence + (1 - alpha) * F.cross_entropy(logits, labels)
 
 
+def decoupled_loss(
+    logits: torch.Tensor, labels: torch.Tensor, soft_targets: torch.Tensor, temperature: float, beta: float
+) -> torch.Tensor:
+    """CE(z, y) + T^2 [KL(b(q) || b(p)) + beta KL(r(q) || r(p))], mean over the batch: decoupled soft targets
+    (Zhao et al. 2022, arXiv 2203.08679).
+
+    b(.) is the pair (label's class, all others), r(.) the distribution over the other classes, p =
+    softmax(z / T). KL(q || p) weighs its second part by 1 - q_y: the surer the teacher, the less the student
+    hears about the other classes. Here it hears it with a weight of its own. Arguments: `distillation_loss`.
+    """
+    is_label = F.one_hot(labels, logits.shape[1]).bool()
+    log_p = F.log_softmax(logits / temperature, 1)
+    log_p_label = log_p.gather(1, labels[:, None])
+    log_p_rest = log_p.masked_fill(is_label, -math.inf).logsumexp(1, keepdim=True)
+    q_label = soft_targets.gather(1, labels[:, None])
+    q_others = soft_targets.masked_fill(is_label, 0.0)
+    q_rest = q_others.sum(1, keepdim=True)
+
+    binary_p, binary_q = torch.cat([log_p_label, log_p_rest], 1), torch.cat([q_label, q_rest], 1)
+    others_p = (log_p - log_p_rest).masked_fill(is_label, 0.0)
+    others_q = q_others / q_rest.clamp_min(1e-12)
+    target_part = F.kl_div(binary_p, binary_q, reduction="batchmean")
+    others_part = F.kl_div(others_p, others_q, reduction="batchmean")
+    return F.cross_entropy(logits, labels) + temperature**2 * (target_part + beta * others_part)
+
+
+def relation_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """||G(teacher) - G(student)||_F^2 / n^2 of the images' relations in a batch (similarity-preserving
+    distillation, Tung and Mori 2019, arXiv 1907.09682).
+
+    `student` [n, A] and `teacher` [n, B] describe the same n images; G is the matrix of their products, its
+    rows scaled to length 1.
+    """
+    of_student = F.normalize(student @ student.T, dim=1)
+    of_teacher = F.normalize(teacher @ teacher.T, dim=1)
+    return (of_teacher - of_student).square().sum() / len(student) ** 2
+
+
 def temperature_at(schedule: str, start: float, epochs: int, losses: Sequence[float]) -> float:
     """Temperature of the next epoch, a pure function of the training losses so far (HPM-KD, component 3).
 
@@ -713,6 +787,16 @@ def mixture(teacher_logits: torch.Tensor, weights: torch.Tensor, temperature: fl
     return soft[0] if len(soft) == 1 else torch.einsum("nm,mnc->nc", weights, soft)
 
 
+PROJECTED = 512  # numbers per image that describe a feature map
+
+
+@cache
+def projection(size: int, device: torch.device) -> torch.Tensor:
+    """A fixed random matrix [size, PROJECTED] that keeps, in expectation, the products of rows."""
+    numbers = rng(0, "projection", size).standard_normal((size, PROJECTED), dtype=np.float32)
+    return torch.from_numpy(numbers / np.float32(math.sqrt(PROJECTED))).to(device)
+
+
 def uniform_weights(logits: torch.Tensor) -> torch.Tensor:
     """Weights [n, M], all 1 / M, for logits [M, n, C]."""
     teachers, images, _ = logits.shape
@@ -734,6 +818,8 @@ class Distillation:
     teachers: tuple[Network, ...] = ("teacher",)
     attention: bool = False  # weights per image by the fitted network, instead of the uniform mean
     view_share: float = 1.0  # of the soft target: from the student's view; the rest is the mean over views
+    beta: float = 0.0  # of the other classes in decoupled soft targets; 0: plain KL, weighted by alpha
+    weight: float = 0.0  # of the description's loss (HPM-KD: of the relations between images); 0: none
 
 
 @dataclass(frozen=True)
@@ -826,28 +912,38 @@ class Record:
 
 # -- methods: one class says everything about a method ------------------------------------------------------
 Look = tuple[str, str, str]  # colour, marker and line in every figure
-METHODS: dict[str, type[Direct]] = {}
+METHODS: dict[str, type[Method]] = {}
 # Okabe-Ito colours (their yellow darkened: it would vanish on white); those of the main methods differ in
 # lightness too, so that they survive a grey print. Methods of plugins get the spare ones.
-SPARE_LOOKS: tuple[Look, ...] = (
-    ("#D55E00", "X", ":"),
-    ("#009E73", "P", "--"),
-    ("#56B4E9", "<", "-."),
-    ("#A89C00", "p", "-"),
-)
+SPARE_COLOURS = ("#D55E00", "#009E73", "#56B4E9", "#A89C00", "#CC79A7", "#8C564B", "#444444")
+SPARE_MARKERS = ("X", "P", "<", "p", "D", "*", "h", ">")
+SPARE_LINES = (":", "--", "-.", "-")
+MOST_NUMBERS = 4_096  # of a description, per image
 
 
-class Direct:
-    """Cross-entropy with the labels: the baseline, how the teacher learns, and the base of all methods."""
+class Method:
+    """How a network learns. The base of all methods: no teacher, cross-entropy with the labels.
+
+    A method sees the student's logits of a batch and, if it names `stages`, also its features. Of the
+    teachers it sees, for the very views that the student sees, the logits (`TraditionalKD`) and what
+    `describe` makes of their features. Both come from memory: a teacher looks at each view only once.
+    """
 
     name: ClassVar[str] = ""  # set by `register`
     look: ClassVar[Look] = ("#000000", "o", "-")
     option: ClassVar[str] = "methods"  # what adds it: "methods" (by its name), "ablation" or "equal_cost"
-    pilot: ClassVar[str] = ""  # the method whose pilot chooses its configuration
-    managed: ClassVar[bool] = True  # whether the pilot's choice is used, and so paid for
+    pilot: ClassVar[str] = ""  # the method whose pilot chooses its configuration: itself if it has candidates
+    uses_pilot: ClassVar[bool] = True  # whether that choice is used, and so paid for
     twin: ClassVar[str] = ""  # the method whose student this one's is where their configurations agree
     about: ClassVar[str] = "cross-entropy with the labels"  # for the report
     source_sha256: ClassVar[str] = ""  # of the plugin that registered it
+    stages: ClassVar[tuple[str, ...]] = ()  # of STAGES: those whose features the loss needs
+
+    # Set by `Training`: before the first epoch, for each epoch and for each batch.
+    module: nn.Module | None  # what `modules` returned, on the device
+    page: int  # the view of every image in this epoch
+    descriptions: torch.Tensor  # fp16 [N, D] of the teacher for this page; [M, N, D] of several teachers
+    features: dict[str, torch.Tensor]  # of the student for this batch, by stage: float32 [n, C, H, W]
 
     def __init__(self, experiment: Experiment, config: Distillation | None, pages: Sequence[int]) -> None:
         """Do what has to be done once, before the first epoch; `pages`: see `page_order`."""
@@ -863,12 +959,29 @@ class Direct:
     @classmethod
     def configure(cls, compression: str, chosen: Distillation | None) -> Distillation | None:
         """The configuration of a student, given what the pilot chose (None without a pilot)."""
-        return None
+        return chosen
 
     @classmethod
     def candidates(cls, compression: str) -> list[Distillation]:
         """What a pilot for this method compares; the first stays unless another is clearly better."""
         return []
+
+    @staticmethod
+    def describe(features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What the loss needs of a teacher's features {stage: [n, C, H, W]}: float [n, D].
+
+        D is at most MOST_NUMBERS. It must be a function of each image alone, and is kept as fp16 for every
+        view that the run uses. The base's is the mean over positions.
+        """
+        return torch.cat([feature.mean((2, 3)) for feature in features.values()], 1)
+
+    def modules(self, student: Mapping[str, int], teacher: Mapping[str, int]) -> nn.Module | None:
+        """What is trained beside the student, given the channels per stage of both: it becomes `self.module`.
+
+        Its parameters join the optimizer; its parameters and buffers are saved with every checkpoint in
+        progress. All state that lasts longer than an epoch belongs here.
+        """
+        return None
 
     def start_epoch(self, epoch: int, losses: Sequence[float]) -> None:
         """Get ready for an epoch (from 0) after epochs with these training losses."""
@@ -878,10 +991,13 @@ class Direct:
         return F.cross_entropy(logits, self.experiment.images.labels[index])
 
 
-def register(name: str) -> Callable[[type[Direct]], type[Direct]]:
-    """Class decorator: make a method known under a name, for `--methods`, figures and report."""
+def register(name: str) -> Callable[[type[Method]], type[Method]]:
+    """Class decorator: make a method known under a name, for `--methods`, figures and report.
 
-    def add(method: type[Direct]) -> type[Direct]:
+    Raises `UsageError` for a plugin's method that could not be trained.
+    """
+
+    def add(method: type[Method]) -> type[Method]:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,30}", name):
             raise UsageError(
                 f"{name!r} is no name for a method: use up to 31 letters, digits, '.', '+' and '-'"
@@ -889,38 +1005,76 @@ def register(name: str) -> Callable[[type[Direct]], type[Direct]]:
         if name in METHODS:
             raise UsageError(f"there is a method {name} already: choose another name")
         method.name = name
-        if method.__module__ != __name__:  # of a plugin
-            method.option, method.twin = "methods", ""
-            if "look" in vars(method):
-                check_look(method.look)
-            else:
-                added = sum(known.__module__ != __name__ for known in METHODS.values())
-                method.look = SPARE_LOOKS[added % len(SPARE_LOOKS)]
-            if "about" not in vars(method):
-                method.about = " ".join((method.__doc__ or "a method of a plugin").split()).rstrip(".")
+        if "candidates" in vars(method) and "pilot" not in vars(method):
+            method.pilot = name
+        if is_plugin(method):
+            adapt_plugin(method)
         METHODS[name] = method
         return method
 
     return add
 
 
-def check_look(look: Look) -> None:
-    """Raise `UsageError` unless matplotlib can draw a plugin's colour, marker and line."""
-    import_matplotlib()
-    from matplotlib.lines import Line2D
+def is_plugin(method: type[Method]) -> bool:
+    """Whether a method comes from a plugin."""
+    return method.__module__ != __name__
+
+
+def adapt_plugin(method: type[Method]) -> None:
+    """Give a plugin's method a look and a description, and check it. Raises `UsageError`."""
+    method.option, method.twin = "methods", ""
+    number = sum(is_plugin(known) for known in METHODS.values())
+    if "look" not in vars(method):
+        spare = (SPARE_COLOURS, SPARE_MARKERS, SPARE_LINES)
+        colour, marker, line = (choices[number % len(choices)] for choices in spare)
+        method.look = (colour, marker, line)
+    if "about" not in vars(method):
+        method.about = " ".join((method.__doc__ or "a method of a plugin").split()).rstrip(".")
+
+    def check(right: bool, what: str) -> None:
+        if not right:
+            raise UsageError(f"{method.name}: {what}")
 
     try:
-        colour, marker, line = look
+        from matplotlib.lines import Line2D
+
+        colour, marker, line = method.look
         Line2D([], [], color=colour, marker=marker, linestyle=line)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"look {look!r} is no colour, marker and line ({first_line(error)})") from None
+        check(False, f"look {method.look!r} is no colour, marker and line ({first_line(error)})")
+    unknown = [stage for stage in method.stages if stage not in STAGES]
+    check(not unknown and not isinstance(method.stages, str), f"stages are a tuple of {', '.join(STAGES)}")
+    pilots = [known.name for known in METHODS.values() if known.pilot == known.name]
+    check(method.pilot in ("", method.name, *pilots), f"there is no pilot {method.pilot!r}: {listed(pilots)}")
+    for ratio in RATIOS:
+        known = ("teacher", *ladder_above(ratio))
+        teachers, candidates = method.teachers(ratio), method.candidates(ratio)
+        check(
+            isinstance(teachers, tuple) and set(teachers) <= set(known),
+            f"teachers({ratio!r}) is not of {known}",
+        )
+        check(bool(teachers) or not method.stages, "it names stages, but no teachers")
+        if method.pilot == method.name:
+            whole = len(candidates) >= 2 and all(isinstance(c, Distillation) for c in candidates)
+            check(whole, f"candidates({ratio!r}) must be a list of at least two Distillation")
+        for config in [method.configure(ratio, None), *candidates]:
+            check(
+                config is None or isinstance(config, Distillation), f"configure({ratio!r}) is no Distillation"
+            )
+            used = config.teachers if config else ()
+            check(
+                set(used) <= set(teachers) or not teachers,
+                f"a configuration at {ratio} has other teachers than teachers({ratio!r})",
+            )
 
 
-register("Direct")(Direct)
+@register("Direct")
+class Direct(Method):
+    """Cross-entropy with the labels: the baseline, and how the teacher learns."""
 
 
 @register("TraditionalKD")
-class TraditionalKD(Direct):
+class TraditionalKD(Method):
     """Distillation from the teacher at a fixed temperature (Hinton et al. 2015, arXiv 1503.02531)."""
 
     look = ("#E69F00", "s", "--")
@@ -951,34 +1105,40 @@ class TraditionalKD(Direct):
         return mixture(logits, uniform_weights(logits), self.temperature)
 
     def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Distillation loss of a batch."""
+        """Distillation loss of a batch, its soft targets coupled with the label's (KL) or decoupled."""
+        config = self.config
         labels, soft = self.experiment.images.labels[index], self.soft_targets[index]
-        return distillation_loss(logits, labels, soft, self.temperature, self.config.alpha)
+        if config.beta > 0:
+            return decoupled_loss(logits, labels, soft, self.temperature, config.beta)
+        return distillation_loss(logits, labels, soft, self.temperature, config.alpha)
 
 
 @register("HPM-KD")
 class HPMKD(TraditionalKD):
-    """HPM-KD (Haase and Dourado da Silva 2025, arXiv 2512.09886).
+    """HPM-KD (Haase and Dourado da Silva 2025, arXiv 2512.09886), and two extensions of this project.
 
     A chain of teachers (component 1), weighted per image by a fitted attention (2), at a temperature that
     moves (3), in a configuration that a pilot chose (4), from soft targets that use every view in memory (6).
-    Component 5 is the worker.
+    Component 5 is the worker. The extensions: decoupled soft targets (`beta`), and relations between the
+    images of a batch, from the teachers' last stage in memory (`weight`).
     """
 
     look = ("#0072B2", "^", "-.")
-    pilot = "HPM-KD"
     about = "a chain of teachers, attention, a moving temperature, a pilot's configuration, averaged views"
     removed: ClassVar[dict[str, Any]] = {}  # what an arm of the ablation sets back
+    stages = ("stage4",)
 
     def __init__(self, experiment: Experiment, config: Distillation, pages: Sequence[int]) -> None:
         super().__init__(experiment, config, pages)
         self.attention: AttentionNetwork | None = None
         if config.attention and len(config.teachers) > 1:
             self.attention, self.attention_report = fit_attention(experiment, config.teachers)
-        self._stacks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._weighted: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         if config.view_share < 1:
-            for page in pages:
-                self._stacks[page] = self._stack(page)
+            experiment.outputs.prepare(config.teachers, pages)
+            for page in pages:  # in the CPU's memory: with 100 classes it is gigabytes
+                logits, weights = self.weighted_logits(page)
+                self._weighted[page] = in_host_memory(logits), in_host_memory(weights)
 
     @classmethod
     def teachers(cls, compression: str) -> tuple[Network, ...]:
@@ -994,7 +1154,7 @@ class HPMKD(TraditionalKD):
     @classmethod
     def configure(cls, compression: str, chosen: Distillation | None) -> Distillation:
         """What the pilot chose, less what an arm of the ablation removes."""
-        used = chosen if cls.managed else None
+        used = chosen if cls.uses_pilot else None
         return replace(used or cls.default(compression), **cls.removed)
 
     @classmethod
@@ -1013,10 +1173,14 @@ class HPMKD(TraditionalKD):
             replace(default, alpha=0.7, temperature=3.0, schedule="cosine", teachers=nearest),
         ]
 
-    def _stack(self, page: int) -> tuple[torch.Tensor, torch.Tensor]:
+    @staticmethod
+    def describe(features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The last stage's map [n, C, 4, 4], flattened and projected: the relations survive."""
+        flat = features["stage4"].flatten(1)
+        return flat @ projection(flat.shape[1], flat.device)
+
+    def weighted_logits(self, page: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The teachers' logits fp16 [M, N, C] for a page, and their weights [N, M] at any temperature."""
-        if page in self._stacks:
-            return self._stacks[page]
         logits = self.experiment.outputs.page(self.config.teachers, page)
         if self.attention is None:
             return logits, uniform_weights(logits)
@@ -1025,13 +1189,27 @@ class HPMKD(TraditionalKD):
     def soft_targets_of(self, page: int) -> torch.Tensor:
         """The mixture for the student's view and, for the other share, its mean over the views in memory."""
         share = self.config.view_share
-        same_view = mixture(*self._stack(page), self.temperature)
+        same_view = self._mixture(page)
         if share == 1:
             return same_view
         mean = torch.zeros_like(same_view)
         for other in self.pages:
-            mean += mixture(*self._stack(other), self.temperature) / len(self.pages)
+            mean += self._mixture(other) / len(self.pages)
         return share * same_view + (1 - share) * mean
+
+    def _mixture(self, page: int) -> torch.Tensor:
+        stored = self._weighted.get(page) or self.weighted_logits(page)
+        logits, weights = (part.to(self.experiment.device.torch, non_blocking=True) for part in stored)
+        return mixture(logits, weights, self.temperature)
+
+    def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Distillation loss of a batch, and the relations between its images as the teachers see them."""
+        total = super().loss(logits, index)
+        if self.config.weight > 0:
+            own = self.features["stage4"].flatten(1)
+            known = self.descriptions[..., index, :].float().view(-1, len(index), PROJECTED)
+            total = total + self.config.weight * sum(relation_loss(own, one) for one in known) / len(known)
+        return total
 
 
 @register("Direct-equal-cost")
@@ -1049,7 +1227,6 @@ class TunedKD(TraditionalKD):
 
     look = ("#CC79A7", "D", ":")
     option = "ablation"
-    pilot = "TunedKD"
     twin = "TraditionalKD"
     about = "TraditionalKD with alpha and T chosen by a pilot of the same budget as HPM-KD's"
 
@@ -1060,10 +1237,10 @@ class TunedKD(TraditionalKD):
         return at_4 + [Distillation(alpha, temperature) for alpha in (0.5, 0.9) for temperature in (2.0, 6.0)]
 
 
-def take_away(name: str, look: Look, about: str, managed: bool = True, **removed: Any) -> None:
-    """Register an arm of the ablation: HPM-KD with one component taken away."""
-    arm = {"look": look, "about": about, "option": "ablation", "twin": "HPM-KD"}
-    register(name)(type(name, (HPMKD,), {**arm, "managed": managed, "removed": removed}))
+def take_away(name: str, look: Look, about: str, uses_pilot: bool = True, **removed: Any) -> None:
+    """Register a method of the ablation: HPM-KD with one component taken away."""
+    own: dict[str, Any] = {"look": look, "about": about, "uses_pilot": uses_pilot, "removed": removed}
+    register(name)(type(name, (HPMKD,), {**own, "option": "ablation", "twin": HPMKD.name}))
 
 
 take_away(
@@ -1077,7 +1254,7 @@ take_away("HPM-KD-no-attention", ("#D55E00", "X", ":"), "HPM-KD with uniform wei
 take_away(
     "HPM-KD-no-temperature", ("#56B4E9", "<", ":"), "HPM-KD at a constant temperature", schedule="constant"
 )
-take_away("HPM-KD-no-manager", ("#A89C00", "p", ":"), "HPM-KD's default, without a pilot", managed=False)
+take_away("HPM-KD-no-manager", ("#A89C00", "p", ":"), "HPM-KD's default, without a pilot", uses_pilot=False)
 take_away("HPM-KD-no-memory", ("#8C564B", "*", ":"), "HPM-KD without the average over views", view_share=1.0)
 
 
@@ -1111,31 +1288,71 @@ def ladder_above(network: str) -> tuple[Network, ...]:
 
 
 # -- teacher outputs ----------------------------------------------------------------------------------------
-PAGE_FORMAT = 3  # of a file of teacher outputs; raised when its layout changes
+PAGE_FORMAT = 4  # of the files of teacher outputs; raised when their layout changes
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is torch's OutOfMemoryError, or cuDNN's, cuBLAS's or the CPU allocator's like it."""
+    texts = ("unable to find an engine", "out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+    )
 
 
 @contextlib.contextmanager
 def out_of_memory_alike() -> Iterator[None]:
-    """Make `torch.OutOfMemoryError` of the plain RuntimeErrors of cuDNN, cuBLAS and the CPU's allocator."""
+    """Make `torch.OutOfMemoryError` of every error that means it."""
     try:
         yield
     except RuntimeError as error:
-        texts = ("unable to find an engine", "out of memory", "ALLOC_FAILED", "can't allocate memory")
-        if any(text in str(error) for text in texts):
+        if is_out_of_memory(error):
             raise torch.OutOfMemoryError(first_line(error)) from error
         raise
+
+
+@contextlib.contextmanager
+def blamed_on(method: type[Method], what: str) -> Iterator[None]:
+    """Turn an error in a plugin's code into `MethodFailed`, which names its file and line.
+
+    `what` is the name of the member that is called.
+    """
+    try:
+        yield
+    except (Stopped, DiskFull, UsageError):
+        raise
+    except Exception as error:
+        others = isinstance(error, JobFailed) and not isinstance(error, MethodFailed)
+        if not is_plugin(method) or others or is_out_of_memory(error) or "CUDA error" in str(error):
+            raise
+        log.error("%s of %s failed", what, method.name, exc_info=error)
+        kind = "" if isinstance(error, MethodFailed) else f"{type(error).__name__}: "
+        file = Path(sys.modules[method.__module__].__file__ or "")
+        place = place_in_plugin(error, file) or defined_at(method, what)
+        raise MethodFailed(f"{what} of {method.name} ({place}): {kind}{first_line(error)}") from None
+
+
+def defined_at(method: type[Method], what: str) -> str:
+    """ "mine.py, line 3": where a member of a plugin's method is defined."""
+    code = getattr(inspect.unwrap(getattr(method, what)), "__code__", None)
+    return f"{Path(code.co_filename).name}, line {code.co_firstlineno}" if code else method.__name__
 
 
 class Experiment:
     """What one process trains with: run, device with the images on it, teachers' outputs, session."""
 
     def __init__(
-        self, run: Run, device: Device, images: Images, session: Session, progress: Progress
+        self,
+        run: Run,
+        device: Device,
+        images: Images,
+        session: Session,
+        progress: Progress,
+        pages: PageStore,
     ) -> None:
         self.run, self.device, self.images = run, device, images
         self.session, self.progress = session, progress
         self.settings, self.precision = run.settings, run.index.precision
-        self.outputs = TeacherOutputs(self)
+        self.outputs = TeacherOutputs(self, pages)
 
     def autocast(self) -> torch.autocast:
         """Mixed precision as this experiment uses it (no-op for fp32)."""
@@ -1143,9 +1360,11 @@ class Experiment:
         return torch.autocast(self.device.kind, dtype=dtype, enabled=self.precision != "fp32")
 
     def place(self, network: CifarResNet) -> CifarResNet:
-        """Move a network to the device, channels last: faster on GPUs with tensor cores and on most CPUs."""
+        """Move a network to the device, channels last: faster on CPUs and where there are tensor cores."""
+        if self.device.capability is not None and self.device.capability < (7, 0):
+            network.memory_format = torch.contiguous_format
         moved = cast(Any, network.to(self.device.torch))  # nn.Module.to lacks the type of memory_format
-        return cast(CifarResNet, moved.to(memory_format=torch.channels_last))
+        return cast(CifarResNet, moved.to(memory_format=network.memory_format))
 
     @torch.no_grad()
     def predict(self, network: nn.Module, split: Split) -> torch.Tensor:
@@ -1159,7 +1378,7 @@ class Experiment:
 
     @torch.no_grad()
     def infer(self, network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        """Logits float32 of normalised images in eval mode; out of memory, half of them at a time."""
+        """Output float32 for normalised images in eval mode; out of memory, half of them at a time."""
         try:
             with out_of_memory_alike(), self.autocast():
                 return cast(torch.Tensor, network(images).float())
@@ -1173,7 +1392,7 @@ class Experiment:
 
 
 class Stopwatch:
-    """Seconds since it was made, without those that went into computing teacher outputs."""
+    """Seconds since it was made, without those spent on computing teacher outputs or waiting for them."""
 
     def __init__(self, outputs: TeacherOutputs) -> None:
         self._outputs, self._started, self._before = outputs, time.perf_counter(), outputs.seconds
@@ -1184,37 +1403,108 @@ class Stopwatch:
         return time.perf_counter() - self._started - (self._outputs.seconds - self._before)
 
 
+class DescribedNetwork(nn.Module):
+    """A teacher that also gives what methods describe of its features: [n, C + D], the logits first."""
+
+    def __init__(self, network: CifarResNet, methods: Iterable[type[Method]]) -> None:
+        """`methods`: those that may describe; `add` says which of them do."""
+        super().__init__()
+        self.network = network
+        self.found = collect_features(network, dict.fromkeys(s for method in methods for s in method.stages))
+        self.methods: list[type[Method]] = []
+        self.sizes = {"logits": network.classifier.out_features}  # numbers per image, by part of the output
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits and descriptions, float32, of normalised images [n, 3, 32, 32]."""
+        logits = self.network(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return torch.cat([logits, *(method.describe(self.seen_by(method)) for method in self.methods)], 1)
+
+    def seen_by(self, method: type[Method]) -> dict[str, torch.Tensor]:
+        """The features of the last forward pass that a method describes."""
+        return {stage: self.found[stage] for stage in method.stages}
+
+    def add(self, method: type[Method], images: torch.Tensor) -> None:
+        """Let a method describe. Raises `MethodFailed` if what it says of `images` cannot be kept in pages.
+
+        A page is computed in chunks, and its rows are used in any batch: an image's description may depend on
+        nothing but the image.
+        """
+        self.network(images)
+        features, count = self.seen_by(method), len(images)
+        with torch.autocast(images.device.type, enabled=False), blamed_on(method, "describe"):
+            together = method.describe(features)
+            each = [{stage: found[i : i + 1] for stage, found in features.items()} for i in range(count)]
+            alone = torch.cat([method.describe(one) for one in each])
+            if together.ndim != 2 or len(together) != count:
+                raise MethodFailed(f"it returns {list(together.shape)} for {count} images, not [n, D]")
+            if not 0 < together.shape[1] <= MOST_NUMBERS:
+                raise MethodFailed(
+                    f"{together.shape[1]} numbers per image, {MOST_NUMBERS} at most: pool them"
+                )
+            largest = together.abs().max().item()
+            if not largest <= FP16_MOST:
+                raise MethodFailed(f"a value of {largest:g} does not fit into fp16: scale it")
+            if not torch.allclose(together, alone, rtol=1e-3, atol=1e-3 * largest):
+                raise MethodFailed("an image's description depends on the other images, or on chance")
+        self.methods.append(method)
+        self.sizes[description_key(method)] = together.shape[1]
+
+
+def description_key(method: type[Method]) -> str:
+    """Name of a method's description in the pages: methods that share `describe` share the description."""
+    owner = next(base for base in method.__mro__ if "describe" in vars(base))
+    source = vars(owner).get("source_sha256", "")
+    return fingerprint([source, owner.__qualname__, list(method.stages)])[:16]
+
+
 class TeacherOutputs:
-    """Logits of the teachers for whole pages of training images, computed once and shared through files.
+    """What teachers say of whole pages of training images, computed once and shared through a `PageStore`.
 
     In eval mode a teacher's output depends only on image and view. A page is computed whole, in image order,
-    in chunks of a fixed size, so that its bytes do not depend on who computes it or when. The files are a
-    cache: they lie in the temporary folder, where that has no room in the run folder, and else a page is
-    computed whenever it is needed.
+    in chunks of a fixed size, so that its bytes do not depend on who computes it or when. One pass yields the
+    logits, and the descriptions that the planned methods need.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
-        self.experiment = experiment
-        self.places = page_places(experiment.run.path)
-        self.seconds = 0.0  # spent on computing pages: counted apart from the training that needed them
-        self._networks: dict[str, nn.Module] = {}
+    def __init__(self, experiment: Experiment, store: PageStore) -> None:
+        self.experiment, self.store = experiment, store
+        self.seconds = 0.0  # of computing pages and waiting for them: counted apart from training
+        self._networks: dict[str, DescribedNetwork] = {}  # by checksum of their weights
+        self._refused: dict[str, MethodFailed] = {}  # description -> why it cannot be kept
         self.attentions: dict[tuple[str, ...], tuple[AttentionNetwork, dict[str, AttentionReport]]] = {}
 
-    def page(self, teachers: Sequence[Network], page: int) -> torch.Tensor:
-        """Logits fp16 [M, N, C] of these teachers for a page, on the device."""
-        jobs = [teacher_job(name, self.experiment.settings.dataset) for name in teachers]
-        return torch.stack([self._page(job, page).to(self.experiment.device.torch) for job in jobs])
+    def page(self, teachers: Sequence[Network], page: int, part: str = "logits") -> torch.Tensor:
+        """What these teachers say of a page, fp16: logits [M, N, C] or a description [M, N, D]."""
+        parts = [self._part(job, page, part) for job in self._jobs(teachers)]
+        return torch.stack([found.to(self.experiment.device.torch) for found in parts])
+
+    def descriptions(self, method: type[Method], teachers: Sequence[Network], page: int) -> torch.Tensor:
+        """A method's descriptions for a page: fp16 [N, D] of one teacher, [M, N, D] of several."""
+        key = description_key(method)
+        for job in self._jobs(teachers):
+            self._network(job)
+        if key in self._refused:
+            raise self._refused[key]
+        found = self.page(teachers, page, key)
+        return found[0] if len(found) == 1 else found
+
+    def prepare(self, teachers: Sequence[Network], pages: Iterable[int]) -> None:
+        """Compute the missing pages that no other process computes: what is left then is waited for."""
+        for page, job in itertools.product(pages if self.store.places else (), self._jobs(teachers)):
+            with self.store.claim(self.key(job), page) as ours:
+                if ours and not self.store.holds(self.key(job), page):
+                    self.store.save(self.key(job), page, self._compute(job, page))
 
     def held_out(self, teacher: Network) -> dict[str, torch.Tensor]:
         """A teacher's logits float32 [n, C] on `fit` and `select`, as stored with its model."""
-        _, tensors = self.experiment.run.load(teacher_job(teacher, self.experiment.settings.dataset))
+        _, tensors = self.experiment.run.load(self._jobs([teacher])[0])
         return {part: tensors[f"{part}_logits"].float() for part in ("fit", "select")}
 
     def key(self, job: Job) -> str:
-        """Name of the folder of one teacher's pages: a digest of everything that their bytes depend on."""
+        """Name of the folder of one teacher's pages: a fingerprint of all that their bytes depend on."""
         experiment, run = self.experiment, self.experiment.run
         threads = torch.get_num_threads() if experiment.device.kind == "cpu" else 0
-        return digest(
+        return fingerprint(
             [
                 run.records[job.name].weights_sha256,
                 run.index.data.sha256,
@@ -1229,68 +1519,79 @@ class TeacherOutputs:
             ]
         )[:32]
 
-    def _page(self, job: Job, page: int) -> torch.Tensor:
-        while self.places:
-            try:
-                return self._stored(self.places[0] / self.key(job), job, page)
-            except (DiskFull, UsageError, OSError) as error:
-                warn_once(
-                    f"teacher outputs cannot be kept in {self.places[0]} ({first_line(error)}): trying "
-                    "elsewhere"
-                )
-                self.places.pop(0)
-        return self._compute(job, page)
+    def _jobs(self, teachers: Iterable[Network]) -> list[Job]:
+        return [teacher_job(name, self.experiment.settings.dataset) for name in teachers]
 
-    def _stored(self, folder: Path, job: Job, page: int) -> torch.Tensor:
-        """A page from its file, which is made if it is missing or damaged."""
-        make_private(folder)
-        path, count = folder / f"page_{page:03d}", len(self.experiment.images)
-        with locked(path.with_suffix(".lock"), self.experiment.session.check):
-            with contextlib.suppress(FileNotFoundError, Damaged):
-                content = load_checkpoint(path)
-                logits = content.get("logits")
-                sound = isinstance(logits, torch.Tensor) and logits.dtype == torch.float16
-                if sound and content.get("page") == [folder.name, page] and len(cast(Any, logits)) == count:
-                    return cast(torch.Tensor, logits)
-            logits = self._compute(job, page)
-            save_checkpoint(path, {"page": [folder.name, page], "logits": logits})
-        return logits
+    def _part(self, job: Job, page: int, part: str) -> torch.Tensor:
+        """Logits or a description of one teacher for a page, from its file, made if it is missing."""
+        key = self.key(job)
+        found = self.store.load(key, page, part)
+        if found is not None:
+            return found
+        started = time.perf_counter()
+        with self.store.claim(key, page, self.experiment.session.check):
+            self.seconds += time.perf_counter() - started
+            found = self.store.load(key, page, part)
+            if found is None:
+                parts = self._compute(job, page)
+                self.store.save(key, page, parts)
+                found = parts[part]
+        return found
 
     @torch.no_grad()
-    def _compute(self, job: Job, page: int) -> torch.Tensor:
-        """The logits fp16 [N, C] of one teacher for a page, on the CPU."""
+    def _compute(self, job: Job, page: int) -> dict[str, torch.Tensor]:
+        """One teacher's logits [N, C] and descriptions [N, D] for a page, as fp16 on the CPU."""
         experiment, network = self.experiment, self._network(job)
-        started, parts = time.perf_counter(), []
+        started, chunks = time.perf_counter(), []
         for index in torch.arange(len(experiment.images), device=experiment.device.torch).split(CHUNK):
             experiment.session.check()
-            parts.append(experiment.infer(network, experiment.images.render(index, page)))
-        logits = storable(torch.cat(parts))
+            chunks.append(storable(experiment.infer(network, experiment.images.render(index, page))))
+        columns = torch.cat(chunks).cpu().split(list(network.sizes.values()), 1)
         self.seconds += time.perf_counter() - started
-        return logits
+        return {name: part.contiguous() for name, part in zip(network.sizes, columns, strict=True)}
 
-    def _network(self, job: Job) -> nn.Module:
-        if job.name not in self._networks:
-            experiment = self.experiment
-            _, tensors = experiment.run.load(job)
-            network = build_network(job.network, len(experiment.images.classes), experiment.settings.width)
-            network.load_state_dict(cast("dict[str, Any]", tensors["model"]))
-            self._networks[job.name] = experiment.place(network.folded())
-        return self._networks[job.name]
+    @torch.no_grad()
+    def _network(self, job: Job) -> DescribedNetwork:
+        """A teacher in eval mode, with the descriptions that planned jobs need of it."""
+        experiment = self.experiment
+        weights = experiment.run.records[job.name].weights_sha256
+        if weights in self._networks:
+            return self._networks[weights]
+        _, tensors = experiment.run.load(job)
+        network = build_network(job.network, len(experiment.images.classes), experiment.settings.width)
+        network.load_state_dict(cast("dict[str, Any]", tensors["model"]))
+
+        pupils = [pupil for pupil in experiment.run.jobs if job.network in pupil.teacher_networks]
+        methods = {description_key(pupil.arm): pupil.arm for pupil in pupils if pupil.arm.stages}
+        described = DescribedNetwork(experiment.place(network.folded()), methods.values())
+        few = experiment.images.render(torch.arange(4, device=experiment.device.torch), 0)
+        for key, method in methods.items():
+            try:
+                with experiment.autocast():
+                    described.add(method, few)
+            except MethodFailed as error:  # its own jobs fail; those of other methods go on
+                self._refused[key] = error
+        self._networks[weights] = described
+        return described
 
     def remove(self) -> None:
         """Remove the pages of this run's teachers: nothing is left that could use them."""
         run = self.experiment.run
-        for job in run.jobs:
-            if job.kind in ("teacher", "assistant") and job.name in run.records:
-                for place in self.places:
-                    shutil.rmtree(place / self.key(job), ignore_errors=True)
-        with contextlib.suppress(OSError):  # not there, or not empty
-            (run.path / ".pages").rmdir()
+        teachers = [job for job in run.jobs if job.kind in ("teacher", "assistant")]
+        self.store.remove(self.key(job) for job in teachers if job.name in run.records)
 
 
-def storable(logits: torch.Tensor) -> torch.Tensor:
-    """Logits as fp16 on the CPU, kept finite: fp16 ends at 65504, and a diverged network's are larger."""
-    return logits.clamp(-6e4, 6e4).half().cpu()
+FP16_MOST = 6e4  # fp16 ends at 65,504
+
+
+def storable(values: torch.Tensor) -> torch.Tensor:
+    """Logits or descriptions as fp16, kept finite: those of a diverged network are larger."""
+    return values.clamp(-FP16_MOST, FP16_MOST).half()
+
+
+def in_host_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in the CPU's memory, from where a GPU can fetch it quickly."""
+    return tensor.cpu().pin_memory() if tensor.is_cuda else tensor
 
 
 # -- attention and pilots (HPM-KD, components 2 and 4) ------------------------------------------------------
@@ -1369,7 +1670,7 @@ def train_attention(logits: torch.Tensor, labels: torch.Tensor, seed: int) -> At
             optimizer.zero_grad()
             (mixture_nll(logits, weights, labels) - AttentionNetwork.ENTROPY_BONUS * entropy).backward()
             optimizer.step()
-    return network
+    return network.requires_grad_(False)
 
 
 def mixture_nll(logits: torch.Tensor, weights: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -1466,10 +1767,12 @@ def run_pilot(experiment: Experiment, job: Job, record: Record) -> Record:
         key = f"rung{rung + 1}_candidate{candidate + 1}"
         if key not in trials:
             pages = page_order(experiment.settings.seed, job.page_run, math.ceil(steps / per_epoch))
-            method = job.arm(experiment, candidates[candidate], pages)
+            method = make_method(experiment, job, candidates[candidate], pages)
             training = Training(experiment, job, f"{job.name}_{key}", steps, method)
             try:
                 correct = experiment.predict(training.run(), split).argmax(1) == split.labels
+            except MethodFailed:
+                raise
             except Diverged as error:
                 log.warning("%s is out: %s", training.name, error)
                 correct = torch.zeros_like(split.labels, dtype=torch.bool)
@@ -1530,15 +1833,65 @@ def taught_by(run: Run, job: Job) -> dict[str, str]:
 
 def training_identity(run: Run, job: Job) -> str:
     """What a checkpoint in progress must agree with: the job, and the very networks it learns from."""
-    return digest([run.fingerprint(job), taught_by(run, job)])
+    return fingerprint([run.fingerprint(job), taught_by(run, job)])
+
+
+def make_method(
+    experiment: Experiment, job: Job, config: Distillation | None, pages: Sequence[int]
+) -> Method:
+    """The method of a job, ready for its first epoch; what it draws depends on seed and run alone."""
+    seed_globally(experiment.settings.seed, job.run, -1)
+    with blamed_on(job.arm, "__init__"):
+        return job.arm(experiment, config, pages)
+
+
+def seed_globally(seed: int, run: int, epoch: int) -> None:
+    """Seed torch, NumPy and Python for what a method draws: the script itself uses `rng` alone."""
+    number = int(rng(seed, f"method {run}", epoch + 1).integers(2**32))
+    torch.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
+
+
+def parameters_outside(method: Method) -> list[str]:
+    """Names of trainable parameters that a method holds outside `module`: nothing would train them."""
+    known = {id(parameter) for parameter in method.module.parameters()} if method.module else set()
+    plugin = vars(sys.modules[type(method).__module__])
+    classes = [vars(base) for base in type(method).__mro__ if is_plugin(base)]
+    found = []
+    for name, value in itertools.chain(*(held.items() for held in (vars(method), *classes, plugin))):
+        items = list(value.values()) if isinstance(value, dict) else value
+        for item in items if isinstance(items, list | tuple) else [items]:
+            own = item.parameters() if isinstance(item, nn.Module) else [item]
+            leaves = [p for p in own if isinstance(p, torch.Tensor) and p.is_leaf and p.requires_grad]
+            if any(id(leaf) not in known for leaf in leaves):
+                found.append(name)
+    return sorted(set(found))
+
+
+def marks_of(method: Method) -> dict[str, Any]:
+    """By attribute of a method, something that changes when it is set or changed in place."""
+    marks: dict[str, Any] = {}
+    for name, value in vars(method).items():
+        if isinstance(value, torch.Tensor):
+            marks[name] = (id(value), value._version)
+        elif isinstance(value, np.ndarray):
+            marks[name] = (id(value), zlib.crc32(value.tobytes()))
+        elif isinstance(value, int | float | str | None):
+            marks[name] = value
+        else:
+            marks[name] = (id(value), len(value) if hasattr(value, "__len__") else 0)
+    return marks
 
 
 class Training:
-    """Trains one network with one method, checkpointed after every epoch: the only training loop there is."""
+    """Trains one network with one method, checkpointed as it goes: the only training loop there is."""
 
     SMALLEST_MICRO_BATCH = 4
+    SAVE_SECONDS = 30.0  # of work that may be lost, or one epoch, whichever is longer
+    DIVERGED = 1e4  # times the loss at the start
 
-    def __init__(self, experiment: Experiment, job: Job, name: str, steps: int, method: Direct) -> None:
+    def __init__(self, experiment: Experiment, job: Job, name: str, steps: int, method: Method) -> None:
         """`name`: stem of the progress file (a pilot has several); `steps`: length of the schedule."""
         self.experiment, self.job, self.name, self.steps, self.method = experiment, job, name, steps, method
         settings, classes = experiment.settings, len(experiment.images.classes)
@@ -1546,18 +1899,37 @@ class Training:
         self.steps_per_epoch = len(experiment.images) // settings.batch_size
         self.epochs = math.ceil(steps / self.steps_per_epoch)  # the last one of a pilot may be short
         config = to_plain(method.config)
-        self.identity = digest([training_identity(experiment.run, job), steps, method.name, config])
+        self.identity = fingerprint([training_identity(experiment.run, job), steps, method.name, config])
         self.path = experiment.run.checkpoints / f"{name}.progress"
         self.model = experiment.place(build_network(job.network, classes, settings.width, self.seed))
+        self.trained = nn.ModuleDict({"model": self.model})  # all that the optimizer trains
+        self.taught_by = method.config.teachers if method.config else job.teacher_networks
+        method.features = collect_features(self.model, method.stages)
+        self._add_module()
+
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(), settings.lr, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True
+            self.trained.parameters(), settings.lr, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True
         )
-        for parameter in self.model.parameters():  # uninitialised where fp16's scaler skips the first step
+        for parameter in self.trained.parameters():  # uninitialised where fp16's scaler skips the first step
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = torch.amp.GradScaler(experiment.device.kind, enabled=experiment.precision == "fp16")
         self.history: list[Epoch] = []
         self.seconds = 0.0
         self.micro_batch = settings.batch_size
+        self._saved, self._unsaved = time.monotonic(), False
+        self.carried: set[str] = set()  # the method's attributes that `loss` changes and the next epoch finds
+        self._changed: dict[str, Any] = {}
+
+    def _add_module(self) -> None:
+        """What the method wants trained beside the network; its start is a function of the seed."""
+        method, width = self.method, self.experiment.settings.width
+        student = ARCHITECTURES[self.job.network].outputs(width)
+        teacher = ARCHITECTURES[self.taught_by[0]].outputs(width) if self.taught_by else {}
+        with torch.random.fork_rng(devices=[]), blamed_on(type(method), "modules"):
+            torch.manual_seed(int(rng(self.seed, "modules").integers(2**62)))
+            method.module = method.modules(student, teacher)
+            if method.module is not None:
+                self.trained["module"] = method.module.to(self.experiment.device.torch)
 
     def run(self) -> nn.Module:
         """Train to the end, from the last checkpoint if there is one. Raises `Stopped` or `JobFailed`."""
@@ -1566,33 +1938,63 @@ class Training:
         expected = self.experiment.progress.epoch_seconds(self.job.network, steps)
         for epoch in range(len(self.history), self.epochs):
             longest = max([expected, *(past.seconds for past in self.history)])
-            self.experiment.session.check(1.2 * longest)
+            try:
+                self.experiment.session.check(1.2 * longest)
+            except Stopped:
+                if self._unsaved:
+                    self._save()
+                raise
             self._epoch(epoch)
-            if epoch + 1 < self.epochs:
+            if epoch + 1 < self.epochs and time.monotonic() - self._saved > self.SAVE_SECONDS:
                 self._save()
-                self.experiment.progress.after_epoch()
+            self.experiment.progress.after_epoch()
         return self.model
 
     def forget(self) -> None:
-        """Remove the checkpoints in progress: what was to be done with the network has been done."""
+        """Remove the checkpoint in progress: what was to be done with the network has been done."""
         self.path.unlink(missing_ok=True)
 
     def _epoch(self, epoch: int) -> None:
-        watch = Stopwatch(self.experiment.outputs)
-        self.method.start_epoch(epoch, [past.loss for past in self.history])
+        watch, method = Stopwatch(self.experiment.outputs), self.method
+        seed_globally(self.experiment.settings.seed, self.job.run, epoch)
+        method.page = method.pages[epoch]
+        if method.stages:
+            outputs = self.experiment.outputs
+            method.descriptions = outputs.descriptions(type(method), self.taught_by, method.page)
+        with blamed_on(type(method), "start_epoch"):
+            method.start_epoch(epoch, [past.loss for past in self.history])
+        if is_plugin(type(method)):
+            self._check_method()
+        before = marks_of(method)
         loss = self._train_epoch(epoch)
-        if not math.isfinite(loss) or loss > 1e4:
-            raise Diverged(
-                f"the loss diverged in epoch {epoch + 1} (mean {loss:g}): try a smaller --lr in a new run"
-            )
+        self._changed = {name: mark for name, mark in marks_of(method).items() if mark != before.get(name)}
         split = self.experiment.images.select
         accuracy = percent_correct(self.experiment.predict(self.model, split).argmax(1), split.labels)
         seconds = watch.seconds
         self.seconds += seconds
         last_step = min((epoch + 1) * self.steps_per_epoch, self.steps) - 1
         rate = learning_rate(last_step, self.steps, self.experiment.settings.lr)
-        self.history.append(Epoch(loss, accuracy, rate, seconds, self.method.temperature))
+        self.history.append(Epoch(loss, accuracy, rate, seconds, method.temperature))
+        self._unsaved = True
         self.experiment.progress.epoch_done(self)
+
+    def _check_method(self) -> None:
+        """Find what is held outside `modules` and would be lost: parameters (`MethodFailed`), and state."""
+        outside = parameters_outside(self.method)
+        if outside:
+            raise MethodFailed(
+                f"{self.method.name} holds parameters that nothing trains or saves ({listed(outside)}): "
+                "return them from modules(), or call requires_grad_(False)"
+            )
+        marks = marks_of(self.method)
+        carried = {name for name, mark in self._changed.items() if marks.get(name) == mark}
+        if carried - self.carried:
+            self.carried |= carried
+            log.warning(
+                "%s keeps %s from epoch to epoch outside modules(): a resume starts without it",
+                self.method.name,
+                listed(sorted(carried)),
+            )
 
     def _train_epoch(self, epoch: int) -> float:
         """One pass over the training images; returns the mean loss, read from the device once."""
@@ -1601,15 +2003,43 @@ class Training:
         batches = torch.from_numpy(order).to(experiment.device.torch).split(settings.batch_size)
         first = epoch * self.steps_per_epoch
         steps = min(self.steps_per_epoch, self.steps - first)
-        total = torch.zeros((), device=experiment.device.torch)
-        self.model.train()
+        buffers = [buffer.clone() for buffer in self.model.buffers()] if self.scaler.is_enabled() else []
+        losses = []
+        self.trained.train()
         for step in range(steps):
             experiment.session.check()
             experiment.progress.step(self, step)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(first + step, self.steps, settings.lr)
-            total += self._step(batches[step], self.method.pages[epoch])
-        return total.item() / steps
+            losses.append(self._step(batches[step], self.method.page))
+        return self._mean_loss(torch.stack(losses).cpu().numpy(), buffers)
+
+    def _mean_loss(self, losses: np.ndarray, buffers: Sequence[torch.Tensor]) -> float:
+        """The mean of an epoch's losses. Raises `Diverged` where they say so.
+
+        A step whose loss overflowed in fp16 was skipped by the scaler. It does not count, unless most steps
+        did; what it has left in the running statistics is set back to `buffers`, those of the epoch's start.
+        """
+        finite = losses[np.isfinite(losses)]
+        skipped = len(losses) - len(finite)
+        allowed = len(losses) // 2 if self.scaler.is_enabled() else 0
+        mean = math.nan
+        if skipped <= allowed:
+            mean = float(np.cumsum(finite)[-1]) / len(finite)
+        start = self.history[0].loss if self.history else float(losses[0])
+        if not mean <= self.DIVERGED * max(1.0, start):
+            what = "the loss"
+            if is_plugin(type(self.method)):
+                what += f" ({defined_at(type(self.method), 'loss')})"
+            epoch = len(self.history) + 1
+            raise Diverged(
+                f"{what} diverged in epoch {epoch} (mean {mean:g}): try a smaller --lr in a new run"
+            )
+        if skipped:
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                if not buffer.isfinite().all():
+                    buffer.copy_(before)
+        return mean
 
     def _step(self, index: torch.Tensor, page: int) -> torch.Tensor:
         """One optimizer step on the images `index`; out of memory, again with half the micro-batch."""
@@ -1640,36 +2070,38 @@ class Training:
             images = self.experiment.images.render(part, page)
             with self.experiment.autocast():
                 logits = self.model(images)
-            loss = self.method.loss(logits, part) * (len(part) / len(index))
+            with blamed_on(type(self.method), "loss"):
+                loss = self.method.loss(logits, part)
+                if not isinstance(loss, torch.Tensor) or loss.shape != () or not loss.requires_grad:
+                    raise MethodFailed("it returns no scalar tensor with a gradient")
+            loss = loss * (len(part) / len(index))
             self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
 
     def _momentum(self) -> dict[str, torch.Tensor]:
         """Momentum of every parameter, by name: all the state that SGD has."""
-        named = self.model.named_parameters()
+        named = self.trained.named_parameters()
         return {name: self.optimizer.state[parameter]["momentum_buffer"] for name, parameter in named}
 
     def _save(self) -> None:
-        save_progress(
-            self.experiment.run,
-            self.path,
-            {
-                "identity": self.identity,
-                "model": self.model.state_dict(),
-                "momentum": self._momentum(),
-                "scaler": self.scaler.state_dict(),
-                "history": to_plain(self.history),
-                "seconds": self.seconds,
-                "micro_batch": self.micro_batch,
-            },
-        )
+        content = {
+            "identity": self.identity,
+            "trained": {name: value.cpu() for name, value in self.trained.state_dict().items()},
+            "momentum": {name: value.cpu() for name, value in self._momentum().items()},
+            "scaler": self.scaler.state_dict(),
+            "history": to_plain(self.history),
+            "seconds": self.seconds,
+            "micro_batch": self.micro_batch,
+        }
+        save_progress(self.experiment.run, self.path, content)
+        self._saved, self._unsaved = time.monotonic(), False
 
     def _restore(self) -> None:
         content = load_progress(self.path, self._check)
         if content is None:
             return
-        self.model.load_state_dict(content["model"])
+        self.trained.load_state_dict(content["trained"])
         for name, buffer in self._momentum().items():
             buffer.copy_(content["momentum"][name])
         self.scaler.load_state_dict(content["scaler"])
@@ -1681,7 +2113,7 @@ class Training:
         """Raise `Damaged` unless a checkpoint is of this very training, and whole."""
         if content.get("identity") != self.identity:
             raise Damaged("belongs to another run or to other settings")
-        for part, own in (("model", self.model.state_dict()), ("momentum", self._momentum())):
+        for part, own in (("trained", self.trained.state_dict()), ("momentum", self._momentum())):
             stored = content.get(part)
             if not isinstance(stored, dict) or shapes_of(stored) != shapes_of(own):
                 raise Damaged(f"holds no sound {part}")
@@ -1723,7 +2155,7 @@ def do_job(experiment: Experiment, job: Job) -> None:
 
     epochs = int(job_epochs(job, settings, run.index.equal_cost_epochs))
     watch = Stopwatch(experiment.outputs)
-    method = job.arm(experiment, record.config, page_order(settings.seed, job.page_run, epochs))
+    method = make_method(experiment, job, record.config, page_order(settings.seed, job.page_run, epochs))
     prepared = watch.seconds
     steps = epochs * (len(experiment.images) // settings.batch_size)
     training = Training(experiment, job, job.name, steps, method)
@@ -1734,6 +2166,9 @@ def do_job(experiment: Experiment, job: Job) -> None:
             f"trained with micro-batches of {training.micro_batch} after running out of memory "
             "(BatchNorm sees these)"
         )
+    if training.carried:
+        state = listed(sorted(training.carried))
+        notes.append(f"its method keeps {state} outside modules(), which a resume would have lost")
     speed = steps * settings.batch_size / max(training.seconds, 1e-9)
     record = replace(
         record,
@@ -1789,7 +2224,7 @@ def evaluate(experiment: Experiment, network: nn.Module, record: Record) -> tupl
         )
     seconds = time.perf_counter() - started
 
-    stored = {f"{name}_logits": storable(values) for name, values in logits.items()}
+    stored = {f"{name}_logits": storable(values).cpu() for name, values in logits.items()}
     weights = {name: value.cpu() for name, value in network.state_dict().items()}
     measured = {
         **test_metrics(stored["test_logits"], images.test.labels),
@@ -1908,7 +2343,7 @@ class Job:
         return cast(Network, self.compression or "teacher")
 
     @property
-    def arm(self) -> type[Direct]:
+    def arm(self) -> type[Method]:
         """The method that trains it."""
         if self.kind == "teacher":
             return Direct
@@ -2339,7 +2774,7 @@ def cost_row(run: Run, students: Sequence[Record]) -> dict[str, float]:
     for ratio in sorted({student.compression for student in students}):
         teachers = run.teachers(ratio)
         helpers = [teachers.get(teacher_job(network, dataset).name) for network in method.teachers(ratio)]
-        if method.managed:
+        if method.uses_pilot:
             helpers.append(run.records.get(Job("pilot", dataset, ratio, method.pilot).name))
         for record in [*helpers, *(student for student in students if student.compression == ratio)]:
             if record and record.done and (record.job, record.weights_sha256) not in counted:
@@ -3626,7 +4061,7 @@ def write_archive(run: Run) -> None:
     try:
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
             for path in sorted([*run.path.glob("[!.]*.*"), *(run.path / "figures").glob("[!.]*")]):
-                if path.is_file() and path.suffix not in (".zip", ".lock", ".owner"):
+                if path.is_file() and path.suffix not in (".zip", ".lock"):
                     archive.write(path, Path(name, path.relative_to(run.path)))
         write_atomic(run.path / f"{name}.zip", buffer.getvalue())
     except (OSError, DiskFull, UsageError) as error:
@@ -3803,28 +4238,6 @@ def set_aside(path: Path, reason: str) -> None:
             f"{path} {reason} and cannot be moved away ({error.strerror}): remove it and run again"
         ) from None
     log.warning("%s %s: set aside as %s", path.name, reason, target.name)
-
-
-@contextlib.contextmanager
-def locked(path: Path, check: Callable[[], None]) -> Iterator[None]:
-    """Hold a lock that ends with its process; `check` is called while waiting and may raise.
-
-    On a file system without locks there is none: two workers may then compute the same page, which does no
-    harm.
-    """
-    lock = filelock.FileLock(path)
-    while not lock.is_locked:
-        try:
-            lock.acquire(timeout=0.5, poll_interval=0.05)
-        except filelock.Timeout:
-            check()
-        except (OSError, NotImplementedError) as error:
-            warn_once(f"no locks in {path.parent.parent} ({first_line(error)}): going on without")
-            break
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def take_lock(path: Path, seconds: float = 0.0) -> filelock.BaseFileLock | None:
@@ -4050,7 +4463,7 @@ class Run:
         """Identity of what a job computes."""
         left_out = ["student_epochs"] if job.kind == "teacher" else []  # a teacher does not depend on these
         whole = run_fingerprint(self.settings, self.index.precision, self.index.data.sha256, left_out)
-        return digest([whole, job.name, job.arm.source_sha256])
+        return fingerprint([whole, job.name, job.arm.source_sha256])
 
     def identity(self, job: Job) -> dict[str, Any]:
         """What a record says about which job it is of."""
@@ -4253,7 +4666,7 @@ def run_fingerprint(
     """Identity of a computation: the settings that its arithmetic depends on, precision and data."""
     names = [name for name in setting_names("experiment") if name not in ("mode", "precision", *left_out)]
     values = {name: getattr(settings, name) for name in names}
-    return digest({"protocol": PROTOCOL, "precision": precision, "data": data_sha256, **values})
+    return fingerprint({"protocol": PROTOCOL, "precision": precision, "data": data_sha256, **values})
 
 
 def new_index(settings: Settings, precision: str, data: DataDescription, plugins: dict[str, str]) -> Index:
@@ -4350,22 +4763,96 @@ def load_progress(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[s
     return content
 
 
-def page_places(run_folder: Path) -> list[Path]:
-    """Folders that may hold teacher outputs, the best first."""
-    places = [run_folder / ".pages"]
-    with contextlib.suppress(OSError):  # no usable temporary folder
-        user = os.getuid() if hasattr(os, "getuid") else 0
-        places.insert(0, Path(tempfile.gettempdir()) / f"exp1b_teacher_outputs_{user}")
-    return places
+class PageStore:
+    """Files of teacher outputs, shared by the processes of a user: a cache, which can be lost without harm.
 
+    They lie in the temporary folder; where that has no room, in the run folder; else nowhere, and a page is
+    computed whenever it is needed.
+    """
 
-def make_private(folder: Path) -> None:
-    """Make a folder of pages. Raises `UsageError` where somebody else has put one into the shared folder."""
-    root = folder.parent
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if hasattr(os, "getuid") and (root.is_symlink() or root.stat().st_uid != os.getuid()):
-        raise UsageError(f"{root} belongs to another user")
-    folder.mkdir(exist_ok=True, mode=0o700)
+    KEEP_SECONDS = 3 * 24 * 3600  # then pages that a killed run has left are removed
+
+    def __init__(self, run_folder: Path) -> None:
+        self.places = [run_folder / ".pages"]
+        with contextlib.suppress(OSError):  # no usable temporary folder
+            user = os.getuid() if hasattr(os, "getuid") else 0
+            self.places.insert(0, Path(tempfile.gettempdir()) / f"exp1b_teacher_outputs_{user}")
+        with contextlib.suppress(OSError):
+            for folder in self.places[0].iterdir():
+                if time.time() - folder.stat().st_mtime > self.KEEP_SECONDS:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def holds(self, key: str, page: int) -> bool:
+        """Whether there is a file with the logits of a page."""
+        return any((place / key / f"page_{page:03d}_logits").exists() for place in self.places)
+
+    def load(self, key: str, page: int, part: str) -> torch.Tensor | None:
+        """A part of a page (fp16, on the CPU), or None if there is no sound file of it."""
+        for place in self.places:
+            with contextlib.suppress(OSError, Damaged, UsageError):
+                content = load_checkpoint(place / key / f"page_{page:03d}_{part}")
+                values = content.get("values")
+                if isinstance(values, torch.Tensor) and content.get("page") == [key, page, part]:
+                    return values
+        return None
+
+    def save(self, key: str, page: int, parts: Mapping[str, torch.Tensor]) -> None:
+        """Write the parts of a page, in the first place that has room."""
+        while self.places:
+            try:
+                folder = self._folder(key)
+                for part, values in parts.items():
+                    content = {"page": [key, page, part], "values": values}
+                    save_checkpoint(folder / f"page_{page:03d}_{part}", content)
+                return
+            except (DiskFull, UsageError, OSError) as error:
+                where, reason = self.places.pop(0), first_line(error)
+                warn_once(f"teacher outputs cannot be kept in {where} ({reason}): trying elsewhere")
+
+    @contextlib.contextmanager
+    def claim(self, key: str, page: int, wait: Callable[[], None] | None = None) -> Iterator[bool]:
+        """Hold the lock of a page; yields whether it is held.
+
+        Without `wait` one that another process holds is left to it; `wait` is called while waiting and may
+        raise. Where there are no locks two processes may compute the same page, which does no harm.
+        """
+        lock: filelock.BaseFileLock | None = None
+        with contextlib.suppress(OSError, UsageError):
+            lock = filelock.FileLock(self._folder(key) / f"page_{page:03d}.lock") if self.places else None
+        held = lock is None
+        while not held and lock is not None:
+            try:
+                lock.acquire(timeout=0.5 if wait else 0, poll_interval=0.05)
+                held = True
+            except filelock.Timeout:
+                if wait is None:
+                    break
+                wait()
+            except (OSError, NotImplementedError) as error:
+                warn_once(f"no locks in {self.places[0]} ({first_line(error)}): going on without")
+                held = True
+        try:
+            yield held
+        finally:
+            if lock is not None:
+                lock.release()
+
+    def remove(self, keys: Iterable[str]) -> None:
+        """Remove the pages of these teachers."""
+        for key, place in itertools.product(keys, self.places):
+            shutil.rmtree(place / key, ignore_errors=True)
+        with contextlib.suppress(OSError, IndexError):  # not there, or not empty
+            self.places[-1].rmdir()
+
+    def _folder(self, key: str) -> Path:
+        """The folder of a teacher's pages. Raises `UsageError` where the shared place is another user's."""
+        place = self.places[0]
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if hasattr(os, "getuid") and (place.is_symlink() or place.stat().st_uid != os.getuid()):
+            raise UsageError(f"{place} belongs to another user")
+        folder = place / key
+        folder.mkdir(exist_ok=True, mode=0o700)
+        return folder
 
 
 def load_student(path: str | Path) -> nn.Module:
@@ -4378,7 +4865,23 @@ def load_student(path: str | Path) -> nn.Module:
     record = from_plain(Record, content.get("record"))
     network = CifarResNet(ARCHITECTURES[record.network], record.classes, record.width)
     network.load_state_dict(content["model"])
-    return nn.Sequential(transforms.Normalize(record.mean, record.std), network).eval()
+    return nn.Sequential(Standardise(record.mean, record.std), network).eval()
+
+
+class Standardise(nn.Module):
+    """Images [n, 3, 32, 32] less their mean, by their sd, per channel: torchvision's cannot be exported."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """The standardised images."""
+        return (images - self.mean) / self.std
 
 
 # -- workers ------------------------------------------------------------------------------------------------
@@ -4468,7 +4971,9 @@ class Worker:
     def count_attempt(self, job: Job) -> None:
         """Count an attempt, anew where the last one has saved an epoch. Raises `JobFailed` at the third."""
         path, count = self.run.file(job, "attempts"), 0
-        saved = digest(sorted((path.name, path.stat().st_mtime_ns) for path in self.run.progress_files(job)))
+        saved = fingerprint(
+            sorted((path.name, path.stat().st_mtime_ns) for path in self.run.progress_files(job))
+        )
         with contextlib.suppress(FileNotFoundError, ValueError):
             before, saved_before = path.read_text().split()
             count = int(before) if saved == saved_before else 0
@@ -4506,7 +5011,8 @@ def make_experiment(
     if device.kind == "cuda":
         torch.cuda.set_device(device.torch)
     configure_torch(thread_count(run.settings, devices), run.settings.deterministic)
-    return Experiment(run, device, Images(data, run.settings.seed, device.torch), session, progress)
+    images, pages = Images(data, run.settings.seed, device.torch), PageStore(run.path)
+    return Experiment(run, device, images, session, progress, pages)
 
 
 def make_progress(
@@ -4798,12 +5304,13 @@ class Session:
         self.signal = 0
 
     def limit(self, hours: float | None, kaggle: bool) -> None:
-        """Set the deadline of a session of so many hours; Kaggle's always has one, from its start."""
-        if hours is None and not kaggle:
-            return
-        seconds = 3600 * (KAGGLE_SESSION_HOURS if hours is None else hours)
-        age = session_age_seconds() if kaggle else 0.0
-        self.deadline = time.time() - age + seconds - min(120.0, 0.02 * seconds)
+        """Set the deadline: so many hours from now; without a number Kaggle's, from the session's start."""
+        age = 0.0
+        if hours is None and kaggle:
+            hours, age = KAGGLE_SESSION_HOURS, session_age_seconds()
+        if hours is not None:
+            seconds = 3600 * hours
+            self.deadline = time.time() - age + seconds - min(120.0, 0.02 * seconds)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -4850,14 +5357,12 @@ class _LogFile(logging.FileHandler):
 class _Console(logging.StreamHandler[Any]):
     """Console output through tqdm, so that lines and bars do not overwrite each other.
 
-    A console that is gone (a closed pipe, a lost connection) or that lacks a character takes nothing down.
+    A console that is gone (a closed pipe, a lost connection) takes nothing down.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        with contextlib.suppress(OSError, ValueError, AttributeError, LookupError):
-            text = self.format(record).encode(encoding, "backslashreplace").decode(encoding)
-            tqdm.write(text, file=sys.stdout)
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
 
 
@@ -4867,7 +5372,13 @@ def is_for_console(record: logging.LogRecord) -> bool:
 
 
 def start_logging(file: Path | None, who: str = "", console_level: int = logging.INFO) -> None:
-    """Log to the console and, with `file`, append to the experiment's log."""
+    """Log to the console and, with `file`, append to the experiment's log.
+
+    What this process prints from here on is shown escaped where the console lacks a letter.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # none, a notebook's, a closed one
+            cast(Any, stream).reconfigure(errors="backslashreplace")
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
@@ -5095,6 +5606,7 @@ MIRRORS = {
 }
 ATTACHABLE = {"CIFAR10": "pankrzysiu/cifar10-python", "CIFAR100": "fedesoriano/cifar100"}  # on Kaggle
 MIRROR_SECONDS, HOME_SECONDS = 900.0, 4_500.0  # time limit per source: 170 MB at 190 and at 38 kB/s
+NUMPY_WARNING = r"dtype\(\): align should be passed"  # numpy 2.4, about what numpy 1 wrote into the files
 STALL_SECONDS = 20.0  # a source that sends nothing for this long is given up
 FILE_LIMIT = 200_000_000  # bytes; the archives have 170 MB, the largest file in them 155
 SEARCH_DEPTH, SEARCH_FOLDERS = 10, 20_000  # bounds of a search, per root
@@ -5123,10 +5635,15 @@ def load_data(
         data = read_first(name, download_sources(name, download_to, problems, check), problems)
     if data is None:
         reason = "; ".join(problems[:3]) or f"no such file in {listed(folders) or 'any input'}"
+        remedy = (
+            f"On Kaggle attach it as input (Add Input, such as {ATTACHABLE[name]}) or switch Internet on; "
+            "elsewhere give --data-dir DIR"
+        )
+        if download_to is None:
+            remedy = "Give the --data-dir that holds it, or leave --data-dir out: then it is looked for"
         raise UsageError(
             f"{name} was not found ({reason}). Needed, at any depth: a folder with "
-            f"{', '.join(batch_files(name))}, or {READERS[name].filename}. On Kaggle attach it as input (Add "
-            f"Input, such as {ATTACHABLE[name]}) or switch Internet on; elsewhere give --data-dir DIR"
+            f"{', '.join(batch_files(name))}, or {READERS[name].filename}. {remedy}"
         )
     return data if size is None else keep_stratified(data, size, seed)
 
@@ -5166,13 +5683,6 @@ def walk(root: Path) -> Iterator[tuple[Path, set[str]]]:
         yield Path(folder), set(files)
 
 
-def find_files(roots: Iterable[Path], names: set[str]) -> Iterator[Path]:
-    """Files with one of these names, at any depth below the roots."""
-    for root in dict.fromkeys(roots):
-        for folder, files in walk(root):
-            yield from (folder / name for name in sorted(names & files))
-
-
 def find_sources(name: str, folders: Iterable[Path], problems: list[str]) -> Iterator[Path]:
     """Folders with all batch files of a data set, and its archives. What lacks a file goes to `problems`."""
     wanted, archive = set(batch_files(name)), READERS[name].filename
@@ -5205,7 +5715,10 @@ def read_source(name: str, source: Path) -> RawData:
                 payload = archive.extractfile(f"{reader.base_folder}/{file}").read()
             except (KeyError, AttributeError):  # no such member, or a folder
                 raise Damaged(f"{source}: the archive lacks {file}") from None
-        return cast("dict[str, Any]", pickle.loads(check_md5(source / file, payload, md5), encoding="latin1"))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", NUMPY_WARNING)
+            content = pickle.loads(check_md5(source / file, payload, md5), encoding="latin1")
+        return cast("dict[str, Any]", content)
 
     def part(batches: Iterable[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
         contents = [unpickle(file, md5) for file, md5 in batches]
@@ -5277,6 +5790,9 @@ def fetch(url: str, limit_seconds: float, check: Callable[[], None]) -> bytes:
 
 
 # -- plugins ------------------------------------------------------------------------------------------------
+HELPERS: dict[Path, dict[str, Path]] = {}  # plugin -> module -> file: what its import has brought in
+
+
 def load_plugins(paths: Sequence[Path]) -> dict[str, str]:
     """Import the user's files, each of which registers a method; returns their names and checksums.
 
@@ -5284,43 +5800,89 @@ def load_plugins(paths: Sequence[Path]) -> dict[str, str]:
     """
     sys.modules.setdefault("run_exp1b_kaggle", sys.modules[__name__])
     found: dict[str, str] = {}
-    for path in dict.fromkeys(Path(path) for path in paths):
+    for path in dict.fromkeys(Path(path).absolute() for path in paths):
+        if path.name in found:
+            raise UsageError(f"--plugin: two files are called {path.name}: rename one")
         try:
             source = path.read_bytes()
+            known = source_sha256(path, source)
+            if all(method.source_sha256 != known for method in METHODS.values()):
+                import_plugin(path, source)  # unless an earlier command of this process has
+            found[path.name] = source_sha256(path, source)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = getattr(error, "strerror", None) or error
             raise UsageError(
                 f"--plugin {path} cannot be read ({reason}): give the path of a Python file"
             ) from None
-        if path.name in found:
-            raise UsageError(f"--plugin: two files are called {path.name}: rename one")
-        found[path.name] = hashlib.sha256(source).hexdigest()
-        if all(method.source_sha256 != found[path.name] for method in METHODS.values()):
-            import_plugin(path, source, found[path.name])  # unless an earlier command of this process has
     return found
 
 
-def import_plugin(path: Path, source: bytes, sha256: str) -> None:
-    """Execute a plugin's source, which registers methods. Raises `UsageError`; then none is registered."""
-    before = dict(METHODS)
+def source_sha256(path: Path, source: bytes) -> str:
+    """SHA-256 (hex) of a plugin's source and of the modules beside it that it has imported."""
+    whole = hashlib.sha256(source)
+    for name, file in sorted(HELPERS.get(path, {}).items()):
+        whole.update(name.encode() + file.read_bytes())
+    return whole.hexdigest()
+
+
+def import_plugin(path: Path, source: bytes) -> None:
+    """Execute a plugin's source, which registers methods. Raises `UsageError`; then none is registered.
+
+    It may import modules that lie beside it or below: each plugin gets its own, whatever others are called.
+    """
+    others = {name: sys.modules.pop(name, None) for helpers in HELPERS.values() for name in helpers}
+    methods, modules = dict(METHODS), set(sys.modules)
     module = types.ModuleType(f"exp1b_plugin_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
+    sys.path.insert(0, str(path.parent))
+    importlib.invalidate_caches()
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
-        added = [method for name, method in METHODS.items() if name not in before]
+        added = [method for name, method in METHODS.items() if name not in methods]
         if not added:
             raise UsageError('it registers no method: decorate a class with @register("Name")')
     except (Exception, SystemExit) as error:
         METHODS.clear()
-        METHODS.update(before)
+        METHODS.update(methods)
         kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
-        raise UsageError(f"--plugin {path} cannot be used ({kind}{first_line(error)})") from None
+        place = place_in_plugin(error, path)
+        what = ", ".join(filter(None, [kind + first_line(error), place]))
+        raise UsageError(f"--plugin {path} cannot be used ({what})") from None
+    finally:
+        sys.path.remove(str(path.parent))
+        HELPERS[path] = modules_below(path.parent, set(sys.modules) - modules - {module.__name__})
+        sys.modules.update(
+            {name: other for name, other in others.items() if other and name not in sys.modules}
+        )
     for method in added:
-        method.source_sha256 = sha256
+        method.source_sha256 = source_sha256(path, source)
+
+
+def modules_below(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Which of these modules lie in a folder or below, with their files; not what is installed there."""
+    files = {name: Path(getattr(sys.modules[name], "__file__", None) or "") for name in names}
+    own = {name: file for name, file in files.items() if file.is_relative_to(folder)}
+    installed = {"site-packages", "dist-packages", "lib-dynload"}
+    return {
+        name: file
+        for name, file in own.items()
+        if name.partition(".")[0] not in sys.stdlib_module_names and not installed & set(file.parts)
+    }
+
+
+def place_in_plugin(error: BaseException, path: Path) -> str:
+    """Where in a plugin, or in a module beside it, an error arose: "mine.py, line 3"; "" if nowhere."""
+    if isinstance(error, SyntaxError):
+        return ""  # its message says it
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(path.parent)]
+    own = [frame for frame in own if frame.filename != import_plugin.__code__.co_filename]
+    return f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
 
 
 # -- command line -------------------------------------------------------------------------------------------
+OWN_NAMES = {"checkpoints", "figures", "data", "experiment.log", "run.lock", ".pages"}
 ACTIONS = {  # option -> which settings it takes beside it (None: all)
     "status": ("mode", "dataset", "output_dir", "plugin"),
     "report_only": ("mode", "dataset", "output_dir", "data_dir", "plugin"),
@@ -5351,6 +5913,11 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
 
+def home_path(text: str) -> Path:
+    """A path as it is given; a shell leaves the `~` of `--output-dir=~/run` alone."""
+    return Path(os.path.expanduser(text))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line, made from the fields of `Settings`."""
     parser = _Parser(
@@ -5370,7 +5937,7 @@ def build_parser() -> argparse.ArgumentParser:
     }.items():
         actions.add_argument(option, action="store_true", help=text)
     actions.add_argument(
-        "--merge", nargs="+", type=Path, metavar="RUN_DIR", help="make one run and one report of several"
+        "--merge", nargs="+", type=home_path, metavar="RUN_DIR", help="make one run and one report of several"
     )
     titles = {
         "experiment": "the experiment (fixed once a run exists)",
@@ -5384,6 +5951,8 @@ def build_parser() -> argparse.ArgumentParser:
             options["action"] = argparse.BooleanOptionalAction
         elif "choices" not in options:
             options.setdefault("metavar", "N")
+        if options.get("type") is Path:
+            options["type"] = home_path
         text = (declared.metadata["help"] + say_default(declared)).replace("%", "%%")
         group = groups[declared.metadata["role"]]
         group.add_argument(flag(declared.name), default=argparse.SUPPRESS, help=text, **options)
@@ -5457,8 +6026,8 @@ def find_run(args: Namespace, platform: Platform) -> Path:
     if given is not None and is_run(given):
         return Path(given)
     wanted = {name: args.given[name] for name in ("mode", "dataset") if name in args.given}
-    for roots in ((platform.output_root,), platform.inputs):
-        found = [(index.last_activity, str(path)) for path, index in find_runs(args, roots, wanted)]
+    for folders in (runs_in(platform.output_root), runs_below(platform.inputs)):
+        found = [(index.last_activity, str(path)) for path, index in read_runs(args, folders, wanted)]
         found = [item for item in found if given is None or Path(item[1]).name == Path(given).name]
         if len(found) > 1:
             log.info("%d runs match; the newest is used: %s", len(found), max(found)[1])
@@ -5472,15 +6041,23 @@ def find_run(args: Namespace, platform: Platform) -> Path:
     raise UsageError(f"found no {what} in {searched}: attach its output as input, or give --output-dir")
 
 
-def find_runs(
-    args: Namespace, roots: Sequence[Path], wanted: Mapping[str, str]
+def runs_in(folder: Path) -> list[Path]:
+    """The run folders in a folder, but not in what lies deeper. One with a dot in front is no whole copy."""
+    found = [path.parent for path in sorted(folder.glob("*/checkpoints"))]
+    return [path for path in found if not path.name.startswith(".") and is_run(path)]
+
+
+def runs_below(roots: Iterable[Path]) -> list[Path]:
+    """The run folders at any depth below Kaggle's inputs."""
+    folders = [folder for root in dict.fromkeys(roots) for folder, _ in walk(root)]
+    return [path.parent for path in folders if path.name == "checkpoints" and is_run(path.parent)]
+
+
+def read_runs(
+    args: Namespace, folders: Iterable[Path], wanted: Mapping[str, str]
 ) -> Iterator[tuple[Path, Index]]:
-    """Runs below the roots with settings as `wanted`. A folder with a dot in front is no whole copy."""
-    names = {STATE_NAME, *(Job("teacher", dataset).name + ".pt" for dataset in DATASETS)}
-    folders = [path.parent for path in find_files(roots, names) if path.parent.name == "checkpoints"]
-    for path in dict.fromkeys(folder.parent for folder in folders):
-        if path.name.startswith("."):
-            continue
+    """Those of these runs that can be used and have settings as `wanted`, each with its index."""
+    for path in folders:
         try:
             index = load_index(path, args.plugins)
         except UsageError as error:
@@ -5525,8 +6102,7 @@ def open_run(
     args: Namespace, platform: Platform, session: Session
 ) -> Iterator[tuple[Run, list[Device], RawData]]:
     """Find or create the run, take its lock, check device and data, and enter this session into the index."""
-    path = choose_folder(args, platform)
-    is_new = not os.path.exists(path)
+    path, is_new = choose_folder(args, platform)
     make_run_folder(path)
     try:
         with hold_folder(path):
@@ -5556,26 +6132,46 @@ def open_run(
             shutil.rmtree(path, ignore_errors=True)
 
 
-def choose_folder(args: Namespace, platform: Platform) -> Path:
-    """The folder of the run to start or to continue."""
+def choose_folder(args: Namespace, platform: Platform) -> tuple[Path, bool]:
+    """The folder of the run to start or to continue, and whether it was not there before."""
     if args.resume:
-        return adopt(find_run(args, platform), args, platform)
+        return adopt(find_run(args, platform), args, platform), False
     settings = new_settings(args.given)
-    name = f"exp1b_{settings.mode}_{datetime.datetime.now():%Y%m%d_%H%M%S}"
-    path = Path(settings.output_dir or platform.output_root / name)
+    path = settings.output_dir
+    if path is None:
+        return new_run_folder(platform.output_root, settings.mode), True
     if is_run(path):
         raise UsageError(
             f"{path} holds a run already: add --resume to continue it, or choose another --output-dir"
         )
-    return path
+    others = sorted({*os.listdir(path)} - OWN_NAMES) if os.path.isdir(path) else []
+    if others:
+        raise UsageError(f"{path} holds other files ({others[0]}): choose a new or empty --output-dir")
+    return path, not os.path.exists(path)
 
 
-def make_run_folder(path: Path) -> None:
+def new_run_folder(root: Path, kind: str) -> Path:
+    """Make a run folder, named after the time, that no other process has made: later ones get a number."""
+    name, number = f"exp1b_{kind}_{datetime.datetime.now():%Y%m%d_%H%M%S}", 1
+    path = root / name
+    while True:
+        try:
+            make_run_folder(path, exist_ok=False)
+            return path
+        except FileExistsError:
+            number += 1
+            path = root / f"{name}_{number}"
+
+
+def make_run_folder(path: Path, exist_ok: bool = True) -> None:
     """Make the folders of a run. Raises `UsageError` where that is impossible."""
     try:
+        path.mkdir(parents=True, exist_ok=exist_ok)
         for folder in (path / "checkpoints", path / "figures"):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
     except OSError as error:
+        if isinstance(error, FileExistsError) and not exist_ok:
+            raise
         if error.errno in NO_ROOM:
             raise DiskFull(f"no room to make {path}") from None
         raise UsageError(
@@ -5585,7 +6181,8 @@ def make_run_folder(path: Path) -> None:
 
 def continued_settings(index: Index, given: Mapping[str, Any]) -> Settings:
     """Settings of a run that is continued, by default with as many threads: others round differently."""
-    settings = extended_settings(index.settings, given)
+    stored = replace(index.settings, precision=index.precision)  # what `auto` has become may be asked for
+    settings = replace(extended_settings(stored, given), precision=index.settings.precision)
     if settings.threads is None and settings.workers is None and index.sessions:
         settings = replace(settings, threads=index.sessions[-1].threads)
     return settings
@@ -5652,12 +6249,6 @@ def make_index(
         return new_index(settings, precision, describe_data(data, settings.seed), args.plugins)
     if index.data.sha256 != data.sha256:
         raise UsageError(f"the data found ({data.source}) are not the run's: give the right --data-dir")
-    networks = [network for ratio in index.merged_teachers.values() for network in ratio.values()]
-    if len({network.weights_sha256 for network in networks if network.kind == "teacher"}) > 1:
-        raise UsageError(
-            "this run was merged from several teachers: it can be reported on (--report-only) "
-            "but not continued"
-        )
     epochs = {**equal_cost_epochs(settings), **index.equal_cost_epochs}  # what has begun keeps its length
     return replace(index, plugins={**index.plugins, **args.plugins}, equal_cost_epochs=epochs)
 
@@ -5670,7 +6261,16 @@ def prepare_run(run: Run, platform: Platform) -> None:
     if batch > train:
         raise UsageError(f"--batch-size {batch} is larger than the {train} training images: make it smaller")
     if platform.kaggle:
-        check_disk(run.path, disk_bytes(run.settings), platform)
+        needed, pages = disk_bytes(run.settings), page_bytes(run.settings)
+        if not has_room(PageStore(run.path).places[0], pages):
+            needed += pages  # then they fall into the run folder
+        check_disk(run.path, needed, platform)
+
+
+def has_room(folder: Path, size: int) -> bool:
+    """Whether a folder, which need not exist yet, can take so many bytes."""
+    place = folder if folder.exists() else folder.parent
+    return place.is_dir() and os.access(place, os.W_OK) and shutil.disk_usage(place).free > size
 
 
 def disk_bytes(settings: Settings) -> int:
@@ -5719,7 +6319,8 @@ def enter_session(run: Run, settings: Settings, args: Namespace, devices: Sequen
         if old != new:
             old, new = (listed(value) if isinstance(value, tuple) else value for value in (old, new))
             grown.append(f"{name} from {old} to {new}")
-    seen = any(record.kind == "student" for record in index.jobs.values())
+    run.refresh()
+    seen = any(record.kind == "student" for record in run.records.values())  # whatever the index knew
     session = SessionRecord(
         started=now(),
         command=args.command,
@@ -5759,21 +6360,18 @@ def reuse_finished(run: Run, platform: Platform) -> None:
     wanted = {name for name, job in jobs.items() if not run.file(job).exists()}
     if not wanted:
         return
-    found = list(find_files([platform.output_root, *platform.inputs], wanted))
+    folders = [*runs_in(run.path.parent), *runs_in(platform.output_root), *runs_below(platform.inputs)]
     for name, job in jobs.items():  # in the order of learning: what teaches comes first
         run.refresh()
         if name not in wanted or any(teacher.name not in run.records for teacher in teachers_of(job)):
             continue
-        for path in [path for path in found if path.name == name]:
-            if any(part.startswith(".") for part in path.parts[-4:-1]):
-                continue  # an unfinished copy of a run
+        for folder in dict.fromkeys(folders):
             with contextlib.suppress(FileNotFoundError, Damaged, UsageError):
-                record, tensors = run.load(job, path)
+                record, tensors = run.load(job, folder / "checkpoints" / name)
                 if record.taught_by != taught_by(run, job):
                     continue
                 run.save_result(job, record, tensors)
-                source = path.parent.parent.name
-                note = f"{job.name} was reused from {source} (identical settings, data and precision)."
+                note = f"{job.name} was reused from {folder.name} (identical settings, data and precision)."
                 log.info("%s", note)
                 run.index.notes.append(note)
                 break
@@ -6285,9 +6883,8 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
     paths = list(dict.fromkeys(path.resolve() for path in args.merge))
     runs = [Run(path, load_index(path, args.plugins)) for path in paths]
     settings = merged_settings(runs)
-    default = platform.output_root / f"exp1b_merged_{datetime.datetime.now():%Y%m%d_%H%M%S}"
-    target = Path(args.given.get("output_dir") or default)
-    if target.exists() and (is_run(target) or not target.is_dir() or any(target.iterdir())):
+    target = args.given.get("output_dir")
+    if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists already: choose another --output-dir for the merged run")
 
     index = replace(
@@ -6298,18 +6895,20 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
         sessions=[session for run in runs for session in run.index.sessions],
         notes=list(dict.fromkeys(note for run in runs for note in run.index.notes)),
         plugins={name: sha256 for run in runs for name, sha256 in run.index.plugins.items()},
+        equal_cost_epochs=merged_epochs(runs, settings),
     )
     index.notes.append(f"Merged from {listed(index.merged_from)}.")
-    files = merged_files(runs, settings, index)
+    files = merged_files(runs, settings)
 
+    if target is None:
+        target = new_run_folder(platform.output_root, "merged")
     partial_run = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial_run, ignore_errors=True)
     make_run_folder(partial_run)
-    for source in files.values():
+    for source in files:
         write_atomic(partial_run / "checkpoints" / source.name, source.read_bytes())
     Run(partial_run, index).save_index()
-    if target.is_dir():
-        target.rmdir()
+    shutil.rmtree(target, ignore_errors=True)  # an empty one
     rename(partial_run, target)  # from here on it is a run, and --report-only can write its report
     with hold_folder(target):
         start_logging(target / "experiment.log")
@@ -6337,46 +6936,56 @@ def merged_settings(runs: Sequence[Run]) -> Settings:
     return settings
 
 
-def merged_files(runs: Sequence[Run], settings: Settings, index: Index) -> dict[str, Path]:
-    """The finished files of a merged run, by job; what taught each ratio goes into the index."""
+def merged_epochs(runs: Sequence[Run], settings: Settings) -> dict[str, int]:
+    """The epochs of Direct-equal-cost at each ratio, as the parts have them. Raises `UsageError`."""
+    epochs: dict[str, int] = {}
+    for run in runs:
+        for ratio, count in run.index.equal_cost_epochs.items():
+            if epochs.setdefault(ratio, count) != count:
+                raise UsageError(
+                    f"{run.path} plans {count} epochs of Direct-equal-cost at {ratio}, another part plans "
+                    f"{epochs[ratio]}: merge parts that were started with the same scope"
+                )
+    return {**equal_cost_epochs(settings), **epochs}
+
+
+def merged_files(runs: Sequence[Run], settings: Settings) -> list[Path]:
+    """The finished files of a merged run. Raises `UsageError` unless all was learned from one teacher."""
     chosen: dict[str, tuple[Path, Record]] = {}
     for run in runs:
         run.jobs = planned_jobs(settings)
         for job in run.jobs:
             try:
-                run.records[job.name] = run.load(job)[0]
+                record, _ = run.load(job)
             except FileNotFoundError:
                 continue
             except Damaged as error:
                 raise UsageError(f"{run.file(job)} {error}: repair that run with --resume first") from None
-            record = run.records[job.name]
+            run.records[job.name] = record
             path, known = chosen.setdefault(job.name, (run.file(job), record))
-            same = (known.weights_sha256, known.config) == (record.weights_sha256, record.config)
-            if job.kind == "student" and not same:
+            if (known.weights_sha256, known.config) != (record.weights_sha256, record.config):
+                remedy = "merge only one of them"
+                if job.kind in ("teacher", "assistant"):
+                    remedy = "merge runs that share one teacher"
                 raise UsageError(
-                    f"{run.path} and {path.parent.parent} both hold {job.name}, trained "
-                    "differently: merge only one of them"
+                    f"{run.path} and {path.parent.parent} both hold {job.name}, trained differently: {remedy}"
                 )
-            if job.kind == "student" and job.teacher_networks:
-                note_teachers(run, record, index)
-    return {name: path for name, (path, _) in chosen.items()}
+    for path, record in chosen.values():
+        for name, sha256 in record.taught_by.items():
+            if name not in chosen or chosen[name][1].weights_sha256 != sha256:
+                raise UsageError(
+                    f"{path} was distilled from a {name} that none of these runs holds: repair its run with "
+                    "--resume first, or merge runs that share one teacher"
+                )
+    return [path for path, _ in chosen.values()]
 
 
-def note_teachers(run: Run, record: Record, index: Index) -> None:
-    """Note what taught a ratio. Raises `UsageError` where its students learned from different networks."""
-    own = index.merged_teachers.setdefault(record.compression, {})
-    for name, sha256 in record.taught_by.items():
-        teacher = run.records.get(name)
-        if teacher is None or teacher.weights_sha256 != sha256:
-            raise UsageError(
-                f"{run.path} lacks the {name} that {record.job} learned from: repair that run "
-                "with --resume first"
-            )
-        if own.setdefault(name, teacher).weights_sha256 != sha256:
-            raise UsageError(
-                f"the students at {record.compression} learned from different teachers and cannot be "
-                "compared: merge runs that share one"
-            )
+def last_activity(path: Path) -> str:
+    """When a run's last session started, also of a run that needs a plugin; "" where that cannot be read."""
+    with contextlib.suppress(OSError, Damaged, KeyError, TypeError):
+        content = load_plain(path / "checkpoints" / STATE_NAME)
+        return str(max(content["created"], *(session["started"] for session in content["sessions"])))
+    return ""
 
 
 def show_results(run_dir: str | Path | None = None) -> None:
@@ -6385,11 +6994,13 @@ def show_results(run_dir: str | Path | None = None) -> None:
 
     if run_dir is None:
         platform = detect_platform()
-        reports = list(find_files((platform.output_root, *platform.inputs), {REPORT_NAME}))
-        if not reports:
+        found = [*runs_in(platform.output_root), *runs_below(platform.inputs)]
+        reported = [(last_activity(path), path) for path in found if (path / REPORT_NAME).exists()]
+        if not reported:
             raise UsageError("no run was found here: show_results(run_dir) takes the path of a run folder")
-        run_dir = max(reports, key=lambda path: path.stat().st_mtime).parent
-    folder = Path(run_dir)
+        run_dir = max(reported)[1]
+    folder = Path(run_dir).expanduser()
+    print(folder)
     display(pd.read_csv(folder / "summary.csv"))
     report = (folder / REPORT_NAME).read_text(encoding="utf-8")
     display(Markdown(re.sub(r"!\[.*?\]\(figures/.*?\)\n?", "", report)))  # their paths are not the notebook's

@@ -41,7 +41,7 @@ def open_lab(
     run = exp.Run(folder, index, labels=raw.test_labels)
     session, progress = exp.Session(), exp.make_progress(run, [device], False)
     experiment = exp.make_experiment(run, device, [device], raw, session, progress)
-    experiment.outputs.places = [folder / "scratch"]
+    experiment.outputs.store.places = [folder / "scratch"]
     return experiment
 
 

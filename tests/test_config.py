@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -228,3 +229,104 @@ def test_random_numbers_depend_on_their_purpose_alone() -> None:
     }
     assert len(draws) == 4
     assert exp.rng(1, "order").integers(2**62) in draws
+
+
+# ---- Plugins ---------------------------------------------------------------------------------------------------------
+
+METHOD = """\
+import run_exp1b_kaggle as exp
+{imports}
+@exp.register("{name}")
+class Mine(exp.Direct):
+    SCALE = {value}
+"""
+
+
+@pytest.fixture
+def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Write a plugin (with `value`, after `imports`) and load it: its checksum. What was loaded is gone at the end."""
+    monkeypatch.setattr(exp, "METHODS", dict(exp.METHODS))
+    monkeypatch.setattr(exp, "HELPERS", {})
+    before = set(sys.modules)
+
+    def load(name: str = "mine", value: str = "1", imports: str = "", again: bool = False) -> str:
+        path = tmp_path / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(METHOD.format(imports=imports, name=path.stem, value=value))
+        if again:  # as a new process
+            exp.METHODS.pop(path.stem)
+            exp.HELPERS.clear()
+            for module in set(sys.modules) - before:
+                del sys.modules[module]
+        return exp.load_plugins([path])[path.name]
+
+    yield load
+    for module in set(sys.modules) - before:
+        del sys.modules[module]
+
+
+def test_a_plugin_may_import_what_lies_beside_it(plugins: Any, tmp_path: Path) -> None:
+    """A module and a package; its folder is on the path for as long as it is imported, and no longer."""
+    (tmp_path / "exp1b_beside.py").write_text("VALUE = 7\n")
+    (tmp_path / "exp1b_package").mkdir()
+    (tmp_path / "exp1b_package/part.py").write_text("from exp1b_beside import VALUE\n")
+    path = list(sys.path)
+    checksum = plugins(value="VALUE", imports="from exp1b_package.part import VALUE")
+    assert sys.path == path
+    assert exp.METHODS["mine"].SCALE == 7
+    assert exp.METHODS["mine"].source_sha256 == checksum
+    assert exp.load_plugins([tmp_path / "mine.py"]) == {"mine.py": checksum}, (
+        "a second command of this process"
+    )
+
+
+@pytest.mark.parametrize("changed", ["exp1b_beside.py", "exp1b_package/part.py", "mine.py", "", "unused.py"])
+def test_the_checksum_follows_every_file_of_a_plugin(plugins: Any, tmp_path: Path, changed: str) -> None:
+    """Its own, and those of modules beside it or below that it imports; not what it takes from elsewhere."""
+    (tmp_path / "exp1b_package").mkdir()
+    for name in ("exp1b_beside.py", "exp1b_package/part.py", "unused.py"):
+        (tmp_path / name).write_text("VALUE = 7\n")
+    imports = "import wave\nfrom exp1b_beside import VALUE\nimport exp1b_package.part"
+    first = plugins(imports=imports)
+    if changed not in ("", "mine.py"):
+        (tmp_path / changed).write_text("VALUE = 77\n")
+    second = plugins(imports=imports, again=True, value="2" if changed == "mine.py" else "1")
+    assert (first == second) == (changed in ("", "unused.py"))
+
+
+def test_a_plugin_without_helpers_is_identified_by_its_file(plugins: Any, tmp_path: Path) -> None:
+    """As before there were helpers, so that its runs can be continued."""
+    checksum = plugins(imports="import wave, numpy")
+    assert checksum == exp.hashlib.sha256((tmp_path / "mine.py").read_bytes()).hexdigest()
+
+
+def test_plugins_do_not_share_helpers(plugins: Any, tmp_path: Path) -> None:
+    """Two folders may hold modules of one name; who is loaded first changes no checksum."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "exp1b_beside.py").write_text(f"VALUE = '{folder}'\n")
+    imports = "from exp1b_beside import VALUE"
+    sums = [plugins(name, "VALUE", imports) for name in ("a/one", "a/two", "b/three")]
+    assert [exp.METHODS[name].SCALE for name in ("one", "two", "three")] == ["a", "a", "b"]
+    assert plugins("a/two", "VALUE", imports, again=True) == sums[1]
+
+
+@pytest.mark.parametrize(
+    ("beside", "imports", "place"),
+    [
+        ("1 / 0", "", "ZeroDivisionError: division by zero, mine.py, line 2)"),
+        ("1 / 0", "import exp1b_beside", "ZeroDivisionError: division by zero, exp1b_beside.py, line 1)"),
+        ("a b", "import exp1b_beside", "SyntaxError: invalid syntax (exp1b_beside.py, line 1))"),
+        ("", "import nowhere_to_be_found", "No module named 'nowhere_to_be_found', mine.py, line 2)"),
+        ("", "exp.register('?')(exp.Direct)", "'.', '+' and '-', mine.py, line 2)"),
+        ("", "import json; json.loads('[')", "JSONDecodeError: Expecting value: line 1 column 2 (char 1), mine.py, line 2)"),
+    ],
+)  # fmt: skip
+def test_an_error_in_a_plugin_says_where(
+    plugins: Any, tmp_path: Path, beside: str, imports: str, place: str
+) -> None:
+    (tmp_path / "exp1b_beside.py").write_text(beside)
+    with pytest.raises(exp.UsageError) as caught:
+        plugins(imports=imports or beside)
+    assert str(caught.value).endswith(place)
+    assert "mine" not in exp.METHODS

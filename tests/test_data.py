@@ -285,6 +285,26 @@ def test_data_dir_says_what_is_wrong(tiny: Tiny, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_remedy_fits_what_was_asked_for(tiny: Tiny, tmp_path: Path) -> None:
+    """Who gave --data-dir is not told to give it."""
+    with pytest.raises(exp.UsageError) as caught:
+        load_from(tmp_path)
+    assert "Give the --data-dir that holds it, or leave --data-dir out" in str(caught.value)
+    assert "Add Input" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_numpy_says_about_the_files_of_numpy_1_is_not_shown(tiny: Tiny, tmp_path: Path) -> None:
+    """CIFAR's files have `dtype("u1", 0, ...)` in them, where numpy 2.4 wants a boolean."""
+    for file in list(tiny.files):
+        tiny.files[file] = tiny.files[file].replace(b"\x89\x88", b"K\x00\x88")
+    assert any(b"K\x00\x88" in payload for payload in tiny.files.values())
+    tiny.reader.train_list = tiny.known(CIFAR10).train_list
+    tiny.reader.test_list = tiny.known(CIFAR10).test_list
+    tiny.write(tmp_path / "input")
+    assert load(tmp_path).train_labels.size == 300
+
+
 def test_data_dir_alone_is_searched(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With --data-dir nothing else is taken and nothing is downloaded."""
     from toy import TOY

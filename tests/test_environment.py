@@ -223,6 +223,16 @@ def test_a_run_in_fp16_is_not_continued_on_a_cpu(tmp_path: Path, capsys: pytest.
     assert "this run computes in fp16, which needs a GPU" in capsys.readouterr().out
 
 
+def test_what_auto_has_become_may_be_asked_for(tmp_path: Path) -> None:
+    """A run that is fp16 by `auto` is fp16; asking for another precision is refused."""
+    run = open_lab(tmp_path, precision="auto").run
+    index = exp.new_index(run.settings, "fp16", run.index.data, {})
+    for wanted in ("fp16", "auto"):
+        assert exp.continued_settings(index, {"precision": wanted}).precision == "auto"
+    with pytest.raises(exp.UsageError, match="--precision: the run has fp16, you gave bf16"):
+        exp.continued_settings(index, {"precision": "bf16"})
+
+
 def test_precision_is_chosen_once_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

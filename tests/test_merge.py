@@ -76,7 +76,6 @@ def test_a_second_session_reuses_the_teacher_and_both_become_one_run(
     index = exp.load_index(merged, {})
     assert index.settings.compression == ("2.3x", "5x")
     assert index.merged_from == ["exp1b_five", "exp1b_two"]
-    assert len({taught[TEACHER].weights_sha256 for taught in index.merged_teachers.values()}) == 1
     assert len(index.sessions) == 2
     assert "Merged from exp1b_five and exp1b_two." in (merged / "experiment_report.md").read_text()
 
@@ -121,25 +120,60 @@ def test_the_same_files_twice_are_recognised(sessions: Path, toy: Path, merge: M
     assert len(rows(toy / "merged")) == 6
 
 
-def test_the_same_student_trained_differently_is_refused(
+def test_parts_with_different_teachers_are_refused(
     sessions: Path, toy: Path, merge: Merge, capsys: Capture
 ) -> None:
-    said = refused(merge, capsys, toy, sessions / "exp1b_two", sessions / "exp1b_other")
-    assert "both hold student_2.3x_" in said
-    assert "trained differently" in said
+    """Also where no ratio is in both: only results that share a teacher can be compared."""
+    for first in ("exp1b_two", "exp1b_five"):
+        said = refused(merge, capsys, toy, sessions / first, sessions / "exp1b_other")
+        assert f"both hold {TEACHER}, trained differently: merge runs that share one teacher" in said
 
 
-def test_students_of_one_ratio_from_different_teachers_are_refused(
+def test_a_student_trained_differently_is_refused(
     sessions: Path, toy: Path, merge: Merge, capsys: Capture
 ) -> None:
-    """No student is in both runs, and yet they cannot be compared."""
-    for name, method in (("exp1b_two", "TraditionalKD"), ("exp1b_other", "HPM-KD")):
+    shutil.copytree(sessions / "exp1b_other", toy / "exp1b_other")
+    for path in (toy / "exp1b_other/checkpoints").glob("*.pt"):
+        if "_Direct_" not in path.name:
+            path.unlink()
+    said = refused(merge, capsys, toy, sessions / "exp1b_two", toy / "exp1b_other")
+    assert "both hold student_2.3x_Direct_run1, trained differently: merge only one of them" in said
+
+
+def test_students_without_their_teacher_are_refused(
+    sessions: Path, toy: Path, merge: Merge, capsys: Capture
+) -> None:
+    """No job is in both runs, and yet they cannot be compared."""
+    for name, kept in (("exp1b_five", ""), ("exp1b_other", "student_2.3x_TraditionalKD")):
         shutil.copytree(sessions / name, toy / name)
-        for path in (toy / name / "checkpoints").glob("student_*.pt"):
-            if f"_{method}_" not in path.name:
+        for path in (toy / name / "checkpoints").glob("*.pt"):
+            if not path.name.startswith(kept):
                 path.unlink()
-    said = refused(merge, capsys, toy, toy / "exp1b_two", toy / "exp1b_other")
-    assert "the students at 2.3x learned from different teachers" in said
+    said = refused(merge, capsys, toy, toy / "exp1b_five", toy / "exp1b_other")
+    assert f"was distilled from a {TEACHER} that none of these runs holds" in said
+
+
+def test_parts_with_equal_cost_are_merged(sessions: Path, toy: Path, merge: Merge) -> None:
+    """Each keeps the length of its own arm, which depends on how many ratios share the teacher."""
+    parts = [
+        as_if(sessions / f"exp1b_{name}", toy / f"exp1b_{name}", equal_cost=True, equal_cost_epochs=epochs)
+        for name, epochs in (("five", {"5x": 11}), ("two", {"2.3x": 7}))
+    ]
+    merge(*parts)
+    assert exp.load_index(toy / "merged", {}).equal_cost_epochs == {"2.3x": 7, "5x": 11}
+    assert exp.main(["--status", "--output-dir", str(toy / "merged")]) == 0
+
+
+def test_parts_that_plan_equal_cost_differently_are_refused(
+    sessions: Path, toy: Path, merge: Merge, capsys: Capture
+) -> None:
+    parts = [
+        as_if(
+            sessions / "exp1b_five", toy / f"part{epochs}", equal_cost=True, equal_cost_epochs={"5x": epochs}
+        )
+        for epochs in (11, 12)
+    ]
+    assert "plans 12 epochs of Direct-equal-cost at 5x" in refused(merge, capsys, toy, *parts)
 
 
 def as_if(source: Path, target: Path, **changes: Any) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import errno
 import importlib.util
 import io
@@ -229,15 +230,18 @@ def test_the_real_session_age_is_a_time() -> None:
 
 
 @pytest.mark.parametrize(("hours", "margin"), [(1.0, 72.0), (11.5, 120.0)])
-def test_the_deadline_leaves_time_for_the_report(
-    toy: Path, monkeypatch: pytest.MonkeyPatch, hours: float, margin: float
+@pytest.mark.parametrize("on_kaggle", [False, True])
+def test_a_length_that_is_given_counts_from_now_and_leaves_time_for_the_report(
+    kaggle: Path, toy: Path, monkeypatch: pytest.MonkeyPatch, hours: float, margin: float, on_kaggle: bool
 ) -> None:
     seen: list[float | None] = []
+    root = kaggle if on_kaggle else kaggle / "elsewhere"
+    monkeypatch.setattr(exp, "session_age_seconds", lambda: 7200.0)
     monkeypatch.setattr(exp.time, "time", lambda: 1e9)
     monkeypatch.setattr(
         exp, "work", lambda experiment, *_, **__: seen.append(experiment.session.deadline) or "session clock"
     )
-    assert new_toy(toy / "run", "--max-hours", str(hours)) == 0
+    assert exp.main([*TOY, "--output-dir", str(toy / "run"), "--max-hours", str(hours)], root=root) == 0
     assert seen == [pytest.approx(1e9 + 3600 * hours - margin)]
 
 
@@ -368,9 +372,121 @@ def test_a_temporary_folder_that_cannot_be_used_costs_one_warning(
     toy: Path, toy_run: Path, capsys: Capture
 ) -> None:
     """Pages are only a cache: they go into the run folder, and are gone at the end."""
-    exp.page_places(toy)[0].write_text("a file where the folder should be")
+    exp.PageStore(toy).places[0].write_text("a file where the folder should be")
     exp.warn_once.cache_clear()
     assert new_toy(toy / "run") == 0
     assert capsys.readouterr().out.count("teacher outputs cannot be kept in") == 1
     assert results_without_times(toy / "run") == results_without_times(toy_run)
     assert list((toy / "run").rglob("page_*")) == []
+
+
+# ---- Which folder ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that are opened and closed, but train nothing."""
+    monkeypatch.setattr(exp, "work", lambda *_, **__: "session clock")
+
+
+@pytest.mark.usefixtures("untrained")
+def test_two_starts_in_one_second_make_two_runs(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock(exp.datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return cls(2026, 1, 2, 3, 4, 5, tzinfo=tz)
+
+    monkeypatch.setattr(exp.datetime, "datetime", Clock)
+    assert [exp.main(TOY) for _ in range(3)] == [0, 0, 0]
+    names = [f"exp1b_smoke_20260102_030405{more}" for more in ("", "_2", "_3")]
+    assert sorted(path.name for path in toy.glob("exp1b_smoke_*")) == names
+    assert all(exp.is_run(toy / name) for name in names)
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize("name", ["thesis.txt", ".git/config", "checkpoints.old/a"])
+def test_a_folder_that_holds_other_things_is_no_output_folder(toy: Path, name: str, capsys: Capture) -> None:
+    """What is in it would be mixed with the run's files, and shared with them."""
+    (toy / "mine" / name).parent.mkdir(parents=True)
+    (toy / "mine" / name).write_text("precious")
+    before = tree(toy)
+    assert new_toy(toy / "mine") == 2
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert f"holds other files ({name.split('/')[0]})" in said
+    assert tree(toy) == before
+
+
+@pytest.mark.usefixtures("untrained")
+def test_an_empty_folder_and_what_a_killed_start_left_are_output_folders(toy: Path) -> None:
+    (toy / "empty").mkdir()
+    (toy / "left/checkpoints").mkdir(parents=True)
+    (toy / "left/data").mkdir()
+    (toy / "left/experiment.log").write_text("an earlier start\n")
+    assert [new_toy(toy / name) for name in ("empty", "left")] == [0, 0]
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize("form", [["--output-dir=~/a run"], ["--output-dir", "~/a run"]])
+def test_the_home_folder_is_meant_by_a_tilde(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, form: list[str]
+) -> None:
+    """A shell expands it only at the beginning of a word."""
+    monkeypatch.setenv("HOME", str(toy / "home"))
+    assert exp.main([*TOY, *form]) == 0
+    assert exp.is_run(toy / "home/a run")
+    assert not (toy / "~").exists()
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize("folder", ["a", ".hidden", ".exp1b_x"])
+def test_a_hidden_folder_above_hides_no_run(toy: Path, toy_run: Path, folder: str) -> None:
+    """Only a run folder whose own name begins with a dot is none: a copy that is not complete."""
+    place = toy / folder if folder.startswith(".exp1b") else toy / folder / "exp1b_earlier"
+    shutil.copytree(toy_run, place)
+    os.chdir(place.parent)
+    assert exp.main([*TOY, "--output-dir", "new"]) == 0
+    assert bool(exp.load_index(place.parent / "new", {}).jobs) == (not folder.startswith(".exp1b"))
+
+
+@pytest.mark.usefixtures("untrained")
+def test_runs_are_looked_for_beside_a_new_one_and_not_below(
+    toy: Path, toy_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start in a home folder does not read all of it; a sibling of --output-dir shares its teacher."""
+    shutil.copytree(toy_run, toy / "deep/below/exp1b_earlier")
+    monkeypatch.setattr(exp.os, "walk", lambda *_, **__: pytest.fail("walked"))
+    assert exp.main(["--status"]) == 2
+    assert new_toy(toy / "new") == 0
+    assert exp.load_index(toy / "new", {}).jobs == {}
+    assert new_toy(toy / "deep/below/new") == 0
+    assert len(exp.load_index(toy / "deep/below/new", {}).jobs) == 4
+
+
+@pytest.mark.parametrize("action", [["--status"], ["--plan"], ["--help"]])
+def test_what_is_printed_needs_no_letter_that_the_console_lacks(
+    toy: Path, toy_run: Path, monkeypatch: pytest.MonkeyPatch, action: list[str]
+) -> None:
+    folder = toy / "é\udcff"
+    shutil.copytree(toy_run, folder)
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
+    with contextlib.suppress(SystemExit):
+        assert exp.main([*action, "--resume", "--output-dir", str(folder)]) == 0
+    assert action != ["--status"] or b"\\xe9\\udcff\n" in raw.getvalue()
+
+
+@pytest.mark.parametrize(("space", "counted"), [(10**9, False), (10**3, True), (0, True)])
+def test_pages_that_fall_into_the_run_folder_are_counted(
+    kaggle: Path, monkeypatch: pytest.MonkeyPatch, space: int, counted: bool, capsys: Capture
+) -> None:
+    """Where the temporary folder has no room, or there is none, they count against Kaggle's limit."""
+    monkeypatch.setattr(exp, "KAGGLE_DISK_BYTES", 6_000_000)
+    monkeypatch.setattr(exp, "disk_bytes", lambda *_: 5_000_000)
+    monkeypatch.setattr(exp, "page_bytes", lambda *_: 2_000_000)
+    monkeypatch.setattr(exp, "work", lambda *_, **__: "session clock")
+    monkeypatch.setattr(exp.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(space, 0, space))
+    if space == 0:
+        exp.page_places(kaggle)[0].write_text("a file where the folder should be")
+    assert exp.main(TOY, root=kaggle) == (2 if counted else 0)
+    assert ("this run needs about 7 MB" in capsys.readouterr().out) == counted

@@ -190,7 +190,7 @@ def main() -> None:
         if chosen.profile:
             for part, share in profile(made, chosen.epoch_network, "TraditionalKD").items():
                 say(f"{chosen.epoch_network}_TraditionalKD_share_of_{part}", share)
-        page = next(made.outputs.places[0].glob("*/page_*[0-9]")).stat().st_size
+        page = next(made.outputs.store.places[0].glob("*/page_*_logits")).stat().st_size
         say("page_bytes_per_teacher", str(page))
         for mode in ("quick", "full"):
             settings = exp.new_settings({"mode": mode})
