@@ -4707,13 +4707,10 @@ def index_from_plain(content: Any, plugins: Mapping[str, str]) -> Index:
     if not isinstance(content, dict):
         raise Damaged("holds no index")
     if content.get("format") != FORMAT:
-        script = content.get("script")  # version 1 kept its version there
-        version = script.get("version") if isinstance(script, dict) else content.get("version")
-        if not isinstance(version, str):
-            raise Damaged("holds an index that names no version")
+        version = content.get("version", "1")
         raise UsageError(
-            f"the run was written by version {version} of this script, this is {VERSION}, which computes "
-            "something else: continue it with that version, or start a new run"
+            f"the run was written by version {version} of this script, whose files are others than those of "
+            f"{VERSION}: continue it with that version, or start a new run"
         )
     check_plugins(content.get("plugins"), plugins)
     index: Index = from_plain(Index, content, "index")
@@ -6485,32 +6482,21 @@ class Crew:
 
     def listen(self, seconds: float) -> None:
         """Take in what the workers say, and start those again that have died."""
-        pipes = [member.pipe for member in self.working]
-        heard = connection.wait(pipes, seconds)
+        heard = connection.wait([member.pipe for member in self.working], seconds)
         for number, member in enumerate(self.members):
             if member.outcome is None and member.pipe in heard:
-                self._hear(number, member)
-
-    def _hear(self, number: int, member: Member) -> None:
-        try:
-            while member.pipe.poll():
-                kind, value = member.pipe.recv()
-                if kind == "speeds":
-                    self.speeds = value
-                else:
-                    setattr(member, kind, value)
-        except (EOFError, OSError):
-            member.process.join()
-            if member.outcome is None:
-                self._died(number, member)
+                try:
+                    kind, value = member.pipe.recv()
+                    setattr(self if kind == "speeds" else member, kind, value)
+                except (EOFError, OSError):
+                    member.process.join()
+                    self._died(number, member)
 
     def _died(self, number: int, member: Member) -> None:
         code = cast(int, member.process.exitcode)
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        if self.ending:
-            member.outcome = f"the death of a worker ({how})"
-        elif self.restarts == MOST_RESTARTS:
-            log.error("worker %d died (%s), too often to be started again", number + 1, how)
+        if self.ending or self.restarts == MOST_RESTARTS:
+            log.error("worker %d died (%s) and is not started again", number + 1, how)
             member.outcome = "repeated crashes of workers"
         else:
             self.restarts += 1
@@ -6553,13 +6539,19 @@ def launch(
     if not os.environ.get("OMP_WAIT_POLICY"):
         os.environ["OMP_WAIT_POLICY"] = "passive"  # spinning workers slow each other down
     progress, problem = make_progress(run, devices, platform.watched), None
-    plugins, count = args.given["plugin"], worker_count(run.settings, devices)
-    crew = Crew(count, run.path, run.settings, plugins, platform, session.deadline)
+    mandate = Namespace(given={**args.given, "output_dir": run.path})
+    crew = Crew(worker_count(run.settings, devices), mandate, platform, session.deadline)
     try:
         while crew.working:
             crew.listen(Worker.POLL_SECONDS)
+            if leads and crew.speeds and not progress.estimate.speeds:
+                progress.estimate.speeds = crew.speeds
+                progress.announce(session)
+            progress.show([member.text for member in crew.members])
             try:
-                supervise(run, crew, progress, session, leads)
+                fresh = run.refresh()
+                if leads:
+                    report_progress(run, progress, fresh)
             except (Stopped, DiskFull, UsageError) as error:
                 problem = problem or error
             if session.signal or problem:
@@ -6574,26 +6566,8 @@ def launch(
     return crew.reason() if run.left else ""
 
 
-def supervise(run: Run, crew: Crew, progress: Progress, session: Session, leads: bool) -> None:
-    """What the parent of workers does between two looks at them."""
-    if crew.speeds and not progress.estimate.speeds:
-        progress.estimate.speeds = crew.speeds
-        if leads:
-            progress.announce(session)
-    fresh = run.refresh()
-    if leads:
-        report_progress(run, progress, fresh)
-    progress.show([member.text for member in crew.members])
-
-
 def worker_main(
-    number: int,
-    pipe: connection.Connection,
-    path: Path,
-    settings: Settings,
-    plugins: Sequence[Path],
-    platform: Platform,
-    deadline: float | None,
+    number: int, pipe: connection.Connection, args: Namespace, platform: Platform, deadline: float | None
 ) -> None:
     """A worker: does its share of the run that its parent has prepared, and tells it how that ended.
 
@@ -6603,10 +6577,18 @@ def worker_main(
     follow_parent(session)
     with session.listening():
         level = logging.WARNING if platform.watched else logging.INFO
-        start_logging(path / "experiment.log", f"[worker {number + 1}] ", level)
+        start_logging(args.given["output_dir"] / "experiment.log", f"[worker {number + 1}] ", level)
         outcome: str | Exception
         try:
-            outcome = work_as_member(number, pipe, path, settings, load_plugins(plugins), platform, session)
+            args.plugins = load_plugins(args.given["plugin"])
+            run, data = open_prepared(args, platform, session)
+            devices = find_devices(run.settings.device, platform.kaggle, allow_cpu=True)
+            progress = make_progress(
+                run, devices, False, partial(tell, pipe, "text") if platform.watched else None
+            )
+            device = own_device(devices, number)
+            experiment = make_experiment(run, device, devices, data, session, progress)
+            outcome = work(experiment, False, lambda: tell(pipe, "speeds", progress.estimate.speeds))
         except DeviceLost as lost:
             log.error("this worker stops: %s", lost)
             sys.exit(1)
@@ -6616,8 +6598,7 @@ def worker_main(
             log.error("this worker stops: %s", error)
             outcome = error
         except Exception as error:
-            log.error("this worker crashed (%s)", first_line(error))
-            log.error("the worker crashed", exc_info=error)
+            log.error("this worker crashed", exc_info=error)
             sys.exit(1)
         tell(pipe, "outcome", outcome)
 
@@ -6626,26 +6607,6 @@ def tell(pipe: connection.Connection, kind: str, value: object) -> None:
     """Tell the parent something; one that is gone hears nothing."""
     with contextlib.suppress(OSError):
         pipe.send((kind, value))
-
-
-def work_as_member(
-    number: int,
-    pipe: connection.Connection,
-    path: Path,
-    settings: Settings,
-    plugins: Mapping[str, str],
-    platform: Platform,
-    session: Session,
-) -> str:
-    """Open a run that is prepared, and do one worker's share; returns why it stopped early."""
-    devices = find_devices(settings.device, platform.kaggle, allow_cpu=True)
-    index = load_index(path, plugins)
-    index.settings = settings
-    run, data = Run(path, index), load_run_data(settings, path, platform, session)
-    publish = partial(tell, pipe, "text") if platform.watched else None
-    progress = make_progress(run, devices, False, publish)
-    experiment = make_experiment(run, own_device(devices, number), devices, data, session, progress)
-    return work(experiment, False, lambda: tell(pipe, "speeds", progress.estimate.speeds))
 
 
 def follow_parent(session: Session) -> None:
@@ -6674,19 +6635,9 @@ def join_run(args: Namespace, platform: Platform, session: Session) -> int:
         log.warning("the file system of %s has no locks, so only the process that leads can work there", path)
         return 0
     start_logging(path / "experiment.log", f"[{socket.gethostname()} {os.getpid()}] ")
-    index = load_index(path, args.plugins)
-    if index.sessions[-1].script_sha256 != script_sha256():
-        raise UsageError(
-            f"another version of this script leads the run in {path}: use the same file everywhere"
-        )
-    given = {name: value for name, value in args.given.items() if name not in setting_names("scope")}
-    settings = index.settings = continued_settings(index, given)
-    devices = choose_devices(settings, platform)
-    announce_devices(devices, index.precision, settings)
-    data = load_run_data(settings, path, platform, session)
-    if data.sha256 != index.data.sha256:
-        raise UsageError(f"the data found ({data.source}) are not the run's: give the right --data-dir")
-    run = Run(path, index)
+    run, data = open_prepared(args, platform, session)
+    devices = choose_devices(run.settings, platform)
+    announce_devices(devices, run.index.precision, run.settings)
     log.info("joined the run in %s", path)
     try:
         reason = do_share(args, run, devices, data, platform, session, leads=False)
@@ -6706,6 +6657,20 @@ def join_run(args: Namespace, platform: Platform, session: Session) -> int:
     if session.signal:
         return 128 + session.signal
     return 0 if reason in ("", "session clock") else 1
+
+
+def open_prepared(args: Namespace, platform: Platform, session: Session) -> tuple[Run, RawData]:
+    """Open a run that another process leads, in the scope that it has now. Raises `UsageError`."""
+    path = args.given["output_dir"]
+    index = load_index(path, args.plugins)
+    if index.sessions[-1].script_sha256 != script_sha256():
+        raise UsageError(f"another version of this script leads the run in {path}: use the same everywhere")
+    given = {name: value for name, value in args.given.items() if name not in setting_names("scope")}
+    index.settings = continued_settings(index, given)
+    data = load_run_data(index.settings, path, platform, session)
+    if data.sha256 != index.data.sha256:
+        raise UsageError(f"the data found ({data.source}) are not the run's: give the right --data-dir")
+    return Run(path, index), data
 
 
 def await_leader(path: Path, session: Session) -> None:
