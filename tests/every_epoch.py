@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import run_exp1b_kaggle as exp  # noqa: E402
+import run_exp1b_kaggle as exp
 
 exp.Training.SAVE_SECONDS = 0.0  # in its workers too, which import this file anew
 
