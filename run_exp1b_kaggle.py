@@ -4142,13 +4142,13 @@ def is_held(path: Path) -> bool:
 
 
 def has_locks(folder: Path) -> bool:
-    """Whether the file system of a folder has locks."""
+    """Whether the file system of a run folder has locks."""
     try:
-        lock = take_lock(folder / f".{os.getpid()}.lock")
+        lock = take_lock(folder / "run.lock")
     except NotImplementedError:
         return False
     if lock is not None:
-        give_back(lock)
+        lock.release()
     return True
 
 
@@ -4765,11 +4765,14 @@ class Worker:
             ready = ready_jobs(self.run.jobs, self.run.settings, self.run.records, order)
             if not ready:
                 return
-            if not any(self.take(job) for job in ready):
+            for job in ready:
+                if self.take(job):
+                    break
+            else:
                 self.wait(ready[0])
 
     def take(self, job: Job) -> bool:
-        """Do a job unless another process is doing it; whether there is something new to look at."""
+        """Do a job unless another process is doing it, and then return False."""
         try:
             lock = take_lock(self.run.file(job, "lock"))
         except NotImplementedError:  # no locks here: this is the only worker
@@ -6377,7 +6380,7 @@ def do_share(
     """
     group, workers = Group.find(), worker_count(run.settings, devices)
     if group.size == 1 and workers > 1:
-        if has_locks(run.checkpoints):
+        if has_locks(run.path):
             return launch(args, run, devices, platform, session, leads)
         log.warning("the file system of %s has no locks, which several workers need: one worker", run.path)
     progress = make_progress(run, devices, platform.watched)
@@ -6411,7 +6414,8 @@ class Crew:
         self.mandate, self.restarts, self.ending = mandate, 0, 0.0
         self.speeds: dict[str, Speed] = {}
         self.members: list[Member] = []
-        self.members += [self.start(number) for number in range(count)]
+        for number in range(count):
+            self.members.append(self.start(number))
 
     def start(self, number: int) -> Member:
         """Start a worker. A signal that comes before it listens waits until then."""
@@ -6504,9 +6508,10 @@ def launch(
     try:
         while crew.working:
             crew.listen(Worker.POLL_SECONDS)
-            if leads and crew.speeds and not progress.estimate.speeds:
+            if crew.speeds and not progress.estimate.speeds:
                 progress.estimate.speeds = crew.speeds
-                progress.announce(session)
+                if leads:
+                    progress.announce(session)
             progress.show([member.text for member in crew.members])
             try:
                 fresh = run.refresh()
@@ -6543,10 +6548,8 @@ def worker_main(
             args.plugins = load_plugins(args.given["plugin"])
             run, data = open_prepared(args, platform, session)
             devices = find_devices(run.settings.device, platform.kaggle, allow_cpu=True)
-            progress = make_progress(
-                run, devices, False, partial(tell, pipe, "text") if platform.watched else None
-            )
-            device = own_device(devices, number)
+            publish = partial(tell, pipe, "text") if platform.watched else None
+            progress, device = make_progress(run, devices, False, publish), own_device(devices, number)
             experiment = make_experiment(run, device, devices, data, session, progress)
             outcome = work(experiment, False, lambda: tell(pipe, "speeds", progress.estimate.speeds))
         except DeviceLost as lost:
@@ -6591,7 +6594,7 @@ def join_run(args: Namespace, platform: Platform, session: Session) -> int:
     """
     path = Path(args.given["output_dir"])
     await_leader(path, session)
-    if not has_locks(path / "checkpoints"):
+    if not has_locks(path):
         log.warning("the file system of %s has no locks, so only the process that leads can work there", path)
         return 0
     start_logging(path / "experiment.log", f"[{socket.gethostname()} {os.getpid()}] ")
@@ -6639,6 +6642,8 @@ def await_leader(path: Path, session: Session) -> None:
     said, waited = False, 0.0
     while True:
         session.check()
+        if lock.exists() and not has_locks(path):
+            return  # nobody can see whether it is held
         led = is_held(lock)
         with contextlib.suppress(OSError):
             # The lock's file is written when it is taken, the index when all is prepared.
