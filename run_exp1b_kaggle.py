@@ -6412,7 +6412,7 @@ class Crew:
     def __init__(self, count: int, *mandate: Any) -> None:
         """`mandate`: further arguments of `worker_main`."""
         self.mandate, self.restarts, self.ending = mandate, 0, 0.0
-        self.speeds: dict[str, Speed] = {}
+        self.speeds: dict[str, Any] = {}  # of the networks, as the first worker has measured them
         self.members: list[Member] = []
         for number in range(count):
             self.members.append(self.start(number))
