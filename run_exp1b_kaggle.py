@@ -4111,13 +4111,13 @@ def is_held(path: Path) -> bool:
 
 
 def has_locks(folder: Path) -> bool:
-    """Whether the file system of a folder has locks."""
+    """Whether the file system of a run folder has locks."""
     try:
-        lock = take_lock(folder / f".{os.getpid()}.lock")
+        lock = take_lock(folder / "run.lock")
     except NotImplementedError:
         return False
     if lock is not None:
-        give_back(lock)
+        lock.release()
     return True
 
 
@@ -4243,7 +4243,6 @@ class Index:
     notes: list[str] = field(default_factory=list)
     jobs: dict[str, Record] = field(default_factory=dict)
     merged_from: list[str] = field(default_factory=list)
-    merged_teachers: dict[str, dict[str, Record]] = field(default_factory=dict)  # ratio -> job -> record
 
     @property
     def last_activity(self) -> str:
@@ -4302,15 +4301,6 @@ class Run:
         """What a record says about which job it is of."""
         names = ("kind", "compression", "method", "run")
         return {"job": job.name, "fingerprint": self.fingerprint(job), **{n: getattr(job, n) for n in names}}
-
-    def teachers(self, compression: str) -> Mapping[str, Record]:
-        """Job -> record of the networks that teach at a ratio: this run's, or those of a merged ratio."""
-        return self.index.merged_teachers.get(compression) or self.records
-
-    def teacher(self, compression: str) -> Record | None:
-        """The record of the finished teacher at a ratio."""
-        record = self.teachers(compression).get(Job("teacher", self.settings.dataset).name)
-        return record if record and record.done else None
 
     def load(self, job: Job, path: Path | None = None) -> tuple[Record, dict[str, torch.Tensor]]:
         """Record and tensors of a finished job. Raises FileNotFoundError, or `Damaged` if not of this run."""
@@ -4540,13 +4530,10 @@ def index_from_plain(content: Any, plugins: Mapping[str, str]) -> Index:
     if not isinstance(content, dict):
         raise Damaged("holds no index")
     if content.get("format") != FORMAT:
-        script = content.get("script")  # version 1 kept its version there
-        version = script.get("version") if isinstance(script, dict) else content.get("version")
-        if not isinstance(version, str):
-            raise Damaged("holds an index that names no version")
+        version = content.get("version", "1")
         raise UsageError(
-            f"the run was written by version {version} of this script, this is {VERSION}, which computes "
-            "something else: continue it with that version, or start a new run"
+            f"the run was written by version {version} of this script, whose files are others than those of "
+            f"{VERSION}: continue it with that version, or start a new run"
         )
     check_plugins(content.get("plugins"), plugins)
     index: Index = from_plain(Index, content, "index")
@@ -4747,11 +4734,14 @@ class Worker:
             ready = ready_jobs(self.run.jobs, self.run.settings, self.run.records, order)
             if not ready:
                 return
-            if not any(self.take(job) for job in ready):
+            for job in ready:
+                if self.take(job):
+                    break
+            else:
                 self.wait(ready[0])
 
     def take(self, job: Job) -> bool:
-        """Do a job unless another process is doing it; whether there is something new to look at."""
+        """Do a job unless another process is doing it, and then return False."""
         try:
             lock = take_lock(self.run.file(job, "lock"))
         except NotImplementedError:  # no locks here: this is the only worker
@@ -5820,7 +5810,7 @@ def marks_of(method: Method) -> dict[str, Any]:
 
 
 # -- command line -------------------------------------------------------------------------------------------
-OWN_NAMES = {"checkpoints", "figures", "data", "experiment.log", "run.lock", "run.owner", ".pages"}
+OWN_NAMES = {"checkpoints", "figures", "data", "experiment.log", "run.lock", ".pages"}
 ACTIONS = {  # option -> which settings it takes beside it (None: all)
     "status": ("mode", "dataset", "output_dir", "plugin"),
     "report_only": ("mode", "dataset", "output_dir", "data_dir", "plugin"),
@@ -6358,7 +6348,7 @@ def do_share(
     """
     group, workers = Group.find(), worker_count(run.settings, devices)
     if group.size == 1 and workers > 1:
-        if has_locks(run.checkpoints):
+        if has_locks(run.path):
             return launch(args, run, devices, platform, session, leads)
         log.warning("the file system of %s has no locks, which several workers need: one worker", run.path)
     progress = make_progress(run, devices, platform.watched)
@@ -6390,9 +6380,10 @@ class Crew:
     def __init__(self, count: int, *mandate: Any) -> None:
         """`mandate`: further arguments of `worker_main`."""
         self.mandate, self.restarts, self.ending = mandate, 0, 0.0
-        self.speeds: dict[str, Speed] = {}
+        self.speeds: dict[str, Any] = {}  # of the networks, as the first worker has measured them
         self.members: list[Member] = []
-        self.members += [self.start(number) for number in range(count)]
+        for number in range(count):
+            self.members.append(self.start(number))
 
     def start(self, number: int) -> Member:
         """Start a worker. A signal that comes before it listens waits until then."""
@@ -6423,32 +6414,21 @@ class Crew:
 
     def listen(self, seconds: float) -> None:
         """Take in what the workers say, and start those again that have died."""
-        pipes = [member.pipe for member in self.working]
-        heard = connection.wait(pipes, seconds)
+        heard = connection.wait([member.pipe for member in self.working], seconds)
         for number, member in enumerate(self.members):
             if member.outcome is None and member.pipe in heard:
-                self._hear(number, member)
-
-    def _hear(self, number: int, member: Member) -> None:
-        try:
-            while member.pipe.poll():
-                kind, value = member.pipe.recv()
-                if kind == "speeds":
-                    self.speeds = value
-                else:
-                    setattr(member, kind, value)
-        except (EOFError, OSError):
-            member.process.join()
-            if member.outcome is None:
-                self._died(number, member)
+                try:
+                    kind, value = member.pipe.recv()
+                    setattr(self if kind == "speeds" else member, kind, value)
+                except (EOFError, OSError):
+                    member.process.join()
+                    self._died(number, member)
 
     def _died(self, number: int, member: Member) -> None:
         code = cast(int, member.process.exitcode)
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        if self.ending:
-            member.outcome = f"the death of a worker ({how})"
-        elif self.restarts == MOST_RESTARTS:
-            log.error("worker %d died (%s), too often to be started again", number + 1, how)
+        if self.ending or self.restarts == MOST_RESTARTS:
+            log.error("worker %d died (%s) and is not started again", number + 1, how)
             member.outcome = "repeated crashes of workers"
         else:
             self.restarts += 1
@@ -6491,13 +6471,20 @@ def launch(
     if not os.environ.get("OMP_WAIT_POLICY"):
         os.environ["OMP_WAIT_POLICY"] = "passive"  # spinning workers slow each other down
     progress, problem = make_progress(run, devices, platform.watched), None
-    plugins, count = args.given["plugin"], worker_count(run.settings, devices)
-    crew = Crew(count, run.path, run.settings, plugins, platform, session.deadline)
+    mandate = Namespace(given={**args.given, "output_dir": run.path})
+    crew = Crew(worker_count(run.settings, devices), mandate, platform, session.deadline)
     try:
         while crew.working:
             crew.listen(Worker.POLL_SECONDS)
+            if crew.speeds and not progress.estimate.speeds:
+                progress.estimate.speeds = crew.speeds
+                if leads:
+                    progress.announce(session)
+            progress.show([member.text for member in crew.members])
             try:
-                supervise(run, crew, progress, session, leads)
+                fresh = run.refresh()
+                if leads:
+                    report_progress(run, progress, fresh)
             except (Stopped, DiskFull, UsageError) as error:
                 problem = problem or error
             if session.signal or problem:
@@ -6512,26 +6499,8 @@ def launch(
     return crew.reason() if run.left else ""
 
 
-def supervise(run: Run, crew: Crew, progress: Progress, session: Session, leads: bool) -> None:
-    """What the parent of workers does between two looks at them."""
-    if crew.speeds and not progress.estimate.speeds:
-        progress.estimate.speeds = crew.speeds
-        if leads:
-            progress.announce(session)
-    fresh = run.refresh()
-    if leads:
-        report_progress(run, progress, fresh)
-    progress.show([member.text for member in crew.members])
-
-
 def worker_main(
-    number: int,
-    pipe: connection.Connection,
-    path: Path,
-    settings: Settings,
-    plugins: Sequence[Path],
-    platform: Platform,
-    deadline: float | None,
+    number: int, pipe: connection.Connection, args: Namespace, platform: Platform, deadline: float | None
 ) -> None:
     """A worker: does its share of the run that its parent has prepared, and tells it how that ended.
 
@@ -6541,10 +6510,16 @@ def worker_main(
     follow_parent(session)
     with session.listening():
         level = logging.WARNING if platform.watched else logging.INFO
-        start_logging(path / "experiment.log", f"[worker {number + 1}] ", level)
+        start_logging(args.given["output_dir"] / "experiment.log", f"[worker {number + 1}] ", level)
         outcome: str | Exception
         try:
-            outcome = work_as_member(number, pipe, path, settings, load_plugins(plugins), platform, session)
+            args.plugins = load_plugins(args.given["plugin"])
+            run, data = open_prepared(args, platform, session)
+            devices = find_devices(run.settings.device, platform.kaggle, allow_cpu=True)
+            publish = partial(tell, pipe, "text") if platform.watched else None
+            progress, device = make_progress(run, devices, False, publish), own_device(devices, number)
+            experiment = make_experiment(run, device, devices, data, session, progress)
+            outcome = work(experiment, False, lambda: tell(pipe, "speeds", progress.estimate.speeds))
         except DeviceLost as lost:
             log.error("this worker stops: %s", lost)
             sys.exit(1)
@@ -6554,8 +6529,7 @@ def worker_main(
             log.error("this worker stops: %s", error)
             outcome = error
         except Exception as error:
-            log.error("this worker crashed (%s)", first_line(error))
-            log.error("the worker crashed", exc_info=error)
+            log.error("this worker crashed", exc_info=error)
             sys.exit(1)
         tell(pipe, "outcome", outcome)
 
@@ -6564,26 +6538,6 @@ def tell(pipe: connection.Connection, kind: str, value: object) -> None:
     """Tell the parent something; one that is gone hears nothing."""
     with contextlib.suppress(OSError):
         pipe.send((kind, value))
-
-
-def work_as_member(
-    number: int,
-    pipe: connection.Connection,
-    path: Path,
-    settings: Settings,
-    plugins: Mapping[str, str],
-    platform: Platform,
-    session: Session,
-) -> str:
-    """Open a run that is prepared, and do one worker's share; returns why it stopped early."""
-    devices = find_devices(settings.device, platform.kaggle, allow_cpu=True)
-    index = load_index(path, plugins)
-    index.settings = settings
-    run, data = Run(path, index), load_run_data(settings, path, platform, session)
-    publish = partial(tell, pipe, "text") if platform.watched else None
-    progress = make_progress(run, devices, False, publish)
-    experiment = make_experiment(run, own_device(devices, number), devices, data, session, progress)
-    return work(experiment, False, lambda: tell(pipe, "speeds", progress.estimate.speeds))
 
 
 def follow_parent(session: Session) -> None:
@@ -6608,23 +6562,13 @@ def join_run(args: Namespace, platform: Platform, session: Session) -> int:
     """
     path = Path(args.given["output_dir"])
     await_leader(path, session)
-    if not has_locks(path / "checkpoints"):
+    if not has_locks(path):
         log.warning("the file system of %s has no locks, so only the process that leads can work there", path)
         return 0
     start_logging(path / "experiment.log", f"[{socket.gethostname()} {os.getpid()}] ")
-    index = load_index(path, args.plugins)
-    if index.sessions[-1].script_sha256 != script_sha256():
-        raise UsageError(
-            f"another version of this script leads the run in {path}: use the same file everywhere"
-        )
-    given = {name: value for name, value in args.given.items() if name not in setting_names("scope")}
-    settings = index.settings = continued_settings(index, given)
-    devices = choose_devices(settings, platform)
-    announce_devices(devices, index.precision, settings)
-    data = load_run_data(settings, path, platform, session)
-    if data.sha256 != index.data.sha256:
-        raise UsageError(f"the data found ({data.source}) are not the run's: give the right --data-dir")
-    run = Run(path, index)
+    run, data = open_prepared(args, platform, session)
+    devices = choose_devices(run.settings, platform)
+    announce_devices(devices, run.index.precision, run.settings)
     log.info("joined the run in %s", path)
     try:
         reason = do_share(args, run, devices, data, platform, session, leads=False)
@@ -6646,12 +6590,28 @@ def join_run(args: Namespace, platform: Platform, session: Session) -> int:
     return 0 if reason in ("", "session clock") else 1
 
 
+def open_prepared(args: Namespace, platform: Platform, session: Session) -> tuple[Run, RawData]:
+    """Open a run that another process leads, in the scope that it has now. Raises `UsageError`."""
+    path = args.given["output_dir"]
+    index = load_index(path, args.plugins)
+    if index.sessions[-1].script_sha256 != script_sha256():
+        raise UsageError(f"another version of this script leads the run in {path}: use the same everywhere")
+    given = {name: value for name, value in args.given.items() if name not in setting_names("scope")}
+    index.settings = continued_settings(index, given)
+    data = load_run_data(index.settings, path, platform, session)
+    if data.sha256 != index.data.sha256:
+        raise UsageError(f"the data found ({data.source}) are not the run's: give the right --data-dir")
+    return Run(path, index), data
+
+
 def await_leader(path: Path, session: Session) -> None:
     """Wait for a process that leads the run and has prepared it; `UsageError` where none comes."""
     lock, state = path / "run.lock", path / "checkpoints" / STATE_NAME
     said, waited = False, 0.0
     while True:
         session.check()
+        if lock.exists() and not has_locks(path):
+            return  # nobody can see whether it is held
         led = is_held(lock)
         with contextlib.suppress(OSError):
             # The lock's file is written when it is taken, the index when all is prepared.

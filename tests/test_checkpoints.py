@@ -785,7 +785,7 @@ def test_a_link_that_leads_outside_is_replaced_and_not_written_through(
     [
         {"format": 9, "version": "9.0"},
         {"format": 2, "version": "2.0.0", "jobs": {}},
-        {"format": 1, "script": {"version": "1.4"}, "everything": "elsewhere"},
+        {"format": 1, "everything": "elsewhere"},
     ],
     ids=["later", "version 2", "version 1"],
 )
@@ -796,9 +796,12 @@ def test_a_run_of_another_format_is_refused_untouched(
     exp.save_plain(copied / "checkpoints" / exp.STATE_NAME, content)
     before = tree(copied / "checkpoints")
     assert exp.main([action, "--output-dir", str(copied)]) == 2
-    version = content.get("version") or content["script"]["version"]
+    version = content.get("version", "1")
     last = capsys.readouterr().out.splitlines()[-1]
-    assert f"written by version {version} of this script, this is {exp.VERSION}" in last
+    assert (
+        f"written by version {version} of this script, whose files are others than those of {exp.VERSION}"
+        in last
+    )
     assert tree(copied / "checkpoints") == before
 
 

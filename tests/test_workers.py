@@ -29,6 +29,7 @@ OPTIONS = [
     "--mode", "smoke", "--width", "8", "--train-size", "200", "--batch-size", "60", "--teacher-epochs", "2", "--student-epochs",
     "2", "--runs", "1", "--threads", "1", "--device", "cpu", "--precision", "fp32", "--compression", "2.3x", "--fresh-teacher",
 ]  # fmt: skip
+EVERY_EPOCH = ROOT / "tests/every_epoch.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
@@ -38,12 +39,14 @@ def plugin_text() -> str:
     return re.search(r"```python\n(.*?)```", section, re.S)[1]  # type: ignore[index]
 
 
-def start(folder: Path, *options: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def start(
+    folder: Path, *options: str, prefix: tuple[str, ...] = (), script: Path = ROOT / "run_exp1b_kaggle.py"
+) -> subprocess.Popen[str]:
     """Start the script as a user does."""
     command = [
         *prefix,
         sys.executable,
-        str(ROOT / "run_exp1b_kaggle.py"),
+        str(script),
         *options,
         "--output-dir",
         str(folder),
@@ -170,7 +173,7 @@ def test_a_stop_a_dead_parent_and_a_dead_worker_lose_nothing(tmp_path: Path, alo
     folder = tmp_path / "run"
     again = ["--resume", "--threads", "1"]
 
-    process = start(folder, *COMPARED, "--workers", "2")
+    process = start(folder, *COMPARED, "--workers", "2", script=EVERY_EPOCH)
     wait_for_progress(folder)
     first, second = workers_of(process)
     os.kill(first, signal.SIGKILL)
@@ -185,7 +188,7 @@ def test_a_stop_a_dead_parent_and_a_dead_worker_lose_nothing(tmp_path: Path, alo
     assert "stopped by SIGTERM" in out.strip().splitlines()[-1]
     assert_gone(workers)
 
-    process = start(folder, *again, "--workers", "2")
+    process = start(folder, *again, "--workers", "2", script=EVERY_EPOCH)
     wait_for_progress(folder)
     workers = workers_of(process)
     process.kill()
