@@ -93,7 +93,7 @@ import warnings
 import zipfile
 import zlib
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
@@ -1873,6 +1873,21 @@ def parameters_outside(method: Method) -> list[str]:
     return sorted(set(found))
 
 
+def marks_of(method: Method) -> dict[str, Any]:
+    """By attribute of a method, something that changes when it is set or changed in place."""
+    marks: dict[str, Any] = {}
+    for name, value in vars(method).items():
+        if isinstance(value, torch.Tensor):
+            marks[name] = (id(value), value._version)
+        elif isinstance(value, np.ndarray):
+            marks[name] = (id(value), zlib.crc32(value.tobytes()))
+        elif isinstance(value, int | float | str | None):
+            marks[name] = value
+        else:
+            marks[name] = (id(value), len(value) if hasattr(value, "__len__") else 0)
+    return marks
+
+
 class Training:
     """Trains one network with one method, checkpointed as it goes: the only training loop there is."""
 
@@ -1906,6 +1921,8 @@ class Training:
         self.seconds = 0.0
         self.micro_batch = settings.batch_size
         self._saved, self._unsaved = time.monotonic(), False
+        self.carried: set[str] = set()  # the method's attributes that `loss` changes and the next epoch finds
+        self._changed: dict[str, Any] = {}
 
     def _add_module(self) -> None:
         """What the method wants trained beside the network; its start is a function of the seed."""
@@ -1950,8 +1967,11 @@ class Training:
             method.descriptions = outputs.descriptions(type(method), self.taught_by, method.page)
         with blamed_on(type(method), "start_epoch"):
             method.start_epoch(epoch, [past.loss for past in self.history])
-        self._check_method()
+        if is_plugin(type(method)):
+            self._check_method()
+        before = marks_of(method)
         loss = self._train_epoch(epoch)
+        self._changed = {name: mark for name, mark in marks_of(method).items() if mark != before.get(name)}
         split = self.experiment.images.select
         accuracy = percent_correct(self.experiment.predict(self.model, split).argmax(1), split.labels)
         seconds = watch.seconds
@@ -1963,12 +1983,21 @@ class Training:
         self.experiment.progress.epoch_done(self)
 
     def _check_method(self) -> None:
-        """Raise `MethodFailed` where a plugin's parameters would silently stay as they are."""
-        outside = parameters_outside(self.method) if is_plugin(type(self.method)) else []
+        """Find what is held outside `modules` and would be lost: parameters (`MethodFailed`), and state."""
+        outside = parameters_outside(self.method)
         if outside:
             raise MethodFailed(
                 f"{self.method.name} holds parameters that nothing trains or saves ({listed(outside)}): "
                 "return them from modules(), or call requires_grad_(False)"
+            )
+        marks = marks_of(self.method)
+        carried = {name for name, mark in self._changed.items() if marks.get(name) == mark}
+        if carried - self.carried:
+            self.carried |= carried
+            log.warning(
+                "%s keeps %s from epoch to epoch outside modules(): a resume starts without it",
+                self.method.name,
+                listed(sorted(carried)),
             )
 
     def _train_epoch(self, epoch: int) -> float:
@@ -2141,6 +2170,9 @@ def do_job(experiment: Experiment, job: Job) -> None:
             f"trained with micro-batches of {training.micro_batch} after running out of memory "
             "(BatchNorm sees these)"
         )
+    if training.carried:
+        state = listed(sorted(training.carried))
+        notes.append(f"its method keeps {state} outside modules(), which a resume would have lost")
     speed = steps * settings.batch_size / max(training.seconds, 1e-9)
     record = replace(
         record,
@@ -2475,32 +2507,14 @@ def ready_jobs(
 # -- statistics ---------------------------------------------------------------------------------------------
 LEVEL, POWER = 0.05, 0.80  # two-sided level of the tests, power
 RELEVANT_PP = 0.2  # the difference worth having (percentage points)
+SPREAD_LEAST = 1e-9  # below it values are equal: rounding leaves 1e-14 between equal accuracies
 LEAST_PAIRS = 3  # for a verdict: two differences can lie close together by chance
-CSV_COLUMNS = [
-    "dataset",
-    "compression",
-    "ratio_nominal",
-    "ratio_actual",
-    "method",
-    "run",
-    "seed",
-    "params",
-    "macs",
-    "teacher_accuracy",
-    "val_accuracy",
-    "test_accuracy",
-    "retention",
-    "test_nll",
-    "test_ece",
-    "epochs",
-    "train_seconds",
-    "images_per_second",
-    "device",
-    "precision",
-    "status",
-    "same_as",
-    "weights_sha256",
-]
+CSV_COLUMNS = """dataset compression ratio_nominal ratio_actual method run seed params macs teacher_accuracy
+val_accuracy test_accuracy retention test_nll test_ece epochs train_seconds images_per_second device precision
+status same_as weights_sha256""".split()
+
+
+MEASURES = ("test_accuracy", "val_accuracy", "retention", "test_nll", "test_ece")
 
 
 def chance_level(record: Record, images: int) -> bool:
@@ -2516,12 +2530,18 @@ def results_frame(run: Run) -> pd.DataFrame:
     order = in_order({row["method"] for row in rows})
     rows.sort(key=lambda row: (row["ratio_nominal"], order.index(row["method"]), row["run"]))
     frame = pd.DataFrame(rows, columns=[*CSV_COLUMNS, "job"])
-    return frame.astype({"params": "Int64", "macs": "Int64"})
+    return frame.astype({"params": "Int64", "macs": "Int64", **dict.fromkeys(MEASURES, float)})
+
+
+def teacher_of(run: Run) -> Record | None:
+    """The record of the finished teacher."""
+    record = run.records.get(Job("teacher", run.settings.dataset).name)
+    return record if record and record.done else None
 
 
 def results_row(run: Run, record: Record) -> dict[str, Any]:
     """What results.csv says about one student."""
-    teacher = run.teacher(record.compression)
+    teacher = teacher_of(run)
     accuracy = teacher.test_accuracy if teacher else math.nan
     return vars(record) | {
         "dataset": run.index.data.name,
@@ -2543,21 +2563,18 @@ def finished_runs(frame: pd.DataFrame, ratio: str, method: str) -> pd.DataFrame:
     return frame.loc[chosen].set_index("run")
 
 
-def cell(frame: pd.DataFrame, ratio: str, method: str, column: str = "test_accuracy") -> pd.Series:
+def values_of(frame: pd.DataFrame, ratio: str, method: str, column: str = "test_accuracy") -> pd.Series:
     """One numeric column of `finished_runs`, without NaN."""
     return finished_runs(frame, ratio, method)[column].astype(float).dropna()
 
 
-def mean_interval(values: Iterable[float]) -> tuple[float, float, float, float]:
-    """Mean, sd (ddof 1), 95% t-interval; NaN where there are too few values, or no spread, for them."""
+def t_interval(values: Iterable[float]) -> tuple[float, float]:
+    """95% t-interval of the mean; NaN where there are too few values, or no spread, for one."""
     array = np.asarray(list(values), dtype=float)
-    mean = float(array.mean()) if len(array) else math.nan
-    if len(array) < 2:
-        return mean, math.nan, math.nan, math.nan
-    if np.ptp(array) < 1e-9:  # rounding leaves 1e-14 between equal accuracies
-        return mean, 0.0, math.nan, math.nan
-    low, high = stats.t.interval(1 - LEVEL, len(array) - 1, loc=mean, scale=stats.sem(array))
-    return mean, float(array.std(ddof=1)), float(low), float(high)
+    if len(array) < 2 or np.ptp(array) < SPREAD_LEAST:
+        return math.nan, math.nan
+    low, high = stats.ttest_1samp(array, 0.0).confidence_interval(1 - LEVEL)
+    return float(low), float(high)
 
 
 def paired_t_power(effect: float, n: int) -> float:
@@ -2611,17 +2628,18 @@ class Comparison:
 def one_sample(values: Iterable[float], runs: Iterable[int], unmatched: Iterable[int] = ()) -> Comparison:
     """Test the mean of per-run `values` against zero: t interval and p, power."""
     array = np.asarray(list(values), dtype=float)
-    mean, sd, low, high = mean_interval(array)
-    known = Comparison(tuple(runs), tuple(map(float, array)), tuple(unmatched), mean, sd, low, high)
+    known = Comparison(tuple(runs), tuple(map(float, array)), tuple(unmatched))
     if len(array) == 0:
         return known
+    known = replace(known, mean=float(array.mean()))
     if len(array) == 1:
         return replace(known, no_interval="only one pair")
-    if sd == 0:
-        return replace(known, no_interval="all differences are equal")
-    p = float(stats.ttest_1samp(array, 0.0).pvalue)
-    detectable = sd * detectable_effect(len(array))
-    return replace(known, no_interval="", t_p=p, holm_p=p, detectable=detectable, runs_needed=runs_needed(sd))
+    if np.ptp(array) < SPREAD_LEAST:
+        return replace(known, sd=0.0, no_interval="all differences are equal")
+    sd, p = float(array.std(ddof=1)), float(stats.ttest_1samp(array, 0.0).pvalue)
+    low, high = t_interval(array)
+    known = replace(known, sd=sd, low=low, high=high, t_p=p, holm_p=p, no_interval="")
+    return replace(known, detectable=sd * detectable_effect(len(array)), runs_needed=runs_needed(sd))
 
 
 def paired_comparison(treatment: Mapping[int, float], control: Mapping[int, float]) -> Comparison:
@@ -2706,21 +2724,14 @@ def hypothesis(comparisons: Mapping[str, Comparison]) -> str:
 def unmet_premises(frame: pd.DataFrame, ratios: Iterable[str]) -> list[str]:
     """The ratios at which the teacher is no better than the baseline's students (mean test accuracy)."""
     columns = ("teacher_accuracy", "test_accuracy")
-    means = {ratio: [cell(frame, ratio, BASELINE, column).mean() for column in columns] for ratio in ratios}
+    means = {
+        ratio: [values_of(frame, ratio, BASELINE, column).mean() for column in columns] for ratio in ratios
+    }
     return [ratio for ratio, (teacher, student) in means.items() if teacher <= student]
 
 
 # -- costs --------------------------------------------------------------------------------------------------
-COST_COLUMNS = [
-    "students",
-    "teacher",
-    "teacher_outputs",
-    "assistants",
-    "pilots",
-    "student_training",
-    "total",
-    "unshared",
-]
+COST_COLUMNS = "students teacher teacher_outputs assistants pilots student_training total unshared".split()
 COST_OF = {"teacher": "teacher", "assistant": "assistants", "pilot": "pilots", "student": "student_training"}
 
 
@@ -2739,44 +2750,65 @@ def method_costs(run: Run, ratio: str | None = None) -> pd.DataFrame:
 
 
 def cost_row(run: Run, students: Sequence[Record]) -> dict[str, float]:
-    """The seconds of one method's students, and of the networks and pilots that they needed."""
-    method, dataset = METHODS[students[0].method], run.settings.dataset
-    counted: dict[tuple[str, str], Record] = {}  # (job, weights): merged ratios may have a teacher each
-    pages: list[dict[tuple[str, int], float]] = []
-    for ratio in sorted({student.compression for student in students}):
-        teachers = run.teachers(ratio)
-        helpers = [teachers.get(teacher_job(network, dataset).name) for network in method.teachers(ratio)]
-        if method.uses_pilot:
-            helpers.append(run.records.get(Job("pilot", dataset, ratio, method.pilot).name))
-        for record in [*helpers, *(student for student in students if student.compression == ratio)]:
-            if record and record.done and (record.job, record.weights_sha256) not in counted:
-                counted[record.job, record.weights_sha256] = record
-                pages.append(pages_of(run, record, teachers))
-
-    row = dict.fromkeys(COST_OF.values(), 0.0)
-    for record in counted.values():
-        row[COST_OF[record.kind]] += record.train_seconds
-    row["teacher_outputs"] = sum({page: seconds for used in pages for page, seconds in used.items()}.values())
-    row["total"] = sum(row.values())
-    row["unshared"] = sum(sum(used.values()) for used in pages)
-    row["students"] = len(students)
-    return row
+    """The seconds of one method's finished students, and of everything that they needed."""
+    needed = {student.job: student for student in students}
+    for student in students:
+        needed |= {record.job: record for record in helpers_of(run, student)}
+    seconds = dict.fromkeys(COST_COLUMNS, 0.0)
+    used, unshared = set(), 0.0
+    for record in needed.values():
+        seconds[COST_OF[record.kind]] += record.train_seconds
+        pages = pages_seen(run, record)
+        used |= pages
+        unshared += outputs_seconds(run, pages)
+    seconds["teacher_outputs"] = outputs_seconds(run, used)
+    seconds["total"] = sum(seconds.values())
+    return seconds | {"students": len(students), "unshared": unshared}
 
 
-def pages_of(run: Run, record: Record, teachers: Mapping[str, Record]) -> dict[tuple[str, int], float]:
-    """(weights of a teacher, page) -> seconds, of the teachers' outputs that a job has used."""
-    configs = [record.config, *(candidate.config for candidate in record.candidates)]
-    networks = {network for config in configs if config for network in config.teachers}
-    epochs = run.settings.student_epochs if record.kind == "pilot" else len(record.history)
-    order_of = record.run if record.kind == "student" else 1
-    order = page_order(run.settings.seed, order_of, epochs)
-    used = {}
-    for network in sorted(networks):
-        teacher = teachers.get(teacher_job(network, run.settings.dataset).name)
-        if teacher and math.isfinite(teacher.inference_seconds):
-            for page in order:
-                used[teacher.weights_sha256, page] = teacher.inference_seconds * run.index.data.train
-    return used
+def helpers_of(run: Run, student: Record) -> list[Record]:
+    """The finished jobs that a student needed: its pilot, and all networks that taught either of them."""
+    method, dataset = METHODS[student.method], run.settings.dataset
+    helpers, networks = [], set(method.teachers(student.compression))
+    if student.config:
+        networks = set(student.config.teachers)
+    pilot = run.records.get(Job("pilot", dataset, student.compression, method.pilot).name)
+    if pilot and pilot.done and method.uses_pilot:
+        helpers.append(pilot)
+        networks.update(*(candidate.config.teachers for candidate in pilot.candidates))
+    jobs = {teacher_job(network, dataset) for network in networks}
+    jobs.update(*(teachers_of(job) for job in jobs))  # an assistant learns from all that are larger
+    records = [run.records[job.name] for job in jobs if job.name in run.records]
+    return helpers + sorted((record for record in records if record.done), key=lambda record: record.job)
+
+
+def pages_seen(run: Run, record: Record) -> set[tuple[str, int]]:
+    """(network that teaches, page of its outputs) of all that a finished job has asked for."""
+    steps_per_epoch = run.index.data.train // run.settings.batch_size
+    trainings = [(record.config, len(record.history))]
+    if record.kind == "pilot":  # each candidate in each rung begins with the first page
+        longest = [(candidate.config, max(candidate.steps, default=0)) for candidate in record.candidates]
+        trainings = [(config, math.ceil(steps / steps_per_epoch)) for config, steps in longest]
+    number = record.run if record.kind == "student" else 1
+    seen: set[tuple[str, int]] = set()
+    for config, epochs in trainings:
+        pages = page_order(run.settings.seed, number, epochs)
+        if config and config.attention and epochs:
+            pages += page_order(run.settings.seed, 1, 1)  # that the attention is judged on
+        if config:
+            seen.update(itertools.product(config.teachers, pages))
+    return seen
+
+
+def outputs_seconds(run: Run, pages: Collection[tuple[str, int]]) -> float:
+    """What it takes to compute these (network that teaches, page)."""
+    total = 0.0
+    for network in ("teacher", *LADDER):
+        record = run.records.get(teacher_job(network, run.settings.dataset).name)
+        if record and record.done and math.isfinite(record.inference_seconds):
+            count = sum(asked == network for asked, _ in pages)
+            total += count * record.inference_seconds * run.index.data.train
+    return total
 
 
 # -- evidence: what figures and report are made from --------------------------------------------------------
@@ -2800,28 +2832,15 @@ class Evidence:
         return self.pairs.get((SUBJECT, BASELINE), {})
 
     @property
-    def one_teacher(self) -> bool:
-        """Whether all ratios share their teacher, so that they can be compared with each other."""
-        teachers = [self.run.teacher(ratio) for ratio in self.ratios]
-        return len({teacher.weights_sha256 for teacher in teachers if teacher}) <= 1
-
-    @property
-    def trend(self) -> Comparison:
-        """How the subject's advantage moves with the ratio."""
-        if not self.one_teacher:
-            return Comparison(no_interval="the ratios have different teachers")
-        return trend_test(self.frame)
+    def teacher(self) -> Record | None:
+        """The finished teacher."""
+        return teacher_of(self.run)
 
     def records(self, kind: str, method: str = "", ratio: str = "") -> list[Record]:
         """Records of finished jobs of a kind, all of them or those of a method or ratio."""
         found = [record for record in self.run.records.values() if record.done and record.kind == kind]
         found = [record for record in found if method in ("", record.method)]
         return [record for record in found if ratio in ("", record.compression)]
-
-    def teacher_accuracy(self, ratio: str) -> float:
-        """Test accuracy (percent) of the teacher at a ratio, NaN while there is none."""
-        teacher = self.run.teacher(ratio)
-        return teacher.test_accuracy if teacher else math.nan
 
 
 def gather_evidence(run: Run) -> Evidence:
@@ -2845,11 +2864,10 @@ def gather_evidence(run: Run) -> Evidence:
 
 def missing_parts(run: Run, frame: pd.DataFrame, ratios: Sequence[str], arms: Sequence[str]) -> list[str]:
     """What was planned and is not finished."""
-    untaught = [ratio for ratio in ratios if run.teacher(ratio) is None]
-    missing = ["the teacher"] if untaught == ratios else [f"the teacher at {ratio}" for ratio in untaught]
+    missing = [] if teacher_of(run) else ["the teacher"]
     wanted = run.settings.runs
     for ratio in ratios:
-        counts = {arm: len(cell(frame, ratio, arm)) for arm in arms}
+        counts = {arm: len(values_of(frame, ratio, arm)) for arm in arms}
         short = [f"{arm} {n}" for arm, n in counts.items() if n < wanted]
         if short and any(counts.values()):
             missing.append(f"{ratio}: {listed(short)} of {say_count(wanted, 'run')}")
@@ -2889,34 +2907,13 @@ def prediction_applies(run: Run) -> bool:
     return given.teacher_epochs >= quick.teacher_epochs and given.student_epochs >= quick.student_epochs
 
 
-def import_matplotlib() -> types.ModuleType:
-    """Import matplotlib, which takes a second; an unusable MPLBACKEND or matplotlibrc is ignored."""
-    if "matplotlib" in sys.modules:
-        return sys.modules["matplotlib"]
-    backend = os.environ.pop("MPLBACKEND", None)
-    try:
-        import matplotlib
-    except Exception:  # a matplotlibrc that cannot be used: an empty one in the current folder hides it
-        for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
-            del sys.modules[name]
-        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-            Path("matplotlibrc").touch()
-            import matplotlib
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
-    if backend:
-        with contextlib.suppress(ValueError):  # an unknown one; a notebook needs its own
-            matplotlib.rcParams["backend"] = backend
-    return matplotlib
-
-
 def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
     """A figure of `height` inches that belongs to no window, and its axes [rows, columns]."""
-    import_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(FIGURE_INCHES, height), layout="constrained")
+    FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
@@ -2984,7 +2981,7 @@ class Marks:
             return
         colour, marker, _ = METHODS[method].look
         style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "clip_on": False}
-        mean, _, low, high = mean_interval(array)
+        mean, (low, high) = float(array.mean()), t_interval(array)
         self.points.extend(array)
         self.arms.add(method)
         if len(array) > 1:
@@ -3044,34 +3041,28 @@ def draw_by_ratio(evidence: Evidence, column: str) -> Figure | None:
     title, label = f"Test accuracy on {evidence.run.settings.dataset}", "test accuracy (%)"
     if column == "retention":
         title, label = "Share of the teacher's test accuracy", "student / teacher (%)"
-    teachers = [evidence.teacher_accuracy(ratio) or math.nan for ratio in evidence.ratios]
-    scales = [100 / teacher if column == "retention" else 1.0 for teacher in teachers]
-    levels = [teacher * scale for teacher, scale in zip(teachers, scales, strict=True)]
+    level = most = 100.0
+    if evidence.teacher is None:
+        level = math.nan
+    elif column == "retention":
+        most = 1e4 / evidence.teacher.test_accuracy
+    else:
+        level = evidence.teacher.test_accuracy
     figure, axes = new_figure(3.0)
-    axis, marks = axes[0, 0], Marks(*levels)
-    for group, (ratio, scale) in enumerate(zip(evidence.ratios, scales, strict=True)):
-        cells = {method: cell(evidence.frame, ratio, method, column) for method in evidence.methods}
-        marks.draw_group(axis, group, cells, span=(0.0, 100 * scale))
+    axis, marks = axes[0, 0], Marks(level)
+    for group, ratio in enumerate(evidence.ratios):
+        cells = {method: values_of(evidence.frame, ratio, method, column) for method in evidence.methods}
+        marks.draw_group(axis, group, cells, span=(0.0, most))
     if not marks.arms:
         return None
-    draw_teacher(axis, levels)
+    if math.isfinite(level):
+        axis.axhline(level, color="0.35", linestyle=(0, (1, 1.2)), zorder=1)
+        place = (len(evidence.ratios) - 0.47, level)
+        axis.text(*place, f"teacher\n{level:.4g}%", va="center", color="0.35", fontsize=7.5)
     label_ratios(axis, evidence)
     axis.set_ylabel(label)
     marks.fit(axis, percent=True)
     return finish_figure(figure, evidence, title, RUNS_NOTE, marks.arms)
-
-
-def draw_teacher(axis: Axes, levels: Sequence[float]) -> None:
-    """The teacher's level as a dotted line with its name: one for all ratios, or one for each."""
-    style: dict[str, Any] = {"color": "0.35", "fontsize": 7.5}
-    for group, level in enumerate(levels):
-        if math.isfinite(level):
-            ends = (group - 0.5, group + 0.5)
-            axis.plot(ends, (level, level), color="0.35", linestyle=(0, (1, 1.2)), zorder=1)
-            if len(set(levels)) > 1:
-                axis.text(group, level, f"teacher {level:.4g}%", ha="center", va="bottom", **style)
-            elif group == len(levels) - 1:
-                axis.text(ends[1] + 0.03, level, f"teacher\n{level:.4g}%", va="center", **style)
 
 
 def draw_differences(evidence: Evidence) -> Figure | None:
@@ -3155,16 +3146,10 @@ def draw_learning(evidence: Evidence) -> Figure | None:
 
 
 def teaching_networks(evidence: Evidence) -> dict[str, Record]:
-    """The finished teacher and assistants by name; only the teachers where the ratios have one each."""
-    found = {}
-    for ratio in evidence.ratios:
-        teacher = evidence.run.teacher(ratio)
-        if teacher:
-            found["teacher" if evidence.one_teacher else f"teacher for {ratio}"] = teacher
+    """The finished teacher and assistants by name, the largest first."""
+    found = {"teacher": evidence.teacher} if evidence.teacher else {}
     assistants = sorted(evidence.records("assistant"), key=lambda record: LADDER[record.compression])
-    if evidence.one_teacher:
-        found |= {record.compression: record for record in assistants}
-    return found
+    return found | {record.compression: record for record in assistants}
 
 
 def draw_costs(evidence: Evidence) -> Figure | None:
@@ -3187,7 +3172,9 @@ def draw_costs(evidence: Evidence) -> Figure | None:
         marks, place = Marks(), -math.inf
         for arm, cost in total.sort_values().items():
             place = max(cost / units[unit], place + width)  # equal costs stand side by side
-            marks.draw(axis, place + 0.26 * width, width, cell(evidence.frame, ratio, arm), arm, (0.0, 100.0))
+            marks.draw(
+                axis, place + 0.26 * width, width, values_of(evidence.frame, ratio, arm), arm, (0.0, 100.0)
+            )
         marks.fit(axis, percent=True)
         drawn |= marks.arms
         axis.set_title(ratio, loc="left")
@@ -3218,7 +3205,7 @@ def draw_calibration(evidence: Evidence) -> Figure | None:
                 table = table[table.share * len(labels) >= 20]
                 style = {"linewidth": 0.6, "markersize": 3, "clip_on": False}
                 axis.plot(table.confidence, table.accuracy, ".-", color=METHODS[method].look[0], **style)
-        error = cell(evidence.frame, ratio, method, "test_ece").mean()
+        error = values_of(evidence.frame, ratio, method, "test_ece").mean()
         name = f"{textwrap.fill(method, 14)}\n" if ratio == ratios[0] else ""
         if math.isfinite(error):
             name += f"ECE {error:.1%}"
@@ -3283,7 +3270,8 @@ FIGURES: dict[str, Callable[[Evidence], Figure | None]] = {
 def draw_figures(evidence: Evidence, folder: Path) -> list[Path]:
     """Write the figures that have something to show as PNG and PDF; returns the PNG files."""
     folder.mkdir(parents=True, exist_ok=True)
-    matplotlib = import_matplotlib()
+    import matplotlib
+
     defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
     drawn = []
     with matplotlib.rc_context({**defaults, **FIGURE_STYLE}):
@@ -3357,24 +3345,24 @@ def embed(evidence: Evidence, name: str) -> str:
     return f"![{name.replace('_', ' ')}](figures/{name}.png)" if name in evidence.drawn else ""
 
 
-def num(value: float, form: str = ".2f") -> str:
+def number_text(value: float, form: str = ".2f") -> str:
     """A number for a table or a sentence, "n/a" where there is none."""
     return format(value, form) if math.isfinite(value) else "n/a"
 
 
-def p_value(p: float) -> str:
+def p_text(p: float) -> str:
     """A p-value with three digits, a small one as a bound."""
-    return "< 0.001" if p < 0.001 else num(p, ".3f")
+    return "< 0.001" if p < 0.001 else number_text(p, ".3f")
 
 
-def interval(c: Comparison) -> str:
+def interval_text(c: Comparison) -> str:
     """The 95% interval, such as "[-0.10, +0.42]"; "" where there are too few pairs for one."""
     return "" if c.no_interval or c.n < LEAST_PAIRS else f"[{c.low:+.2f}, {c.high:+.2f}]"
 
 
-def difference(c: Comparison) -> str:
+def difference_text(c: Comparison) -> str:
     """A mean difference with its interval, such as "+0.16 [-0.10, +0.42]"."""
-    return f"{num(c.mean, '+.2f')} {interval(c)}".strip()
+    return f"{number_text(c.mean, '+.2f')} {interval_text(c)}".strip()
 
 
 def short_verdict(c: Comparison) -> str:
@@ -3383,15 +3371,14 @@ def short_verdict(c: Comparison) -> str:
     return "n/a" if text.startswith("no verdict") else text.replace("not distinguishable", "unclear")
 
 
-def spread(
+def mean_sd_text(
     evidence: Evidence, ratio: str, method: str, column: str = "test_accuracy", form: str = ".2f"
 ) -> str:
     """Mean ± sd over runs, such as "88.61 ± 0.12"; with the number of runs where some are missing."""
-    values = cell(evidence.frame, ratio, method, column)
-    mean, sd, *_ = mean_interval(values)
-    text = num(mean, form)
+    values = values_of(evidence.frame, ratio, method, column)
+    text = number_text(values.mean(), form)
     if len(values) > 1:
-        text += f" ± {num(sd, form)}"
+        text += f" ± {number_text(values.std(), form)}"
     if 0 < len(values) < evidence.run.settings.runs:
         text += f" ({len(values)})"
     return text
@@ -3401,7 +3388,7 @@ def method_rows(evidence: Evidence, column: str) -> list[Row]:
     """A table of a column of the results: a row per ratio, mean ± sd for every method."""
     methods = evidence.methods
     return [
-        {"Ratio": ratio} | {method: spread(evidence, ratio, method, column) for method in methods}
+        {"Ratio": ratio} | {method: mean_sd_text(evidence, ratio, method, column) for method in methods}
         for ratio in evidence.ratios
     ]
 
@@ -3439,7 +3426,7 @@ def has_verdict(evidence: Evidence) -> bool:
     return any(short_verdict(c) != "n/a" for c in found)
 
 
-def answer(evidence: Evidence) -> str:
+def answer_sentence(evidence: Evidence) -> str:
     """The answer in one plain sentence, computed from the verdicts."""
     if not evidence.records("student"):
         return "No student has been trained yet."
@@ -3490,9 +3477,8 @@ def report_answer(evidence: Evidence) -> str:
         caption = f"Test accuracy (%, mean ± sd over {run.settings.runs} runs)"
     if headline_pairs(evidence):
         caption += " and differences between paired runs (percentage points, pp)"
-    teacher = evidence.teacher_accuracy(evidence.ratios[0])
-    if evidence.one_teacher and math.isfinite(teacher):
-        remarks.append(f"The teacher (ResNet-50) reaches {teacher:.2f}%.")
+    if evidence.teacher:
+        remarks.append(f"The teacher (ResNet-50) reaches {evidence.teacher.test_accuracy:.2f}%.")
     if judged:
         caption += " with 95% intervals"
         remarks.append(
@@ -3501,7 +3487,7 @@ def report_answer(evidence: Evidence) -> str:
         )
     return paragraphs(
         f"# Experiment 1B: {SUBJECT} on {run.index.data.name} ({run.settings.mode})",
-        f"**{answer(evidence)}**",
+        f"**{answer_sentence(evidence)}**",
         f"{caption}:" if table else "",
         table,
         " ".join(remarks),
@@ -3514,10 +3500,8 @@ def main_rows(evidence: Evidence) -> list[Row]:
     """The main table, also in LaTeX: accuracies per ratio and method, differences with verdicts."""
     rows = method_rows(evidence, "test_accuracy")
     for row, ratio in zip(rows, evidence.ratios, strict=True):
-        if not evidence.one_teacher:
-            row["Teacher"] = num(evidence.teacher_accuracy(ratio))
         for (treatment, control), by_ratio in headline_pairs(evidence).items():
-            row[f"{treatment} minus {control}"] = difference(by_ratio[ratio])
+            row[f"{treatment} minus {control}"] = difference_text(by_ratio[ratio])
             row["verdict" + " " * len(row)] = short_verdict(by_ratio[ratio])  # names of columns must differ
     return rows
 
@@ -3601,15 +3585,17 @@ def network_rows(evidence: Evidence) -> list[Row]:
     for name, group in sorted(groups.items(), key=lambda item: -item[1][0].params):
         measured = [record.latency_ms for record in group if record.latency_ms]  # the first runs
         latency = pd.DataFrame(measured, columns=["1", "256"], dtype=float).median()
-        accuracies = dict.fromkeys(num(record.test_accuracy) for record in group if record.kind != "student")
+        accuracies = dict.fromkeys(
+            number_text(record.test_accuracy) for record in group if record.kind != "student"
+        )
         rows.append(
             {
                 "Network": name,
-                "counted ratio": num(largest / group[0].params, ".3f"),
+                "counted ratio": number_text(largest / group[0].params, ".3f"),
                 "parameters": f"{group[0].params:,}",
                 "MACs (millions)": f"{group[0].macs / 1e6:,.0f}",
-                "ms, batch 1": num(latency["1"]),
-                "ms per image, batch 256": num(latency["256"], ".3f"),
+                "ms, batch 1": number_text(latency["1"]),
+                "ms per image, batch 256": number_text(latency["256"], ".3f"),
                 "accuracy (%) as teacher or assistant": listed(accuracies),
             }
         )
@@ -3621,14 +3607,18 @@ def report_statistics(evidence: Evidence) -> str:
     rows, unmatched, claims = [], [], []
     for (treatment, control), by_ratio in evidence.pairs.items():
         for ratio, c in by_ratio.items():
-            tested = [p_value(c.t_p), p_value(c.holm_p), num(c.detectable)] if interval(c) else ["n/a"] * 3
+            tested = (
+                [p_text(c.t_p), p_text(c.holm_p), number_text(c.detectable)]
+                if interval_text(c)
+                else ["n/a"] * 3
+            )
             rows.append(
                 {
                     "Comparison": f"{treatment} minus {control}",
                     "ratio": ratio,
                     "pairs": c.n,
-                    "mean": num(c.mean, "+.2f"),
-                    "95% interval": interval(c) or "n/a",
+                    "mean": number_text(c.mean, "+.2f"),
+                    "95% interval": interval_text(c) or "n/a",
                     "p": tested[0],
                     "p (Holm)": tested[1],
                     "detectable": tested[2],
@@ -3644,7 +3634,7 @@ def report_statistics(evidence: Evidence) -> str:
         claims = [
             f"Detectable: the true difference that so many pairs find with probability {POWER:g}.",
             f"The hypothesis that {SUBJECT} beats {BASELINE} at 5x and above {hypothesis(evidence.main)}.",
-            f"{SUBJECT}'s advantage over {BASELINE} {say_trend(evidence.trend)}.",
+            f"{SUBJECT}'s advantage over {BASELINE} {say_trend(trend_test(evidence.frame))}.",
         ]
     return paragraphs(
         "## Statistics",
@@ -3658,12 +3648,12 @@ def report_statistics(evidence: Evidence) -> str:
 
 def say_trend(trend: Comparison) -> str:
     """How a difference moves with the ratio, to follow "the advantage"."""
-    if not interval(trend):
+    if not interval_text(trend):
         reason = trend.no_interval or f"fewer than {LEAST_PAIRS} complete runs"
         return f"has no measurable trend over the ratio ({reason})"
     words = {"better": "grows with", "worse": "shrinks with"}
     word = words.get(verdict(trend), "has no distinguishable trend over")
-    return f"{word} the compression ratio ({difference(trend)} pp per doubling, p {p_value(trend.t_p)})"
+    return f"{word} the compression ratio ({difference_text(trend)} pp per doubling, p {p_text(trend.t_p)})"
 
 
 def report_prediction(evidence: Evidence) -> str:
@@ -3680,8 +3670,8 @@ def report_prediction(evidence: Evidence) -> str:
                 f"predicted {BASELINE}": f"{baseline:.1f}",
                 f"predicted {SUBJECT}": f"{subject:.1f}",
                 "predicted difference": f"{gain:+.1f}",
-                "measured difference": difference(c),
-                "interval contains the prediction": inside if interval(c) else "n/a",
+                "measured difference": difference_text(c),
+                "interval contains the prediction": inside if interval_text(c) else "n/a",
             }
         )
     return paragraphs(
@@ -3698,7 +3688,9 @@ def report_beyond_accuracy(evidence: Evidence) -> str:
     rows = []
     for ratio, method in itertools.product(evidence.ratios, evidence.methods):
         measures = {"NLL (nats)": "test_nll", "ECE (fraction)": "test_ece"}
-        texts = {name: spread(evidence, ratio, method, column, ".3f") for name, column in measures.items()}
+        texts = {
+            name: mean_sd_text(evidence, ratio, method, column, ".3f") for name, column in measures.items()
+        }
         rows.append({"Ratio": ratio, "method": method, **texts})
     return paragraphs(
         "## Beyond accuracy",
@@ -3725,7 +3717,9 @@ def report_classes(evidence: Evidence) -> str:
     table = pd.DataFrame({method: np.mean(values, axis=0) for method, values in means.items()})
     classes = evidence.run.index.data.classes
     shown = (table.max(axis=1) - table.min(axis=1)).nlargest(CLASSES_SHOWN).sort_index().index
-    rows = [{"Class": classes[i], **{name: num(table[name][i], ".1f") for name in table}} for i in shown]
+    rows = [
+        {"Class": classes[i], **{name: number_text(table[name][i], ".1f") for name in table}} for i in shown
+    ]
     which = f", the {len(rows)} of {len(classes)} that differ most" if len(rows) < len(classes) else ""
     return paragraphs(f"### Accuracy per class (%, mean over ratios and runs{which})", markdown_table(rows))
 
@@ -3837,10 +3831,10 @@ def report_arms(evidence: Evidence) -> str:
             {
                 "Arm": arm,
                 "ratio": ratio,
-                "accuracy (%)": spread(evidence, ratio, arm),
-                "epochs": num(cell(evidence.frame, ratio, arm, "epochs").mean(), ".0f"),
-                f"minus {SUBJECT} (pp)": difference(c),
-                "p": p_value(c.t_p) if interval(c) else "n/a",
+                "accuracy (%)": mean_sd_text(evidence, ratio, arm),
+                "epochs": number_text(values_of(evidence.frame, ratio, arm, "epochs").mean(), ".0f"),
+                f"minus {SUBJECT} (pp)": difference_text(c),
+                "p": p_text(c.t_p) if interval_text(c) else "n/a",
                 "remark": f"copy of {twin}" if twin else "",
             }
         )
@@ -3908,7 +3902,7 @@ def report_reservations(evidence: Evidence) -> str:
         if done[column].nunique() > 1:
             notes.append(f"The students differ in {column}: {listed(done[column].unique())}.")
     limits = LIMITATIONS
-    judged = {ratio: c for ratio, c in evidence.main.items() if interval(c)}
+    judged = {ratio: c for ratio, c in evidence.main.items() if interval_text(c)}
     if judged:
         sizes = [f"{c.detectable:.2f} pp at {ratio} (n = {c.n})" for ratio, c in judged.items()]
         needed = [f"{min(c.runs_needed, 1000)} at {ratio}" for ratio, c in judged.items()]
@@ -3991,21 +3985,27 @@ def write_outputs(run: Run, figures: bool) -> None:
 
 
 def summary_table(evidence: Evidence) -> pd.DataFrame:
-    """One row per ratio and method: means, sds, and the paired differences from the main methods (pp)."""
-    rows = []
-    for method in [*evidence.methods, *evidence.extra_arms]:
-        controls = {n: compare_methods(evidence.frame, method, n, evidence.ratios) for n in MAIN_METHODS}
-        for ratio in evidence.ratios:
-            row = {"compression": ratio, "method": method, "n": len(cell(evidence.frame, ratio, method))}
-            for measure in ("test_accuracy", "val_accuracy", "retention", "test_nll", "test_ece"):
-                values = cell(evidence.frame, ratio, method, measure)
-                row[f"{measure}_mean"], row[f"{measure}_sd"], *_ = mean_interval(values)
-            for name, by_ratio in controls.items():
-                c = by_ratio[ratio] if name != method else Comparison()
-                found = {"": c.mean, "_low": c.low, "_high": c.high, "_p": c.t_p, "_p_holm": c.holm_p}
-                row |= {f"minus_{name.lower()}{ending}": value for ending, value in found.items()}
-            rows.append(row)
-    return pd.DataFrame(rows).round(6)
+    """One row per method and ratio: means, sds, and the paired differences from the main methods (pp)."""
+    methods, frame = [*evidence.methods, *evidence.extra_arms], evidence.frame
+    wanted = {"n": ("test_accuracy", "count")}
+    for measure in MEASURES:
+        wanted |= {f"{measure}_mean": (measure, "mean"), f"{measure}_sd": (measure, "std")}
+    cells = pd.MultiIndex.from_product([methods, evidence.ratios], names=["method", "compression"])
+    done = frame[frame.status == "done"].groupby(["method", "compression"])
+    table = done.agg(**wanted).reindex(cells)
+    table["n"] = table.n.fillna(0).astype(int)
+
+    endings = {"": "mean", "_low": "low", "_high": "high", "_p": "t_p", "_p_holm": "holm_p"}
+    for control in MAIN_METHODS:
+        for method in methods:
+            by_ratio = compare_methods(frame, method, control, evidence.ratios)
+            for ratio, c in by_ratio.items():
+                if method == control:
+                    c = Comparison()
+                for ending, name in endings.items():
+                    table.loc[(method, ratio), f"minus_{control.lower()}{ending}"] = getattr(c, name)
+    table = table.reset_index().round(6)
+    return table[["compression", *table.columns.drop("compression")]]
 
 
 def latex_table(evidence: Evidence) -> str:
@@ -4014,13 +4014,13 @@ def latex_table(evidence: Evidence) -> str:
     for name, texts in filled_columns(main_rows(evidence)).items():
         signed = [re.sub(r"[-+](?=\d)", r"$\g<0>$", text) for text in texts]
         table[name] = [text.replace("±", r"$\pm$") for text in signed]
-    teachers = dict.fromkeys(num(evidence.teacher_accuracy(ratio)) for ratio in evidence.ratios)
+    teacher = f"{evidence.teacher.test_accuracy:.2f}" if evidence.teacher else "n/a"
     scope = f"PARTIAL, missing: {'; '.join(evidence.missing)}" if evidence.missing else "Complete"
     runs = say_count(evidence.run.settings.runs, "run")
     head = f"""\
 % {evidence.run.index.data.name}: test accuracy (%), mean and sd over {runs};
 % paired differences (pp) with 95% t-intervals; verdicts by the paired t-test after Holm's adjustment.
-% Teacher (ResNet-50): {listed(teachers)}. {scope}.
+% Teacher (ResNet-50): {teacher}. {scope}.
 """
     columns_of_numbers = len(table) - 1
     alignment = "l" + "r" * columns_of_numbers
@@ -4028,15 +4028,17 @@ def latex_table(evidence: Evidence) -> str:
 
 
 def write_archive(run: Run) -> None:
-    """Write <run>_results.zip, for a small download: all but checkpoints and data, with the log."""
+    """Write <run>_results.zip, for a small download: the files that hold the answer, and the log."""
     run.check_ours()
     name = f"{run.path.resolve().name}_results"
+    files = ["results.csv", "summary.csv", "results_table.tex", REPORT_NAME, "experiment.log"]
+    files += [f"figures/{figure}.{kind}" for figure in FIGURES for kind in ("png", "pdf")]
     buffer = io.BytesIO()
     try:
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-            for path in sorted([*run.path.glob("[!.]*.*"), *(run.path / "figures").glob("[!.]*")]):
-                if path.is_file() and path.suffix not in (".zip", ".lock", ".owner"):
-                    archive.write(path, Path(name, path.relative_to(run.path)))
+            for file in files:
+                if (run.path / file).is_file():
+                    archive.write(run.path / file, Path(name, file))
         write_atomic(run.path / f"{name}.zip", buffer.getvalue())
     except (OSError, DiskFull, UsageError) as error:
         log.warning("%s.zip could not be written (%s)", name, first_line(error))
@@ -6593,7 +6595,7 @@ def conclude(args: Namespace, run: Run, session: Session, reason: str) -> int:
 def say_answer(run: Run) -> str:
     """The report's first sentence, for the last line; "" where it cannot be computed."""
     try:
-        return answer(gather_evidence(run)).rstrip(".")
+        return answer_sentence(gather_evidence(run)).rstrip(".")
     except Exception as error:
         log.error("the answer cannot be computed", exc_info=error)
         return ""

@@ -195,12 +195,3 @@ def change(run: exp.Run, name: str, **values: object) -> exp.Run:
     """The run with one record changed."""
     run.records[name] = replace(run.records[name], **values)
     return run
-
-
-def merged(run: exp.Run, ratio: str, accuracy: float) -> exp.Run:
-    """The run, merged with one that had another teacher at a ratio."""
-    own = {name: record for name, record in run.records.items() if record.kind in ("teacher", "assistant")}
-    teacher = "teacher_resnet50_CIFAR10"
-    other = {**own, teacher: replace(own[teacher], test_accuracy=accuracy, weights_sha256="99" * 32)}
-    run.index.merged_teachers = {r: other if r == ratio else own for r in run.settings.compression}
-    return run

@@ -334,6 +334,36 @@ def test_a_mistake_is_one_line_and_fails_that_methods_jobs_only(
     assert records["student_5x_TraditionalKD_run1"].done
 
 
+def test_state_that_a_resume_would_lose_is_told(taught: Path, tmp_path: Path) -> None:
+    """What `loss` changes and the next epoch finds again; not what every epoch makes anew."""
+
+    @exp.register("Stateful")
+    class Stateful(exp.Method):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.average, self.array, self.steps, self.seen = torch.zeros(10), exp.np.zeros(3), 0, []
+
+        def start_epoch(self, epoch: int, losses: Any) -> None:
+            self.anew = torch.zeros(10)
+
+        def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+            self.average.add_(logits.detach().mean(0))
+            self.array[0] += 1
+            self.steps += 1
+            self.seen.append(1)
+            self.anew.add_(1)
+            return super().loss(logits, index)
+
+    lab = lab_with(taught, tmp_path / "lab", "Stateful", "TraditionalKD")
+    with shortcuts():
+        records = do(lab, student(lab, "Stateful", "5x"), student(lab, "TraditionalKD", "5x"))
+    expected = (
+        "its method keeps array, average, seen and steps outside modules(), which a resume would have lost"
+    )
+    assert records["student_5x_Stateful_run1"].notes == [expected]
+    assert records["student_5x_TraditionalKD_run1"].notes == []
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [

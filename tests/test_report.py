@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from fake_state import change, failed, fake_run, merged, without
+from fake_state import change, failed, fake_run, without
 
 import run_exp1b_kaggle as exp
 
@@ -72,7 +72,6 @@ CASES = {
     "a failed student": lambda path: failed(fake_run(path), "student_5x_Direct_run2"),
     "everything": lambda path: fake_run(path, 5, ablation=True, equal_cost=True),
     "a hundred classes": lambda path: fake_run(path, 2, dataset="CIFAR100"),
-    "two teachers": lambda path: merged(fake_run(path), "7x", 90.0),
     "short trainings": lambda path: fake_run(path, 3, epochs=1, dataset="SYNTHETIC", width=16),
 }
 
@@ -104,7 +103,7 @@ def case(request, tmp_path_factory):
 def test_the_answer_follows_the_verdicts(tmp_path, shift, rival, said):
     run = shifted(fake_run(tmp_path), "HPM-KD", shift)
     shifted(run, "TraditionalKD", {ratio: -value for ratio, value in rival.items()}, control="HPM-KD")
-    assert exp.answer(exp.gather_evidence(run)) == said
+    assert exp.answer_sentence(exp.gather_evidence(run)) == said
     assert first_screen(write(run))[1] == f"**{said}**"
 
 
@@ -129,12 +128,12 @@ def test_the_answer_follows_the_verdicts(tmp_path, shift, rival, said):
     ],
 )
 def test_the_answer_where_there_is_none(tmp_path, case, said):
-    assert exp.answer(exp.gather_evidence(CASES[case](tmp_path))).casefold() == said.casefold()
+    assert exp.answer_sentence(exp.gather_evidence(CASES[case](tmp_path))).casefold() == said.casefold()
 
 
 def test_a_ratio_without_a_verdict_is_said(tmp_path):
     run = without(shifted(fake_run(tmp_path), "HPM-KD", UP), "student_7x_HPM-KD_run2")
-    answer = exp.answer(exp.gather_evidence(run))
+    answer = exp.answer_sentence(exp.gather_evidence(run))
     assert answer.startswith(
         "So far, HPM-KD beats Direct at 2.3x and 5x and has no verdict against it at 7x;"
     )
@@ -144,11 +143,14 @@ def test_equal_results_are_no_verdict(tmp_path):
     run = fake_run(tmp_path, methods=("Direct", "HPM-KD"))
     for name, record in list(run.records.items()):
         change(run, name, test_accuracy=85.0 if record.kind == "student" else 92.4)
-    assert exp.answer(exp.gather_evidence(run)) == "there is no verdict on HPM-KD: all differences are equal."
+    assert (
+        exp.answer_sentence(exp.gather_evidence(run))
+        == "there is no verdict on HPM-KD: all differences are equal."
+    )
 
 
 def test_synthetic_data_are_no_evidence(tmp_path):
-    said = exp.answer(exp.gather_evidence(fake_run(tmp_path, dataset="SYNTHETIC", width=16)))
+    said = exp.answer_sentence(exp.gather_evidence(fake_run(tmp_path, dataset="SYNTHETIC", width=16)))
     assert said.startswith(
         "On synthetic images (this shows that the program works, nothing about the method), HPM-KD "
     )
@@ -160,7 +162,7 @@ def test_a_method_of_a_plugin_is_in_the_answer(tmp_path, monkeypatch):
     run = shifted(
         fake_run(tmp_path, methods=("Direct", "HPM-KD", "MyKD")), "MyKD", {"2.3x": 5, "5x": 5, "7x": 5}
     )
-    assert exp.answer(exp.gather_evidence(run)).endswith("; MyKD beats HPM-KD at every ratio.")
+    assert exp.answer_sentence(exp.gather_evidence(run)).endswith("; MyKD beats HPM-KD at every ratio.")
     report = write(run)
     assert "MyKD minus HPM-KD" in first_screen(report)[3] and "MyKD minus Direct" in section(
         report, "## Statistics"
@@ -212,7 +214,7 @@ def test_the_first_table_holds_the_statistics(tmp_path):
     for row in rows:
         c = evidence.pairs["HPM-KD", "TraditionalKD"][row[0]]
         assert row[6] == f"{c.mean:+.2f} [{c.low:+.2f}, {c.high:+.2f}]"
-        values = exp.cell(evidence.frame, row[0], "Direct")
+        values = exp.values_of(evidence.frame, row[0], "Direct")
         assert row[1] == f"{values.mean():.2f} ± {values.std():.2f}"
 
 
@@ -241,14 +243,6 @@ def test_chance_level_is_called_that(tmp_path):
     for name in [name for name in run.records if "HPM-KD_run" in name]:
         change(run, name, test_accuracy=10.4)
     assert "9 networks (see Notes)" in first_screen(write(run))[-1]
-
-
-def test_merged_ratios_show_their_own_teacher(tmp_path):
-    report = write(merged(fake_run(tmp_path), "7x", 90.0))
-    head, _, *rows = tables(first_screen(report)[3] + "\n")[0]
-    assert [row[head.index("Teacher")] for row in rows] == ["92.40", "92.40", "90.00"]
-    assert "The teacher (ResNet-50) reaches" not in report and "the ratios have different teachers" in report
-    assert "92.40 and 90.00" in section(report, "## Results")
 
 
 # ---- whatever there is
@@ -450,7 +444,7 @@ def test_ablation_and_equal_cost(tmp_path):
     assert re.search(r"\| Direct-equal-cost \| 5x \| [\d.]+ ± [\d.]+ \| 82 \| -\d", arms)
     evidence = exp.gather_evidence(fake_run(tmp_path, ablation=True, equal_cost=True))
     c = exp.compare_cells(evidence.frame, "5x", "HPM-KD-no-chain", "HPM-KD")
-    assert f"| {c.mean:+.2f} [{c.low:+.2f}, {c.high:+.2f}] | {exp.p_value(c.t_p)} |" in arms
+    assert f"| {c.mean:+.2f} [{c.low:+.2f}, {c.high:+.2f}] | {exp.p_text(c.t_p)} |" in arms
     assert "## Ablation" not in write(fake_run(tmp_path))
 
 
@@ -616,34 +610,27 @@ def test_nothing_is_written_into_a_folder_that_was_lost(tmp_path):
 # ---- archive
 
 
-def test_the_archive_holds_everything_but_checkpoints_locks_and_itself(tmp_path):
+def test_the_archive_holds_the_files_of_the_run_and_nothing_else(tmp_path):
     run = fake_run(tmp_path / "exp1b_quick_1", 1)
     write(run)
-    for name in (
-        "experiment.log",
-        "run.owner",
+    own = [f"figures/{name}.{kind}" for name in ("ablation", "calibration") for kind in ("png", "pdf")]
+    others = [
+        "thesis.docx",
+        "notes.csv",
         "run.lock",
         ".hidden.tmp",
         "checkpoints/a.pt",
-        "figures/a.png",
-        "figures/.b.tmp",
-    ):
+        "figures/holiday.png",
+    ]
+    for name in ("experiment.log", *own, *others):
         (run.path / name).parent.mkdir(exist_ok=True)
         (run.path / name).write_text("x")
     exp.write_archive(run)
     exp.write_archive(run)
-    names = {
-        name.removeprefix("exp1b_quick_1_results/")
-        for name in zipfile.ZipFile(run.path / "exp1b_quick_1_results.zip").namelist()
-    }
-    assert names == {
-        "experiment.log",
-        "experiment_report.md",
-        "results.csv",
-        "results_table.tex",
-        "summary.csv",
-        "figures/a.png",
-    }
+    archive = zipfile.ZipFile(run.path / "exp1b_quick_1_results.zip")
+    names = {name.removeprefix("exp1b_quick_1_results/") for name in archive.namelist()}
+    tables = {"experiment_report.md", "results.csv", "results_table.tex", "summary.csv"}
+    assert names == {"experiment.log", *tables, *own}
 
 
 def test_an_archive_without_room_is_only_a_warning(tmp_path, monkeypatch, caplog):
