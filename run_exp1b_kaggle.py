@@ -88,7 +88,6 @@ import traceback
 import types
 import typing
 import urllib.request
-import uuid
 import warnings
 import zipfile
 import zlib
@@ -97,23 +96,19 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
-from multiprocessing import resource_tracker
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, cast
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar, cast
 
 import filelock
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from scipy import stats
 from scipy.optimize import brentq
 from scipy.special import log_softmax, softmax
 from torch import nn
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -123,6 +118,7 @@ from tqdm import tqdm
 if typing.TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+T = TypeVar("T")
 log = logging.getLogger("exp1b")
 tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves behind
 
@@ -214,7 +210,7 @@ def warn_once(text: str) -> None:
 # -- settings -----------------------------------------------------------------------------------------------
 VERSION = "2.0.0"
 PROTOCOL = 2  # raised when what a seed produces changes; files of different protocols are not mixed
-FORMAT = 2  # of the index; raised when its layout changes
+FORMAT = 3  # of the index; raised when its layout changes
 STATE_NAME = "experiment_state.pkl"
 REPORT_NAME = "experiment_report.md"
 MODES = ("smoke", "quick", "full")
@@ -2150,11 +2146,11 @@ def do_job(experiment: Experiment, job: Job) -> None:
         )
         record, tensors = run.load(twin)
         copied = replace(record, same_as=record.same_as or twin.method, taught_by=taught_by(run, job))
-        run.finish(job, replace(copied, **run.identity(job)), tensors)
+        run.save_result(job, replace(copied, **run.identity(job)), tensors)
         return
     record = blank_record(experiment, job)
     if job.kind == "pilot":
-        run.finish(job, run_pilot(experiment, job, record), {})
+        run.save_result(job, run_pilot(experiment, job, record), {})
         return
 
     epochs = int(job_epochs(job, settings, run.index.equal_cost_epochs))
@@ -2183,7 +2179,7 @@ def do_job(experiment: Experiment, job: Job) -> None:
         attention=method.attention_report,
         finished=now(),
     )
-    run.finish(job, *evaluate(experiment, network, record))
+    run.save_result(job, *evaluate(experiment, network, record))
 
 
 def blank_record(experiment: Experiment, job: Job) -> Record:
@@ -3968,7 +3964,6 @@ SECTIONS: tuple[Callable[[Evidence], str], ...] = (
 
 def write_outputs(run: Run, figures: bool) -> None:
     """Rewrite tables and report from what is finished; with `figures` these too, which takes seconds."""
-    run.check_ours()
     try:
         if figures:
             draw_figures(gather_evidence(run), run.path / "figures")
@@ -4029,7 +4024,6 @@ def latex_table(evidence: Evidence) -> str:
 
 def write_archive(run: Run) -> None:
     """Write <run>_results.zip, for a small download: the files that hold the answer, and the log."""
-    run.check_ours()
     name = f"{run.path.resolve().name}_results"
     files = ["results.csv", "summary.csv", "results_table.tex", REPORT_NAME, "experiment.log"]
     files += [f"figures/{figure}.{kind}" for figure in FIGURES for kind in ("png", "pdf")]
@@ -4054,13 +4048,16 @@ def write_archive(run: Run) -> None:
 # -- files --------------------------------------------------------------------------------------------------
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
+READ_PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between two tries
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EISDIR)
 SEAL_BYTES = 73  # newline, "sha256 ", 64 hex digits, newline: behind the payload, where unpicklers ignore it
 
 
 def write_atomic(path: Path, payload: bytes) -> None:
     """Write a file so that a reader sees the old content or the new one, whenever the machine stops.
 
-    Temporary file in the same folder, fsync, read back, rename, fsync of the folder. Raises `DiskFull` where
+    Temporary file in the same folder, fsync, rename, fsync of the folder. Raises `DiskFull` where
     there is no room, and `UsageError` where the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -4069,8 +4066,6 @@ def write_atomic(path: Path, payload: bytes) -> None:
             file.write(payload)
             file.flush()
             sync(file.fileno(), path)
-        if temporary.read_bytes() != payload:
-            raise OSError(errno.EIO, "the disk returned something else than was written")
         rename(temporary, path)
         with contextlib.suppress(OSError):  # Windows cannot open a folder
             handle = os.open(path.parent, os.O_RDONLY)
@@ -4117,14 +4112,35 @@ def write_sealed(path: Path, payload: bytes) -> None:
     write_atomic(path, payload + f"\nsha256 {hashlib.sha256(payload).hexdigest()}\n".encode())
 
 
+def patiently(action: Callable[[], T], path: Path, lasting: Sequence[int | None] = NO_FILE) -> T:
+    """Open a path in some way, again and again for a while where the system cannot do that at the moment.
+
+    A network file system, permissions or file handles may be back in a second, and the file is no worse for
+    it. Raises `UsageError` if it lasts, and an OSError whose number is among the `lasting` at once.
+    """
+    reason = ""
+    for pause in (0.0, *READ_PAUSES):
+        time.sleep(pause)
+        try:
+            return action()
+        except OSError as error:
+            if error.errno in lasting:
+                raise
+            reason = error.strerror or first_line(error)
+            warn_once(f"{path} cannot be opened now ({reason}): trying again")
+    raise UsageError(
+        f"cannot open {path} ({reason}): nothing is lost; mend that, then continue with --resume"
+    )
+
+
 def read_sealed(path: Path) -> bytes:
     """The payload of a sealed file. Raises FileNotFoundError, or `Damaged` with the reason."""
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise
+        content = patiently(path.read_bytes, path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from None
     except OSError as error:
-        raise Damaged(f"cannot be read ({error.strerror})") from None
+        raise Damaged(f"is no file ({error.strerror})") from None
     payload, seal = content[:-SEAL_BYTES], content[-SEAL_BYTES:]
     if len(content) <= SEAL_BYTES or not seal.startswith(b"\nsha256 "):
         raise Damaged("is cut short or no file of this script")
@@ -4176,25 +4192,6 @@ def load_plain(path: Path) -> Any:
         raise Damaged(f"is not plain data ({error})") from None
 
 
-def previous(path: Path) -> Path:
-    """Where the version before the current one of a checkpoint in progress is kept."""
-    return path.with_name(path.name + ".previous")
-
-
-def keep_previous(path: Path) -> None:
-    """Keep a file's current version while its next one is written: by a hard link where possible, no gap."""
-    if not path.exists():
-        return
-    link = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        link.unlink(missing_ok=True)
-        os.link(path, link)
-        rename(link, previous(path))
-        link.unlink(missing_ok=True)  # a rename onto another link of the same file does nothing
-    except OSError:
-        write_atomic(previous(path), path.read_bytes())
-
-
 def set_aside(path: Path, reason: str) -> None:
     """Move a damaged file out of the way, keep it for inspection, and say so."""
     target = path.with_name(path.name + ".corrupt")
@@ -4213,51 +4210,85 @@ def set_aside(path: Path, reason: str) -> None:
     log.warning("%s %s: set aside as %s", path.name, reason, target.name)
 
 
-@contextlib.contextmanager
-def hold_folder(folder: Path) -> Iterator[str]:
-    """Keep every other process out of a run folder; yields a token. Raises `UsageError` if it is in use.
+def take_lock(path: Path, seconds: float = 0.0) -> filelock.BaseFileLock | None:
+    """Take a lock that ends with its process; None where another process holds it for so many seconds.
 
-    The kernel's lock ends with its process and means nothing on a copy. Beside it, `run.owner` names the
-    holder, and its token tells every process that works for this run whether the folder is still theirs: one
-    that was removed and made anew by another run is not.
+    Raises NotImplementedError where the file system has no locks.
     """
-    lock, owner, token = filelock.FileLock(folder / "run.lock"), folder / "run.owner", uuid.uuid4().hex
+    if not path.parent.is_dir():  # removed: `Run.check_ours` finds out, and filelock would make it anew
+        return None
+    lock = filelock.FileLock(path)
     try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
+        patiently(partial(lock.acquire, timeout=seconds), path, (None, *NO_LOCKS))
+    except filelock.Timeout:  # an OSError without a number
+        return None
+    except OSError as error:
+        raise NotImplementedError(first_line(error)) from None
+    return lock
+
+
+def give_back(lock: filelock.BaseFileLock) -> None:
+    """End a lock and remove its file: who locks a file that has no name any more does not hold it."""
+    with contextlib.suppress(OSError):
+        os.unlink(lock.lock_file)
+    lock.release()
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds a lock."""
+    if not path.exists():
+        return False
+    try:
+        lock = take_lock(path)
+    except NotImplementedError:  # there are none here
+        return False
+    if lock is not None:
+        lock.release()
+    return lock is None
+
+
+def has_locks(folder: Path) -> bool:
+    """Whether the file system of a folder has locks."""
+    try:
+        lock = take_lock(folder / f".{os.getpid()}.lock")
+    except NotImplementedError:
+        return False
+    if lock is not None:
+        give_back(lock)
+    return True
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Lead a run: keep every other process that would out of its folder. Raises `UsageError` if it is in use.
+
+    The kernel's lock ends with its process and means nothing on a copy. Its file names the holder.
+    """
+    path = folder / "run.lock"
+    try:
+        lock = take_lock(path, seconds=1.0)  # who asks whether it is held takes it for a moment, too
+    except NotImplementedError as error:
+        log.warning("%s cannot be locked (%s): take care that only one process works on it", folder, error)
+        yield
+        return
+    if lock is None:
         holder = "another process"
         with contextlib.suppress(OSError, ValueError):
-            holder = owner.read_text().splitlines()[0]
-        raise UsageError(f"{folder} is in use by {holder}: wait for it or stop it") from None
-    except (OSError, NotImplementedError) as error:
-        log.warning(
-            "%s cannot be locked (%s): take care that only one process works on it", folder, first_line(error)
-        )
+            holder = " ".join(path.read_text().split()) or holder
+        raise UsageError(f"{folder} is in use by {holder}: wait for it or stop it")
     try:
-        write_atomic(owner, f"process {os.getpid()} on host {socket.gethostname()}\n{token}\n".encode())
-        yield token
+        with contextlib.suppress(OSError, ValueError):
+            if not path.read_text()[:1].isdigit():  # else filelock's own, where there is no flock
+                path.write_text(f"process {os.getpid()} on host {socket.gethostname()}\n")
+        yield
     finally:
-        if owner_token(folder) == token:
-            with contextlib.suppress(OSError):
-                owner.unlink()
         lock.release()
-
-
-def owner_token(folder: Path) -> str | None:
-    """The token of the process that holds a run folder, "" if none does, None if that cannot be read now."""
-    try:
-        return (folder / "run.owner").read_text().split()[-1]
-    except (FileNotFoundError, NotADirectoryError, ValueError, IndexError):
-        return ""
-    except OSError:
-        return None
 
 
 def to_plain(value: Any) -> Any:
     """A record as dicts, lists, strings, numbers and None. Settings lose what belongs to one session."""
     if dataclasses.is_dataclass(value):
-        kept = [f.name for f in dataclasses.fields(value) if f.metadata.get("role") != "session"]
-        return {name: to_plain(getattr(value, name)) for name in kept}
+        return {name: to_plain(getattr(value, name)) for name in stored_fields(cast(Any, type(value)))}
     if isinstance(value, dict):
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -4266,44 +4297,38 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(kind: Any, value: Any, name: str = "content") -> Any:
-    """The inverse of `to_plain`, by the annotations of `kind`. Raises `Damaged` naming what does not fit."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return record_from_plain(kind, value, name)
+    """The inverse of `to_plain`, by the annotations of `kind`. Raises `Damaged` where a value is unfit."""
+    try:
+        return build(kind, value)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise Damaged(f"holds no sound {name} ({type(error).__name__}: {first_line(error)})") from None
+
+
+def build(kind: Any, value: Any) -> Any:
+    """A value of an annotated type from plain data. Of a dataclass, fields with a default may be missing."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        kind = cast(Any, kind)
+        hints = stored_fields(kind)
+        return kind(**{key: build(hints[key], item) for key, item in value.items()})
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else from_plain(arguments[0], value, name)
-    if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: from_plain(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
-    if origin in (list, tuple) and isinstance(value, list):
-        return origin(from_plain(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
-    if origin is Literal and value in arguments:
-        return value
-    if kind is float and type(value) in (int, float) and not abs(value) > 1e15:  # NaN stands for no value
+        return None if value is None else build(inner[0], value)
+    if origin is dict:
+        return {key: build(inner[1], item) for key, item in value.items()}
+    if origin in (list, tuple):
+        return origin(build(inner[0], item) for item in value)
+    if kind is float:
         return float(value)
-    if kind is int and type(value) is int and abs(value) < 10**15:
-        return value
-    if kind in (str, bool) and type(value) is kind:
-        return value
-    raise Damaged(f"holds no sound {name}")
+    if isinstance(kind, type) and not isinstance(value, kind):
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
 
 
 @cache
-def annotations_of(kind: Any) -> dict[str, Any]:
-    """Field name -> type, of a dataclass."""
-    return typing.get_type_hints(kind)
-
-
-def record_from_plain(kind: Any, values: dict[str, Any], name: str) -> Any:
-    """A dataclass from its fields; those with a default may be missing, unknown ones are not accepted."""
-    hints = annotations_of(kind)
-    fields = {f.name for f in dataclasses.fields(kind) if f.metadata.get("role") != "session"}
-    unknown = sorted(map(str, set(values) - fields))
-    if unknown:
-        raise Damaged(f"holds an unknown {name}.{unknown[0]}")
-    try:
-        return kind(**{key: from_plain(hints[key], value, f"{name}.{key}") for key, value in values.items()})
-    except TypeError as error:
-        raise Damaged(f"lacks a part of {name} ({error})") from None
+def stored_fields(kind: Any) -> dict[str, Any]:
+    """Field name -> type of a dataclass, without what belongs to one session."""
+    hints = typing.get_type_hints(kind)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.metadata.get("role") != "session"}
 
 
 # -- run folder and index -----------------------------------------------------------------------------------
@@ -4368,20 +4393,31 @@ class Run:
 
     REPORT_SECONDS, FIGURE_SECONDS = 30.0, 600.0  # the least time between two writings of the same
 
-    def __init__(self, path: Path, index: Index, token: str = "", labels: np.ndarray | None = None) -> None:
-        """`token`: of the process that holds the folder (`hold_folder`); `labels`: of the test images."""
-        self.path, self.index, self.token, self.labels = path, index, token, labels
+    def __init__(self, path: Path, index: Index, labels: np.ndarray | None = None) -> None:
+        """`labels`: of the test images, in the process that writes the report."""
+        self.path, self.index, self.labels = path, index, labels
+        self.lock_file = (
+            self._lock_file()
+        )  # of the process that leads: while it is the same, so is the folder
         self.settings = index.settings
         self.checkpoints = path / "checkpoints"
         self.jobs = planned_jobs(self.settings)
         self.records: Records = {}
-        self.logits: dict[str, np.ndarray] = {}  # of the test images, by job
+        self.logits: dict[str, np.ndarray] = {}  # fp16 [n, C] of the test images by job, for the report
         self._drawn, self._written = time.monotonic(), -math.inf
         self.stale = False  # whether something has ended that the report does not know
 
     def file(self, job: Job, kind: str = "pt") -> Path:
-        """A file of a job: "pt" its result, "progress" its last epoch, "failed" why it failed."""
+        """A file of a job: "pt" its result, "progress" its last epoch, "failed" why it failed.
+
+        "lock" is held while a process does it, "attempts" counts the processes that died of it.
+        """
         return self.checkpoints / f"{job.name}.{kind}"
+
+    def progress_files(self, job: Job) -> list[Path]:
+        """The checkpoints in progress of a job, a pilot's candidates included."""
+        patterns = (f"{job.name}.progress*", f"{job.name}_rung*.progress*")
+        return [path for pattern in patterns for path in self.checkpoints.glob(pattern)]
 
     @property
     def left(self) -> list[Job]:
@@ -4415,20 +4451,9 @@ class Run:
 
     def load(self, job: Job, path: Path | None = None) -> tuple[Record, dict[str, torch.Tensor]]:
         """Record and tensors of a finished job. Raises FileNotFoundError, or `Damaged` if not of this run."""
-        content = load_checkpoint(path or self.file(job))
-        record = from_plain(Record, content.get("record"), "record")
-        differing = [name for name, value in self.identity(job).items() if getattr(record, name) != value]
-        if differing or not record.done:
-            raise Damaged(f"is not the file of {job.name} in a run with these settings")
-        if record.network != job.network or record.seed != self.settings.seed + job.run:
-            raise Damaged("is about another network or seed")
-        cost = network_cost(job.network, len(self.index.data.classes), self.settings.width)
-        if (record.params, record.macs) != cost:
-            raise Damaged("is about a network of another size")
-        for name, sha256 in record.taught_by.items():
-            known = self.teachers(job.compression).get(name)
-            if known is not None and known.weights_sha256 != sha256:
-                raise Damaged(f"was distilled from another {name} than this run's")
+        tensors = load_checkpoint(path or self.file(job))
+        record = from_plain(Record, tensors.pop("record", None), "record")
+        self._check_identity(job, record)
         if job.kind == "pilot":
             if record.config not in [candidate.config for candidate in record.candidates]:
                 raise Damaged("chose a configuration that is no candidate")
@@ -4437,9 +4462,22 @@ class Run:
         configured = pilot is None or pilot.name in self.records
         if configured and record.config != config_of(job, self.records):
             raise Damaged("was configured in another way than this run's pilot says")
-        tensors = {name: value for name, value in content.items() if name not in ("record", "index")}
         self._check_tensors(job, record, tensors)
         return record, tensors
+
+    def _check_identity(self, job: Job, record: Record) -> None:
+        """Raise `Damaged` unless a record is of this job of this run, done, and of this run's teachers."""
+        differing = [name for name, value in self.identity(job).items() if getattr(record, name) != value]
+        if differing or not record.done:
+            raise Damaged(f"is not the file of {job.name} in a run with these settings")
+        cost = network_cost(job.network, len(self.index.data.classes), self.settings.width)
+        about = (record.network, record.seed, record.params, record.macs)
+        if about != (job.network, self.settings.seed + job.run, *cost):
+            raise Damaged("is about another network or seed")
+        for name, sha256 in record.taught_by.items():
+            known = self.records.get(name)
+            if known is not None and known.weights_sha256 != sha256:
+                raise Damaged(f"was distilled from another {name} than this run's")
 
     def _check_tensors(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
         """Raise `Damaged` unless a trained network's file holds what its record says."""
@@ -4457,56 +4495,63 @@ class Run:
     def refresh(self, touch: bool = True) -> list[Job]:
         """Take in what has ended since the last look; returns it.
 
-        A damaged file is set aside and its job done again; a finished job's checkpoints in progress are
-        removed. With `touch` False nothing is changed.
+        With `touch`, a damaged file is set aside, so that its job is done again, and what a finished job
+        needs no more is removed.
         """
-        fresh = [job for job in self.jobs if job.name not in self.records and self._take_in(job, touch)]
-        if all(job.kind == "student" for job in fresh):
-            return fresh
-        # What learned from an earlier version of a job that was done again is looked at once more.
+        if touch:
+            self.check_ours()
+        fresh = [job for job in self.left if self._take_in(job, touch)]
+        if any(job.kind != "student" for job in fresh):
+            self._look_at_pupils(fresh, touch)
+        return fresh
+
+    def _look_at_pupils(self, fresh: Sequence[Job], touch: bool) -> None:
+        """Look once more at what learned from an earlier version of a job that was done again."""
         known = [job for job in self.jobs if job.name in self.records and job not in fresh]
         pupils = [job for job in known if job.teacher_networks]
         for job in pupils:
             del self.records[job.name]
         for job in pupils:
             self._take_in(job, touch)
-        return fresh
 
     def _take_in(self, job: Job, touch: bool) -> bool:
         """Put a job's record into `records` if it has ended and its file is sound."""
         try:
-            record, tensors = self.load(job)
-            if "test_logits" in tensors:
-                self.logits[job.name] = tensors["test_logits"].float().numpy()
+            record = self._ended(job)
         except Damaged as error:
             if touch:
-                self.check_ours()
                 set_aside(self.file(job), f"{error}, so this job is done again;")
             return False
-        except FileNotFoundError:
-            try:
-                record = from_plain(Record, load_plain(self.file(job, "failed")), "record")
-            except (FileNotFoundError, Damaged):
-                return False
-            if not record.failure or (record.job, record.fingerprint) != (job.name, self.fingerprint(job)):
-                return False
+        if record is None:
+            return False
         self.records[job.name] = record
         if touch and record.done:
-            self._drop_progress(job)
+            self._tidy_up(job)
         return True
 
-    def _drop_progress(self, job: Job) -> None:
-        """Remove the checkpoints in progress of a finished job, also those that a killed process left."""
-        for pattern in (f"{job.name}.progress*", f"{job.name}_rung*.progress*"):
-            for path in self.checkpoints.glob(pattern):
-                self.check_ours()
+    def _ended(self, job: Job) -> Record | None:
+        """The record of a job that is done or has failed, else None. Raises `Damaged`."""
+        with contextlib.suppress(FileNotFoundError):
+            record, tensors = self.load(job)
+            if self.labels is not None and "test_logits" in tensors:
+                self.logits[job.name] = tensors["test_logits"].numpy()
+            return record
+        with contextlib.suppress(FileNotFoundError, Damaged):
+            record = from_plain(Record, load_plain(self.file(job, "failed")), "record")
+            if record.failure and (record.job, record.fingerprint) == (job.name, self.fingerprint(job)):
+                return record
+        return None
+
+    def _tidy_up(self, job: Job) -> None:
+        """Remove what a finished job needs no more, also where a killed process left it."""
+        for path in (*self.progress_files(job), self.file(job, "attempts"), self.file(job, "lock")):
+            with contextlib.suppress(OSError):  # Windows removes no file that is open
                 path.unlink(missing_ok=True)
 
-    def finish(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
+    def save_result(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
         """Write a job's result. Its checkpoints in progress go when this has been read back (`refresh`)."""
         self.check_ours()
-        index = to_plain(replace(self.index, jobs={}))
-        save_checkpoint(self.file(job), {"record": to_plain(record), "index": index, **tensors})
+        save_checkpoint(self.file(job), {"record": to_plain(record), **tensors})
 
     def fail(self, job: Job, reason: str, final: bool = False) -> None:
         """Record a failure. One that is `final` would come again, so that `--resume` does not try."""
@@ -4523,10 +4568,12 @@ class Run:
                     path.unlink()
 
     def save_index(self) -> None:
-        """Write the index."""
+        """Write the index, and its copy for the case that it is lost."""
         self.check_ours()
         self.index.jobs = {job.name: self.records[job.name] for job in self.jobs if job.name in self.records}
-        save_plain(self.checkpoints / STATE_NAME, to_plain(self.index))
+        plain = to_plain(self.index)
+        for name in (STATE_NAME, STATE_NAME + ".bak"):
+            save_plain(self.checkpoints / name, plain)
 
     def save(self, final: bool = False) -> None:
         """Write the index, the tables and the report, but not twice in REPORT_SECONDS unless `final`.
@@ -4552,16 +4599,35 @@ class Run:
         if figures:
             self._drawn = self._written
 
+    def _lock_file(self) -> tuple[int, int] | None:
+        """Which file `run.lock` is, None if there is none; the one it was where that cannot be seen now."""
+        try:
+            status = (self.path / "run.lock").stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError:
+            return getattr(self, "lock_file", None)
+        return status.st_dev, status.st_ino
+
     def check_ours(self) -> None:
-        """Raise `Stopped` if the folder was removed or taken by another process: nothing more is written."""
-        if self.token and owner_token(self.path) not in (self.token, None):
+        """Raise `Stopped` if the folder was removed or made anew by another process: write nothing more."""
+        if self.lock_file is not None and self._lock_file() != self.lock_file:
             raise Stopped(f"the loss of {self.path}, which was removed or taken by another process")
 
     def clean(self) -> None:
-        """Remove temporary files of processes that were killed (only while holding the lock)."""
-        for pattern in (".*.tmp", "checkpoints/.*.tmp", "figures/.*.tmp", "data/.*.tmp"):
+        """Remove what killed processes have left, but for jobs that are being done (only the leader may)."""
+        held = [job.name for job in self.jobs if is_held(self.file(job, "lock"))]
+        own = tuple(f"{dot}{name}{end}" for name in held for dot in ("", ".") for end in (".", "_rung"))
+        for pattern in (
+            ".*.tmp",
+            "checkpoints/.*.tmp",
+            "checkpoints/*.attempts",
+            "figures/.*.tmp",
+            "data/.*.tmp",
+        ):
             for path in self.path.glob(pattern):
-                path.unlink(missing_ok=True)
+                if not path.name.startswith(own):
+                    path.unlink(missing_ok=True)
 
 
 def run_fingerprint(
@@ -4582,30 +4648,28 @@ def new_index(settings: Settings, precision: str, data: DataDescription, plugins
 
 def is_run(path: Path) -> bool:
     """Whether a run was started in this folder (its index or models, finished or not, exist)."""
-    checkpoints = path / "checkpoints"
-    if not os.path.isdir(checkpoints):  # Path.is_dir would raise for a name that is too long
+    folder = path / "checkpoints"
+    try:
+        names = patiently(partial(os.listdir, folder), folder)
+    except OSError:  # there is none
         return False
-    return any(any(checkpoints.glob(pattern)) for pattern in (STATE_NAME, "*.pt", "*.progress"))
+    return any(name.startswith(STATE_NAME) or name.endswith((".pt", ".progress")) for name in names)
 
 
 def load_index(path: Path, plugins: Mapping[str, str]) -> Index:
-    """The index of a run, or the copy in the newest of its files where it is lost. Touches nothing.
+    """The index of a run, or its copy where it is lost. Touches nothing.
 
     `plugins`: what this command has loaded; a run that used another file, or none of that name, is refused.
     Raises `UsageError`.
     """
-    checkpoints = path / "checkpoints"
-    others = [*checkpoints.glob("*.pt"), *checkpoints.glob("*.progress")]
-    others.sort(key=lambda file: file.stat().st_mtime, reverse=True)
-    for file in [checkpoints / STATE_NAME, *others]:
+    for name in (STATE_NAME, STATE_NAME + ".bak"):
         with contextlib.suppress(FileNotFoundError, Damaged):
-            content = load_plain(file) if file.name == STATE_NAME else load_checkpoint(file).get("index")
-            index = index_from_plain(content, plugins)
-            if file.name != STATE_NAME:
-                log.warning("the index of %s is lost; it is taken from %s", path, file.name)
-                index.notes.append(f"The index was lost and taken from {file.name}.")
+            index = index_from_plain(load_plain(path / "checkpoints" / name), plugins)
+            if name != STATE_NAME:
+                log.warning("the index of %s is lost; it is taken from %s", path, name)
+                index.notes.append(f"The index was lost and taken from {name}.")
             return index
-    raise UsageError(f"{path} holds no run that can be continued (no sound {STATE_NAME}, no sound model)")
+    raise UsageError(f"{path} holds no run that can be continued (no sound {STATE_NAME}, nor its copy .bak)")
 
 
 def index_from_plain(content: Any, plugins: Mapping[str, str]) -> Index:
@@ -4651,30 +4715,22 @@ def check_plugins(wanted: Any, loaded: Mapping[str, str]) -> None:
 
 
 def save_progress(run: Run, path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint in progress, with a copy of the index; its previous version is kept."""
+    """Write a checkpoint in progress."""
     run.check_ours()
-    keep_previous(path)
-    save_checkpoint(path, {**content, "index": to_plain(replace(run.index, jobs={}))})
+    save_checkpoint(path, content)
 
 
 def load_progress(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
-    """A checkpoint in progress, or its previous version; None if there is none that `check` accepts.
-
-    `check` raises `Damaged`; a damaged file is set aside.
-    """
-    for candidate in (path, previous(path)):
-        try:
-            content = load_checkpoint(candidate)
-            check(content)
-        except FileNotFoundError:
-            continue
-        except Damaged as error:
-            set_aside(candidate, str(error))
-            continue
-        if candidate != path:
-            log.warning("using %s instead of %s", candidate.name, path.name)
-        return content
-    return None
+    """A checkpoint in progress, or None. One that is damaged, also as `check` says, is set aside."""
+    try:
+        content = load_checkpoint(path)
+        check(content)
+    except FileNotFoundError:
+        return None
+    except Damaged as error:
+        set_aside(path, f"{error}, so its training starts again;")
+        return None
+    return content
 
 
 class PageStore:
@@ -4799,23 +4855,24 @@ class Standardise(nn.Module):
 
 
 # -- workers ------------------------------------------------------------------------------------------------
-class Worker:
-    """One process's share of the work: it does the most urgent ready job, until nothing is left."""
+class DeviceLost(Stopped):
+    """The device computes nothing more in this process. A new process may find it sound."""
 
-    POLL_SECONDS = 0.5
+
+class Worker:
+    """One process's share of the work: it does the most urgent job that is ready and free, again and again.
+
+    Workers share nothing but the files of the run, so that any number may come and go, on any machine. Who
+    does a job holds the lock on <job>.lock, which ends with its process.
+    """
+
+    POLL_SECONDS, WAIT_SECONDS = 0.5, 300.0  # between two looks, and two lines that say what is waited for
     MOST_ATTEMPTS = 2
 
-    def __init__(
-        self, experiment: Experiment, store: Any, generation: str, alone: bool, writes: bool
-    ) -> None:
-        """`store`: any torch.distributed store, whose counters hold the claims (of this generation) and the
-        attempts (of all).
-
-        `alone`: no other process could do a job that crashed here. `writes`: this one keeps index and report.
-        """
-        self.experiment, self.run, self.store = experiment, experiment.run, store
-        self.claims = torch.distributed.PrefixStore(generation, store)
-        self.alone, self.writes = alone, writes
+    def __init__(self, experiment: Experiment, writes: bool) -> None:
+        """`writes`: this process keeps index and report."""
+        self.experiment, self.run, self.writes = experiment, experiment.run, writes
+        self._said = time.monotonic()
         if writes:
             experiment.progress.after_epoch = self.refresh
 
@@ -4825,44 +4882,46 @@ class Worker:
         while True:
             self.refresh()
             ready = ready_jobs(self.run.jobs, self.run.settings, self.run.records, order)
-            job = self.claim(ready)
-            if job is not None:
-                self.attempt(job)
-                self.experiment.progress.tell("")
-            elif not ready:
+            if not ready:
                 return
-            else:
-                self.experiment.session.check()
-                if self.claims.add("stopped", 0):
-                    raise Stopped("session clock")  # another stopped: what is waited for will not come
-                time.sleep(self.POLL_SECONDS)
+            if not any(self.take(job) for job in ready):
+                self.wait(ready[0])
 
-    def claim(self, ready: Sequence[Job]) -> Job | None:
-        """Take the first of these jobs that no other worker has taken."""
-        for job in ready:
-            if self.claims.add(f"claim/{job.name}", 1) == 1:
-                return job
-        return None
+    def take(self, job: Job) -> bool:
+        """Do a job unless another process is doing it; whether there is something new to look at."""
+        try:
+            lock = take_lock(self.run.file(job, "lock"))
+        except NotImplementedError:  # no locks here: this is the only worker
+            self.attempt(job)
+            return True
+        if lock is None:
+            return False
+        try:
+            self.refresh()
+            if job.name not in self.run.records:  # else another has done it just now
+                self.attempt(job)
+        finally:
+            give_back(lock)
+        return True
+
+    def wait(self, job: Job) -> None:
+        """Wait a moment: other processes are doing all that is ready."""
+        self.experiment.session.check()
+        if time.monotonic() - self._said > self.WAIT_SECONDS:
+            self._said = time.monotonic()
+            log.info("waiting for %s, which another process is doing", job.name)
+        time.sleep(self.POLL_SECONDS)
 
     def refresh(self) -> None:
         """Take in what has ended; if this process writes, bring index and report up to date."""
         fresh = self.run.refresh()
-        if not self.writes:
-            return
-        for job in fresh:
-            self.experiment.progress.job_ended(job)
-        if fresh or self.run.stale:
-            self.run.save()
+        if self.writes:
+            report_progress(self.run, self.experiment.progress, fresh)
 
     def attempt(self, job: Job) -> None:
         """Do a job. One that cannot be done, or that has ended its process twice, is marked failed."""
-        attempts = f"attempt/{job.name}"
         try:
-            if self.store.add(attempts, 1) > self.MOST_ATTEMPTS:
-                raise JobFailed(
-                    f"it ended its process {self.MOST_ATTEMPTS} times (no memory on the host, or a driver "
-                    "crash): --resume tries again"
-                )
+            self.count_attempt(job)
             do_job(self.experiment, job)
             self.refresh()
             if job.name not in self.run.records:
@@ -4872,16 +4931,31 @@ class Worker:
         except JobFailed as error:
             self.run.fail(job, str(error), final=isinstance(error, Diverged))
         except (Stopped, DiskFull, UsageError):
-            self.store.add(attempts, -1)
             raise
         except Exception as error:
-            if not self.alone:
-                raise  # the launcher starts all anew, on devices that forget an error with their process
             self.crashed(job, error)
-        self.store.add(attempts, -1)  # a process that dies does not get here: that is what is counted
+        finally:  # a process that dies does not get here: that is what is counted
+            self.run.file(job, "attempts").unlink(missing_ok=True)
+        self.experiment.progress.tell("")
+
+    def count_attempt(self, job: Job) -> None:
+        """Count an attempt, anew where the last one has saved an epoch. Raises `JobFailed` at the third."""
+        path, count = self.run.file(job, "attempts"), 0
+        saved = fingerprint(
+            sorted((path.name, path.stat().st_mtime_ns) for path in self.run.progress_files(job))
+        )
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            before, saved_before = path.read_text().split()
+            count = int(before) if saved == saved_before else 0
+        if count >= self.MOST_ATTEMPTS:
+            raise JobFailed(
+                f"it ended its process {count} times (no memory on the host, or a driver crash): "
+                "--resume tries again"
+            )
+        write_atomic(path, f"{count + 1} {saved}".encode())
 
     def crashed(self, job: Job, error: Exception) -> None:
-        """After a crash in the only process: go on, unless the device is lost until this process ends."""
+        """After an error that nobody expected: fail this job, and go on unless the device is lost."""
         log.error("%s crashed", job.name, exc_info=error)
         what = f"{type(error).__name__}: {first_line(error)}"
         self.run.fail(job, f"it crashed ({what}): --resume tries again, experiment.log says where")
@@ -4889,7 +4963,15 @@ class Worker:
         try:
             probe(self.experiment.device)
         except UsageError:
-            raise Stopped(f"the loss of {self.experiment.device.name} ({what})") from None
+            raise DeviceLost(f"the loss of {self.experiment.device.name} ({what})") from None
+
+
+def report_progress(run: Run, progress: Progress, fresh: Sequence[Job]) -> None:
+    """Show the jobs that have ended, and bring index and report up to date."""
+    for job in fresh:
+        progress.job_ended(job)
+    if fresh or run.stale:
+        run.save()
 
 
 def make_experiment(
@@ -4912,25 +4994,23 @@ def make_progress(
     return Progress(run, estimate, bar, publish)
 
 
-def work(
-    experiment: Experiment, store: Any, generation: str, alone: bool, writes: bool, announce: bool
-) -> str:
-    """Do this process's share of a run; returns why it stopped early ("" when nothing is left to do)."""
+def work(experiment: Experiment, writes: bool, prepared: Callable[[], object]) -> str:
+    """Do this process's share of a run; returns why it stopped early ("" when nothing is left to do).
+
+    `prepared` is called when the speeds are known, before anything is trained.
+    """
     try:
         probe(experiment.device)
         experiment.run.refresh()
-        speeds = experiment.progress.estimate.speeds = measure_speeds(experiment)
-        if announce:
-            store.set("speeds", json.dumps(to_plain(speeds)))  # for the process that shows the time left
-            experiment.progress.announce(experiment.session)
-        Worker(experiment, store, generation, alone, writes).work()
+        experiment.progress.estimate.speeds = measure_speeds(experiment)
+        prepared()
+        Worker(experiment, writes).work()
         if not experiment.run.left:
             experiment.outputs.remove()
-    except (Stopped, DiskFull) as error:
-        store.add(f"{generation}/stopped", 1)
-        if isinstance(error, DiskFull):
-            raise
-        return str(error)
+    except DeviceLost:
+        raise
+    except Stopped as stop:
+        return str(stop)
     finally:
         experiment.progress.close()
     return ""
@@ -5244,15 +5324,6 @@ class _LogFile(logging.FileHandler):
         return
 
 
-class _LauncherLog(logging.Handler):
-    """Of what torch's launcher logs, this keeps how a worker ended."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and record.exc_info[1]:
-            how = str(record.exc_info[1]).strip()
-            log.error("a worker died, so all start again from their last epochs: %s", how)
-
-
 class _Console(logging.StreamHandler[Any]):
     """Console output through tqdm, so that lines and bars do not overwrite each other.
 
@@ -5420,19 +5491,38 @@ def usable_cores() -> int:
     return max(1, math.floor(cores))
 
 
-def torchrun_size(name: str) -> int:
-    """A size that torchrun tells its processes, such as "WORLD_SIZE"; 0 without torchrun."""
-    return int(os.environ.get(name, 0)) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+@dataclass(frozen=True)
+class Group:
+    """The place of this process among those that torchrun or srun has started together."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1  # processes that share this machine's cores
+
+    @classmethod
+    def find(cls) -> Group:
+        """As the environment says; a group of one where nothing else is said."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            return cls(*(int(os.environ[name]) for name in names))
+        tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))  # srun sets it, sbatch does not
+        if "SLURM_STEP_ID" not in os.environ or tasks == 1:
+            return cls()
+        rank, local_rank = (int(os.environ[f"SLURM_{name}"]) for name in ("PROCID", "LOCALID"))
+        return cls(rank, tasks, local_rank)  # srun binds each of its processes to cores of its own
 
 
 def worker_count(settings: Settings, devices: Sequence[Device]) -> int:
-    """Processes that share the jobs: what torchrun started, else --workers, else one per GPU."""
-    return torchrun_size("WORLD_SIZE") or settings.workers or len(devices)
+    """Processes that share the jobs: what torchrun or srun started, else --workers, else one per GPU."""
+    group = Group.find()
+    return group.size if group.size > 1 else settings.workers or len(devices)
 
 
 def thread_count(settings: Settings, devices: Sequence[Device]) -> int:
     """CPU threads of each process: what was asked for, else this machine's cores shared among its workers."""
-    here = torchrun_size("LOCAL_WORLD_SIZE") or worker_count(settings, devices)
+    group = Group.find()
+    here = group.local_size if group.size > 1 else worker_count(settings, devices)
     return settings.threads or max(1, usable_cores() // here)
 
 
@@ -5810,6 +5900,7 @@ def build_parser() -> argparse.ArgumentParser:
     actions = parser.add_argument_group("what to do instead of starting a new run")
     for option, text in {
         "--resume": "continue --output-dir, or else the newest matching run",
+        "--join": "help with the run in --output-dir, which another process leads",
         "--status": "what is done and what is left; trains nothing",
         "--plan": "jobs, measured speed, hours and disk; trains nothing",
         "--report-only": "figures and report again; trains nothing",
@@ -5861,8 +5952,11 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     chosen = [name for name in ACTIONS if parsed.get(name)]
     if len(chosen) > 1:
         raise UsageError(f"{listed(flag(name) for name in chosen)} exclude each other: give one of them")
-    args = Namespace(action="".join(chosen) or "run", resume=parsed["resume"], merge=parsed["merge"] or [])
-    args.given = {name: value for name, value in parsed.items() if name not in (*ACTIONS, "resume")}
+    if parsed["join"] and (chosen or parsed["resume"]):
+        raise UsageError("--join excludes --resume and whatever trains nothing: leave one of them out")
+    args = Namespace(action="".join(chosen) or "run", merge=parsed["merge"] or [])
+    args.resume, args.join = parsed["resume"], parsed["join"]
+    args.given = {name: value for name, value in parsed.items() if name not in (*ACTIONS, "resume", "join")}
     args.command = shlex.join([*script_command(), *argv])
 
     taken = ACTIONS.get(args.action)
@@ -5968,7 +6062,7 @@ def copy_run(source: Path, target: Path) -> None:
         (target / place).mkdir(parents=True, exist_ok=True)
         for name in files:
             path = folder / name
-            left_out = name in ("run.lock", "run.owner") or name.endswith((".tmp", ".corrupt"))
+            left_out = name.endswith((".lock", ".attempts", ".tmp", ".corrupt"))
             if not left_out and path.is_file() and path.resolve().is_relative_to(inside):
                 write_atomic(target / place / name, path.read_bytes())
 
@@ -5981,7 +6075,7 @@ def open_run(
     path, is_new = choose_folder(args, platform)
     make_run_folder(path)
     try:
-        with hold_folder(path) as token:
+        with hold_folder(path):
             start_logging(path / "experiment.log")
             log.info("run_exp1b_kaggle.py %s, run folder %s", VERSION, path)
             index = load_index(path, args.plugins) if args.resume else None
@@ -5992,7 +6086,7 @@ def open_run(
             data = load_run_data(settings, path, platform, session)
             count = f"{len(data.train_labels):,}"
             log.info("data: %s, %s training images (%s)", data.name, count, data.source)
-            run = Run(path, make_index(index, settings, precision, data, args), token, data.test_labels)
+            run = Run(path, make_index(index, settings, precision, data, args), data.test_labels)
             prepare_run(run, platform)
             enter_session(run, settings, args, devices)
             if not settings.fresh_teacher:
@@ -6001,7 +6095,9 @@ def open_run(
             run.save_index()
             yield run, devices, data
     finally:
-        if is_new and not is_run(path) and owner_token(path) == "":  # refused: leave no empty folder behind
+        if (
+            is_new and not is_run(path) and not is_held(path / "run.lock")
+        ):  # refused: leave no empty folder behind
             start_logging(None)
             shutil.rmtree(path, ignore_errors=True)
 
@@ -6130,8 +6226,7 @@ def make_index(
 def prepare_run(run: Run, platform: Platform) -> None:
     """Clean up after killed processes and check that the run fits. Raises `UsageError`."""
     run.clean()
-    if torchrun_size("TORCHELASTIC_RESTART_COUNT") == 0:
-        run.forget_failures()
+    run.forget_failures()
     batch, train = run.settings.batch_size, run.index.data.train
     if batch > train:
         raise UsageError(f"--batch-size {batch} is larger than the {train} training images: make it smaller")
@@ -6188,8 +6283,6 @@ def enter_session(run: Run, settings: Settings, args: Namespace, devices: Sequen
     index, before = run.index, run.index.settings
     run.settings = index.settings = settings
     run.jobs = planned_jobs(settings)
-    if torchrun_size("TORCHELASTIC_RESTART_COUNT") > 0 and index.sessions:
-        return  # a restart of torchrun's group is no new session
     grown = []
     for name in setting_names("scope"):
         old, new = getattr(before, name), getattr(settings, name)
@@ -6243,210 +6336,290 @@ def reuse_finished(run: Run, platform: Platform) -> None:
         if name not in wanted or any(teacher.name not in run.records for teacher in teachers_of(job)):
             continue
         for folder in dict.fromkeys(folders):
-            with contextlib.suppress(FileNotFoundError, Damaged):
+            with contextlib.suppress(FileNotFoundError, Damaged, UsageError):
                 record, tensors = run.load(job, folder / "checkpoints" / name)
                 if record.taught_by != taught_by(run, job):
                     continue
-                run.finish(job, record, tensors)
+                run.save_result(job, record, tensors)
                 note = f"{job.name} was reused from {folder.name} (identical settings, data and precision)."
                 log.info("%s", note)
                 run.index.notes.append(note)
                 break
 
 
-# -- working on a run: alone, under our own launcher, or under torchrun -------------------------------------
-MOST_RESTARTS = 20  # of a group of workers
-CONNECT_SECONDS = 60.0  # a process that cannot reach the others for this long gives up
+# -- working on a run: alone, with workers of our own, or beside the process that leads ---------------------
+MOST_RESTARTS = 20  # of the workers of one machine
+JOIN_SECONDS = 600.0  # who joins waits so long for a process that leads
+END_SECONDS = 120.0  # workers that were told to end are killed after this
 
 
 def run_experiment(args: Namespace, platform: Platform) -> int:
-    """Start or continue an experiment on everything there is; returns the exit code."""
-    session = Session()
+    """Start, continue or join an experiment, with everything there is here; returns the exit code."""
+    session, group = Session(), Group.find()
     with session.listening():
         session.limit(args.given.get("max_hours"), platform.kaggle)
-        if torchrun_size("WORLD_SIZE"):
-            return run_member(args, platform, session)
+        if args.join or group.size > 1:
+            if "output_dir" not in args.given:
+                raise UsageError(
+                    "several processes that share a run (--join, torchrun, srun) need --output-dir DIR, "
+                    "a folder that all of them see"
+                )
+        if args.join or group.rank > 0:
+            return join_run(args, platform, session)
         with open_run(args, platform, session) as (run, devices, data):
             try:
-                if worker_count(run.settings, devices) == 1:
-                    progress = make_progress(run, devices, platform.watched)
-                    experiment = make_experiment(run, devices[0], devices, data, session, progress)
-                    del data
-                    store = torch.distributed.HashStore()
-                    reason = work(experiment, store, "0", alone=True, writes=True, announce=True)
-                else:
-                    del data
-                    reason = launch(args, run, devices, platform, session)
+                reason = do_share(args, run, devices, data, platform, session, leads=True)
             except Stopped as stop:
                 reason = str(stop)
             return conclude(args, run, session, reason)
 
 
-def launch(args: Namespace, run: Run, devices: Sequence[Device], platform: Platform, session: Session) -> str:
-    """Share the work among one process per GPU under torch's elastic launcher; returns why it stopped early.
+def do_share(
+    args: Namespace,
+    run: Run,
+    devices: Sequence[Device],
+    data: RawData,
+    platform: Platform,
+    session: Session,
+    leads: bool,
+) -> str:
+    """Do what this machine can do of a run; returns why it stopped early ("" if nothing is left to do here).
 
-    The launcher restarts the group when a worker dies. It runs in a thread, so that the signals are this
-    process's own: it passes them on to the workers, and keeps index, report and progress bar meanwhile.
+    One worker works in this process. Several are processes of their own, one per device; under torchrun or
+    srun each process is one of them already.
+    """
+    group, workers = Group.find(), worker_count(run.settings, devices)
+    if group.size == 1 and workers > 1:
+        if has_locks(run.checkpoints):
+            return launch(args, run, devices, platform, session, leads)
+        log.warning("the file system of %s has no locks, which several workers need: one worker", run.path)
+    progress = make_progress(run, devices, platform.watched)
+    experiment = make_experiment(run, own_device(devices, group.local_rank), devices, data, session, progress)
+    if leads:
+        return work(experiment, True, partial(progress.announce, session))
+    return work(experiment, False, lambda: None)
+
+
+def own_device(devices: Sequence[Device], number: int) -> Device:
+    """The device of a process that was started with others, by its number on this machine."""
+    return devices[number % len(devices)]
+
+
+# -- workers of our own: processes that only their parent knows
+@dataclass
+class Member:
+    """A worker, as its parent sees it."""
+
+    process: multiprocessing.process.BaseProcess
+    pipe: connection.Connection
+    text: str = "starting"  # what it is doing
+    outcome: str | Exception | None = None  # why it ended; None: it has not said so
+
+
+class Crew:
+    """The workers of one machine. One that dies is started again, alone; its job continues where it was."""
+
+    def __init__(self, count: int, *mandate: Any) -> None:
+        """`mandate`: further arguments of `worker_main`."""
+        self.mandate, self.restarts, self.ending = mandate, 0, 0.0
+        self.speeds: dict[str, Speed] = {}
+        self.members: list[Member] = []
+        self.members += [self.start(number) for number in range(count)]
+
+    def start(self, number: int) -> Member:
+        """Start a worker. A signal that comes before it listens waits until then."""
+        spawn = multiprocessing.get_context("spawn")
+        here, there = spawn.Pipe(duplex=False)
+        arguments = (number, there, *self.mandate)
+        process = spawn.Process(target=worker_main, args=arguments, name=f"worker {number + 1}", daemon=True)
+        with contextlib.suppress(ImportError):  # Windows
+            resource_tracker.ensure_running()  # its first start would let the signals through
+        hold_signals(True)
+        try:
+            process.start()
+        except (OSError, RuntimeError) as error:
+            self.kill()
+            raise UsageError(
+                f"several workers cannot be started ({first_line(error)}): they need memory and open files "
+                "(ulimit -n); --workers 1 needs no other process"
+            ) from None
+        finally:
+            hold_signals(False)
+            there.close()
+        return Member(process, here)
+
+    @property
+    def working(self) -> list[Member]:
+        """Those that have not ended."""
+        return [member for member in self.members if member.outcome is None]
+
+    def listen(self, seconds: float) -> None:
+        """Take in what the workers say, and start those again that have died."""
+        pipes = [member.pipe for member in self.working]
+        heard = connection.wait(pipes, seconds)
+        for number, member in enumerate(self.members):
+            if member.outcome is None and member.pipe in heard:
+                self._hear(number, member)
+
+    def _hear(self, number: int, member: Member) -> None:
+        try:
+            while member.pipe.poll():
+                kind, value = member.pipe.recv()
+                if kind == "speeds":
+                    self.speeds = value
+                else:
+                    setattr(member, kind, value)
+        except (EOFError, OSError):
+            member.process.join()
+            if member.outcome is None:
+                self._died(number, member)
+
+    def _died(self, number: int, member: Member) -> None:
+        code = cast(int, member.process.exitcode)
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if self.ending:
+            member.outcome = f"the death of a worker ({how})"
+        elif self.restarts == MOST_RESTARTS:
+            log.error("worker %d died (%s), too often to be started again", number + 1, how)
+            member.outcome = "repeated crashes of workers"
+        else:
+            self.restarts += 1
+            log.error("worker %d died (%s) and is started again; the others go on", number + 1, how)
+            self.members[number] = self.start(number)
+
+    def end(self, number: int) -> None:
+        """Pass a signal on, once; kill those that have not ended after a while."""
+        if not self.ending:
+            self.ending = time.monotonic()
+            for member in self.working:
+                with contextlib.suppress(OSError):
+                    os.kill(cast(int, member.process.pid), number)
+        if time.monotonic() - self.ending > END_SECONDS:
+            self.kill()
+
+    def kill(self) -> None:
+        """Nobody is left after this."""
+        for member in self.members:
+            member.process.kill()
+            member.process.join()
+
+    def reason(self) -> str:
+        """Why they stopped early ("" if not). Raises a full disk, or what kept all of them from working."""
+        outcomes = [member.outcome for member in self.members]
+        errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+        for error in errors:
+            if isinstance(error, DiskFull) or len(errors) == len(outcomes):
+                raise error
+        return next((outcome for outcome in outcomes if isinstance(outcome, str) and outcome), "")
+
+
+def launch(
+    args: Namespace, run: Run, devices: Sequence[Device], platform: Platform, session: Session, leads: bool
+) -> str:
+    """Share the work among one process per device; returns why it stopped early.
+
+    This process passes signals on, and keeps index, report and progress bar meanwhile.
     """
     if not os.environ.get("OMP_WAIT_POLICY"):
         os.environ["OMP_WAIT_POLICY"] = "passive"  # spinning workers slow each other down
+    progress, problem = make_progress(run, devices, platform.watched), None
+    plugins, count = args.given["plugin"], worker_count(run.settings, devices)
+    crew = Crew(count, run.path, run.settings, plugins, platform, session.deadline)
     try:
-        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=worker_count(run.settings, devices),
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=MOST_RESTARTS,
-            monitor_interval=0.5,
-            start_method="spawn",
-            logs_specs=DefaultLogsSpecs(os.devnull),
-        )
-    except (OSError, RuntimeError) as error:
-        raise cannot_start(error) from None
-    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
-        launcher = logging.getLogger(name)
-        launcher.handlers, launcher.propagate = [_LauncherLog()], False
-    plugins, deadline = args.given["plugin"], session.deadline
-    mandate = (run.path, run.settings, run.token, plugins, platform, deadline, store.port)
-    outcome: dict[str, Any] = {}
-
-    def start() -> None:
-        try:
-            with contextlib.suppress(ImportError):  # Windows
-                resource_tracker.ensure_running()  # the first start of it would undo the next line
-            hold_signals(True)  # workers inherit this: a signal waits until they listen
-            outcome["returned"] = elastic_launch(config, worker_main)(*mandate)
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=start, daemon=True)
-    thread.start()
-    supervise(run, make_progress(run, devices, platform.watched), session, thread, store)
-    return judge_outcome(session, outcome)
-
-
-def supervise(run: Run, progress: Progress, session: Session, thread: threading.Thread, store: Any) -> None:
-    """While the launcher's thread lives: keep index and report, show progress, pass signals on to workers."""
-    forwarded, patience = False, 20.0
-    full: DiskFull | None = None
-    status = [f"status/{rank}" for rank in range(progress.estimate.workers)]
-    for key in status:
-        store.set(key, "the workers start" if key == status[0] else "")
-    while thread.is_alive() and patience > 0:
-        thread.join(0.5)
-        try:
-            fresh = run.refresh()
-            for job in fresh:
-                progress.job_ended(job)
-            if fresh or run.stale:
-                run.save()
-        except Stopped:
-            session.signal = session.signal or signal.SIGTERM  # the folder is lost: so are the workers
-        except DiskFull as error:
-            full = full or error
-        if not progress.estimate.speeds and store.check(["speeds"]):
-            progress.estimate.speeds = from_plain(dict[str, Speed], json.loads(store.get("speeds")))
-        progress.show([store.get(key).decode() for key in status])
-        ending = session.signal or (signal.SIGTERM if full else 0)
-        if ending and not forwarded:
-            forwarded = True
-            store.add("ended", 1)
-            for child in multiprocessing.active_children():
-                with contextlib.suppress(OSError):
-                    os.kill(cast(int, child.pid), ending)
-        if ending and not multiprocessing.active_children():
-            patience -= 0.5  # a launcher without workers is waiting for something that will not come
-    progress.close()
-    for child in multiprocessing.active_children():
-        child.terminate()
-        child.join()
-    if full:
-        raise full
-
-
-def connect(address: str, port: int) -> Any:
-    """The key-value store that another process offers. Raises `UsageError` where it cannot be reached."""
-    limit = datetime.timedelta(seconds=CONNECT_SECONDS)
-    try:
-        return torch.distributed.TCPStore(
-            address, port, is_master=False, wait_for_workers=False, timeout=limit
-        )
-    except RuntimeError as error:
-        raise cannot_start(error) from None
-
-
-def cannot_start(error: BaseException) -> UsageError:
-    """What to say where the launcher fails."""
-    return UsageError(
-        f"several workers cannot be started ({first_line(error)}): they need shared memory (/dev/shm), a "
-        "temporary folder, local network ports and open files (ulimit -n); --workers 1 needs none"
-    )
-
-
-def judge_outcome(session: Session, outcome: dict[str, Any]) -> str:
-    """Why the workers stopped early ("" if not). Raises `DiskFull` or `UsageError` where none could work."""
+        while crew.working:
+            crew.listen(Worker.POLL_SECONDS)
+            try:
+                supervise(run, crew, progress, session, leads)
+            except (Stopped, DiskFull, UsageError) as error:
+                problem = problem or error
+            if session.signal or problem:
+                crew.end(session.signal or signal.SIGTERM)
+    finally:
+        progress.close()
+        crew.kill()
+    if problem is not None:
+        raise problem
     if session.signal:
         return signal.Signals(session.signal).name
-    error = outcome.get("error")
-    if isinstance(error, ChildFailedError):
-        log.error("a worker failed %d times: %s", MOST_RESTARTS, first_line(error))
-        return "repeated crashes of workers"
-    if error is not None:
-        log.error("the launcher failed", exc_info=error)
-        raise cannot_start(error)
-    returned = list(outcome.get("returned", {}).values())
-    problems = [item for item in returned if isinstance(item, Exception)]
-    for problem in problems:
-        if isinstance(problem, DiskFull) or len(problems) == len(returned):
-            raise problem
-    return next((item for item in returned if isinstance(item, str) and item), "")
+    return crew.reason() if run.left else ""
+
+
+def supervise(run: Run, crew: Crew, progress: Progress, session: Session, leads: bool) -> None:
+    """What the parent of workers does between two looks at them."""
+    if crew.speeds and not progress.estimate.speeds:
+        progress.estimate.speeds = crew.speeds
+        if leads:
+            progress.announce(session)
+    fresh = run.refresh()
+    if leads:
+        report_progress(run, progress, fresh)
+    progress.show([member.text for member in crew.members])
 
 
 def worker_main(
+    number: int,
+    pipe: connection.Connection,
     path: Path,
     settings: Settings,
-    token: str,
     plugins: Sequence[Path],
     platform: Platform,
     deadline: float | None,
-    port: int,
-) -> str | Exception:
-    """A worker under our own launcher: works on the run that the parent has prepared and holds the lock of.
+) -> None:
+    """A worker: does its share of the run that its parent has prepared, and tells it how that ended.
 
-    Returns why it stopped early, or the error that a new attempt would not cure (after a raised one the
-    launcher restarts).
+    One that ends without a word is started again.
     """
     session = Session(deadline)
     follow_parent(session)
     with session.listening():
         level = logging.WARNING if platform.watched else logging.INFO
-        start_logging(path / "experiment.log", worker_label(), level)
+        start_logging(path / "experiment.log", f"[worker {number + 1}] ", level)
+        outcome: str | Exception
         try:
-            store = connect("127.0.0.1", port)
-            if store.check(["ended"]):
-                return "session clock"
-            reason = join_run(path, settings, token, load_plugins(plugins), platform, session, store)
+            outcome = work_as_member(number, pipe, path, settings, load_plugins(plugins), platform, session)
+        except DeviceLost as lost:
+            log.error("this worker stops: %s", lost)
+            sys.exit(1)
         except Stopped as stop:
-            reason = str(stop)
+            outcome = str(stop)
         except (DiskFull, UsageError) as error:
             log.error("this worker stops: %s", error)
-            return error
-        if session.signal:
-            await_end(session, store)
-    return reason
+            outcome = error
+        except Exception as error:
+            log.error("this worker crashed (%s)", first_line(error))
+            log.error("the worker crashed", exc_info=error)
+            sys.exit(1)
+        tell(pipe, "outcome", outcome)
 
 
-def worker_label() -> str:
-    """What a worker's log lines begin with."""
-    return f"[worker {int(os.environ['RANK']) + 1}] "
+def tell(pipe: connection.Connection, kind: str, value: object) -> None:
+    """Tell the parent something; one that is gone hears nothing."""
+    with contextlib.suppress(OSError):
+        pipe.send((kind, value))
+
+
+def work_as_member(
+    number: int,
+    pipe: connection.Connection,
+    path: Path,
+    settings: Settings,
+    plugins: Mapping[str, str],
+    platform: Platform,
+    session: Session,
+) -> str:
+    """Open a run that is prepared, and do one worker's share; returns why it stopped early."""
+    devices = find_devices(settings.device, platform.kaggle, allow_cpu=True)
+    index = load_index(path, plugins)
+    index.settings = settings
+    run, data = Run(path, index), load_run_data(settings, path, platform, session)
+    publish = partial(tell, pipe, "text") if platform.watched else None
+    progress = make_progress(run, devices, False, publish)
+    experiment = make_experiment(run, own_device(devices, number), devices, data, session, progress)
+    return work(experiment, False, lambda: tell(pipe, "speeds", progress.estimate.speeds))
 
 
 def follow_parent(session: Session) -> None:
-    """End this worker, in order if it can, when its parent is gone: another process may hold the run then."""
+    """End this worker, in order if it can, when its parent is gone: another process may lead the run then."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -6459,116 +6632,77 @@ def follow_parent(session: Session) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def await_end(session: Session, store: Any, patience: float = 5.0) -> None:
-    """After a signal: return if the whole session ends. Else the launcher is about to start the group
-    again: it takes no more results, and whoever offers one waits for its SIGKILL, so this process exits."""
-    while not store.check(["ended"]):
-        if patience <= 0:
-            sys.exit(128 + session.signal)
-        time.sleep(0.25)
-        patience -= 0.25
+# -- joining a run that another process leads
+def join_run(args: Namespace, platform: Platform, session: Session) -> int:
+    """Help with the run that another process leads, until nothing is left to do here; returns the exit code.
 
-
-def join_run(
-    path: Path,
-    settings: Settings,
-    token: str,
-    plugins: dict[str, str],
-    platform: Platform,
-    session: Session,
-    store: Any,
-) -> str:
-    """Work on a run which another process has prepared; returns why this one stopped early."""
-    rank, generation = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
-    devices = find_devices(settings.device, platform.kaggle, allow_cpu=True)
-    index = load_index(path, plugins)
-    index.settings = settings
-    data = load_run_data(settings, path, platform, session)
-    run = Run(path, index, token, data.test_labels)
-    publish = partial(store.set, f"status/{rank}") if platform.watched else None
-    progress = make_progress(run, devices, False, publish)
-    experiment = make_experiment(run, own_device(devices), devices, data, session, progress)
-    del data
-    return work(experiment, store, generation, alone=False, writes=False, announce=rank == 0)
-
-
-def own_device(devices: Sequence[Device]) -> Device:
-    """The device of a process that was started with others."""
-    return devices[int(os.environ["LOCAL_RANK"]) % len(devices)]
-
-
-def run_member(args: Namespace, platform: Platform, session: Session) -> int:
-    """One process of `torchrun`: rank 0 prepares the run in --output-dir and reports, the others join."""
-    if "output_dir" not in args.given:
-        raise UsageError("under torchrun give --output-dir DIR, a folder that all processes share")
-    if torchrun_size("GROUP_WORLD_SIZE") > 1 and torchrun_size("TORCHELASTIC_MAX_RESTARTS") > 0:
-        raise UsageError(
-            "torchrun counts restarts per machine: on several machines leave out --max-restarts "
-            "and start again with --resume"
-        )
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # torchrun's key-value store outlives the processes, so it remembers what a restarted group must know.
-    store = connect(address, port)
-    if store.check(["concluded"]):  # torchrun starts a group again, for nothing, where jobs have failed
-        return int(store.get("concluded"))
-    act = lead_members if os.environ["RANK"] == "0" else follow_leader
-    return act(args, platform, session, store, os.environ["TORCHELASTIC_RESTART_COUNT"])
-
-
-def lead_members(args: Namespace, platform: Platform, session: Session, store: Any, generation: str) -> int:
-    """Rank 0 of `torchrun`: prepares the run, does its share, waits for the others, reports."""
-    prepared = f"prepared/{generation}"
-    args.resume = args.resume or (generation != "0" and is_run(args.given["output_dir"]))
-    try:
-        with open_run(args, platform, session) as (run, devices, data):
-            store.set("token", run.token)
-            store.set(prepared, "ok")
-            progress = make_progress(run, devices, platform.watched)
-            experiment = make_experiment(run, own_device(devices), devices, data, session, progress)
-            del data
-            reason = work(experiment, store, generation, alone=False, writes=True, announce=True)
-            wait_for_members(store, generation, session)
-            code = conclude(args, run, session, reason)
-        if not session.signal:  # torchrun ends the others too, by SIGTERM, when one of them has died
-            store.set("concluded", str(code))
-        return code
-    except BaseException as error:  # whatever it is, the others must not wait for this one
-        store.set(prepared, "stopped" if isinstance(error, Stopped) else "failed")
-        raise
-
-
-def follow_leader(args: Namespace, platform: Platform, session: Session, store: Any, generation: str) -> int:
-    """Any other rank of `torchrun`: joins the run as soon as rank 0 has prepared it."""
-    prepared, path = f"prepared/{generation}", Path(args.given["output_dir"])
-    try:
-        while not store.check([prepared]):
-            session.check()
-            time.sleep(0.5)
-        if store.get(prepared) != b"ok":
-            return 0 if store.get(prepared) == b"stopped" else 2
-        start_logging(path / "experiment.log", worker_label())
-        settings = continued_settings(load_index(path, args.plugins), args.given)
-        join_run(path, settings, store.get("token").decode(), args.plugins, platform, session, store)
-        return 0
-    finally:
-        with contextlib.suppress(RuntimeError):  # the store is gone with rank 0
-            store.add(f"left/{generation}", 1)
-
-
-def wait_for_members(store: Any, generation: str, session: Session, patience: float = 10.0) -> None:
-    """Wait until the other processes of `torchrun` have finished too, after a signal only `patience` seconds.
-
-    Rank 0 holds the lock and writes the last report, so it must be the last to leave.
+    It writes neither index nor report. It goes on when that process ends: what it has done is not lost.
     """
-    while store.add(f"left/{generation}", 0) < torchrun_size("WORLD_SIZE") - 1 and patience > 0:
-        time.sleep(0.5)
-        if session.signal:
-            patience -= 0.5
+    path = Path(args.given["output_dir"])
+    await_leader(path, session)
+    if not has_locks(path / "checkpoints"):
+        log.warning("the file system of %s has no locks, so only the process that leads can work there", path)
+        return 0
+    start_logging(path / "experiment.log", f"[{socket.gethostname()} {os.getpid()}] ")
+    index = load_index(path, args.plugins)
+    if index.sessions[-1].script_sha256 != script_sha256():
+        raise UsageError(
+            f"another version of this script leads the run in {path}: use the same file everywhere"
+        )
+    given = {name: value for name, value in args.given.items() if name not in setting_names("scope")}
+    settings = index.settings = continued_settings(index, given)
+    devices = choose_devices(settings, platform)
+    announce_devices(devices, index.precision, settings)
+    data = load_run_data(settings, path, platform, session)
+    if data.sha256 != index.data.sha256:
+        raise UsageError(f"the data found ({data.source}) are not the run's: give the right --data-dir")
+    run = Run(path, index)
+    log.info("joined the run in %s", path)
+    try:
+        reason = do_share(args, run, devices, data, platform, session, leads=False)
+    except Stopped as stop:
+        reason = str(stop)
+    ended = f"stopped by {reason}" if reason else "nothing is left to do here"
+    writer = "the process that leads it writes the report"
+    if not is_held(path / "run.lock"):
+        writer = f"nobody leads it any more, so continue with: {continue_command(args, path)}"
+    log.info(
+        "%s: %d of %d jobs of the run done; %s",
+        ended,
+        len(run.records) - len(run.failed),
+        len(run.jobs),
+        writer,
+    )
+    if session.signal:
+        return 128 + session.signal
+    return 0 if reason in ("", "session clock") else 1
+
+
+def await_leader(path: Path, session: Session) -> None:
+    """Wait for a process that leads the run and has prepared it; `UsageError` where none comes."""
+    lock, state = path / "run.lock", path / "checkpoints" / STATE_NAME
+    said, waited = False, 0.0
+    while True:
+        session.check()
+        led = is_held(lock)
+        with contextlib.suppress(OSError):
+            # The lock's file is written when it is taken, the index when all is prepared.
+            if led and state.stat().st_mtime >= lock.stat().st_mtime:
+                return
+        if not said:
+            log.info("waiting for the process that leads the run in %s", path)
+            said = True
+        waited = 0.0 if led else waited + 1.0
+        if waited > JOIN_SECONDS:
+            raise UsageError(
+                f"no process leads a run in {path}: start one there without --join, or check the path "
+                f"(waited {say_time(JOIN_SECONDS)})"
+            )
+        time.sleep(1.0)
 
 
 def conclude(args: Namespace, run: Run, session: Session, reason: str) -> int:
     """Write the last report; the last line says the outcome and what continues. Returns the exit code."""
-    run.check_ours()
     last = run.index.sessions[-1]
     last.ended, last.stopped = now(), reason
     run.refresh()
@@ -6649,9 +6783,9 @@ def show_status(args: Namespace, platform: Platform) -> int:
 def report_again(args: Namespace, platform: Platform) -> int:
     """Write tables, figures and report of a run once more, without training."""
     path = adopt(find_run(args, platform), args, platform)
-    with hold_folder(path) as token:
+    with hold_folder(path):
         start_logging(path / "experiment.log")
-        report_on(Run(path, load_index(path, args.plugins), token), args, platform)
+        report_on(Run(path, load_index(path, args.plugins)), args, platform)
     return 0
 
 
@@ -6746,10 +6880,10 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
     Run(partial_run, index).save_index()
     shutil.rmtree(target, ignore_errors=True)  # an empty one
     rename(partial_run, target)  # from here on it is a run, and --report-only can write its report
-    with hold_folder(target) as token:
+    with hold_folder(target):
         start_logging(target / "experiment.log")
         log.info("merged %d jobs of %d runs into %s", len(files), len(runs), target)
-        report_on(Run(target, index, token), args, platform)
+        report_on(Run(target, index), args, platform)
     return 0
 
 

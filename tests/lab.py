@@ -48,7 +48,7 @@ def open_lab(
 def do(experiment: exp.Experiment, *jobs: exp.Job) -> dict[str, exp.Record]:
     """Do these jobs (default: all, as a worker would) and return the records of everything finished."""
     if not jobs:
-        exp.Worker(experiment, torch.distributed.HashStore(), "0", alone=True, writes=False).work()
+        exp.Worker(experiment, writes=False).work()
     for job in jobs:
         exp.do_job(experiment, job)
         experiment.run.refresh()

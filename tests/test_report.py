@@ -597,16 +597,6 @@ def test_writing_twice_gives_the_same_files(tmp_path):
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()} and len(before) == 4
 
 
-def test_nothing_is_written_into_a_folder_that_was_lost(tmp_path):
-    run = fake_run(tmp_path, 1)
-    run.token = "mine"
-    (tmp_path / "run.owner").write_text("process 1 on host x\nanother\n")
-    for action in (lambda: exp.write_outputs(run, False), lambda: exp.write_archive(run)):
-        with pytest.raises(exp.Stopped):
-            action()
-    assert [path.name for path in tmp_path.iterdir()] == ["run.owner"]
-
-
 # ---- archive
 
 
