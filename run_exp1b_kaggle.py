@@ -2527,14 +2527,24 @@ def compare_cells(frame: pd.DataFrame, ratio: str, treatment: str, control: str)
     return replace(c, no_interval="identical by construction") if same else c
 
 
+def compare_family(
+    frame: pd.DataFrame, treatments: Iterable[str], control: str, ratios: Iterable[str]
+) -> dict[tuple[str, str], dict[str, Comparison]]:
+    """(treatment, control) -> ratio -> comparison, Holm-adjusted over all of them."""
+    keys = list(itertools.product(treatments, ratios))
+    raw = [compare_cells(frame, ratio, treatment, control) for treatment, ratio in keys]
+    found: dict[tuple[str, str], dict[str, Comparison]] = {}
+    for (treatment, ratio), c, p in zip(keys, raw, holm(c.t_p for c in raw), strict=True):
+        found.setdefault((treatment, control), {})[ratio] = replace(c, holm_p=p)
+    return found
+
+
 def compare_methods(
     frame: pd.DataFrame, treatment: str, control: str, ratios: Iterable[str] | None = None
 ) -> dict[str, Comparison]:
     """Test accuracies at each ratio, Holm-adjusted over `ratios` (by default those in the frame)."""
     names = list(ratios or frame.compression.unique())
-    raw = [compare_cells(frame, ratio, treatment, control) for ratio in names]
-    adjusted = holm(c.t_p for c in raw)
-    return {ratio: replace(c, holm_p=p) for ratio, c, p in zip(names, raw, adjusted, strict=True)}
+    return compare_family(frame, [treatment], control, names).get((treatment, control), {})
 
 
 def trend_test(frame: pd.DataFrame, treatment: str = SUBJECT, control: str = BASELINE) -> Comparison:
@@ -2671,6 +2681,10 @@ def outputs_seconds(run: Run, pages: Collection[tuple[str, int]]) -> float:
 
 
 # -- evidence: what figures and report are made from --------------------------------------------------------
+SIDE_BY_SIDE = 3  # methods that tables and figures show as columns; more than these are ranked, as rows
+TOLD_BY_LOOK = 5  # methods in a figure that only colour and marker tell apart
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What the figures and the report are made from; see `gather_evidence`."""
@@ -2679,8 +2693,8 @@ class Evidence:
     frame: pd.DataFrame  # of results_frame
     ratios: list[str]  # planned, smallest first
     methods: list[str]  # planned, of those that --methods takes, in order
-    extra_arms: list[str]  # equal-cost and ablation arms, planned or present
-    twins: dict[tuple[str, str], str]  # (ratio, arm) -> the arm that it is a copy of, by construction
+    extra_methods: list[str]  # equal-cost and ablation arms, planned or present
+    twins: dict[tuple[str, str], str]  # (ratio, method) -> the method that it is a copy of, by construction
     pairs: dict[tuple[str, str], dict[str, Comparison]]  # (treatment, control) -> ratio -> comparison
     missing: list[str]  # such as "the teacher", "all of 7x", "5x: HPM-KD 2 of 3 runs"
     drawn: frozenset[str] = frozenset()  # the figures that the report can show
@@ -2691,9 +2705,56 @@ class Evidence:
         return self.pairs.get((SUBJECT, BASELINE), {})
 
     @property
+    def controls(self) -> list[str]:
+        """The methods that others are compared with."""
+        return list(dict.fromkeys(control for _, control in self.pairs))
+
+    @property
+    def ranked(self) -> bool:
+        """Whether there are too many methods to stand side by side."""
+        return len(self.methods) > SIDE_BY_SIDE
+
+    @property
     def teacher(self) -> Record | None:
         """The finished teacher."""
         return teacher_of(self.run)
+
+    def ranking(self, ratio: str = "") -> list[str]:
+        """The methods that have results, the best mean accuracy first: at a ratio, or over all of them."""
+        done = self.frame[self.frame.status == "done"]
+        table = done.pivot_table(index="compression", columns="method", values="test_accuracy")
+        table = table.reindex(index=[ratio] if ratio else self.ratios, columns=self.methods)
+        means = table.sub(
+            table.mean(axis=1), axis=0
+        ).mean()  # a ratio that a method lacks is not held against it
+        return list(means.dropna().sort_values(ascending=False, kind="stable").index)
+
+    @cached_property
+    def shown(self) -> list[str]:
+        """The methods where only looks tell them apart: all, or those of the question and the best others."""
+        if len(self.methods) <= TOLD_BY_LOOK:
+            return self.methods
+        always = [method for method in self.methods if method in (BASELINE, SUBJECT)]
+        best = [method for method in self.ranking() if method not in always]
+        return in_order([*always, *best[: TOLD_BY_LOOK - len(always)]])
+
+    @property
+    def shown_note(self) -> str:
+        """What `shown` leaves out, as a sentence; "" if nothing."""
+        if len(self.shown) == len(self.methods):
+            return ""
+        return f"Shown of {len(self.methods)} methods: {listed(self.shown)}."
+
+    @cached_property
+    def looks(self) -> dict[str, Look]:
+        """Colour, marker and line of every method: its own, or a spare one if its colour is taken."""
+        looks: dict[str, Look] = {}
+        own = [method for method in self.methods if method in MAIN_METHODS]
+        for method in dict.fromkeys([*own, *self.shown, *self.methods]):
+            taken = {colour for colour, _, _ in looks.values()}
+            wanted = [METHODS[method].look, *SPARE_LOOKS, *(METHODS[name].look for name in MAIN_METHODS)]
+            looks[method] = next((look for look in wanted if look[0] not in taken), wanted[0])
+        return looks | {method: METHODS[method].look for method in self.extra_methods}
 
     def records(self, kind: str, method: str = "", ratio: str = "") -> list[Record]:
         """Records of finished jobs of a kind, all of them or those of a method or ratio."""
@@ -2706,28 +2767,42 @@ def gather_evidence(run: Run) -> Evidence:
     """Work out what was planned, what is there, what is missing, and the comparisons."""
     frame, settings = results_frame(run), run.settings
     ratios = [ratio for ratio in RATIOS if ratio in settings.compression]
-    arms = in_order({*student_arms(settings), *frame.method})
-    methods = [arm for arm in arms if METHODS[arm].option == "methods"]
-    extra_arms = [arm for arm in arms if arm not in methods]
+    everything = in_order({*student_arms(settings), *frame.method})
+    methods = [method for method in everything if METHODS[method].option == "methods"]
+    extra_methods = [method for method in everything if method not in methods]
     copies = frame[frame.same_as != ""]
     twins = {(row.compression, row.method): row.same_as for row in copies.itertuples()}
-    pairs = {
-        (treatment, control): compare_methods(frame, treatment, control, ratios)
-        for number, treatment in enumerate(methods)
-        for control in methods[:number]
-    }
-    missing = missing_parts(run, frame, ratios, arms)
+    pairs = planned_pairs(frame, methods, ratios)
+    missing = missing_parts(run, frame, ratios, everything)
     drawn = frozenset(path.stem for path in (run.path / "figures").glob("*.png"))
-    return Evidence(run, frame, ratios, methods, extra_arms, twins, pairs, missing, drawn)
+    return Evidence(run, frame, ratios, methods, extra_methods, twins, pairs, missing, drawn)
 
 
-def missing_parts(run: Run, frame: pd.DataFrame, ratios: Sequence[str], arms: Sequence[str]) -> list[str]:
+def planned_pairs(
+    frame: pd.DataFrame, methods: Sequence[str], ratios: Sequence[str]
+) -> dict[tuple[str, str], dict[str, Comparison]]:
+    """Every method against those before it; of more than SIDE_BY_SIDE only against the experiment's own.
+
+    Then all methods at all ratios that are compared with one control are one family for Holm.
+    """
+    ranked = len(methods) > SIDE_BY_SIDE
+    own = [method for method in methods if method in MAIN_METHODS]
+    controls = (own or methods[:1]) if ranked else methods
+    pairs: dict[tuple[str, str], dict[str, Comparison]] = {}
+    for control in controls:
+        later = methods[methods.index(control) + 1 :]
+        for family in [later] if ranked else [[method] for method in later]:
+            pairs |= compare_family(frame, family, control, ratios)
+    return pairs
+
+
+def missing_parts(run: Run, frame: pd.DataFrame, ratios: Sequence[str], methods: Sequence[str]) -> list[str]:
     """What was planned and is not finished."""
     missing = [] if teacher_of(run) else ["the teacher"]
     wanted = run.settings.runs
     for ratio in ratios:
-        counts = {arm: len(values_of(frame, ratio, arm)) for arm in arms}
-        short = [f"{arm} {n}" for arm, n in counts.items() if n < wanted]
+        counts = {method: len(values_of(frame, ratio, method)) for method in methods}
+        short = [f"{method} {n}" for method, n in counts.items() if n < wanted]
         if short and any(counts.values()):
             missing.append(f"{ratio}: {listed(short)} of {say_count(wanted, 'run')}")
         elif short:
@@ -2753,6 +2828,7 @@ FIGURE_STYLE: dict[str, Any] = {
     "pdf.fonttype": 42,
 }
 RUNS_NOTE = f"Small markers: runs. Large: mean. Bars: 95% t-interval (from {LEAST_PAIRS} runs; arrow: cut)."
+PAIRS_NOTE = RUNS_NOTE.replace("runs", "pairs")
 CURVES_NOTE = "Thin lines: runs. Thick lines: mean."
 # What was expected before the experiment: test accuracy (%) of Direct and HPM-KD, and their difference (pp).
 PREDICTION = {"2.3x": (88.5, 88.7, 0.2), "5x": (85.0, 87.5, 2.5), "7x": (82.0, 86.0, 4.0)}
@@ -2777,52 +2853,69 @@ def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -
 
 
 def finish_figure(
-    figure: Figure, evidence: Evidence, title: str, note: str, arms: Iterable[str] = (), lines: bool = False
+    figure: Figure,
+    evidence: Evidence,
+    title: str,
+    note: str,
+    methods: Iterable[str] = (),
+    lines: bool = False,
 ) -> Figure:
-    """Add the title, the legend of `arms` (with their `lines`), the note, and what is missing."""
+    """Add the title, the legend of `methods` (with their `lines`), the note, and what is missing."""
     from matplotlib.lines import Line2D
 
     handles: list[Any] = []
-    for arm in in_order(arms):
-        colour, marker, line = METHODS[arm].look
+    for method in in_order(methods):
+        colour, marker, line = evidence.looks[method]
         style = line if lines else "none"
-        handles.append(Line2D([], [], label=arm, color=colour, marker=marker, linestyle=style))
-    long = len(handles) == 4 or any(len(handle.get_label()) > 17 for handle in handles)
-    columns, width = 2 if long else 3, 2.8 if lines else 0.8
-    figure.legend(
-        loc="outside upper left",
-        handles=handles,
-        ncols=columns,
-        handlelength=width,
-        columnspacing=1.4,
-        borderpad=0,
-        title=title,
-        title_fontproperties={"size": 9.5, "weight": "bold"},
-        alignment="left",
-    )
+        handles.append(Line2D([], [], label=method, color=colour, marker=marker, linestyle=style))
+    options = {
+        "handlelength": 2.8 if lines else 0.8,
+        "columnspacing": 1.4,
+        "borderpad": 0,
+        "alignment": "left",
+    }
+    font = {"size": 9.5, "weight": "bold"}
+    most = 2 if len(handles) == 4 else 3
+    for columns in range(most, 0, -1):  # names are never cut: as many columns as there is room for
+        legend = figure.legend(
+            loc="outside upper left",
+            handles=handles,
+            ncols=columns,
+            title=title,
+            title_fontproperties=font,
+            **options,
+        )
+        if columns == 1 or legend.get_window_extent().width < 0.97 * figure.bbox.width:
+            break
+        legend.remove()
     if evidence.missing:
         note += f"\nMissing: {'; '.join(evidence.missing)}."
-    text = "\n".join(textwrap.fill(line, 84, max_lines=2, placeholder=" ...") for line in note.splitlines())
+    text = "\n".join(
+        textwrap.fill(line, 84, max_lines=2, placeholder=" ...") for line in note.splitlines() if line
+    )
     figure.supxlabel(text, x=0.012, ha="left", fontsize=6.5, color="0.3", linespacing=1.3)
     return figure
 
 
 class Marks:
-    """Draws runs, means and intervals of cells, and fits the axis of values to them."""
+    """Draws runs, means and intervals of methods, and fits the axis of values to them."""
 
-    def __init__(self, *levels: float, horizontal: bool = False) -> None:
+    def __init__(self, evidence: Evidence, *levels: float, horizontal: bool = False) -> None:
         """`levels`: other values that the axis has to show, NaN for none. `horizontal`: it is the x-axis."""
+        self.looks = evidence.looks
         self.points = [level for level in levels if math.isfinite(level)]
         self.horizontal = horizontal
         # Axis, place, colour, mean, low and high of each interval.
         self.bars: list[tuple[Axes, float, str, float, float, float]] = []
-        self.arms: set[str] = set()  # that have been drawn
+        self.methods: set[str] = set()  # that have been drawn
 
-    def draw_group(self, axis: Axes, place: float, cells: Mapping[str, Iterable[float]], **span: Any) -> None:
-        """Draw the cells of several methods side by side around a place."""
-        width = min(0.86 / len(cells), 0.45)
-        for number, (method, values) in enumerate(cells.items()):
-            self.draw(axis, place + width * (number - (len(cells) - 1) / 2), width, values, method, **span)
+    def draw_group(
+        self, axis: Axes, place: float, groups: Mapping[str, Iterable[float]], **span: Any
+    ) -> None:
+        """Draw the values of several methods side by side around a place."""
+        width = min(0.86 / len(groups), 0.45)
+        for number, (method, values) in enumerate(groups.items()):
+            self.draw(axis, place + width * (number - (len(groups) - 1) / 2), width, values, method, **span)
 
     def draw(
         self,
@@ -2838,11 +2931,11 @@ class Marks:
         array = np.asarray(list(values), dtype=float)
         if not len(array):
             return
-        colour, marker, _ = METHODS[method].look
+        colour, marker, _ = self.looks[method]
         style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "clip_on": False}
         mean, (low, high) = float(array.mean()), t_interval(array)
         self.points.extend(array)
-        self.arms.add(method)
+        self.methods.add(method)
         if len(array) > 1:
             spots = place + width * np.linspace(0.12, 0.42, len(array))
             axis.plot(*self._xy(spots, array), **style, markersize=3, markeredgewidth=0, alpha=0.7)
@@ -2898,8 +2991,6 @@ def label_ratios(axis: Axes, evidence: Evidence) -> None:
 def draw_by_ratio(evidence: Evidence, column: str) -> Figure | None:
     """A column of the results, test_accuracy or retention, by ratio and method, and the teacher's value."""
     title, label = f"Test accuracy on {evidence.run.settings.dataset}", "test accuracy (%)"
-    if column == "retention":
-        title, label = "Share of the teacher's test accuracy", "student / teacher (%)"
     level = most = 100.0
     if evidence.teacher is None:
         level = math.nan
@@ -2907,51 +2998,116 @@ def draw_by_ratio(evidence: Evidence, column: str) -> Figure | None:
         most = 1e4 / evidence.teacher.test_accuracy
     else:
         level = evidence.teacher.test_accuracy
+    if column == "retention":
+        title, label = "Share of the teacher's test accuracy", "student / teacher (%)"
+    values = {
+        (ratio, method): values_of(evidence.frame, ratio, method, column)
+        for ratio, method in itertools.product(evidence.ratios, evidence.methods)
+    }
+    if evidence.ranked:
+        note = RUNS_NOTE
+        if math.isfinite(level):
+            note += f"\nBest mean on top. Each panel has its own scale. Teacher: {level:.4g}%."
+        return draw_rows(evidence, evidence.ranking(), values, f"{title} (%)", note, span=(0.0, most))
+
     figure, axes = new_figure(3.0)
-    axis, marks = axes[0, 0], Marks(level)
-    for group, ratio in enumerate(evidence.ratios):
-        cells = {method: values_of(evidence.frame, ratio, method, column) for method in evidence.methods}
-        marks.draw_group(axis, group, cells, span=(0.0, most))
-    if not marks.arms:
+    axis, marks = axes[0, 0], Marks(evidence, level)
+    for place, ratio in enumerate(evidence.ratios):
+        group = {method: values[ratio, method] for method in evidence.methods}
+        marks.draw_group(axis, place, group, span=(0.0, most))
+    if not marks.methods:
         return None
     if math.isfinite(level):
         axis.axhline(level, color="0.35", linestyle=(0, (1, 1.2)), zorder=1)
-        place = (len(evidence.ratios) - 0.47, level)
-        axis.text(*place, f"teacher\n{level:.4g}%", va="center", color="0.35", fontsize=7.5)
+        right = len(evidence.ratios) - 0.47
+        axis.text(right, level, f"teacher\n{level:.4g}%", va="center", color="0.35", fontsize=7.5)
     label_ratios(axis, evidence)
     axis.set_ylabel(label)
     marks.fit(axis, percent=True)
-    return finish_figure(figure, evidence, title, RUNS_NOTE, marks.arms)
+    return finish_figure(figure, evidence, title, RUNS_NOTE, marks.methods)
+
+
+def draw_rows(
+    evidence: Evidence,
+    methods: Sequence[str],
+    values: Mapping[tuple[str, str], Iterable[float]],
+    title: str,
+    note: str,
+    span: tuple[float, float] | None = None,
+    copies: Collection[tuple[str, str]] = (),
+) -> Figure | None:
+    """Methods as rows, one panel per ratio, of `values` by (ratio, method).
+
+    `span`: the possible accuracies, each panel on a scale of its own; without it differences around zero, on
+    one scale. `copies`: those that have no values because they are the control itself, by construction.
+    """
+    ratios, percent = evidence.ratios, span is not None
+    methods = [method for method in methods if any(len(list(values[ratio, method])) for ratio in ratios)]
+    if not methods:
+        return None
+    figure, axes = new_figure(1.1 + 0.3 * len(methods), 1, len(ratios), sharex=not percent, sharey=True)
+    shared = Marks(evidence, 0.0, horizontal=True)
+    for axis, ratio in zip(axes[0], ratios, strict=True):
+        marks = Marks(evidence, horizontal=True) if percent else shared
+        for row, method in enumerate(methods):
+            if (ratio, method) in copies:
+                style = {"ha": "center", "va": "center", "bbox": {"color": "white", "pad": 1}}
+                axis.text(0, row, "same by\nconstruction", fontsize=6, **style)
+            else:
+                marks.draw(axis, row, 1.0, values[ratio, method], method, span or (-math.inf, math.inf))
+        if not percent:
+            axis.axvline(0, color="black", linewidth=1.2, zorder=1.5)
+        elif marks.methods:
+            marks.fit(axis, percent=True)
+        axis.set_title(ratio)
+        axis.locator_params(axis="x", nbins=4, integer=percent)
+    if not percent:
+        shared.fit(axes[0, 0], percent=False)
+    letters = 16 if evidence.ranked else 22
+    labels = [textwrap.fill(method, letters) for method in methods]
+    axes[0, 0].set(yticks=range(len(methods)), yticklabels=labels, ylim=(len(methods) - 0.4, -0.6))
+    return finish_figure(figure, evidence, title, note)
 
 
 def draw_differences(evidence: Evidence) -> Figure | None:
-    """Paired differences by ratio, one panel per control, on one scale."""
-    earlier = set(evidence.methods[:-1])
-    controls = in_order({BASELINE, RIVAL} & earlier or earlier)
+    """Paired differences by ratio, one panel per control, on one scale; of many methods from the first."""
+    title = "Paired differences of test accuracy"
+    if evidence.ranked:
+        first = evidence.controls[0]
+        others = [method for method in evidence.ranking() if method != first]
+        found = {
+            (ratio, method): evidence.pairs[method, first][ratio].differences
+            for ratio, method in itertools.product(evidence.ratios, others)
+        }
+        return draw_rows(evidence, others, found, f"Test accuracy minus {first}'s (pp)", PAIRS_NOTE)
+
+    controls = [control for control in evidence.controls if control in (BASELINE, RIVAL)] or evidence.controls
     if not controls:
         return None
-    arms = {control: [arm for arm, other in evidence.pairs if other == control] for control in controls}
-    widths = [0.7 + len(arms[control]) for control in controls]
+    methods = {
+        control: [method for method, other in evidence.pairs if other == control] for control in controls
+    }
+    widths = [0.7 + len(methods[control]) for control in controls]
     figure, axes = new_figure(3.0, 1, len(controls), sharey=True, width_ratios=widths)
-    marks = Marks(0.0)
+    marks = Marks(evidence, 0.0)
     for axis, control in zip(axes[0], controls, strict=True):
         axis.axhline(0, color="black", linewidth=1.2, zorder=1.5)
-        for group, ratio in enumerate(evidence.ratios):
-            cells = {arm: evidence.pairs[arm, control][ratio].differences for arm in arms[control]}
-            marks.draw_group(axis, group, cells)
+        for place, ratio in enumerate(evidence.ratios):
+            group = {name: evidence.pairs[name, control][ratio].differences for name in methods[control]}
+            marks.draw_group(axis, place, group)
         label_ratios(axis, evidence)
         axis.set_title(f"minus {control}")
-    if not marks.arms:
+    if not marks.methods:
         return None
     axes[0, 0].set_ylabel("difference (pp)")
     marks.fit(axes[0, 0], percent=False)
-    note = RUNS_NOTE.replace("runs", "pairs")
-    if (SUBJECT, BASELINE) in evidence.pairs and prediction_applies(evidence.run):
+    note = PAIRS_NOTE
+    if evidence.main and prediction_applies(evidence.run):
         labels = [f"{ratio}\n({PREDICTION[ratio][2]:+.1f})" for ratio in evidence.ratios]
         axes[0, 0].set_xticks(range(len(labels)), labels)
         figure.align_xlabels()
         note += f"\nIn brackets: {SUBJECT} minus {BASELINE} as it was predicted."
-    return finish_figure(figure, evidence, "Paired differences of test accuracy", note, marks.arms)
+    return finish_figure(figure, evidence, title, note, marks.methods)
 
 
 def draw_curve(axis: Axes, records: Sequence[Record], column: str, look: Look) -> None:
@@ -2978,8 +3134,8 @@ def fit_epochs(axis: Axes, title: str, percent: bool) -> None:
 
 def draw_learning(evidence: Evidence) -> Figure | None:
     """Validation accuracy per epoch: one panel per ratio, and one for the networks that teach."""
-    students = [record for record in evidence.records("student") if record.method in evidence.methods]
-    arms = in_order({record.method for record in students})
+    students = [record for record in evidence.records("student") if record.method in evidence.shown]
+    methods = in_order({record.method for record in students})
     ratios = [ratio for ratio in evidence.ratios if any(record.compression == ratio for record in students)]
     teaching = teaching_networks(evidence)
     count = len(ratios) + bool(teaching)
@@ -2987,10 +3143,12 @@ def draw_learning(evidence: Evidence) -> Figure | None:
         return None
     figure, axes = new_figure(1.1 + 1.5 * math.ceil(count / 2), math.ceil(count / 2), min(2, count))
     for axis, ratio in zip(axes.flat, ratios, strict=False):
-        for arm in arms:
-            draw_curve(axis, evidence.records("student", arm, ratio), "val_accuracy", METHODS[arm].look)
+        for method in methods:
+            draw_curve(
+                axis, evidence.records("student", method, ratio), "val_accuracy", evidence.looks[method]
+            )
         fit_epochs(axis, f"students {ratio}", percent=True)
-    note = CURVES_NOTE
+    note = f"{CURVES_NOTE}\n{evidence.shown_note}"
     if teaching:
         axis, lines = axes.flat[len(ratios)], ("solid", "dashed", "dashdot", "dotted")
         named = list(zip(teaching, lines, strict=False))
@@ -3001,7 +3159,7 @@ def draw_learning(evidence: Evidence) -> Figure | None:
     for axis in axes.flat[count:]:
         axis.remove()
     figure.supylabel("validation accuracy (%)", fontsize=8)
-    return finish_figure(figure, evidence, "Validation accuracy by epoch", note, arms, lines=True)
+    return finish_figure(figure, evidence, "Validation accuracy by epoch", note, methods, lines=True)
 
 
 def teaching_networks(evidence: Evidence) -> dict[str, Record]:
@@ -3012,11 +3170,11 @@ def teaching_networks(evidence: Evidence) -> dict[str, Record]:
 
 
 def draw_costs(evidence: Evidence) -> Figure | None:
-    """Test accuracy against computing time, one panel per ratio, as if each arm had been run alone."""
-    arms = [arm for arm in evidence.methods + evidence.extra_arms if METHODS[arm].option != "ablation"]
+    """Test accuracy against computing time, one panel per ratio, as if each method had been run alone."""
+    equal_cost = [method for method in evidence.extra_methods if METHODS[method].option == "equal_cost"]
     totals = {}
     for ratio in evidence.ratios:
-        total = method_costs(evidence.run, ratio).total.reindex(arms).dropna()
+        total = method_costs(evidence.run, ratio).total.reindex(evidence.shown + equal_cost).dropna()
         if len(total):
             totals[ratio] = total
     if not totals:
@@ -3028,25 +3186,25 @@ def draw_costs(evidence: Evidence) -> Figure | None:
     figure, axes = new_figure(1.1 + 1.2 * len(totals), len(totals), sharex=True)
     drawn: set[str] = set()
     for axis, (ratio, total) in zip(axes[:, 0], totals.items(), strict=True):
-        marks, place = Marks(), -math.inf
-        for arm, cost in total.sort_values().items():
+        marks, place = Marks(evidence), -math.inf
+        for method, cost in total.sort_values().items():
             place = max(cost / units[unit], place + width)  # equal costs stand side by side
-            marks.draw(
-                axis, place + 0.26 * width, width, values_of(evidence.frame, ratio, arm), arm, (0.0, 100.0)
-            )
+            values = values_of(evidence.frame, ratio, method)
+            marks.draw(axis, place + 0.26 * width, width, values, method, (0.0, 100.0))
         marks.fit(axis, percent=True)
-        drawn |= marks.arms
+        drawn |= marks.methods
         axis.set_title(ratio, loc="left")
         axis.spines.left.set_position(("outward", 6))
     axes[-1, 0].set(xlim=(0, axes[-1, 0].get_xlim()[1]), xlabel=f"device time with all overheads ({unit})")
     figure.supylabel("test accuracy (%)", fontsize=8)
-    return finish_figure(figure, evidence, "Test accuracy against computing time", RUNS_NOTE, drawn)
+    note = f"{RUNS_NOTE}\n{evidence.shown_note}"
+    return finish_figure(figure, evidence, "Test accuracy against computing time", note, drawn)
 
 
 def draw_calibration(evidence: Evidence) -> Figure | None:
     """Reliability diagrams from the stored test logits: rows are ratios, columns methods."""
     students = [record for record in evidence.records("student") if record.job in evidence.run.logits]
-    methods = [method for method in evidence.methods if any(record.method == method for record in students)]
+    methods = [method for method in evidence.shown if any(record.method == method for record in students)]
     ratios = [ratio for ratio in evidence.ratios if any(record.compression == ratio for record in students)]
     labels = evidence.run.labels
     if labels is None or not methods:
@@ -3063,13 +3221,14 @@ def draw_calibration(evidence: Evidence) -> Figure | None:
                 table = calibration_bins(evidence.run.logits[job], labels)
                 table = table[table.share * len(labels) >= 20]
                 style = {"linewidth": 0.6, "markersize": 3, "clip_on": False}
-                axis.plot(table.confidence, table.accuracy, ".-", color=METHODS[method].look[0], **style)
+                axis.plot(table.confidence, table.accuracy, ".-", color=evidence.looks[method][0], **style)
         error = values_of(evidence.frame, ratio, method, "test_ece").mean()
         name = f"{textwrap.fill(method, 14)}\n" if ratio == ratios[0] else ""
         if math.isfinite(error):
             name += f"ECE {error:.1%}"
         axis.set_title(name, fontsize=7)
     note = "Lines: runs, in bins of at least 20 images. Grey: perfect. ECE: mean of runs."
+    note += f"\n{evidence.shown_note}"
     return finish_figure(figure, evidence, "Calibration on the test images", note)
 
 
@@ -3082,36 +3241,20 @@ def draw_temperature(evidence: Evidence) -> Figure | None:
     ratios = [ratio for ratio in evidence.ratios if evidence.records("student", SUBJECT, ratio)]
     figure, axes = new_figure(2.2, 1, len(ratios), sharey=True)
     for axis, ratio in zip(axes[0], ratios, strict=True):
-        draw_curve(axis, evidence.records("student", SUBJECT, ratio), "temperature", METHODS[SUBJECT].look)
+        draw_curve(axis, evidence.records("student", SUBJECT, ratio), "temperature", evidence.looks[SUBJECT])
         fit_epochs(axis, ratio, percent=False)
     axes[0, 0].set(ylabel="temperature", ylim=limits(values, percent=False))
     return finish_figure(figure, evidence, f"{SUBJECT}'s temperature by epoch", CURVES_NOTE)
 
 
 def draw_ablation(evidence: Evidence) -> Figure | None:
-    """Paired differences of the extra arms from the subject, one panel per ratio."""
-    ratios, differences = evidence.ratios, {}
-    for ratio, arm in itertools.product(ratios, evidence.extra_arms):
-        differences[ratio, arm] = compare_cells(evidence.frame, ratio, arm, SUBJECT).differences
-    arms = [arm for arm in evidence.extra_arms if any(differences[ratio, arm] for ratio in ratios)]
-    if not arms:
-        return None
-    figure, axes = new_figure(1.1 + 0.3 * len(arms), 1, len(ratios), sharex=True, sharey=True)
-    marks = Marks(0.0, horizontal=True)
-    for axis, ratio in zip(axes[0], ratios, strict=True):
-        axis.axvline(0, color="black", linewidth=1.2, zorder=1.5)
-        for row, arm in enumerate(arms):
-            if evidence.twins.get((ratio, arm)) == SUBJECT:
-                style = {"ha": "center", "va": "center", "bbox": {"color": "white", "pad": 1}}
-                axis.text(0, row, "same by\nconstruction", fontsize=6, **style)
-            else:
-                marks.draw(axis, row, 1.0, differences[ratio, arm], arm)
-        axis.set_title(ratio)
-        axis.locator_params(axis="x", nbins=4)
-    axes[0, 0].set(yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - 0.4, -0.6))
-    marks.fit(axes[0, 0], percent=False)
+    """Paired differences of the extra methods from the subject, one panel per ratio."""
+    copies = {key for key, twin in evidence.twins.items() if twin == SUBJECT}
+    differences: dict[tuple[str, str], tuple[float, ...]] = {}
+    for ratio, method in itertools.product(evidence.ratios, evidence.extra_methods):
+        differences[ratio, method] = compare_cells(evidence.frame, ratio, method, SUBJECT).differences
     title = f"Other arms minus {SUBJECT}, test accuracy (pp)"
-    return finish_figure(figure, evidence, title, RUNS_NOTE.replace("runs", "pairs"))
+    return draw_rows(evidence, evidence.extra_methods, differences, title, PAIRS_NOTE, copies=copies)
 
 
 FIGURES: dict[str, Callable[[Evidence], Figure | None]] = {
@@ -3128,9 +3271,9 @@ FIGURES: dict[str, Callable[[Evidence], Figure | None]] = {
 
 def draw_figures(evidence: Evidence, folder: Path) -> list[Path]:
     """Write the figures that have something to show as PNG and PDF; returns the PNG files."""
-    folder.mkdir(parents=True, exist_ok=True)
     import matplotlib
 
+    folder.mkdir(parents=True, exist_ok=True)
     defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
     drawn = []
     with matplotlib.rc_context({**defaults, **FIGURE_STYLE}):
@@ -3169,7 +3312,7 @@ LIMITATIONS = """\
 - One family of networks (CIFAR ResNets), one data set. Depth changes with the ratio (ResNet-18 at 2.3x,
   ResNet-10 at 5x and 7x): a trend that includes 2.3x may be one over depth.
 - HPM-KD alone uses the labels of held-out images (attention, pilots); Direct and TraditionalKD do not."""
-Row = dict[str, Any]  # of a table: column -> value
+Rows = list[list[Any]]  # of a table
 
 
 def paragraphs(*texts: str) -> str:
@@ -3182,21 +3325,27 @@ def bullets(items: Iterable[str]) -> str:
     return "\n".join(f"- {item}" for item in items if item)
 
 
-def filled_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """The columns of a table, as texts, without those that have no value in any row."""
-    table = {name: [" ".join(str(row[name]).split()) for row in rows] for name in (rows[0] if rows else ())}
-    return {name: texts for name, texts in table.items() if set(texts) - {"", "n/a"}}
+def filled_columns(titles: Sequence[str], rows: Rows) -> list[tuple[str, list[str]]]:
+    """Title and texts of the columns of a table, without those that have no value in any row."""
+    columns = []
+    for title, values in zip(titles, zip(*rows, strict=True), strict=False):
+        texts = [" ".join(str(value).split()) for value in values]
+        if set(texts) - {"", "n/a"}:
+            columns.append((title, texts))
+    return columns
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """A Markdown table of rows with the same keys; "" where there is nothing but the first column."""
-    table = filled_columns(rows)
-    if len(table) < 2:
+def markdown_table(titles: Sequence[str], rows: Rows) -> str:
+    """A Markdown table; "" where there is nothing but the first column."""
+    columns = filled_columns(titles, rows)
+    if len(columns) < 2:
         return ""
-    numeric = [all(re.match(r"[-+<\[]*\s?\d|n/a$|$", text) for text in texts) for texts in table.values()]
-    rule = ["--:" if right else ":--" for right in numeric]
-    lines = [list(table), rule, *zip(*table.values(), strict=True)]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+    rule = []
+    for _, texts in columns:
+        numbers = all(re.match(r"[-+<\[]*\s?\d|n/a$|$", text) for text in texts)
+        rule.append("--:" if numbers else ":--")
+    lines = [[title for title, _ in columns], rule, *zip(*(texts for _, texts in columns), strict=True)]
+    return "\n".join(f"| {' | '.join(text.replace('|', '&#124;') for text in line)} |" for line in lines)
 
 
 def embed(evidence: Evidence, name: str) -> str:
@@ -3243,18 +3392,26 @@ def mean_sd_text(
     return text
 
 
-def method_rows(evidence: Evidence, column: str) -> list[Row]:
-    """A table of a column of the results: a row per ratio, mean ± sd for every method."""
-    methods = evidence.methods
-    return [
-        {"Ratio": ratio} | {method: mean_sd_text(evidence, ratio, method, column) for method in methods}
-        for ratio in evidence.ratios
-    ]
+def method_table(evidence: Evidence, column: str) -> tuple[list[str], Rows]:
+    """Titles and rows, mean ± sd of a column of the results: methods are columns, or rows where ranked."""
+    ratios, methods = evidence.ratios, evidence.methods
+    if evidence.ranked:
+        below = [
+            [name, *(mean_sd_text(evidence, ratio, name, column) for ratio in ratios)] for name in methods
+        ]
+        return ["Method", *ratios], below
+    beside = [[ratio, *(mean_sd_text(evidence, ratio, name, column) for name in methods)] for ratio in ratios]
+    return ["Ratio", *methods], beside
 
 
 def say_config(config: Distillation) -> str:
     """A configuration in words: "alpha 0.5, T 4 (loss), attention, averaged views, from teacher + 1.5x"."""
-    parts = [f"alpha {config.alpha:g}", f"T {config.temperature:g} ({config.schedule})"]
+    parts = [f"alpha {config.alpha:g}"]
+    if config.beta > 0:  # then alpha is not used
+        parts = [f"decoupled, beta {config.beta:g}"]
+    parts.append(f"T {config.temperature:g} ({config.schedule})")
+    if config.weight > 0:
+        parts.append(f"gamma {config.weight:g}")
     if len(config.teachers) > 1:
         parts.append("attention" if config.attention else "uniform weights")
     if config.view_share < 1:
@@ -3274,7 +3431,7 @@ OUTCOMES = {
 
 def headline_pairs(evidence: Evidence) -> dict[tuple[str, str], dict[str, Comparison]]:
     """The comparisons that answer the question: of the subject, and of a plugin's methods with it."""
-    if SUBJECT not in evidence.methods:
+    if evidence.ranked or SUBJECT not in evidence.methods:
         return evidence.pairs
     return {pair: by_ratio for pair, by_ratio in evidence.pairs.items() if SUBJECT in pair}
 
@@ -3304,9 +3461,13 @@ def say_verdicts(evidence: Evidence) -> str:
     if not pairs:
         return f"{listed(evidence.methods)} is the only method, so that there is nothing to compare"
     if not has_verdict(evidence):
+        about = "the methods" if evidence.ranked else next(iter(pairs))[0]
         few = all(c.n < LEAST_PAIRS for by_ratio in pairs.values() for c in by_ratio.values())
         reason = f"it needs {LEAST_PAIRS} complete pairs of runs" if few else "all differences are equal"
-        return f"there is no verdict on {next(iter(pairs))[0]}: {reason}"
+        return f"there is no verdict on {about}: {reason}"
+    if evidence.ranked:
+        controls = [name for name in evidence.controls if name != SUBJECT] or evidence.controls
+        return "; ".join([*(say_who_beats(evidence, control) for control in controls), say_best(evidence)])
     clauses, subject = [], ""
     for (treatment, control), by_ratio in pairs.items():
         if any(short_verdict(c) != "n/a" for c in by_ratio.values()):
@@ -3315,54 +3476,144 @@ def say_verdicts(evidence: Evidence) -> str:
     return "; ".join(clauses)
 
 
+def say_place(ratios: Sequence[str], planned: Collection[str]) -> str:
+    """Where something holds: "at 5x and 7x", "at every ratio"."""
+    return "at every ratio" if len(ratios) == len(planned) > 1 else f"at {listed(ratios)}"
+
+
 def say_comparison(treatment: str, control: str, by_ratio: Mapping[str, Comparison]) -> str:
     """One comparison, such as "HPM-KD beats Direct at 5x and is not distinguishable from it at 7x"."""
     parts: list[str] = []
     for outcome, words in OUTCOMES.items():
         ratios = [ratio for ratio, c in by_ratio.items() if short_verdict(c) == outcome]
-        place = f"at {listed(ratios)}"
-        if len(ratios) == len(by_ratio) > 1:
-            place = "at any ratio" if outcome == "unclear" else "at every ratio"
+        place = say_place(ratios, by_ratio)
+        if outcome == "unclear":
+            place = place.replace("every", "any")
         if ratios:
             parts.append(f"{words.format('it' if parts else control)} {place}")
     return f"{treatment} {listed(parts)}"
 
 
+def say_who_beats(evidence: Evidence, control: str) -> str:
+    """Which methods beat a control, such as "A and B beat Direct at every ratio, C at 7x"."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for (method, other), by_ratio in evidence.pairs.items():
+        ratios = tuple(ratio for ratio, c in by_ratio.items() if verdict(c) == "better")
+        if other == control and ratios:
+            found.setdefault(ratios, []).append(method)
+    if not found:
+        return f"no method beats {control}"
+    groups = sorted(found.items(), key=lambda group: -len(group[0]))
+    parts = [f"{listed(methods)} {say_place(ratios, evidence.ratios)}" for ratios, methods in groups]
+    first = groups[0][1]
+    verb = "beats" if len(first) == 1 else "beat"
+    parts[0] = f"{listed(first)} {verb} {control} {say_place(groups[0][0], evidence.ratios)}"
+    return ", ".join(parts)
+
+
+def leads(evidence: Evidence) -> dict[tuple[str, str, str], Comparison]:
+    """(ratio, best method, another) -> the lead, the nearest other first; Holm-adjusted over all of them."""
+    raw = {}
+    for ratio in evidence.ratios:
+        ranking = evidence.ranking(ratio)
+        for other in ranking[1:]:
+            raw[ratio, ranking[0], other] = compare_cells(evidence.frame, ratio, ranking[0], other)
+    adjusted = holm(c.t_p for c in raw.values())
+    return {key: replace(c, holm_p=p) for (key, c), p in zip(raw.items(), adjusted, strict=True)}
+
+
+def say_best(evidence: Evidence) -> str:
+    """Whether one method beats all others, and where."""
+    beaten: dict[tuple[str, str], int] = {}
+    for (ratio, best, _), lead in leads(evidence).items():
+        beaten[best, ratio] = beaten.get((best, ratio), 0) + (verdict(lead) == "better")
+    where: dict[str, list[str]] = {}
+    for (best, ratio), count in beaten.items():
+        if count == len(evidence.methods) - 1:
+            where.setdefault(best, []).append(ratio)
+    if not where:
+        return "no method beats all others"
+    parts = [
+        f"{best} beats all others {say_place(ratios, evidence.ratios)}" for best, ratios in where.items()
+    ]
+    return listed(parts)
+
+
 def report_answer(evidence: Evidence) -> str:
     """The first screen: title, answer, table, main figure, remarks."""
-    run, judged, table = evidence.run, has_verdict(evidence), markdown_table(main_rows(evidence))
+    run, table = evidence.run, markdown_table(*main_table(evidence))
     caption, remarks = "Test accuracy (%)", []
     if run.settings.runs > 1:
         caption = f"Test accuracy (%, mean ± sd over {run.settings.runs} runs)"
+    if evidence.ranked:
+        caption += ", the best mean first,"
     if headline_pairs(evidence):
         caption += " and differences between paired runs (percentage points, pp)"
     if evidence.teacher:
         remarks.append(f"The teacher (ResNet-50) reaches {evidence.teacher.test_accuracy:.2f}%.")
-    if judged:
+    if has_verdict(evidence):
         caption += " with 95% intervals"
-        remarks.append(
-            f"Verdicts need {LEAST_PAIRS} pairs of runs and a p below {LEVEL:.0%} in the paired t-test, "
-            "Holm-adjusted over the ratios (the intervals are not). Unclear: not distinguishable."
-        )
+        remarks += [say_rule(evidence), say_leads(evidence)]
     return paragraphs(
         f"# Experiment 1B: {SUBJECT} on {run.index.data.name} ({run.settings.mode})",
         f"**{answer_sentence(evidence)}**",
         f"{caption}:" if table else "",
         table,
-        " ".join(remarks),
+        " ".join(filter(None, remarks)),
         embed(evidence, "accuracy_vs_compression"),
         bullets([say_subject(evidence), say_costs(evidence), say_reservations(evidence)]),
     )
 
 
-def main_rows(evidence: Evidence) -> list[Row]:
-    """The main table, also in LaTeX: accuracies per ratio and method, differences with verdicts."""
-    rows = method_rows(evidence, "test_accuracy")
-    for row, ratio in zip(rows, evidence.ratios, strict=True):
+def say_rule(evidence: Evidence) -> str:
+    """What a verdict needs, and how large the families of comparisons are."""
+    family = "the ratios"
+    if evidence.ranked:
+        sizes = dict.fromkeys(evidence.controls, 0)
+        for (_, control), by_ratio in evidence.pairs.items():
+            sizes[control] += len(by_ratio)
+        family = listed(f"{size} comparisons with {control}" for control, size in sizes.items())
+    return (
+        f"Verdicts need {LEAST_PAIRS} pairs of runs and a p below {LEVEL:.0%} in the paired t-test, "
+        f"Holm-adjusted over {family} (the intervals are not). Unclear: not distinguishable."
+    )
+
+
+def say_leads(evidence: Evidence) -> str:
+    """How far the best of many is ahead of the second best; "" where the methods are not ranked."""
+    if not evidence.ranked:
+        return ""
+    nearest: dict[str, str] = {}
+    for (ratio, best, other), lead in leads(evidence).items():
+        nearest.setdefault(ratio, f"{best} over {other} {difference_text(lead)} pp at {ratio}")
+    return (
+        f"The lead of the best over the second: {listed(nearest.values())}. Whoever is best of "
+        f"{len(evidence.methods)} is so by luck too: its lead is flattered."
+    )
+
+
+def main_table(evidence: Evidence) -> tuple[list[str], Rows]:
+    """Titles and rows of the main table, also in LaTeX: accuracies, differences with verdicts.
+
+    A row per ratio; of more than SIDE_BY_SIDE methods one per ratio and method, the best mean first.
+    """
+    if not evidence.ranked:
+        titles, rows = method_table(evidence, "test_accuracy")
         for (treatment, control), by_ratio in headline_pairs(evidence).items():
-            row[f"{treatment} minus {control}"] = difference_text(by_ratio[ratio])
-            row["verdict" + " " * len(row)] = short_verdict(by_ratio[ratio])  # names of columns must differ
-    return rows
+            titles += [f"{treatment} minus {control}", "verdict"]
+            for row, ratio in zip(rows, evidence.ratios, strict=True):
+                row += [difference_text(by_ratio[ratio]), short_verdict(by_ratio[ratio])]
+        return titles, rows
+    titles, rows = ["Ratio", "method", "accuracy"], []
+    titles += [f"minus {control}" for control in evidence.controls]
+    for ratio in evidence.ratios:
+        for method in evidence.ranking(ratio):
+            row = [ratio, method, mean_sd_text(evidence, ratio, method)]
+            for control in evidence.controls:
+                c = evidence.pairs.get((method, control), {}).get(ratio, Comparison())
+                row.append(f"{difference_text(c)} {short_verdict(c)}".replace("n/a", "").strip())
+            rows.append(row)
+    return titles, rows
 
 
 def say_subject(evidence: Evidence) -> str:
@@ -3426,67 +3677,47 @@ def report_results(evidence: Evidence) -> str:
     return paragraphs(
         "## Results",
         "The share of the teacher's test accuracy that the students keep (%):",
-        markdown_table(method_rows(evidence, "retention")),
+        markdown_table(*method_table(evidence, "retention")),
         embed(evidence, "retention_analysis"),
         "The networks (assistants teach beside the teacher). Ratios are counted: parameters of the teacher / "
         "those of the network. Latency is rough: the median of a few passes on the device that trained them.",
-        markdown_table(network_rows(evidence)),
+        network_table(evidence),
     )
 
 
-def network_rows(evidence: Evidence) -> list[Row]:
+def network_table(evidence: Evidence) -> str:
     """The networks, the largest first: size, computation, latency, and how accurate those that teach are."""
     groups: dict[str, list[Record]] = {}
     for record in [*teaching_networks(evidence).values(), *evidence.records("student")]:
         groups.setdefault(record.network, []).append(record)
     largest = groups["teacher"][0].params if "teacher" in groups else math.nan
-    rows = []
+    titles = ["Network", "counted ratio", "parameters", "MACs (millions)", "ms, batch 1"]
+    titles += ["ms per image, batch 256", "accuracy (%) as teacher or assistant"]
+    rows: Rows = []
     for name, group in sorted(groups.items(), key=lambda item: -item[1][0].params):
+        params, macs = group[0].params, group[0].macs
         measured = [record.latency_ms for record in group if record.latency_ms]  # the first runs
         latency = pd.DataFrame(measured, columns=["1", "256"], dtype=float).median()
-        accuracies = dict.fromkeys(
-            number_text(record.test_accuracy) for record in group if record.kind != "student"
-        )
-        rows.append(
-            {
-                "Network": name,
-                "counted ratio": number_text(largest / group[0].params, ".3f"),
-                "parameters": f"{group[0].params:,}",
-                "MACs (millions)": f"{group[0].macs / 1e6:,.0f}",
-                "ms, batch 1": number_text(latency["1"]),
-                "ms per image, batch 256": number_text(latency["256"], ".3f"),
-                "accuracy (%) as teacher or assistant": listed(accuracies),
-            }
-        )
-    return rows
+        accuracies = [number_text(record.test_accuracy) for record in group if record.kind != "student"]
+        row = [name, number_text(largest / params, ".3f"), f"{params:,}", f"{macs / 1e6:,.0f}"]
+        row += [number_text(latency["1"]), number_text(latency["256"], ".3f"), listed(accuracies)]
+        rows.append(row)
+    return markdown_table(titles, rows)
 
 
 def report_statistics(evidence: Evidence) -> str:
     """Paired comparisons, hypothesis, trend."""
-    rows, unmatched, claims = [], [], []
+    rows: Rows = []
+    unmatched, claims = [], []
     for (treatment, control), by_ratio in evidence.pairs.items():
         for ratio, c in by_ratio.items():
-            tested = (
-                [p_text(c.t_p), p_text(c.holm_p), number_text(c.detectable)]
-                if interval_text(c)
-                else ["n/a"] * 3
-            )
-            rows.append(
-                {
-                    "Comparison": f"{treatment} minus {control}",
-                    "ratio": ratio,
-                    "pairs": c.n,
-                    "mean": number_text(c.mean, "+.2f"),
-                    "95% interval": interval_text(c) or "n/a",
-                    "p": tested[0],
-                    "p (Holm)": tested[1],
-                    "detectable": tested[2],
-                    "verdict": short_verdict(c),
-                }
-            )
+            name, tested = f"{treatment} minus {control}", ["n/a"] * 4
+            if interval_text(c):
+                tested = [interval_text(c), p_text(c.t_p), p_text(c.holm_p), number_text(c.detectable)]
+            if c.n:
+                rows.append([name, ratio, c.n, number_text(c.mean, "+.2f"), *tested, short_verdict(c)])
             if c.unmatched:
-                unmatched.append(f"{treatment} minus {control} at {ratio}: run {listed(c.unmatched)}")
-    rows = [row for row in rows if row["pairs"]]
+                unmatched.append(f"{name} at {ratio}: run {listed(c.unmatched)}")
     if not rows:
         return ""
     if evidence.main and has_verdict(evidence):
@@ -3495,10 +3726,25 @@ def report_statistics(evidence: Evidence) -> str:
             f"The hypothesis that {SUBJECT} beats {BASELINE} at 5x and above {hypothesis(evidence.main)}.",
             f"{SUBJECT}'s advantage over {BASELINE} {say_trend(trend_test(evidence.frame))}.",
         ]
+    titles = [
+        "Comparison",
+        "ratio",
+        "pairs",
+        "mean",
+        "95% interval",
+        "p",
+        "p (Holm)",
+        "detectable",
+        "verdict",
+    ]
+    table = [markdown_table(titles, rows)]
+    if evidence.ranked:
+        summary = f"<details><summary>All {len(rows)} comparisons</summary>"
+        table = [summary, *table, "</details>"]
     return paragraphs(
         "## Statistics",
         "Differences of test accuracy (pp) between runs of the same number, taken before rounding:",
-        markdown_table(rows),
+        *table,
         f"Without a partner and not used: {'; '.join(unmatched)}." if unmatched else "",
         *claims,
         embed(evidence, "hpmkd_vs_direct"),
@@ -3519,24 +3765,19 @@ def report_prediction(evidence: Evidence) -> str:
     """The original prediction beside the measurement, where it applies."""
     if not prediction_applies(evidence.run) or not any(c.n for c in evidence.main.values()):
         return ""
-    rows = []
+    titles = ["Ratio", f"predicted {BASELINE}", f"predicted {SUBJECT}", "predicted difference"]
+    titles += ["measured difference", "interval contains the prediction"]
+    rows: Rows = []
     for ratio, c in evidence.main.items():
         baseline, subject, gain = PREDICTION[ratio]
-        inside = "yes" if c.low <= gain <= c.high else "no"
-        rows.append(
-            {
-                "Ratio": ratio,
-                f"predicted {BASELINE}": f"{baseline:.1f}",
-                f"predicted {SUBJECT}": f"{subject:.1f}",
-                "predicted difference": f"{gain:+.1f}",
-                "measured difference": difference_text(c),
-                "interval contains the prediction": inside if interval_text(c) else "n/a",
-            }
-        )
+        inside = "n/a"
+        if interval_text(c):
+            inside = "yes" if c.low <= gain <= c.high else "no"
+        rows.append([ratio, f"{baseline:.1f}", f"{subject:.1f}", f"{gain:+.1f}", difference_text(c), inside])
     return paragraphs(
         "## Original prediction",
         "What was expected before anything was measured (%, pp), beside what was found:",
-        markdown_table(rows),
+        markdown_table(titles, rows),
     )
 
 
@@ -3544,18 +3785,15 @@ def report_beyond_accuracy(evidence: Evidence) -> str:
     """Likelihood, calibration, learning curves; accuracy per class."""
     if not evidence.records("student"):
         return ""
-    rows = []
+    rows: Rows = []
     for ratio, method in itertools.product(evidence.ratios, evidence.methods):
-        measures = {"NLL (nats)": "test_nll", "ECE (fraction)": "test_ece"}
-        texts = {
-            name: mean_sd_text(evidence, ratio, method, column, ".3f") for name, column in measures.items()
-        }
-        rows.append({"Ratio": ratio, "method": method, **texts})
+        measured = [mean_sd_text(evidence, ratio, method, name, ".3f") for name in ("test_nll", "test_ece")]
+        rows.append([ratio, method, *measured])
     return paragraphs(
         "## Beyond accuracy",
         "How good the predicted probabilities are: negative log-likelihood (NLL) and expected calibration "
         "error (ECE, 15 equal-width bins) on the test images; lower is better.",
-        markdown_table(rows),
+        markdown_table(["Ratio", "method", "NLL (nats)", "ECE (fraction)"], rows),
         embed(evidence, "calibration"),
         "Validation accuracies are those of `select`, held-out training images.",
         embed(evidence, "learning_curves"),
@@ -3565,9 +3803,9 @@ def report_beyond_accuracy(evidence: Evidence) -> str:
 
 def report_classes(evidence: Evidence) -> str:
     """Accuracy per class: mean over runs, and over the ratios at which every method has students."""
-    means: dict[str, list[np.ndarray]] = {method: [] for method in evidence.methods}
+    means: dict[str, list[np.ndarray]] = {method: [] for method in evidence.shown}
     for ratio in evidence.ratios:
-        groups = {method: evidence.records("student", method, ratio) for method in evidence.methods}
+        groups = {method: evidence.records("student", method, ratio) for method in evidence.shown}
         if all(groups.values()):
             for method, group in groups.items():
                 means[method].append(np.mean([record.test_class_accuracy for record in group], axis=0))
@@ -3576,11 +3814,10 @@ def report_classes(evidence: Evidence) -> str:
     table = pd.DataFrame({method: np.mean(values, axis=0) for method, values in means.items()})
     classes = evidence.run.index.data.classes
     shown = (table.max(axis=1) - table.min(axis=1)).nlargest(CLASSES_SHOWN).sort_index().index
-    rows = [
-        {"Class": classes[i], **{name: number_text(table[name][i], ".1f") for name in table}} for i in shown
-    ]
+    rows = [[classes[i], *(number_text(value, ".1f") for value in table.loc[i])] for i in shown]
     which = f", the {len(rows)} of {len(classes)} that differ most" if len(rows) < len(classes) else ""
-    return paragraphs(f"### Accuracy per class (%, mean over ratios and runs{which})", markdown_table(rows))
+    title = f"### Accuracy per class (%, mean over ratios and runs{which})"
+    return paragraphs(title, evidence.shown_note, markdown_table(["Class", *table], rows))
 
 
 def report_costs(evidence: Evidence) -> str:
@@ -3588,21 +3825,20 @@ def report_costs(evidence: Evidence) -> str:
     costs = method_costs(evidence.run)
     if costs.empty:
         return ""
-    rows = []
+    rows: Rows = []
     for method, cost in costs.iterrows():
-        times = {
-            name.replace("_", " "): say_time(cost[name]) if cost[name] else "" for name in COST_COLUMNS[1:-1]
-        }
-        rows.append({"Method": method, "students": f"{cost.students:.0f}", **times})
+        times = [say_time(cost[name]) if cost[name] else "" for name in COST_COLUMNS[1:-1]]
+        rows.append([method, f"{cost.students:.0f}", *times])
+    titles = ["Method", *(name.replace("_", " ") for name in COST_COLUMNS[:-1])]
     saved, caveat = costs.unshared - costs.teacher_outputs, ""
-    if "equal_cost" not in {METHODS[arm].option for arm in evidence.extra_arms}:
+    if "equal_cost" not in {METHODS[method].option for method in evidence.extra_methods}:
         caveat = f"{BASELINE} for as long as {SUBJECT} takes was not trained (`--equal-cost`): "
         caveat += "a gain may be one of computation."
     return paragraphs(
         "## Costs",
         "Device time of all of a method's students as if the method had been run alone. A *page* is one view "
         "(crop and flip) of every training image; a teacher's outputs for it are computed once for all jobs.",
-        markdown_table(rows),
+        markdown_table(titles, rows),
         f"Sharing the pages saves {saved.idxmax()} {say_time(saved.max())}." if saved.max() >= 1 else "",
         caveat,
         embed(evidence, "cost_vs_accuracy"),
@@ -3624,44 +3860,40 @@ def report_choices(evidence: Evidence) -> str:
 
 
 def candidate_table(pilot: Record) -> str:
-    """All candidates of a pilot."""
+    """All candidates of a pilot; beta and gamma where one has them."""
     rungs = max(len(candidate.accuracies) for candidate in pilot.candidates)
-    rows = []
+    titles = ["#", "alpha", "beta", "gamma", "T0", "schedule", "teachers", "% by rung"]
+    titles += ["minus # 1 (pp ± se)", "outcome"]
+    rows: Rows = []
     for number, candidate in enumerate(pilot.candidates):
-        outcome = "lost the final" if len(candidate.accuracies) == rungs else "dropped"
-        config, lead = candidate.config, f"{candidate.difference:+.2f} ± {candidate.standard_error:.2f}"
-        rows.append(
-            {
-                "#": number + 1,
-                "alpha": f"{config.alpha:g}",
-                "T0": f"{config.temperature:g}",
-                "schedule": config.schedule,
-                "teachers": " + ".join(config.teachers),
-                "% by rung": ", ".join(f"{a:.2f}" for a in candidate.accuracies),
-                "minus # 1 (pp ± se)": lead if number else "",
-                "outcome": "chosen" if number == pilot.chosen else outcome,
-            }
-        )
-    return markdown_table(rows)
+        config, lead, outcome = candidate.config, "", "dropped"
+        weights = [f"{value:g}" if value else "" for value in (config.alpha, config.beta, config.weight)]
+        if config.beta > 0:
+            weights[0] = ""  # not used
+        if number:
+            lead = f"{candidate.difference:+.2f} ± {candidate.standard_error:.2f}"
+        if len(candidate.accuracies) == rungs:
+            outcome = "lost the final"
+        if number == pilot.chosen:
+            outcome = "chosen"
+        row = [number + 1, *weights, f"{config.temperature:g}", config.schedule, " + ".join(config.teachers)]
+        row += [", ".join(f"{accuracy:.2f}" for accuracy in candidate.accuracies), lead, outcome]
+        rows.append(row)
+    return markdown_table(titles, rows)
 
 
 def report_attention(evidence: Evidence) -> str:
     """Attention's weights, and whether its mixture beats uniform weights and the best teacher."""
-    rows: list[Row] = []
+    rows: Rows = []
     won: dict[str, list[str]] = {"uniform weights": [], "the best single teacher": []}
     for ratio in evidence.ratios:
         for student in evidence.records("student", SUBJECT, ratio)[:1]:  # fitted once for all runs of a ratio
             for part, a in student.attention.items():
-                rows.append(
-                    {
-                        "Ratio": ratio,
-                        "images": part,
-                        "mean weights": say_weights(student, part),
-                        "attention": f"{a.nll_mixture:.3f} ({a.accuracy_mixture:.2f}%)",
-                        "uniform": f"{a.nll_uniform:.3f} ({a.accuracy_uniform:.2f}%)",
-                        "best single": f"{a.nll_best_single:.3f} ({a.accuracy_best_single:.2f}%)",
-                    }
-                )
+                row = [ratio, part, say_weights(student, part)]
+                row.append(f"{a.nll_mixture:.3f} ({a.accuracy_mixture:.2f}%)")
+                row.append(f"{a.nll_uniform:.3f} ({a.accuracy_uniform:.2f}%)")
+                row.append(f"{a.nll_best_single:.3f} ({a.accuracy_best_single:.2f}%)")
+                rows.append(row)
             select = student.attention.get("select")
             if select and select.nll_mixture < select.nll_uniform:
                 won["uniform weights"].append(ratio)
@@ -3676,36 +3908,32 @@ def report_attention(evidence: Evidence) -> str:
         "helps: it was not fitted on these images; the teachers have memorised those of `train`.",
         f"On `select` its mixture beats (has a lower NLL than) {found}.",
         "NLL in nats (and accuracy) of the mixtures and of the best single teacher:",
-        markdown_table(rows),
+        markdown_table(["Ratio", "images", "mean weights", "attention", "uniform", "best single"], rows),
     )
 
 
 def report_arms(evidence: Evidence) -> str:
     """Paired differences of the ablation and equal-cost arms from HPM-KD."""
-    rows = []
-    for arm, ratio in itertools.product(evidence.extra_arms, evidence.ratios):
-        c = compare_cells(evidence.frame, ratio, arm, SUBJECT)
-        twin = evidence.twins.get((ratio, arm))
-        rows.append(
-            {
-                "Arm": arm,
-                "ratio": ratio,
-                "accuracy (%)": mean_sd_text(evidence, ratio, arm),
-                "epochs": number_text(values_of(evidence.frame, ratio, arm, "epochs").mean(), ".0f"),
-                f"minus {SUBJECT} (pp)": difference_text(c),
-                "p": p_text(c.t_p) if interval_text(c) else "n/a",
-                "remark": f"copy of {twin}" if twin else "",
-            }
-        )
+    rows: Rows = []
+    for method, ratio in itertools.product(evidence.extra_methods, evidence.ratios):
+        c = compare_cells(evidence.frame, ratio, method, SUBJECT)
+        twin = evidence.twins.get((ratio, method))
+        epochs = values_of(evidence.frame, ratio, method, "epochs").mean()
+        row = [method, ratio, mean_sd_text(evidence, ratio, method), number_text(epochs, ".0f")]
+        row.append(difference_text(c))
+        row.append(p_text(c.t_p) if interval_text(c) else "n/a")
+        row.append(f"copy of {twin}" if twin else "")
+        rows.append(row)
     if not rows:
         return ""
+    titles = ["Arm", "ratio", "accuracy (%)", "epochs", f"minus {SUBJECT} (pp)", "p", "remark"]
     copies = "A copy has the same configuration, weights and views by construction: it was not trained twice."
     return paragraphs(
         "## Ablation and equal cost",
         f"What {SUBJECT} is without each of its parts, and what its controls reach.",
-        bullets(f"{arm}: {METHODS[arm].about}." for arm in evidence.extra_arms),
+        bullets(f"{method}: {METHODS[method].about}." for method in evidence.extra_methods),
         ARMS_NOTE,
-        markdown_table(rows),
+        markdown_table(titles, rows),
         copies if evidence.twins else "",
         embed(evidence, "ablation"),
     )
@@ -3723,19 +3951,13 @@ the same initial weights (per ratio), batches and views in every method. One rec
 momentum 0.9, weight decay 5e-4, batch {s.batch_size}, learning rate {s.lr:g} after a linear warm-up, then
 linearly to zero; pad-4 crop and flip; precision {index.precision}; width
 {s.width} ({FULL_WIDTH} is the full one)."""
-    rows = []
+    titles = ["Started (UTC)", "ended", "devices", "workers", "threads", "stopped by"]
+    rows: Rows = []
     for session in index.sessions:
-        devices = {name: session.devices.count(name) for name in session.devices}
-        rows.append(
-            {
-                "Started (UTC)": session.started[:16].replace("T", " "),
-                "ended": session.ended[:16].replace("T", " ") or "not recorded (killed, or still running)",
-                "devices": listed(f"{count} x {name}" for name, count in devices.items()),
-                "workers": session.workers,
-                "threads": session.threads,
-                "stopped by": session.stopped,
-            }
-        )
+        times = [text[:16].replace("T", " ") for text in (session.started, session.ended)]
+        counts = [f"{session.devices.count(name)} x {name}" for name in dict.fromkeys(session.devices)]
+        row = [times[0], times[1] or "not recorded (killed, or still running)", listed(counts)]
+        rows.append([*row, session.workers, session.threads, session.stopped])
     late = "; ".join(session.extended for session in index.sessions if session.extended)
     warning = f"**The experiment was extended after results were seen** ({late}): no p-value allows for that."
     return paragraphs(
@@ -3744,7 +3966,7 @@ linearly to zero; pad-4 crop and flip; precision {index.precision}; width
         text,
         "## Sessions",
         "When and where the networks were trained:",
-        markdown_table(rows),
+        markdown_table(titles, rows),
         warning if late else "",
     )
 
@@ -3768,7 +3990,7 @@ def report_reservations(evidence: Evidence) -> str:
         limits += f"\n- Few runs: a true difference from {BASELINE} below {listed(sizes)} has less than "
         limits += f"{POWER:.0%} chance of p < {LEVEL:.0%}, and less still after Holm's adjustment. To find "
         limits += f"{RELEVANT_PP} pp at this spread takes so many runs: {listed(needed)} (1000: or more)."
-    if "ablation" not in {METHODS[arm].option for arm in evidence.extra_arms}:
+    if "ablation" not in {METHODS[arm].option for arm in evidence.extra_methods}:
         limits += f"\n- {RIVAL} was not tuned as {SUBJECT} was (`--ablation`): a gain may be one of tuning."
     return paragraphs(
         "## Missing or failed",
@@ -3844,7 +4066,7 @@ def write_outputs(run: Run, figures: bool) -> None:
 
 def summary_table(evidence: Evidence) -> pd.DataFrame:
     """One row per method and ratio: means, sds, and the paired differences from the main methods (pp)."""
-    methods, frame = [*evidence.methods, *evidence.extra_arms], evidence.frame
+    methods, frame = [*evidence.methods, *evidence.extra_methods], evidence.frame
     wanted = {"n": ("test_accuracy", "count")}
     for measure in MEASURES:
         wanted |= {f"{measure}_mean": (measure, "mean"), f"{measure}_sd": (measure, "std")}
@@ -3856,7 +4078,8 @@ def summary_table(evidence: Evidence) -> pd.DataFrame:
     endings = {"": "mean", "_low": "low", "_high": "high", "_p": "t_p", "_p_holm": "holm_p"}
     for control in MAIN_METHODS:
         for method in methods:
-            by_ratio = compare_methods(frame, method, control, evidence.ratios)
+            by_ratio = evidence.pairs.get((method, control))
+            by_ratio = by_ratio or compare_methods(frame, method, control, evidence.ratios)
             for ratio, c in by_ratio.items():
                 if method == control:
                     c = Comparison()
@@ -3868,10 +4091,12 @@ def summary_table(evidence: Evidence) -> pd.DataFrame:
 
 def latex_table(evidence: Evidence) -> str:
     """The main table for LaTeX (booktabs), with a comment that says what it shows and what is missing."""
-    table = {}
-    for name, texts in filled_columns(main_rows(evidence)).items():
-        signed = [re.sub(r"[-+](?=\d)", r"$\g<0>$", text) for text in texts]
-        table[name] = [text.replace("±", r"$\pm$") for text in signed]
+    columns = filled_columns(*main_table(evidence))
+    titles = [title for title, _ in columns]
+    rows = []
+    for texts in zip(*(texts for _, texts in columns), strict=True):
+        signed = [re.sub(r"[-+](?=\d)", r"$\g<0>$", text) for text in texts[1:]]
+        rows.append([texts[0], *(text.replace("±", r"$\pm$") for text in signed)])
     teacher = f"{evidence.teacher.test_accuracy:.2f}" if evidence.teacher else "n/a"
     scope = f"PARTIAL, missing: {'; '.join(evidence.missing)}" if evidence.missing else "Complete"
     runs = say_count(evidence.run.settings.runs, "run")
@@ -3880,9 +4105,11 @@ def latex_table(evidence: Evidence) -> str:
 % paired differences (pp) with 95% t-intervals; verdicts by the paired t-test after Holm's adjustment.
 % Teacher (ResNet-50): {teacher}. {scope}.
 """
-    columns_of_numbers = len(table) - 1
-    alignment = "l" + "r" * columns_of_numbers
-    return head + pd.DataFrame(table).to_latex(index=False, escape=False, column_format=alignment)
+    words = 2 if evidence.ranked else 1  # columns
+    alignment = "l" * words + "r" * (len(titles) - words)
+    return head + pd.DataFrame(rows, columns=titles).to_latex(
+        index=False, escape=False, column_format=alignment
+    )
 
 
 def write_archive(run: Run) -> None:
