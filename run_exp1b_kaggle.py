@@ -5336,8 +5336,15 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=80),
     )
     actions = parser.add_argument_group("what to do instead of starting a new run")
+    actions.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=("auto",),
+        help="continue --output-dir, or else the newest matching run; auto: or start one",
+    )
     for option, text in {
-        "--resume": "continue --output-dir, or else the newest matching run",
         "--status": "what is done and what is left; trains nothing",
         "--plan": "jobs, measured speed, hours and disk; trains nothing",
         "--report-only": "figures and report again; trains nothing",
@@ -5424,19 +5431,42 @@ def continue_command(args: Namespace, run_path: Path) -> str:
 
 
 # -- finding and opening a run ------------------------------------------------------------------------------
+def run_to_continue(args: Namespace, platform: Platform) -> Path | None:
+    """The run that this command continues; None where it starts a new one.
+
+    With `--resume auto` the same command does both, as a scheduler repeats it: it continues --output-dir, or
+    else the newest run with exactly its settings, and never touches one with others.
+    """
+    if args.resume != "auto":
+        return find_run(args, platform) if args.resume else None
+    given, settings = args.given.get("output_dir"), new_settings(args.given)
+    names = [name for name in setting_names("experiment") if name != "precision"]
+
+    def is_ours(index: Index) -> bool:
+        same = all(getattr(index.settings, name) == getattr(settings, name) for name in names)
+        return same and settings.precision in (index.settings.precision, index.precision)
+
+    if given is not None and is_run(given):
+        return Path(given)
+    path = newest_run(args, platform, is_ours)
+    if path is None:
+        log.info("there is no run with these settings yet: a new one starts")
+    return path
+
+
 def find_run(args: Namespace, platform: Platform) -> Path:
     """The run that --resume, --status or --report-only means. Raises `UsageError` if there is none."""
     given = args.given.get("output_dir")
     if given is not None and is_run(given):
         return Path(given)
     wanted = {name: args.given[name] for name in ("mode", "dataset") if name in args.given}
-    for folders in (runs_in(platform.output_root), runs_below(platform.inputs)):
-        found = [(index.last_activity, str(path)) for path, index in read_runs(args, folders, wanted)]
-        found = [item for item in found if given is None or Path(item[1]).name == Path(given).name]
-        if len(found) > 1:
-            log.info("%d runs match; the newest is used: %s", len(found), max(found)[1])
-        if found:
-            return Path(max(found)[1])
+
+    def is_wanted(index: Index) -> bool:
+        return all(getattr(index.settings, name) == value for name, value in wanted.items())
+
+    path = newest_run(args, platform, is_wanted)
+    if path is not None:
+        return path
     if given is not None:
         remedy = "check the path, or start one without --resume" if args.resume else "check the path"
         raise UsageError(f"--output-dir {given} holds no run to continue: {remedy}")
@@ -5445,30 +5475,39 @@ def find_run(args: Namespace, platform: Platform) -> Path:
     raise UsageError(f"found no {what} in {searched}: attach its output as input, or give --output-dir")
 
 
+def newest_run(args: Namespace, platform: Platform, accept: Callable[[Index], bool]) -> Path | None:
+    """Of the runs that are accepted the last active one: of the output folder, else of Kaggle's inputs."""
+    given = args.given.get("output_dir")
+    for folders in run_folders(platform):
+        found: list[tuple[str, str]] = []
+        for path in folders:
+            if given is not None and path.name != given.name:
+                continue
+            try:
+                index = load_index(path, args.plugins)
+            except UsageError as error:
+                log.warning("not considered: %s: %s", path, error)
+                continue
+            if accept(index):
+                found.append((index.last_activity, str(path)))
+        if len(found) > 1:
+            log.info("%d runs match; the newest is used: %s", len(found), max(found)[1])
+        if found:
+            return Path(max(found)[1])
+    return None
+
+
+def run_folders(platform: Platform) -> Iterator[list[Path]]:
+    """The run folders in the output folder, then those at any depth below Kaggle's inputs."""
+    yield runs_in(platform.output_root)
+    below = [folder for root in platform.inputs for folder, _ in walk(root)]
+    yield [path.parent for path in below if path.name == "checkpoints" and is_run(path.parent)]
+
+
 def runs_in(folder: Path) -> list[Path]:
-    """The run folders in a folder, but not in what lies deeper. One with a dot in front is no whole copy."""
+    """The run folders in a folder, not in what lies deeper. One with a dot in front is no whole copy."""
     found = [path.parent for path in sorted(folder.glob("*/checkpoints"))]
     return [path for path in found if not path.name.startswith(".") and is_run(path)]
-
-
-def runs_below(roots: Iterable[Path]) -> list[Path]:
-    """The run folders at any depth below Kaggle's inputs."""
-    folders = [folder for root in dict.fromkeys(roots) for folder, _ in walk(root)]
-    return [path.parent for path in folders if path.name == "checkpoints" and is_run(path.parent)]
-
-
-def read_runs(
-    args: Namespace, folders: Iterable[Path], wanted: Mapping[str, str]
-) -> Iterator[tuple[Path, Index]]:
-    """Those of these runs that can be used and have settings as `wanted`, each with its index."""
-    for path in folders:
-        try:
-            index = load_index(path, args.plugins)
-        except UsageError as error:
-            log.warning("not considered: %s: %s", path, error)
-            continue
-        if all(getattr(index.settings, name) == value for name, value in wanted.items()):
-            yield path, index
 
 
 def adopt(path: Path, args: Namespace, platform: Platform) -> Path:
@@ -5512,7 +5551,7 @@ def open_run(
         with hold_folder(path) as token:
             start_logging(path / "experiment.log")
             log.info("run_exp1b_kaggle.py %s, run folder %s", VERSION, path)
-            index = load_index(path, args.plugins) if args.resume else None
+            index = load_index(path, args.plugins) if is_run(path) else None
             settings = continued_settings(index, args.given) if index else new_settings(args.given)
             devices = choose_devices(settings, platform)
             precision = index.precision if index else choose_precision(settings.precision, devices[0])
@@ -5536,8 +5575,9 @@ def open_run(
 
 def choose_folder(args: Namespace, platform: Platform) -> tuple[Path, bool]:
     """The folder of the run to start or to continue, and whether it was not there before."""
-    if args.resume:
-        return adopt(find_run(args, platform), args, platform), False
+    found = run_to_continue(args, platform)
+    if found is not None:
+        return adopt(found, args, platform), False
     settings = new_settings(args.given)
     path = settings.output_dir
     if path is None:
@@ -5765,7 +5805,7 @@ def reuse_finished(run: Run, platform: Platform) -> None:
     wanted = {name for name, job in jobs.items() if not run.file(job).exists()}
     if not wanted:
         return
-    folders = [*runs_in(run.path.parent), *runs_in(platform.output_root), *runs_below(platform.inputs)]
+    folders = [*runs_in(run.path.parent), *itertools.chain(*run_folders(platform))]
     for name, job in jobs.items():  # in the order of learning: what teaches comes first
         run.refresh()
         if name not in wanted or any(teacher.name not in run.records for teacher in teachers_of(job)):
@@ -6200,7 +6240,7 @@ def report_on(run: Run, args: Namespace, platform: Platform) -> None:
 
 def show_plan(args: Namespace, platform: Platform) -> int:
     """Print the jobs to do, their hours as measured by a few steps, sessions and disk. Trains nothing."""
-    path = find_run(args, platform) if args.resume else None
+    path = run_to_continue(args, platform)
     index = load_index(path, args.plugins) if path else None
     settings = continued_settings(index, args.given) if index else new_settings(args.given)
     devices = choose_devices(settings, platform)
@@ -6358,7 +6398,7 @@ def show_results(run_dir: str | Path | None = None) -> None:
 
     if run_dir is None:
         platform = detect_platform()
-        found = [*runs_in(platform.output_root), *runs_below(platform.inputs)]
+        found = itertools.chain(*run_folders(platform))
         reported = [(last_activity(path), path) for path in found if (path / REPORT_NAME).exists()]
         if not reported:
             raise UsageError("no run was found here: show_results(run_dir) takes the path of a run folder")

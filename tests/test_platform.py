@@ -476,6 +476,72 @@ def test_what_is_printed_needs_no_letter_that_the_console_lacks(
     assert action != ["--status"] or b"\\xe9\\udcff\n" in raw.getvalue()
 
 
+# ---- The same command again ------------------------------------------------------------------------------------------
+
+
+def runs_of(folder: Path) -> list[str]:
+    """Runs that are there, each with how many sessions it has had and its ratios."""
+    found = {path.name: exp.load_index(path, {}) for path in exp.runs_in(folder)}
+    return [f"{len(i.sessions)} {' '.join(i.settings.compression)} {i.settings.lr}" for i in found.values()]
+
+
+@pytest.mark.usefixtures("untrained")
+def test_resume_auto_starts_or_continues(toy: Path, capsys: Capture) -> None:
+    """What a scheduler repeats; --resume alone stays strict. Other settings are another run; the scope grows."""
+    auto = [*TOY, "--resume", "auto"]
+    assert exp.main([*TOY, "--resume"]) == 2
+    assert [exp.main(auto), exp.main(auto)] == [0, 0]
+    assert capsys.readouterr().out.count("there is no run with these settings yet: a new one starts") == 1
+    assert runs_of(toy) == ["2 5x 0.05"]
+    assert exp.main([*auto, "--lr", "0.06"]) == 0
+    assert sorted(runs_of(toy)) == ["1 5x 0.06", "2 5x 0.05"]
+    assert exp.main([*auto, "--compression", "2.3x"]) == 0
+    assert sorted(runs_of(toy)) == ["1 5x 0.06", "3 2.3x 5x 0.05"]
+    assert exp.main([*TOY, "--resume", "auto", "--precision", "auto"]) == 0
+    assert len(runs_of(toy)) == 3, "a run whose precision was asked for is not one that leaves it open"
+
+
+@pytest.mark.usefixtures("untrained")
+def test_resume_auto_in_a_named_folder(toy: Path, capsys: Capture) -> None:
+    """That folder is used: it starts there, continues there, and is refused with the list of differences."""
+    auto = ["--resume", "auto"]
+    assert [new_toy(toy / "run", *auto) for _ in range(2)] == [0, 0]
+    assert runs_of(toy) == ["2 5x 0.05"]
+    before = tree(toy / "run/checkpoints")
+    assert new_toy(toy / "run", *auto, "--lr", "0.06") == 2
+    assert "--lr: the run has 0.05, you gave 0.06" in capsys.readouterr().out.splitlines()[-1]
+    assert tree(toy / "run/checkpoints") == before
+    (toy / "mine").mkdir()
+    (toy / "mine/thesis.txt").write_text("precious")
+    assert new_toy(toy / "mine", *auto) == 2
+    assert "holds other files (thesis.txt)" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("untrained")
+def test_resume_auto_of_an_attached_run(kaggle: Path, toy_run: Path) -> None:
+    """Save & Run All: the first version starts, the next one continues what is attached, in its own folder."""
+    shutil.copytree(toy_run, kaggle / "kaggle/input/me/v1" / toy_run.name)
+    assert exp.main([*TOY, "--resume", "auto"], root=kaggle) == 0
+    assert [path.name for path in (kaggle / "kaggle/working").iterdir()] == [toy_run.name]
+    assert exp.main(["--plan", *TOY, "--resume", "auto"], root=kaggle) == 0
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize("known", [True, False])
+def test_an_extension_is_declared_whatever_the_index_knew(toy: Path, toy_run: Path, known: bool) -> None:
+    """The results that are there have been seen, also where an older index does not name them."""
+    shutil.copytree(toy_run, toy / "run")
+    index = exp.load_index(toy / "run", {})
+    if not known:
+        index.jobs = {}
+    exp.save_plain(toy / "run/checkpoints" / exp.STATE_NAME, exp.to_plain(index))
+    assert exp.main(["--resume", "--runs", "2", "--device", "cpu", "--output-dir", str(toy / "run")]) == 0
+    assert exp.load_index(toy / "run", {}).sessions[-1].extended == "runs from 1 to 2"
+
+
+# ---- Room ------------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(("space", "counted"), [(10**9, False), (10**3, True), (0, True)])
 def test_pages_that_fall_into_the_run_folder_are_counted(
     kaggle: Path, monkeypatch: pytest.MonkeyPatch, space: int, counted: bool, capsys: Capture
