@@ -43,15 +43,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 (an older one would only say that 
     print(f"error: run_exp1b_kaggle.py needs Python 3.11 or later, this is {found}", file=sys.stderr)
     sys.exit(2)
 if __name__ == "__main__":
-    try:
-        os.getcwd()
-    except OSError:  # torch's libraries would end the process, with a message about themselves
-        print("error: the current folder does not exist any more: change to another one", file=sys.stderr)
-        sys.exit(2)
-    if not os.environ.get("OMP_WAIT_POLICY"):
-        os.environ["OMP_WAIT_POLICY"] = "passive"  # spinning threads take other programs' cores
-    for name in [name for name in os.environ if name.startswith("TQDM_")]:
-        del os.environ[name]  # nonsense in them would break `import torch`, which imports tqdm
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads take other programs' cores
 
 import argparse
 import contextlib
@@ -4466,37 +4458,31 @@ def work(
 
 
 # -- progress -----------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Speed:
-    """Measured seconds of a network on the device: per training step, and per image of inference."""
-
-    step_seconds: float
-    image_seconds: float
-
-
 @dataclass
 class Estimate:
-    """How long things take: everything that a run says about hours follows from here."""
+    """How long things take, at measured speeds: everything that a run says about hours follows from here."""
 
     settings: Settings
     images: int  # training images
     workers: int
     equal_cost: Mapping[str, int]
-    speeds: dict[str, Speed] = field(default_factory=dict)  # by network
+    speeds: dict[str, float] = field(default_factory=dict)  # network -> multiply-accumulates per second
+
+    def seconds(self, network: str, macs: float) -> float:
+        """Expected seconds of so much work; an unmeasured network is as fast as others (0: none is known)."""
+        known = list(self.speeds.values()) or [math.inf]
+        return macs / self.speeds.get(network, float(np.median(known)))
 
     def job_seconds(self, job: Job) -> float:
-        """Expected training seconds of a job, without the teachers' passes (0 if nothing is known)."""
-        speed = self.speeds.get(job.network)
-        if speed is None:
-            return 0.0
-        steps = self.images // self.settings.batch_size
-        return job_epochs(job, self.settings, self.equal_cost) * steps * speed.step_seconds
+        """Expected training seconds of a job, without the teachers' passes."""
+        return self.seconds(job.network, job_macs(job, self.settings, self.equal_cost) * self.images)
 
     def page_seconds(self, left: Sequence[Job]) -> float:
         """Expected seconds of the teachers' passes over the training images for the jobs that are left."""
+        classes, width = DATASETS[self.settings.dataset][0], self.settings.width
+        views = len(pages_used(left, self.settings)) * self.images
         networks = {network for job in left for network in job.teacher_networks}
-        per_image = sum(self.speeds[name].image_seconds for name in networks if name in self.speeds)
-        return len(pages_used(left, self.settings)) * self.images * per_image
+        return sum(self.seconds(name, views * network_cost(name, classes, width)[1]) for name in networks)
 
     def work_seconds(self, left: Sequence[Job]) -> float:
         """Expected seconds of all that is left, on one device."""
@@ -4511,42 +4497,35 @@ class Estimate:
         return max([self.work_seconds(left) / self.workers, *chain.values()])
 
 
-def measure_speeds(experiment: Experiment) -> dict[str, Speed]:
-    """Time real steps and inference of each network; one that does not fit into the memory is left out."""
-    images, session = experiment.images, experiment.session
+def measure_speeds(experiment: Experiment, networks: Sequence[str] | None = None) -> dict[str, float]:
+    """Multiply-accumulates per second of each network, by three real steps of training after a first one.
+
+    By default of the first job that is left: its epochs, and those of the others, say more later. A step of
+    over 3 s is not repeated; a network that does not fit into the memory is left out.
+    """
+    if networks is None:
+        networks = [job.network for job in experiment.run.left[:1]]
+    images, speeds = experiment.images, dict[str, float]()
     batch = torch.arange(min(experiment.settings.batch_size, len(images)), device=images.device)
-    chunk = torch.arange(min(CHUNK, len(images)), device=images.device)
-
-    def train(network: CifarResNet) -> None:
-        """A training step without the optimizer, to its end."""
-        with experiment.autocast():
-            logits = network(images.render(batch, 0))
-        loss = F.cross_entropy(logits, images.labels[batch])
-        loss.backward()
-        loss.item()
-
-    def infer(network: CifarResNet) -> None:
-        experiment.infer(network, images.render(chunk, 0))[0, 0].item()
-
-    speeds: dict[str, Speed] = {}
-    for name in dict.fromkeys(job.network for job in experiment.run.jobs):
+    for name in networks:
         release_freed_memory()
-        network = experiment.place(build_network(name, len(images.classes), experiment.settings.width))
-        with contextlib.suppress(torch.OutOfMemoryError, JobFailed), out_of_memory_alike():
-            step = median_seconds(partial(train, network.train()), session)
-            speeds[name] = Speed(step, median_seconds(partial(infer, network.eval()), session) / len(chunk))
+        network = experiment.place(
+            build_network(name, len(images.classes), experiment.settings.width)
+        ).train()
+        times: list[float] = []
+        with contextlib.suppress(torch.OutOfMemoryError), out_of_memory_alike():
+            while len(times) < 2 or (len(times) < 4 and times[-1] < 3.0):
+                experiment.session.check()
+                started = time.perf_counter()
+                with experiment.autocast():
+                    logits = network(images.render(batch, 0))
+                loss = F.cross_entropy(logits, images.labels[batch])
+                loss.backward()
+                loss.item()  # waits for the device
+                times.append(time.perf_counter() - started)
+            _, macs = network_cost(name, len(images.classes), experiment.settings.width)
+            speeds[name] = 3 * macs * len(batch) / max(1e-9, float(np.median(times[1:])))
     return speeds
-
-
-def median_seconds(action: Callable[[], None], session: Session, repeats: int = 3) -> float:
-    """Median time of an action after one warm-up; a slow one (over 3 s) is not repeated."""
-    times: list[float] = []
-    while len(times) <= repeats and not (len(times) > 1 and times[-1] > 3.0):
-        session.check()
-        started = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - started)
-    return float(np.median(times[1:]))
 
 
 class Progress:
@@ -4587,8 +4566,16 @@ class Progress:
 
     def epoch_seconds(self, network: str, steps: int) -> float:
         """Expected seconds of so many training steps of a network (0 if unknown)."""
-        speed = self.estimate.speeds.get(network)
-        return speed.step_seconds * steps if speed else 0.0
+        return self.estimate.seconds(network, self.step_macs(network) * steps)
+
+    def step_macs(self, network: str) -> float:
+        """Multiply-accumulates of a training step."""
+        settings = self.run.settings
+        return (
+            3.0
+            * settings.batch_size
+            * network_cost(network, len(self.run.index.data.classes), settings.width)[1]
+        )
 
     def step(self, training: Training, step: int) -> None:
         """A training step begins: shown where somebody watches."""
@@ -4620,8 +4607,7 @@ class Progress:
         """Log an epoch, with the time left for its job and for the experiment."""
         epoch, number, network = training.history[-1], len(training.history), training.job.network
         steps = min(training.steps_per_epoch, training.steps - (number - 1) * training.steps_per_epoch)
-        inference = self.estimate.speeds[network].image_seconds if network in self.estimate.speeds else 0.0
-        self.estimate.speeds[network] = Speed(epoch.seconds / steps, inference)
+        self.estimate.speeds[network] = self.step_macs(network) * steps / max(1e-9, epoch.seconds)
 
         teacher = training.job.kind == "teacher" and self.bar is None and self.publish is None
         due = time.monotonic() - self._last_line > self.LINE_SECONDS
@@ -4638,6 +4624,9 @@ class Progress:
         record = self.run.records[job.name]
         if not record.done:
             return
+        if job.network not in self.estimate.speeds and record.train_seconds:  # another process trained it
+            work = job_macs(job, self.run.settings, self.estimate.equal_cost) * self.estimate.images
+            self.estimate.speeds[job.network] = work / record.train_seconds
         what = f"test {record.test_accuracy:6.2f}%"
         if job.kind == "pilot":
             what = f"candidate {record.chosen + 1} chosen"
@@ -4939,13 +4928,9 @@ def usable_cores() -> int:
     cores: float = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
-    groups = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # version 2; "max" is no number
-        quota, period = map(int, (groups / "cpu.max").read_text().split())
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # "max" is no number
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
         cores = min(cores, quota / period)
-    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # version 1; -1: no limit
-        quota, period = (int((groups / f"cpu/cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
-        cores = min(cores, quota / period) if quota > 0 else cores
     return max(1, math.floor(cores))
 
 
@@ -5520,24 +5505,27 @@ def adopt(path: Path, args: Namespace, platform: Platform) -> Path:
     partial_copy = target.with_name(f".{target.name}.partial")
     log.info("copying the run %s to %s", path, target)
     shutil.rmtree(partial_copy, ignore_errors=True)
-    copy_run(path, partial_copy)
+    try:
+        shutil.copytree(path, partial_copy, ignore=left_out_of_copies, copy_function=copy_file)
+        for folder in (partial_copy, *partial_copy.glob("**/")):
+            folder.chmod(0o755)  # the mount's are read-only
+    except OSError as error:
+        raise UsageError(f"cannot copy {path} to {target} ({first_line(error)}): give --output-dir") from None
     rename(partial_copy, target)
     return target
 
 
-def copy_run(source: Path, target: Path) -> None:
-    """Copy a run folder's files, but not data, locks, or links that lead out of it (to any file here)."""
-    inside = source.resolve()
-    for folder, files in walk(source):
-        place = folder.relative_to(source)
-        if place.parts[:1] in (("data",), (".pages",)):
-            continue
-        (target / place).mkdir(parents=True, exist_ok=True)
-        for name in files:
-            path = folder / name
-            left_out = name in ("run.lock", "run.owner") or name.endswith((".tmp", ".corrupt"))
-            if not left_out and path.is_file() and path.resolve().is_relative_to(inside):
-                write_atomic(target / place / name, path.read_bytes())
+def left_out_of_copies(folder: str, names: list[str]) -> set[str]:
+    """What a copy of a run does without: data, caches, locks, rubbish, and links, which may lead anywhere."""
+    rubbish = shutil.ignore_patterns(
+        "data", ".pages", "run.owner", "*.lock", "*.tmp", "*.corrupt", "*.attempts"
+    )
+    return rubbish(folder, names) | {name for name in names if os.path.islink(os.path.join(folder, name))}
+
+
+def copy_file(source: str, target: str) -> None:
+    """Copy a file's content, not its mode. Raises `DiskFull` or `UsageError`."""
+    write_atomic(Path(target), Path(source).read_bytes())
 
 
 @contextlib.contextmanager
@@ -5917,7 +5905,7 @@ def supervise(run: Run, progress: Progress, session: Session, thread: threading.
         except DiskFull as error:
             full = full or error
         if not progress.estimate.speeds and store.check(["speeds"]):
-            progress.estimate.speeds = from_plain(dict[str, Speed], json.loads(store.get("speeds")))
+            progress.estimate.speeds = json.loads(store.get("speeds"))
         progress.show([store.get(key).decode() for key in status])
         ending = session.signal or (signal.SIGTERM if full else 0)
         if ending and not forwarded:
@@ -6252,7 +6240,8 @@ def show_plan(args: Namespace, platform: Platform) -> int:
     run, session = Run(path or Path(), planned), Session()
     with session.listening():
         progress = make_progress(run, devices, False)
-        speeds = measure_speeds(make_experiment(run, devices[0], devices, data, session, progress))
+        experiment = make_experiment(run, devices[0], devices, data, session, progress)
+        speeds = measure_speeds(experiment, list(dict.fromkeys(job.network for job in run.jobs)))
     images, workers = size - 2 * (size // 20), worker_count(settings, devices)
     estimate = Estimate(settings, images, workers, planned.equal_cost_epochs, speeds)
     print(f"{settings.mode}, {settings.dataset}, {size:,} training images, width {settings.width}")
@@ -6368,12 +6357,12 @@ def merged_files(runs: Sequence[Run], settings: Settings) -> list[Path]:
             run.records[job.name] = record
             path, known = chosen.setdefault(job.name, (run.file(job), record))
             if (known.weights_sha256, known.config) != (record.weights_sha256, record.config):
-                remedy = "merge only one of them"
+                both = f"{path.parent.parent} and {run.path}"
                 if job.kind in ("teacher", "assistant"):
-                    remedy = "merge runs that share one teacher"
-                raise UsageError(
-                    f"{run.path} and {path.parent.parent} both hold {job.name}, trained differently: {remedy}"
-                )
+                    raise UsageError(
+                        f"{both} learned from different teachers ({job.name}): merge runs that share one"
+                    )
+                raise UsageError(f"{both} both hold {job.name}, trained differently: merge only one of them")
     for path, record in chosen.values():
         for name, sha256 in record.taught_by.items():
             if name not in chosen or chosen[name][1].weights_sha256 != sha256:

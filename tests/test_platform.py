@@ -82,14 +82,6 @@ def test_an_older_python_is_told_what_is_needed(monkeypatch: pytest.MonkeyPatch,
     assert said == "error: run_exp1b_kaggle.py needs Python 3.11 or later, this is 3.10.4\n"
 
 
-def test_a_current_folder_that_was_removed_is_named(tmp_path: Path) -> None:
-    """Torch's libraries would end the process with a message about themselves."""
-    command = f'cd {tmp_path} && mkdir gone && cd gone && rmdir ../gone && "{sys.executable}" "{exp.__file__}" --status'
-    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == "error: the current folder does not exist any more: change to another one\n"
-
-
 def test_pasted_into_a_cell_it_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -126,9 +118,6 @@ def test_main_works_in_a_thread(toy: Path, toy_run: Path) -> None:
 
 STRANGE = {
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-    "TQDM_NCOLS": "nonsense",
-    "TQDM_MININTERVAL": "nonsense",
-    "TQDM_DISABLE": "1",
     "PYTHONIOENCODING": "ascii",
     "COLUMNS": "nonsense",
     "LC_ALL": "nonsense",
@@ -136,7 +125,7 @@ STRANGE = {
 
 
 def test_strange_variables_and_settings_change_nothing(toy_run: Path, tmp_path: Path) -> None:
-    """A notebook's plotting backend that this Python lacks, nonsense for tqdm, a matplotlibrc that is none."""
+    """A notebook's plotting backend that this Python lacks, a matplotlibrc that is none."""
     (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe nonsense : : :")
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['matplotlib_inline'] = None\n")
     environment = {**os.environ, **STRANGE, "PYTHONPATH": str(tmp_path)}
