@@ -4783,11 +4783,6 @@ class _Console(logging.StreamHandler[Any]):
             sys.stdout.flush()
 
 
-def is_for_console(record: logging.LogRecord) -> bool:
-    """Whether people need a line: not tracebacks, nor what is logged with `extra={"quiet": True}`."""
-    return not record.exc_info and not getattr(record, "quiet", False)
-
-
 def start_logging(file: Path | None, who: str = "", console_level: int = logging.INFO) -> None:
     """Log to the console and, with `file`, append to the experiment's log.
 
@@ -4805,7 +4800,8 @@ def start_logging(file: Path | None, who: str = "", console_level: int = logging
     console = _Console()
     console.setLevel(console_level)
     console.setFormatter(logging.Formatter(f"{who}%(message)s"))
-    console.addFilter(is_for_console)
+    # People need neither tracebacks nor what is logged with `extra={"quiet": True}`.
+    console.addFilter(lambda record: not record.exc_info and not getattr(record, "quiet", False))
     log.addHandler(console)
     if file is not None:
         with contextlib.suppress(OSError):  # a log that cannot be opened costs no training
@@ -4989,7 +4985,7 @@ def script_sha256() -> str:
 
 
 # -- data: find, read, download -----------------------------------------------------------------------------
-# (pytorch/vision #9536), so that the mirrors are tried first.
+# CIFAR's home server is slow since 2025 (pytorch/vision #9536), so that the mirrors are tried first.
 READERS: dict[str, type[CIFAR10]] = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
 MIRRORS = {
     "CIFAR10": (
@@ -5098,21 +5094,20 @@ def read_source(name: str, source: Path) -> RawData:
     reader = READERS[name]
     archive: Any = None
     if source.is_file():
-        payload = check_md5(source, read_limited(source), reader.tgz_md5)
-        archive = tarfile.open(fileobj=io.BytesIO(payload))  # noqa: SIM115 (in memory: nothing to close)
+        archive = tarfile.open(fileobj=io.BytesIO(read_checked(source, reader.tgz_md5)))  # noqa: SIM115 (in memory: nothing to close)
 
     def unpickle(file: str, md5: str) -> dict[str, Any]:
         if archive is None:
-            payload = read_limited(source / file)
+            payload = read_checked(source / file, md5)
         else:
             try:
                 payload = archive.extractfile(f"{reader.base_folder}/{file}").read()
             except (KeyError, AttributeError):  # no such member, or a folder
                 raise Damaged(f"{source}: the archive lacks {file}") from None
+            check_md5(source / file, payload, md5)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", NUMPY_WARNING)
-            content = pickle.loads(check_md5(source / file, payload, md5), encoding="latin1")
-        return cast("dict[str, Any]", content)
+            return cast("dict[str, Any]", pickle.loads(payload, encoding="latin1"))
 
     def part(batches: Iterable[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
         contents = [unpickle(file, md5) for file, md5 in batches]
@@ -5126,11 +5121,11 @@ def read_source(name: str, source: Path) -> RawData:
     return RawData(name, tuple(classes), *train, *test, f"{source}, md5 verified")
 
 
-def read_limited(path: Path) -> bytes:
-    """A file's bytes. Raises `Damaged` where it is far larger than any file of a data set."""
+def read_checked(path: Path, md5: str) -> bytes:
+    """A file's bytes. Raises `Damaged` unless their md5 is right."""
     if path.stat().st_size > FILE_LIMIT:
         raise Damaged(f"{path} is far larger than it should be")
-    return path.read_bytes()
+    return check_md5(path, path.read_bytes(), md5)
 
 
 def check_md5(path: Path, payload: bytes, md5: str) -> bytes:
@@ -5424,16 +5419,8 @@ def run_to_continue(args: Namespace, platform: Platform) -> Path | None:
     """
     if args.resume != "auto":
         return find_run(args, platform) if args.resume else None
-    given, settings = args.given.get("output_dir"), new_settings(args.given)
-    names = [name for name in setting_names("experiment") if name != "precision"]
-
-    def is_ours(index: Index) -> bool:
-        same = all(getattr(index.settings, name) == getattr(settings, name) for name in names)
-        return same and settings.precision in (index.settings.precision, index.precision)
-
-    if given is not None and is_run(given):
-        return Path(given)
-    path = newest_run(args, platform, is_ours)
+    settings = new_settings(args.given)
+    path = newest_run(args, platform, {name: getattr(settings, name) for name in setting_names("experiment")})
     if path is None:
         log.info("there is no run with these settings yet: a new one starts")
     return path
@@ -5441,17 +5428,11 @@ def run_to_continue(args: Namespace, platform: Platform) -> Path | None:
 
 def find_run(args: Namespace, platform: Platform) -> Path:
     """The run that --resume, --status or --report-only means. Raises `UsageError` if there is none."""
-    given = args.given.get("output_dir")
-    if given is not None and is_run(given):
-        return Path(given)
     wanted = {name: args.given[name] for name in ("mode", "dataset") if name in args.given}
-
-    def is_wanted(index: Index) -> bool:
-        return all(getattr(index.settings, name) == value for name, value in wanted.items())
-
-    path = newest_run(args, platform, is_wanted)
+    path = newest_run(args, platform, wanted)
     if path is not None:
         return path
+    given = args.given.get("output_dir")
     if given is not None:
         remedy = "check the path, or start one without --resume" if args.resume else "check the path"
         raise UsageError(f"--output-dir {given} holds no run to continue: {remedy}")
@@ -5460,9 +5441,14 @@ def find_run(args: Namespace, platform: Platform) -> Path:
     raise UsageError(f"found no {what} in {searched}: attach its output as input, or give --output-dir")
 
 
-def newest_run(args: Namespace, platform: Platform, accept: Callable[[Index], bool]) -> Path | None:
-    """Of the runs that are accepted the last active one: of the output folder, else of Kaggle's inputs."""
+def newest_run(args: Namespace, platform: Platform, wanted: Mapping[str, Any]) -> Path | None:
+    """The run in --output-dir; else the last active one with settings as `wanted`, if there is any.
+
+    It is looked for in the output folder, then in Kaggle's inputs; under the name of --output-dir, if given.
+    """
     given = args.given.get("output_dir")
+    if given is not None and is_run(given):
+        return Path(given)
     for folders in run_folders(platform):
         found: list[tuple[str, str]] = []
         for path in folders:
@@ -5473,7 +5459,10 @@ def newest_run(args: Namespace, platform: Platform, accept: Callable[[Index], bo
             except UsageError as error:
                 log.warning("not considered: %s: %s", path, error)
                 continue
-            if accept(index):
+            settings = index.settings
+            if wanted.get("precision") == index.precision:  # whether it was asked for or chosen
+                settings = replace(settings, precision=index.precision)
+            if all(getattr(settings, name) == value for name, value in wanted.items()):
                 found.append((index.last_activity, str(path)))
         if len(found) > 1:
             log.info("%d runs match; the newest is used: %s", len(found), max(found)[1])
@@ -5484,14 +5473,13 @@ def newest_run(args: Namespace, platform: Platform, accept: Callable[[Index], bo
 
 def run_folders(platform: Platform) -> Iterator[list[Path]]:
     """The run folders in the output folder, then those at any depth below Kaggle's inputs."""
-    yield runs_in(platform.output_root)
-    below = [folder for root in platform.inputs for folder, _ in walk(root)]
-    yield [path.parent for path in below if path.name == "checkpoints" and is_run(path.parent)]
+    yield runs_in([platform.output_root])
+    yield runs_in(folder for root in platform.inputs for folder, _ in walk(root))
 
 
-def runs_in(folder: Path) -> list[Path]:
-    """The run folders in a folder, not in what lies deeper. One with a dot in front is no whole copy."""
-    found = [path.parent for path in sorted(folder.glob("*/checkpoints"))]
+def runs_in(folders: Iterable[Path]) -> list[Path]:
+    """The run folders that lie in one of these folders. One with a dot in front is no whole copy."""
+    found = [path.parent for folder in folders for path in sorted(folder.glob("*/checkpoints"))]
     return [path for path in found if not path.name.startswith(".") and is_run(path)]
 
 
@@ -5506,7 +5494,12 @@ def adopt(path: Path, args: Namespace, platform: Platform) -> Path:
     log.info("copying the run %s to %s", path, target)
     shutil.rmtree(partial_copy, ignore_errors=True)
     try:
-        shutil.copytree(path, partial_copy, ignore=left_out_of_copies, copy_function=copy_file)
+        shutil.copytree(
+            path,
+            partial_copy,
+            ignore=left_out_of_copies,
+            copy_function=lambda one, other: write_atomic(Path(other), Path(one).read_bytes()),
+        )
         for folder in (partial_copy, *partial_copy.glob("**/")):
             folder.chmod(0o755)  # the mount's are read-only
     except OSError as error:
@@ -5521,11 +5514,6 @@ def left_out_of_copies(folder: str, names: list[str]) -> set[str]:
         "data", ".pages", "run.owner", "*.lock", "*.tmp", "*.corrupt", "*.attempts"
     )
     return rubbish(folder, names) | {name for name in names if os.path.islink(os.path.join(folder, name))}
-
-
-def copy_file(source: str, target: str) -> None:
-    """Copy a file's content, not its mode. Raises `DiskFull` or `UsageError`."""
-    write_atomic(Path(target), Path(source).read_bytes())
 
 
 @contextlib.contextmanager
@@ -5639,15 +5627,10 @@ def announce_devices(devices: Sequence[Device], precision: str, settings: Settin
         other = str(torch.accelerator.current_accelerator())
         if other != "cuda":
             log.info(
-                "torch also offers %s: not used, because this script computes on CUDA and ROCm GPUs and "
-                "on CPUs only",
-                other,
+                "torch also offers %s: not used, because this script uses CUDA, ROCm and CPUs only", other
             )
     if precision == "bf16" and emulates_bf16(devices[0]):
-        log.warning(
-            "%s only emulates bf16, many times slower than what a new run without --precision would use",
-            names,
-        )
+        log.warning("%s only emulates bf16, far slower than what a new run without --precision uses", names)
 
 
 def load_run_data(
@@ -5793,7 +5776,7 @@ def reuse_finished(run: Run, platform: Platform) -> None:
     wanted = {name for name, job in jobs.items() if not run.file(job).exists()}
     if not wanted:
         return
-    folders = [*runs_in(run.path.parent), *itertools.chain(*run_folders(platform))]
+    folders = [*runs_in([run.path.parent]), *itertools.chain(*run_folders(platform))]
     for name, job in jobs.items():  # in the order of learning: what teaches comes first
         run.refresh()
         if name not in wanted or any(teacher.name not in run.records for teacher in teachers_of(job)):
@@ -6167,28 +6150,21 @@ def show_status(args: Namespace, platform: Platform) -> int:
     spent = sum(record.train_seconds for record in run.records.values() if not record.same_as)
     done = len(run.records) - len(failed)
     print(path)
-    print(
-        f"{settings.mode}, {settings.dataset}, width {settings.width}, {run.index.precision}, "
-        f"last session {run.index.last_activity}"
-    )
-    print(
-        f"{done} of {len(run.jobs)} jobs done, {len(failed)} failed, {len(left)} left; "
-        f"{say_time(spent)} of training so far"
-    )
+    print(f"{settings.mode}, {settings.dataset}, width {settings.width}, {run.index.precision}", end=", ")
+    print(f"last session {run.index.last_activity}")
+    print(f"{done} of {len(run.jobs)} jobs done, {len(failed)} failed, {len(left)} left", end="; ")
+    print(f"{say_time(spent)} of training so far")
+    finished = [record for record in run.records.values() if record.done]
     for ratio, arm in itertools.product(settings.compression, student_arms(settings)):
-        students = [
-            run.records[job.name]
-            for job in run.jobs
-            if job.name in run.records and (job.kind, job.compression, job.method) == ("student", ratio, arm)
-        ]
-        accuracies = [record.test_accuracy for record in students if record.done]
+        students = [record for record in finished if (record.compression, record.method) == (ratio, arm)]
+        accuracies = [record.test_accuracy for record in students if record.kind == "student"]
         best = f", best {max(accuracies):.2f}%, last {accuracies[-1]:.2f}%" if accuracies else ""
         print(f"  {ratio:<5} {arm:<22} {len(accuracies)} of {settings.runs} runs done{best}")
-    for record in run.records.values():
+    for record in finished:
         what = f"test accuracy {record.test_accuracy:.2f}%"
         if record.kind == "pilot":
             what = f"candidate {record.chosen + 1} chosen"
-        if record.kind != "student" and record.done:
+        if record.kind != "student":
             print(f"  {record.job:<40} done in {say_time(record.train_seconds)}, {what}")
     for name in failed:
         print(f"  failed: {name}: {run.records[name].failure}")
@@ -6217,9 +6193,7 @@ def report_on(run: Run, args: Namespace, platform: Platform) -> None:
         settings = replace(run.settings, data_dir=args.given.get("data_dir"))
         run.labels = load_run_data(settings, run.path, platform, Session(), download=False).test_labels
     except UsageError:
-        log.warning(
-            "the data set was not found (--data-dir): the report leaves out what needs the test labels"
-        )
+        log.warning("the data set was not found (--data-dir): the report lacks what needs the test labels")
     run.refresh()
     run.save(final=True)
     log.info("finished: %s; report: %s", say_answer(run), run.path / REPORT_NAME)
@@ -6248,10 +6222,8 @@ def show_plan(args: Namespace, platform: Platform) -> int:
     print_plan(estimate, [job for job in run.jobs if not index or job.name not in index.jobs])
     names = listed(dict.fromkeys(device.name for device in devices))
     print(f"measured on {names}, {precision}, {say_count(workers, 'worker')}")
-    print(
-        f"disk: {say_bytes(disk_bytes(settings))} in the run folder (Kaggle keeps "
-        f"{say_bytes(KAGGLE_DISK_BYTES)}), {say_bytes(page_bytes(settings))} of cache elsewhere"
-    )
+    folder, kept, cache = map(say_bytes, (disk_bytes(settings), KAGGLE_DISK_BYTES, page_bytes(settings)))
+    print(f"disk: {folder} in the run folder (Kaggle keeps {kept}), {cache} of cache elsewhere")
     return 0
 
 
@@ -6301,7 +6273,9 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
     for source in files:
         write_atomic(partial_run / "checkpoints" / source.name, source.read_bytes())
     Run(partial_run, index).save_index()
-    shutil.rmtree(target, ignore_errors=True)  # an empty one
+    for folder in (target / "checkpoints", target / "figures", target):
+        if folder.is_dir():
+            folder.rmdir()  # empty, or this is an error
     rename(partial_run, target)  # from here on it is a run, and --report-only can write its report
     with hold_folder(target) as token:
         start_logging(target / "experiment.log")
@@ -6444,16 +6418,11 @@ def main(argv: Sequence[str] | None = None, root: Path = Path("/")) -> int:
         log.error("the program failed", exc_info=error)
         where = "its traceback is in experiment.log"
         if not any(isinstance(handler, _LogFile) for handler in log.handlers):
-            where = traceback_of(error)
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{last.name}, line {last.lineno}"
         what = f"{type(error).__name__}: {first_line(error)}"
         log.error("error: %s; this is a fault of the program; what was saved is intact (%s)", what, where)
         return 1
-
-
-def traceback_of(error: BaseException) -> str:
-    """Where an error was raised: "function, line n"."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{frames[-1].name}, line {frames[-1].lineno}" if frames else "unknown place"
 
 
 if __name__ == "__main__":

@@ -470,7 +470,7 @@ def test_what_is_printed_needs_no_letter_that_the_console_lacks(
 
 def runs_of(folder: Path) -> list[str]:
     """Runs that are there, each with how many sessions it has had and its ratios."""
-    found = {path.name: exp.load_index(path, {}) for path in exp.runs_in(folder)}
+    found = {path.name: exp.load_index(path, {}) for path in exp.runs_in([folder])}
     return [f"{len(i.sessions)} {' '.join(i.settings.compression)} {i.settings.lr}" for i in found.values()]
 
 
@@ -545,3 +545,10 @@ def test_pages_that_fall_into_the_run_folder_are_counted(
         exp.page_places(kaggle)[0].write_text("a file where the folder should be")
     assert exp.main(TOY, root=kaggle) == (2 if counted else 0)
     assert ("this run needs about 7 MB" in capsys.readouterr().out) == counted
+
+
+def test_an_unfinished_copy_in_an_input_is_no_run(kaggle: Path, toy_run: Path, capsys: Capture) -> None:
+    """A session that was killed while it copied left `.<run>.partial` in its output."""
+    shutil.copytree(toy_run, kaggle / f"kaggle/input/me/.{toy_run.name}.partial")
+    assert exp.main(["--status"], root=kaggle) == 2
+    assert "found no run in" in capsys.readouterr().out
