@@ -43,15 +43,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 (an older one would only say that 
     print(f"error: run_exp1b_kaggle.py needs Python 3.11 or later, this is {found}", file=sys.stderr)
     sys.exit(2)
 if __name__ == "__main__":
-    try:
-        os.getcwd()
-    except OSError:  # torch's libraries would end the process, with a message about themselves
-        print("error: the current folder does not exist any more: change to another one", file=sys.stderr)
-        sys.exit(2)
-    if not os.environ.get("OMP_WAIT_POLICY"):
-        os.environ["OMP_WAIT_POLICY"] = "passive"  # spinning threads take other programs' cores
-    for name in [name for name in os.environ if name.startswith("TQDM_")]:
-        del os.environ[name]  # nonsense in them would break `import torch`, which imports tqdm
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads take other programs' cores
 
 import argparse
 import contextlib
@@ -913,6 +905,9 @@ METHODS: dict[str, type[Method]] = {}
 SPARE_COLOURS = ("#D55E00", "#009E73", "#56B4E9", "#A89C00", "#CC79A7", "#8C564B", "#444444")
 SPARE_MARKERS = ("X", "P", "<", "p", "D", "*", "h", ">")
 SPARE_LINES = (":", "--", "-.", "-")
+SPARE_LOOKS: tuple[Look, ...] = tuple(
+    (SPARE_COLOURS[i % 7], SPARE_MARKERS[i % 8], SPARE_LINES[i % 4]) for i in range(56)
+)
 MOST_NUMBERS = 4_096  # of a description, per image
 
 
@@ -5096,37 +5091,31 @@ def work(experiment: Experiment, writes: bool, prepared: Callable[[], object]) -
 
 
 # -- progress -----------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Speed:
-    """Measured seconds of a network on the device: per training step, and per image of inference."""
-
-    step_seconds: float
-    image_seconds: float
-
-
 @dataclass
 class Estimate:
-    """How long things take: everything that a run says about hours follows from here."""
+    """How long things take, at measured speeds: everything that a run says about hours follows from here."""
 
     settings: Settings
     images: int  # training images
     workers: int
     equal_cost: Mapping[str, int]
-    speeds: dict[str, Speed] = field(default_factory=dict)  # by network
+    speeds: dict[str, float] = field(default_factory=dict)  # network -> multiply-accumulates per second
+
+    def seconds(self, network: str, macs: float) -> float:
+        """Expected seconds of so much work; an unmeasured network is as fast as others (0: none is known)."""
+        known = list(self.speeds.values()) or [math.inf]
+        return macs / self.speeds.get(network, float(np.median(known)))
 
     def job_seconds(self, job: Job) -> float:
-        """Expected training seconds of a job, without the teachers' passes (0 if nothing is known)."""
-        speed = self.speeds.get(job.network)
-        if speed is None:
-            return 0.0
-        steps = self.images // self.settings.batch_size
-        return job_epochs(job, self.settings, self.equal_cost) * steps * speed.step_seconds
+        """Expected training seconds of a job, without the teachers' passes."""
+        return self.seconds(job.network, job_macs(job, self.settings, self.equal_cost) * self.images)
 
     def page_seconds(self, left: Sequence[Job]) -> float:
         """Expected seconds of the teachers' passes over the training images for the jobs that are left."""
+        classes, width = DATASETS[self.settings.dataset][0], self.settings.width
+        views = len(pages_used(left, self.settings)) * self.images
         networks = {network for job in left for network in job.teacher_networks}
-        per_image = sum(self.speeds[name].image_seconds for name in networks if name in self.speeds)
-        return len(pages_used(left, self.settings)) * self.images * per_image
+        return sum(self.seconds(name, views * network_cost(name, classes, width)[1]) for name in networks)
 
     def work_seconds(self, left: Sequence[Job]) -> float:
         """Expected seconds of all that is left, on one device."""
@@ -5141,42 +5130,35 @@ class Estimate:
         return max([self.work_seconds(left) / self.workers, *chain.values()])
 
 
-def measure_speeds(experiment: Experiment) -> dict[str, Speed]:
-    """Time real steps and inference of each network; one that does not fit into the memory is left out."""
-    images, session = experiment.images, experiment.session
+def measure_speeds(experiment: Experiment, networks: Sequence[str] | None = None) -> dict[str, float]:
+    """Multiply-accumulates per second of each network, by three real steps of training after a first one.
+
+    By default of the first job that is left: its epochs, and those of the others, say more later. A step of
+    over 3 s is not repeated; a network that does not fit into the memory is left out.
+    """
+    if networks is None:
+        networks = [job.network for job in experiment.run.left[:1]]
+    images, speeds = experiment.images, dict[str, float]()
     batch = torch.arange(min(experiment.settings.batch_size, len(images)), device=images.device)
-    chunk = torch.arange(min(CHUNK, len(images)), device=images.device)
-
-    def train(network: CifarResNet) -> None:
-        """A training step without the optimizer, to its end."""
-        with experiment.autocast():
-            logits = network(images.render(batch, 0))
-        loss = F.cross_entropy(logits, images.labels[batch])
-        loss.backward()
-        loss.item()
-
-    def infer(network: CifarResNet) -> None:
-        experiment.infer(network, images.render(chunk, 0))[0, 0].item()
-
-    speeds: dict[str, Speed] = {}
-    for name in dict.fromkeys(job.network for job in experiment.run.jobs):
+    for name in networks:
         release_freed_memory()
-        network = experiment.place(build_network(name, len(images.classes), experiment.settings.width))
-        with contextlib.suppress(torch.OutOfMemoryError, JobFailed), out_of_memory_alike():
-            step = median_seconds(partial(train, network.train()), session)
-            speeds[name] = Speed(step, median_seconds(partial(infer, network.eval()), session) / len(chunk))
+        network = experiment.place(
+            build_network(name, len(images.classes), experiment.settings.width)
+        ).train()
+        times: list[float] = []
+        with contextlib.suppress(torch.OutOfMemoryError), out_of_memory_alike():
+            while len(times) < 2 or (len(times) < 4 and times[-1] < 3.0):
+                experiment.session.check()
+                started = time.perf_counter()
+                with experiment.autocast():
+                    logits = network(images.render(batch, 0))
+                loss = F.cross_entropy(logits, images.labels[batch])
+                loss.backward()
+                loss.item()  # waits for the device
+                times.append(time.perf_counter() - started)
+            _, macs = network_cost(name, len(images.classes), experiment.settings.width)
+            speeds[name] = 3 * macs * len(batch) / max(1e-9, float(np.median(times[1:])))
     return speeds
-
-
-def median_seconds(action: Callable[[], None], session: Session, repeats: int = 3) -> float:
-    """Median time of an action after one warm-up; a slow one (over 3 s) is not repeated."""
-    times: list[float] = []
-    while len(times) <= repeats and not (len(times) > 1 and times[-1] > 3.0):
-        session.check()
-        started = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - started)
-    return float(np.median(times[1:]))
 
 
 class Progress:
@@ -5217,8 +5199,16 @@ class Progress:
 
     def epoch_seconds(self, network: str, steps: int) -> float:
         """Expected seconds of so many training steps of a network (0 if unknown)."""
-        speed = self.estimate.speeds.get(network)
-        return speed.step_seconds * steps if speed else 0.0
+        return self.estimate.seconds(network, self.step_macs(network) * steps)
+
+    def step_macs(self, network: str) -> float:
+        """Multiply-accumulates of a training step."""
+        settings = self.run.settings
+        return (
+            3.0
+            * settings.batch_size
+            * network_cost(network, len(self.run.index.data.classes), settings.width)[1]
+        )
 
     def step(self, training: Training, step: int) -> None:
         """A training step begins: shown where somebody watches."""
@@ -5250,8 +5240,7 @@ class Progress:
         """Log an epoch, with the time left for its job and for the experiment."""
         epoch, number, network = training.history[-1], len(training.history), training.job.network
         steps = min(training.steps_per_epoch, training.steps - (number - 1) * training.steps_per_epoch)
-        inference = self.estimate.speeds[network].image_seconds if network in self.estimate.speeds else 0.0
-        self.estimate.speeds[network] = Speed(epoch.seconds / steps, inference)
+        self.estimate.speeds[network] = self.step_macs(network) * steps / max(1e-9, epoch.seconds)
 
         teacher = training.job.kind == "teacher" and self.bar is None and self.publish is None
         due = time.monotonic() - self._last_line > self.LINE_SECONDS
@@ -5268,6 +5257,9 @@ class Progress:
         record = self.run.records[job.name]
         if not record.done:
             return
+        if job.network not in self.estimate.speeds and record.train_seconds:  # another process trained it
+            work = job_macs(job, self.run.settings, self.estimate.equal_cost) * self.estimate.images
+            self.estimate.speeds[job.network] = work / record.train_seconds
         what = f"test {record.test_accuracy:6.2f}%"
         if job.kind == "pilot":
             what = f"candidate {record.chosen + 1} chosen"
@@ -5415,11 +5407,6 @@ class _Console(logging.StreamHandler[Any]):
             sys.stdout.flush()
 
 
-def is_for_console(record: logging.LogRecord) -> bool:
-    """Whether people need a line: not tracebacks, nor what is logged with `extra={"quiet": True}`."""
-    return not record.exc_info and not getattr(record, "quiet", False)
-
-
 def start_logging(file: Path | None, who: str = "", console_level: int = logging.INFO) -> None:
     """Log to the console and, with `file`, append to the experiment's log.
 
@@ -5437,7 +5424,8 @@ def start_logging(file: Path | None, who: str = "", console_level: int = logging
     console = _Console()
     console.setLevel(console_level)
     console.setFormatter(logging.Formatter(f"{who}%(message)s"))
-    console.addFilter(is_for_console)
+    # People need neither tracebacks nor what is logged with `extra={"quiet": True}`.
+    console.addFilter(lambda record: not record.exc_info and not getattr(record, "quiet", False))
     log.addHandler(console)
     if file is not None:
         with contextlib.suppress(OSError):  # a log that cannot be opened costs no training
@@ -5560,13 +5548,9 @@ def usable_cores() -> int:
     cores: float = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
-    groups = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # version 2; "max" is no number
-        quota, period = map(int, (groups / "cpu.max").read_text().split())
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # "max" is no number
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
         cores = min(cores, quota / period)
-    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # version 1; -1: no limit
-        quota, period = (int((groups / f"cpu/cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
-        cores = min(cores, quota / period) if quota > 0 else cores
     return max(1, math.floor(cores))
 
 
@@ -5644,7 +5628,7 @@ def script_sha256() -> str:
 
 
 # -- data: find, read, download -----------------------------------------------------------------------------
-# (pytorch/vision #9536), so that the mirrors are tried first.
+# CIFAR's home server is slow since 2025 (pytorch/vision #9536), so that the mirrors are tried first.
 READERS: dict[str, type[CIFAR10]] = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
 MIRRORS = {
     "CIFAR10": (
@@ -5753,21 +5737,20 @@ def read_source(name: str, source: Path) -> RawData:
     reader = READERS[name]
     archive: Any = None
     if source.is_file():
-        payload = check_md5(source, read_limited(source), reader.tgz_md5)
-        archive = tarfile.open(fileobj=io.BytesIO(payload))  # noqa: SIM115 (in memory: nothing to close)
+        archive = tarfile.open(fileobj=io.BytesIO(read_checked(source, reader.tgz_md5)))  # noqa: SIM115 (in memory: nothing to close)
 
     def unpickle(file: str, md5: str) -> dict[str, Any]:
         if archive is None:
-            payload = read_limited(source / file)
+            payload = read_checked(source / file, md5)
         else:
             try:
                 payload = archive.extractfile(f"{reader.base_folder}/{file}").read()
             except (KeyError, AttributeError):  # no such member, or a folder
                 raise Damaged(f"{source}: the archive lacks {file}") from None
+            check_md5(source / file, payload, md5)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", NUMPY_WARNING)
-            content = pickle.loads(check_md5(source / file, payload, md5), encoding="latin1")
-        return cast("dict[str, Any]", content)
+            return cast("dict[str, Any]", pickle.loads(payload, encoding="latin1"))
 
     def part(batches: Iterable[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
         contents = [unpickle(file, md5) for file, md5 in batches]
@@ -5781,11 +5764,11 @@ def read_source(name: str, source: Path) -> RawData:
     return RawData(name, tuple(classes), *train, *test, f"{source}, md5 verified")
 
 
-def read_limited(path: Path) -> bytes:
-    """A file's bytes. Raises `Damaged` where it is far larger than any file of a data set."""
+def read_checked(path: Path, md5: str) -> bytes:
+    """A file's bytes. Raises `Damaged` unless their md5 is right."""
     if path.stat().st_size > FILE_LIMIT:
         raise Damaged(f"{path} is far larger than it should be")
-    return path.read_bytes()
+    return check_md5(path, path.read_bytes(), md5)
 
 
 def check_md5(path: Path, payload: bytes, md5: str) -> bytes:
@@ -5935,9 +5918,7 @@ def adapt_plugin(method: type[Method]) -> None:
     method.option, method.twin = "methods", ""
     number = sum(is_plugin(known) for known in METHODS.values())
     if "look" not in vars(method):
-        spare = (SPARE_COLOURS, SPARE_MARKERS, SPARE_LINES)
-        colour, marker, line = (choices[number % len(choices)] for choices in spare)
-        method.look = (colour, marker, line)
+        method.look = SPARE_LOOKS[number % len(SPARE_LOOKS)]
     if "about" not in vars(method):
         method.about = " ".join((method.__doc__ or "a method of a plugin").split()).rstrip(".")
 
@@ -6083,8 +6064,15 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=80),
     )
     actions = parser.add_argument_group("what to do instead of starting a new run")
+    actions.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=("auto",),
+        help="continue --output-dir, or else the newest matching run; auto: or start one",
+    )
     for option, text in {
-        "--resume": "continue --output-dir, or else the newest matching run",
         "--join": "help with the run in --output-dir, which another process leads",
         "--status": "what is done and what is left; trains nothing",
         "--plan": "jobs, measured speed, hours and disk; trains nothing",
@@ -6175,19 +6163,28 @@ def continue_command(args: Namespace, run_path: Path) -> str:
 
 
 # -- finding and opening a run ------------------------------------------------------------------------------
+def run_to_continue(args: Namespace, platform: Platform) -> Path | None:
+    """The run that this command continues; None where it starts a new one.
+
+    With `--resume auto` the same command does both, as a scheduler repeats it: it continues --output-dir, or
+    else the newest run with exactly its settings, and never touches one with others.
+    """
+    if args.resume != "auto":
+        return find_run(args, platform) if args.resume else None
+    settings = new_settings(args.given)
+    path = newest_run(args, platform, {name: getattr(settings, name) for name in setting_names("experiment")})
+    if path is None:
+        log.info("there is no run with these settings yet: a new one starts")
+    return path
+
+
 def find_run(args: Namespace, platform: Platform) -> Path:
     """The run that --resume, --status or --report-only means. Raises `UsageError` if there is none."""
-    given = args.given.get("output_dir")
-    if given is not None and is_run(given):
-        return Path(given)
     wanted = {name: args.given[name] for name in ("mode", "dataset") if name in args.given}
-    for folders in (runs_in(platform.output_root), runs_below(platform.inputs)):
-        found = [(index.last_activity, str(path)) for path, index in read_runs(args, folders, wanted)]
-        found = [item for item in found if given is None or Path(item[1]).name == Path(given).name]
-        if len(found) > 1:
-            log.info("%d runs match; the newest is used: %s", len(found), max(found)[1])
-        if found:
-            return Path(max(found)[1])
+    path = newest_run(args, platform, wanted)
+    if path is not None:
+        return path
+    given = args.given.get("output_dir")
     if given is not None:
         remedy = "check the path, or start one without --resume" if args.resume else "check the path"
         raise UsageError(f"--output-dir {given} holds no run to continue: {remedy}")
@@ -6196,30 +6193,46 @@ def find_run(args: Namespace, platform: Platform) -> Path:
     raise UsageError(f"found no {what} in {searched}: attach its output as input, or give --output-dir")
 
 
-def runs_in(folder: Path) -> list[Path]:
-    """The run folders in a folder, but not in what lies deeper. One with a dot in front is no whole copy."""
-    found = [path.parent for path in sorted(folder.glob("*/checkpoints"))]
+def newest_run(args: Namespace, platform: Platform, wanted: Mapping[str, Any]) -> Path | None:
+    """The run in --output-dir; else the last active one with settings as `wanted`, if there is any.
+
+    It is looked for in the output folder, then in Kaggle's inputs; under the name of --output-dir, if given.
+    """
+    given = args.given.get("output_dir")
+    if given is not None and is_run(given):
+        return Path(given)
+    for folders in run_folders(platform):
+        found: list[tuple[str, str]] = []
+        for path in folders:
+            if given is not None and path.name != given.name:
+                continue
+            try:
+                index = load_index(path, args.plugins)
+            except UsageError as error:
+                log.warning("not considered: %s: %s", path, error)
+                continue
+            settings = index.settings
+            if wanted.get("precision") == index.precision:  # whether it was asked for or chosen
+                settings = replace(settings, precision=index.precision)
+            if all(getattr(settings, name) == value for name, value in wanted.items()):
+                found.append((index.last_activity, str(path)))
+        if len(found) > 1:
+            log.info("%d runs match; the newest is used: %s", len(found), max(found)[1])
+        if found:
+            return Path(max(found)[1])
+    return None
+
+
+def run_folders(platform: Platform) -> Iterator[list[Path]]:
+    """The run folders in the output folder, then those at any depth below Kaggle's inputs."""
+    yield runs_in([platform.output_root])
+    yield runs_in(folder for root in platform.inputs for folder, _ in walk(root))
+
+
+def runs_in(folders: Iterable[Path]) -> list[Path]:
+    """The run folders that lie in one of these folders. One with a dot in front is no whole copy."""
+    found = [path.parent for folder in folders for path in sorted(folder.glob("*/checkpoints"))]
     return [path for path in found if not path.name.startswith(".") and is_run(path)]
-
-
-def runs_below(roots: Iterable[Path]) -> list[Path]:
-    """The run folders at any depth below Kaggle's inputs."""
-    folders = [folder for root in dict.fromkeys(roots) for folder, _ in walk(root)]
-    return [path.parent for path in folders if path.name == "checkpoints" and is_run(path.parent)]
-
-
-def read_runs(
-    args: Namespace, folders: Iterable[Path], wanted: Mapping[str, str]
-) -> Iterator[tuple[Path, Index]]:
-    """Those of these runs that can be used and have settings as `wanted`, each with its index."""
-    for path in folders:
-        try:
-            index = load_index(path, args.plugins)
-        except UsageError as error:
-            log.warning("not considered: %s: %s", path, error)
-            continue
-        if all(getattr(index.settings, name) == value for name, value in wanted.items()):
-            yield path, index
 
 
 def adopt(path: Path, args: Namespace, platform: Platform) -> Path:
@@ -6232,24 +6245,25 @@ def adopt(path: Path, args: Namespace, platform: Platform) -> Path:
     partial_copy = target.with_name(f".{target.name}.partial")
     log.info("copying the run %s to %s", path, target)
     shutil.rmtree(partial_copy, ignore_errors=True)
-    copy_run(path, partial_copy)
+    try:
+        shutil.copytree(
+            path,
+            partial_copy,
+            ignore=left_out_of_copies,
+            copy_function=lambda one, other: write_atomic(Path(other), Path(one).read_bytes()),
+        )
+        for folder in (partial_copy, *partial_copy.glob("**/")):
+            folder.chmod(0o755)  # the mount's are read-only
+    except OSError as error:
+        raise UsageError(f"cannot copy {path} to {target} ({first_line(error)}): give --output-dir") from None
     rename(partial_copy, target)
     return target
 
 
-def copy_run(source: Path, target: Path) -> None:
-    """Copy a run folder's files, but not data, locks, or links that lead out of it (to any file here)."""
-    inside = source.resolve()
-    for folder, files in walk(source):
-        place = folder.relative_to(source)
-        if place.parts[:1] in (("data",), (".pages",)):
-            continue
-        (target / place).mkdir(parents=True, exist_ok=True)
-        for name in files:
-            path = folder / name
-            left_out = name.endswith((".lock", ".attempts", ".tmp", ".corrupt"))
-            if not left_out and path.is_file() and path.resolve().is_relative_to(inside):
-                write_atomic(target / place / name, path.read_bytes())
+def left_out_of_copies(folder: str, names: list[str]) -> set[str]:
+    """What a copy of a run does without: data, caches, locks, rubbish, and links, which may lead anywhere."""
+    rubbish = shutil.ignore_patterns("data", ".pages", "*.lock", "*.tmp", "*.corrupt", "*.attempts")
+    return rubbish(folder, names) | {name for name in names if os.path.islink(os.path.join(folder, name))}
 
 
 @contextlib.contextmanager
@@ -6263,7 +6277,7 @@ def open_run(
         with hold_folder(path):
             start_logging(path / "experiment.log")
             log.info("run_exp1b_kaggle.py %s, run folder %s", VERSION, path)
-            index = load_index(path, args.plugins) if args.resume else None
+            index = load_index(path, args.plugins) if is_run(path) else None
             settings = continued_settings(index, args.given) if index else new_settings(args.given)
             devices = choose_devices(settings, platform)
             precision = index.precision if index else choose_precision(settings.precision, devices[0])
@@ -6289,8 +6303,9 @@ def open_run(
 
 def choose_folder(args: Namespace, platform: Platform) -> tuple[Path, bool]:
     """The folder of the run to start or to continue, and whether it was not there before."""
-    if args.resume:
-        return adopt(find_run(args, platform), args, platform), False
+    found = run_to_continue(args, platform)
+    if found is not None:
+        return adopt(found, args, platform), False
     settings = new_settings(args.given)
     path = settings.output_dir
     if path is None:
@@ -6364,15 +6379,10 @@ def announce_devices(devices: Sequence[Device], precision: str, settings: Settin
         other = str(torch.accelerator.current_accelerator())
         if other != "cuda":
             log.info(
-                "torch also offers %s: not used, because this script computes on CUDA and ROCm GPUs and "
-                "on CPUs only",
-                other,
+                "torch also offers %s: not used, because this script uses CUDA, ROCm and CPUs only", other
             )
     if precision == "bf16" and emulates_bf16(devices[0]):
-        log.warning(
-            "%s only emulates bf16, many times slower than what a new run without --precision would use",
-            names,
-        )
+        log.warning("%s only emulates bf16, far slower than what a new run without --precision uses", names)
 
 
 def load_run_data(
@@ -6515,7 +6525,7 @@ def reuse_finished(run: Run, platform: Platform) -> None:
     wanted = {name for name, job in jobs.items() if not run.file(job).exists()}
     if not wanted:
         return
-    folders = [*runs_in(run.path.parent), *runs_in(platform.output_root), *runs_below(platform.inputs)]
+    folders = [*runs_in([run.path.parent]), *itertools.chain(*run_folders(platform))]
     for name, job in jobs.items():  # in the order of learning: what teaches comes first
         run.refresh()
         if name not in wanted or any(teacher.name not in run.records for teacher in teachers_of(job)):
@@ -6900,28 +6910,21 @@ def show_status(args: Namespace, platform: Platform) -> int:
     spent = sum(record.train_seconds for record in run.records.values() if not record.same_as)
     done = len(run.records) - len(failed)
     print(path)
-    print(
-        f"{settings.mode}, {settings.dataset}, width {settings.width}, {run.index.precision}, "
-        f"last session {run.index.last_activity}"
-    )
-    print(
-        f"{done} of {len(run.jobs)} jobs done, {len(failed)} failed, {len(left)} left; "
-        f"{say_time(spent)} of training so far"
-    )
+    print(f"{settings.mode}, {settings.dataset}, width {settings.width}, {run.index.precision}", end=", ")
+    print(f"last session {run.index.last_activity}")
+    print(f"{done} of {len(run.jobs)} jobs done, {len(failed)} failed, {len(left)} left", end="; ")
+    print(f"{say_time(spent)} of training so far")
+    finished = [record for record in run.records.values() if record.done]
     for ratio, arm in itertools.product(settings.compression, student_arms(settings)):
-        students = [
-            run.records[job.name]
-            for job in run.jobs
-            if job.name in run.records and (job.kind, job.compression, job.method) == ("student", ratio, arm)
-        ]
-        accuracies = [record.test_accuracy for record in students if record.done]
+        students = [record for record in finished if (record.compression, record.method) == (ratio, arm)]
+        accuracies = [record.test_accuracy for record in students if record.kind == "student"]
         best = f", best {max(accuracies):.2f}%, last {accuracies[-1]:.2f}%" if accuracies else ""
         print(f"  {ratio:<5} {arm:<22} {len(accuracies)} of {settings.runs} runs done{best}")
-    for record in run.records.values():
+    for record in finished:
         what = f"test accuracy {record.test_accuracy:.2f}%"
         if record.kind == "pilot":
             what = f"candidate {record.chosen + 1} chosen"
-        if record.kind != "student" and record.done:
+        if record.kind != "student":
             print(f"  {record.job:<40} done in {say_time(record.train_seconds)}, {what}")
     for name in failed:
         print(f"  failed: {name}: {run.records[name].failure}")
@@ -6950,9 +6953,7 @@ def report_on(run: Run, args: Namespace, platform: Platform) -> None:
         settings = replace(run.settings, data_dir=args.given.get("data_dir"))
         run.labels = load_run_data(settings, run.path, platform, Session(), download=False).test_labels
     except UsageError:
-        log.warning(
-            "the data set was not found (--data-dir): the report leaves out what needs the test labels"
-        )
+        log.warning("the data set was not found (--data-dir): the report lacks what needs the test labels")
     run.refresh()
     run.save(final=True)
     log.info("finished: %s; report: %s", say_answer(run), run.path / REPORT_NAME)
@@ -6961,7 +6962,7 @@ def report_on(run: Run, args: Namespace, platform: Platform) -> None:
 
 def show_plan(args: Namespace, platform: Platform) -> int:
     """Print the jobs to do, their hours as measured by a few steps, sessions and disk. Trains nothing."""
-    path = find_run(args, platform) if args.resume else None
+    path = run_to_continue(args, platform)
     index = load_index(path, args.plugins) if path else None
     settings = continued_settings(index, args.given) if index else new_settings(args.given)
     devices = choose_devices(settings, platform)
@@ -6973,17 +6974,16 @@ def show_plan(args: Namespace, platform: Platform) -> int:
     run, session = Run(path or Path(), planned), Session()
     with session.listening():
         progress = make_progress(run, devices, False)
-        speeds = measure_speeds(make_experiment(run, devices[0], devices, data, session, progress))
+        experiment = make_experiment(run, devices[0], devices, data, session, progress)
+        speeds = measure_speeds(experiment, list(dict.fromkeys(job.network for job in run.jobs)))
     images, workers = size - 2 * (size // 20), worker_count(settings, devices)
     estimate = Estimate(settings, images, workers, planned.equal_cost_epochs, speeds)
     print(f"{settings.mode}, {settings.dataset}, {size:,} training images, width {settings.width}")
     print_plan(estimate, [job for job in run.jobs if not index or job.name not in index.jobs])
     names = listed(dict.fromkeys(device.name for device in devices))
     print(f"measured on {names}, {precision}, {say_count(workers, 'worker')}")
-    print(
-        f"disk: {say_bytes(disk_bytes(settings))} in the run folder (Kaggle keeps "
-        f"{say_bytes(KAGGLE_DISK_BYTES)}), {say_bytes(page_bytes(settings))} of cache elsewhere"
-    )
+    folder, kept, cache = map(say_bytes, (disk_bytes(settings), KAGGLE_DISK_BYTES, page_bytes(settings)))
+    print(f"disk: {folder} in the run folder (Kaggle keeps {kept}), {cache} of cache elsewhere")
     return 0
 
 
@@ -7033,7 +7033,9 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
     for source in files:
         write_atomic(partial_run / "checkpoints" / source.name, source.read_bytes())
     Run(partial_run, index).save_index()
-    shutil.rmtree(target, ignore_errors=True)  # an empty one
+    for folder in (target / "checkpoints", target / "figures", target):
+        if folder.is_dir():
+            folder.rmdir()  # empty, or this is an error
     rename(partial_run, target)  # from here on it is a run, and --report-only can write its report
     with hold_folder(target):
         start_logging(target / "experiment.log")
@@ -7089,12 +7091,12 @@ def merged_files(runs: Sequence[Run], settings: Settings) -> list[Path]:
             run.records[job.name] = record
             path, known = chosen.setdefault(job.name, (run.file(job), record))
             if (known.weights_sha256, known.config) != (record.weights_sha256, record.config):
-                remedy = "merge only one of them"
+                both = f"{path.parent.parent} and {run.path}"
                 if job.kind in ("teacher", "assistant"):
-                    remedy = "merge runs that share one teacher"
-                raise UsageError(
-                    f"{run.path} and {path.parent.parent} both hold {job.name}, trained differently: {remedy}"
-                )
+                    raise UsageError(
+                        f"{both} learned from different teachers ({job.name}): merge runs that share one"
+                    )
+                raise UsageError(f"{both} both hold {job.name}, trained differently: merge only one of them")
     for path, record in chosen.values():
         for name, sha256 in record.taught_by.items():
             if name not in chosen or chosen[name][1].weights_sha256 != sha256:
@@ -7119,7 +7121,7 @@ def show_results(run_dir: str | Path | None = None) -> None:
 
     if run_dir is None:
         platform = detect_platform()
-        found = [*runs_in(platform.output_root), *runs_below(platform.inputs)]
+        found = itertools.chain(*run_folders(platform))
         reported = [(last_activity(path), path) for path in found if (path / REPORT_NAME).exists()]
         if not reported:
             raise UsageError("no run was found here: show_results(run_dir) takes the path of a run folder")
@@ -7176,16 +7178,11 @@ def main(argv: Sequence[str] | None = None, root: Path = Path("/")) -> int:
         log.error("the program failed", exc_info=error)
         where = "its traceback is in experiment.log"
         if not any(isinstance(handler, _LogFile) for handler in log.handlers):
-            where = traceback_of(error)
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{last.name}, line {last.lineno}"
         what = f"{type(error).__name__}: {first_line(error)}"
         log.error("error: %s; this is a fault of the program; what was saved is intact (%s)", what, where)
         return 1
-
-
-def traceback_of(error: BaseException) -> str:
-    """Where an error was raised: "function, line n"."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{frames[-1].name}, line {frames[-1].lineno}" if frames else "unknown place"
 
 
 if __name__ == "__main__":
