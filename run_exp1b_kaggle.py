@@ -719,7 +719,7 @@ def decoupled_loss(
     softmax(z / T). KL(q || p) weighs its second part by 1 - q_y: the surer the teacher, the less the student
     hears about the other classes. Here it hears it with a weight of its own. Arguments: `distillation_loss`.
     """
-    is_label = F.one_hot(labels, logits.shape[1]).bool()
+    is_label = labels[:, None] == torch.arange(logits.shape[1], device=logits.device)
     log_p = F.log_softmax(logits / temperature, 1)
     log_p_label = log_p.gather(1, labels[:, None])
     log_p_rest = log_p.masked_fill(is_label, -math.inf).logsumexp(1, keepdim=True)
@@ -5920,7 +5920,8 @@ def adapt_plugin(method: type[Method]) -> None:
     if "look" not in vars(method):
         method.look = SPARE_LOOKS[number % len(SPARE_LOOKS)]
     if "about" not in vars(method):
-        method.about = " ".join((method.__doc__ or "a method of a plugin").split()).rstrip(".")
+        summary = inspect.cleandoc(method.__doc__ or "a method of a plugin").partition("\n\n")[0]
+        method.about = " ".join(summary.split()).rstrip(".")
 
     def check(right: bool, what: str) -> None:
         if not right:
@@ -6006,6 +6007,8 @@ def marks_of(method: Method) -> dict[str, Any]:
     """By attribute of a method, something that changes when it is set or changed in place."""
     marks: dict[str, Any] = {}
     for name, value in vars(method).items():
+        if name in ("features", "descriptions"):  # they are the training's
+            continue
         if isinstance(value, torch.Tensor):
             marks[name] = (id(value), value._version)
         elif isinstance(value, np.ndarray):
