@@ -5676,15 +5676,11 @@ def prepare_run(run: Run, platform: Platform) -> None:
         raise UsageError(f"--batch-size {batch} is larger than the {train} training images: make it smaller")
     if platform.kaggle:
         needed, pages = disk_bytes(run.settings), page_bytes(run.settings)
-        if not has_room(page_places(run.path)[0], pages):
-            needed += pages  # then they fall into the run folder
+        place = page_places(run.path)[0]
+        root = place if place.exists() else place.parent
+        if not (root.is_dir() and os.access(root, os.W_OK) and shutil.disk_usage(root).free > pages):
+            needed += pages  # they will fall into the run folder
         check_disk(run.path, needed, platform)
-
-
-def has_room(folder: Path, size: int) -> bool:
-    """Whether a folder, which need not exist yet, can take so many bytes."""
-    place = folder if folder.exists() else folder.parent
-    return place.is_dir() and os.access(place, os.W_OK) and shutil.disk_usage(place).free > size
 
 
 def disk_bytes(settings: Settings) -> int:
