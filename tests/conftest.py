@@ -40,6 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Bit-equal arithmetic, and a scratch folder of teacher outputs that no other test shares."""
     torch.set_num_threads(1)
+    monkeypatch.setattr(exp.Training, "SAVE_SECONDS", 0.0)  # every epoch is saved
     monkeypatch.setattr(exp.tempfile, "tempdir", str(tmp_path_factory.mktemp("scratch")))
 
 

@@ -41,14 +41,14 @@ def open_lab(
     run = exp.Run(folder, index, labels=raw.test_labels)
     session, progress = exp.Session(), exp.make_progress(run, [device], False)
     experiment = exp.make_experiment(run, device, [device], raw, session, progress)
-    experiment.outputs.places = [folder / "scratch"]
+    experiment.outputs.store.places = [folder / "scratch"]
     return experiment
 
 
 def do(experiment: exp.Experiment, *jobs: exp.Job) -> dict[str, exp.Record]:
     """Do these jobs (default: all, as a worker would) and return the records of everything finished."""
     if not jobs:
-        exp.Worker(experiment, torch.distributed.HashStore(), "0", alone=True, writes=False).work()
+        exp.Worker(experiment, writes=False).work()
     for job in jobs:
         exp.do_job(experiment, job)
         experiment.run.refresh()

@@ -68,56 +68,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(
     assert exp.read_sealed(tmp_path / "file") == b"old"
 
 
-def test_a_disk_that_returns_something_else_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    exp.write_sealed(tmp_path / "file", b"old")
-    read = Path.read_bytes
-    monkeypatch.setattr(
-        Path, "read_bytes", lambda path: read(path)[:-1] if path.suffix == ".tmp" else read(path)
-    )
-    with pytest.raises(exp.UsageError, match="something else"):
-        exp.write_sealed(tmp_path / "file", b"new")
-    assert exp.read_sealed(tmp_path / "file") == b"old"
-
-
-def test_the_previous_version_is_kept(tmp_path: Path) -> None:
-    path = tmp_path / "state"
-    for number in (1, 2, 3):
-        exp.keep_previous(path)
-        exp.save_plain(path, {"number": number})
-    assert exp.load_plain(path) == {"number": 3}
-    assert exp.load_plain(exp.previous(path)) == {"number": 2}
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_the_previous_version_is_kept_where_links_are_not_possible(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_links(*_: object) -> None:
-        raise OSError(errno.EPERM, "no links here")
-
-    monkeypatch.setattr(exp.os, "link", no_links)
-    test_the_previous_version_is_kept(tmp_path)
-
-
-def test_a_session_that_died_before_its_write_does_not_endanger_the_next(tmp_path: Path) -> None:
-    """Then file and previous version are one file with two names, and a third name must not be left to write through."""
-    path = tmp_path / "state"
-    exp.save_plain(path, {"number": 1})
-    exp.keep_previous(path)  # killed here
-
-    class Killed(BaseException):
-        pass
-
-    def kill() -> None:
-        raise Killed
-
-    with struck("half written", 1, kill), pytest.raises(Killed):
-        exp.save_plain(path, {"number": 2})
-    assert exp.load_plain(path) == exp.load_plain(exp.previous(path)) == {"number": 1}
-
-
 # ---- Reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -189,15 +139,50 @@ def test_a_checkpoint_is_a_dictionary(tmp_path: Path, content: object) -> None:
         exp.load_checkpoint(tmp_path / "tensors")
 
 
-def test_an_unreadable_file_is_damaged_and_a_missing_one_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_error_of_the_system_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A stale handle, too many open files ...: it is tried again, said once, and if it lasts one line says what to do."""
+    path = tmp_path / "file"
     with pytest.raises(FileNotFoundError):
-        exp.read_sealed(tmp_path / "file")
-    exp.write_sealed(tmp_path / "file", b"content")
-    forbid(monkeypatch, tmp_path / "file")
-    with pytest.raises(exp.Damaged, match="cannot be read"):
-        exp.read_sealed(tmp_path / "file")
+        exp.read_sealed(path)
+    exp.write_sealed(path, b"content")
+    exp.start_logging(None)
+    with monkeypatch.context() as patch:
+        assert len(forbid(patch, path, 4)) == 0
+        assert exp.read_sealed(path) == b"content"
+        assert exp.read_sealed(path) == b"content"
+    assert (
+        capsys.readouterr().out.count(f"{path} cannot be opened now (Stale file handle): trying again") == 1
+    )
+    forbid(monkeypatch, path)
+    with pytest.raises(exp.UsageError, match=f"cannot open {path} .*--resume"):
+        exp.read_sealed(path)
+
+
+def test_a_path_through_a_file_is_missing_and_a_folder_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileNotFoundError):
+        exp.read_sealed(tmp_path / "file/inside")
+    with pytest.raises(exp.Damaged):
+        exp.read_sealed(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EACCES])
+def test_a_run_that_cannot_be_looked_at_is_not_started_over(
+    copied: Path, redone: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:  # fmt: skip
+    """A new run in its place would throw it away."""
+
+    def refused(_: Path) -> list[str]:
+        raise OSError(number, os.strerror(number))
+
+    before = tree(copied)
+    monkeypatch.setattr(exp.os, "listdir", refused)
+    monkeypatch.setattr(exp, "READ_PAUSES", (0.0,))
+    assert new_toy(copied) == 2
+    assert "cannot open" in capsys.readouterr().out.splitlines()[-1]
+    assert tree(copied) == before
 
 
 # ---- Arbitrary content -----------------------------------------------------------------------------------------------
@@ -299,14 +284,14 @@ def test_an_index_names_every_class_of_its_data_set(count: int) -> None:
 
 
 STRANGE: list[dict[str, Any]] = [
-    {"sessions": [1]}, {"jobs": {"x": 5}}, {"jobs": {"x": {"kind": "student"}}}, {"merged_teachers": {"5x": 1}},
+    {"sessions": [1]}, {"jobs": {"x": 5}}, {"jobs": {"x": {"kind": "student"}}},
     {"precision": "fp8"}, {"equal_cost_epochs": []}, {"settings": None}, {"data": {}}, {"unknown": 1},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("strange", STRANGE, ids=str)
 def test_a_strange_index_ends_no_command(copied: Path, redone: list[str], strange: dict[str, Any]) -> None:
-    """Sealed and plain, but not what this script writes: it is taken from a model, or refused in one line."""
+    """Sealed and plain, but not what this script writes: it is taken from its copy, or refused in one line."""
     store_index(copied, **strange)
     codes = [exp.main([action, "--output-dir", str(copied)]) for action in ("--status", "--report-only")]
     codes.append(resume(copied))
@@ -349,10 +334,10 @@ def test_stored_settings_lead_nowhere_outside(name: str, evil: str) -> None:
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, "removed"])
-def test_a_damaged_index_is_taken_from_a_model(
+def test_a_damaged_index_is_taken_from_its_copy(
     copied: Path, toy_run: Path, redone: list[str], damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also without --output-dir: the teacher is what the run is found by. It is said, and nothing is trained again."""
+    """Also without --output-dir. It is said, and nothing is trained again."""
     path = copied / "checkpoints" / exp.STATE_NAME
     path.unlink() if damage == "removed" else DAMAGES[damage](path)
     code = exp.main(["--resume", "--threads", "1", "--device", "cpu"])
@@ -361,17 +346,34 @@ def test_a_damaged_index_is_taken_from_a_model(
         assert (code, path.name in out.splitlines()[-1]) == (2, True)
         return
     assert code == 0
-    assert "is lost; it is taken from" in out
+    assert "is lost; it is taken from experiment_state.pkl.bak" in out
     assert "The index was lost and taken from" in (copied / "experiment_report.md").read_text()
     assert redone == []
     assert results_without_times(copied) == results_without_times(toy_run)
+
+
+@pytest.mark.parametrize("action", ["--resume", "--status", "--report-only"])
+def test_an_index_that_is_lost_with_its_copy_is_one_line(
+    copied: Path, capsys: pytest.CaptureFixture[str], action: str
+) -> None:
+    """Nothing is started over and nothing removed: the models can still be read."""
+    for path in (copied / "checkpoints").glob("experiment_state*"):
+        path.write_bytes(b"")
+    before = tree(copied)
+    assert exp.main([action, "--output-dir", str(copied)]) == 2
+    assert "no sound experiment_state.pkl, nor its copy .bak" in capsys.readouterr().out.splitlines()[-1]
+    assert tree(copied / "checkpoints") == {
+        name.removeprefix("checkpoints/"): value
+        for name, value in before.items()
+        if name.startswith("checkpoints/")
+    }
 
 
 def test_status_of_a_run_without_an_index(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It knows everything that is done, and touches nothing."""
     (copied / "checkpoints" / exp.STATE_NAME).unlink()
     before = tree(copied)
-    assert exp.main(["--status"]) == 0
+    assert exp.main(["--status", "--output-dir", str(copied)]) == 0
     assert f"{len(JOBS)} of {len(JOBS)} jobs done" in capsys.readouterr().out
     assert tree(copied) == before
 
@@ -398,16 +400,6 @@ def test_the_index_of_another_run_throws_nothing_away(copied: Path, redone: list
     assert redone == []
     after = {name: value for name, value in tree(copied / "checkpoints").items() if name.endswith(".pt")}
     assert after == before
-
-
-def test_a_reused_teacher_does_not_bring_its_runs_settings_along(copied: Path, toy: Path) -> None:
-    """The index that is stored with a teacher, from which a lost one is taken, is that of the run that it was copied to."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exp, "work", lambda *_, **__: "session clock")
-        assert new_toy(toy / "other", "--student-epochs", "4") == 0
-    assert (toy / f"other/checkpoints/{TEACHER}.pt").exists()
-    (toy / "other/checkpoints" / exp.STATE_NAME).unlink()
-    assert exp.load_index(toy / "other", {}).settings.student_epochs == 4
 
 
 # ---- Every file of a run, every damage -----------------------------------------------------------------------
@@ -442,13 +434,23 @@ def test_damage_after_damage(copied: Path, redone: list[str]) -> None:
     assert redone == [DIRECT] * 4
 
 
-def test_an_unreadable_model_is_set_aside(
-    copied: Path, redone: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_model_that_cannot_be_read_now_is_not_done_again(
+    copied: Path, toy_run: Path, redone: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    forbid(monkeypatch, copied / f"checkpoints/{KD}.pt")
-    assert resume(copied) == 0
-    assert redone == [KD]
-    assert (copied / f"checkpoints/{KD}.pt.corrupt").exists()
+    """It is read when that is possible; if it never is, one line says so, and all files stay as they are."""
+    path = copied / f"checkpoints/{TEACHER}.pt"
+    before = tree(copied / "checkpoints")
+    with pytest.MonkeyPatch.context() as patch:
+        forbid(patch, path)
+        assert resume(copied) == 2
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"cannot open {path} (" in last and "nothing is lost" in last
+    assert tree(copied / "checkpoints") == before
+    with pytest.MonkeyPatch.context() as patch:
+        assert forbid(patch, path, 3) == []
+        assert resume(copied) == 0
+    assert redone == []
+    assert results_without_times(copied) == results_without_times(toy_run)
 
 
 @pytest.mark.parametrize("other", [TEACHER, ASSISTANT, KD])
@@ -531,7 +533,7 @@ def test_results_are_written_anew(
     assert (copied / "summary.csv").read_bytes() == (toy_run / "summary.csv").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["results.csv", "run.owner", "run.lock", "figures", "checkpoints"])
+@pytest.mark.parametrize("name", ["results.csv", "run.lock", "figures", "checkpoints"])
 def test_something_else_in_the_place_of_an_output_is_one_line(
     copied: Path, redone: list[str], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -626,21 +628,16 @@ def test_the_failure_of_another_job_or_run_is_not_taken(
 # ---- Checkpoints in progress ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("damaged", "epochs"),
-    [((), [3]), (("progress",), [2, 3]), (("progress", "progress.previous"), [1, 2, 3])],
-)
 @pytest.mark.parametrize("damage", ["bit at 60%", "cut at 99%", "a folder"])
-def test_a_damaged_checkpoint_in_progress_costs_an_epoch(
-    half_trained: Path, toy: Path, toy_run: Path, damaged: tuple[str, ...], epochs: list[int], damage: str
+def test_a_damaged_checkpoint_in_progress_costs_its_job(
+    half_trained: Path, toy: Path, toy_run: Path, damage: str
 ) -> None:
-    """The one before is used, and without it only this job starts over."""
+    """Only this job starts over."""
     shutil.copytree(half_trained, toy / "run")
     before = len(epochs_in_log(toy / "run"))
-    for name in damaged:
-        DAMAGES[damage](toy / f"run/checkpoints/{DIRECT}.{name}")
+    DAMAGES[damage](toy / f"run/checkpoints/{DIRECT}.progress")
     assert resume(toy / "run") == 0
-    assert epochs_in_log(toy / "run")[before:] == [f"{DIRECT} epoch {number}" for number in epochs]
+    assert epochs_in_log(toy / "run")[before:] == [f"{DIRECT} epoch {number}" for number in (1, 2, 3)]
     assert results_without_times(toy / "run") == results_without_times(toy_run)
 
 
@@ -674,7 +671,7 @@ STATES: dict[str, Callable[[dict[str, Any]], object]] = {
 def test_a_sealed_checkpoint_with_strange_state_counts_as_damaged(
     half_trained: Path, toy: Path, toy_run: Path, state: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also that of the optimizer: it is set aside, the one before is used, and the job does not fail."""
+    """Also that of the optimizer: it is set aside, and the job starts over and does not fail."""
     shutil.copytree(half_trained, toy / "run")
     before = len(epochs_in_log(toy / "run"))
     progress = toy / f"run/checkpoints/{DIRECT}.progress"
@@ -683,7 +680,7 @@ def test_a_sealed_checkpoint_with_strange_state_counts_as_damaged(
     exp.save_checkpoint(progress, content)
     assert resume(toy / "run") == 0
     assert f"set aside as {progress.name}.corrupt" in capsys.readouterr().out
-    assert epochs_in_log(toy / "run")[before:] == [f"{DIRECT} epoch {number}" for number in (2, 3)]
+    assert epochs_in_log(toy / "run")[before:] == [f"{DIRECT} epoch {number}" for number in (1, 2, 3)]
     assert results_without_times(toy / "run") == results_without_times(toy_run)
 
 
@@ -740,7 +737,7 @@ def test_a_hostile_file_is_refused_in_every_place(
     assert results_without_times(copied) == results_without_times(toy_run)
 
 
-@pytest.mark.parametrize("name", [f"{DIRECT}.progress", f"{DIRECT}.progress.previous", f"{DIRECT}.failed"])
+@pytest.mark.parametrize("name", [f"{DIRECT}.progress", f"{DIRECT}.failed"])
 def test_a_hostile_file_in_progress_is_refused(
     half_trained: Path, toy: Path, toy_run: Path, name: str
 ) -> None:
@@ -785,8 +782,12 @@ def test_a_link_that_leads_outside_is_replaced_and_not_written_through(
 @pytest.mark.parametrize("action", ["--resume", "--status", "--report-only"])
 @pytest.mark.parametrize(
     "content",
-    [{"format": 9, "version": "9.0"}, {"format": 1, "script": {"version": "1.4"}, "everything": "elsewhere"}],
-    ids=["later", "version 1"],
+    [
+        {"format": 9, "version": "9.0"},
+        {"format": 2, "version": "2.0.0", "jobs": {}},
+        {"format": 1, "everything": "elsewhere"},
+    ],
+    ids=["later", "version 2", "version 1"],
 )
 def test_a_run_of_another_format_is_refused_untouched(
     copied: Path, action: str, content: dict[str, Any], capsys: pytest.CaptureFixture[str]
@@ -795,9 +796,12 @@ def test_a_run_of_another_format_is_refused_untouched(
     exp.save_plain(copied / "checkpoints" / exp.STATE_NAME, content)
     before = tree(copied / "checkpoints")
     assert exp.main([action, "--output-dir", str(copied)]) == 2
-    version = content.get("version") or content["script"]["version"]
+    version = content.get("version", "1")
     last = capsys.readouterr().out.splitlines()[-1]
-    assert f"written by version {version} of this script, this is {exp.VERSION}" in last
+    assert (
+        f"written by version {version} of this script, whose files are others than those of {exp.VERSION}"
+        in last
+    )
     assert tree(copied / "checkpoints") == before
 
 

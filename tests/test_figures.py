@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_state import change, failed, fake_run, without
+from fake_state import change, failed, fake_run, many_methods, without
 
 import run_exp1b_kaggle as exp
 
@@ -100,23 +100,6 @@ def noisy(run: exp.Run) -> exp.Run:
     return run
 
 
-def own_teachers(run: exp.Run) -> exp.Run:
-    """The run as a merged one: every ratio has a teacher of its own."""
-    teachers = {
-        name: record for name, record in run.records.items() if record.kind in ("teacher", "assistant")
-    }
-    for number, ratio in enumerate(run.settings.compression):
-        run.index.merged_teachers[ratio] = {
-            name: replace(
-                record,
-                test_accuracy=record.test_accuracy - number,
-                weights_sha256=f"{number}{record.weights_sha256[1:]}",
-            )
-            for name, record in teachers.items()
-        }
-    return run
-
-
 # -- files -------------------------------------------------------------------------------------------------------------
 def test_files_their_sizes_and_resolution(fake: Any, tmp_path: Path) -> None:
     run = fake(3, ablation=True, equal_cost=True, images=400)
@@ -197,7 +180,6 @@ CASES: dict[str, tuple[Callable[[Any], exp.Run], set[str]]] = {
         lambda fake: fake(3, dataset="CIFAR100", images=300),
         {*ALWAYS, "temperature", "calibration"},
     ),
-    "merged": (lambda fake: own_teachers(fake(3)), {*ALWAYS, "temperature"}),
 }
 
 
@@ -210,7 +192,7 @@ def test_every_state_gives_the_figures_that_it_can(case: str, fake: Any) -> None
     for name, figure in figures.items():
         if figure is None:
             continue
-        if case in ("one student", "a failure", "an ablation", "smoke", "merged"):
+        if case in ("one student", "a failure", "an ablation", "smoke"):
             figure.savefig(io.BytesIO(), format="png", dpi=40)  # the layout could fail too
         assert "nan" not in texts(figure)
         for axis in figure.axes:
@@ -226,13 +208,48 @@ def test_every_state_gives_the_figures_that_it_can(case: str, fake: Any) -> None
 
 
 def test_a_method_of_a_plugin_stands_beside_the_others(fake: Any, plugin: str) -> None:
-    run = fake(3, methods=(*exp.MAIN_METHODS, plugin), images=300)
+    run = fake(3, methods=("Direct", "HPM-KD", plugin), images=300)
     for name in [*ALWAYS, "calibration"]:
         assert plugin in texts(draw(name, run)), name
     titles = [axis.get_title() for axis in draw("hpmkd_vs_direct", run).axes]
-    assert titles == ["minus Direct", "minus TraditionalKD"]
+    assert titles == ["minus Direct"]
     only = [axis.get_title() for axis in draw("hpmkd_vs_direct", fake(3, methods=("HPM-KD", plugin))).axes]
     assert only == ["minus HPM-KD"]
+
+
+@pytest.mark.parametrize("count", [4, 8, 14])
+def test_more_than_three_methods_are_rows(count: int, fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = many_methods(monkeypatch, count)
+    run = fake(3, methods=methods, images=300)
+    evidence = exp.gather_evidence(run)
+    for name, own in (("accuracy_vs_compression", methods), ("hpmkd_vs_direct", methods[1:])):
+        figure = draw(name, run)
+        figure.draw_without_rendering()
+        assert [axis.get_title() for axis in figure.axes] == list(run.settings.compression)
+        labels = [label.get_text().replace("\n", "") for label in figure.axes[0].get_yticklabels()]
+        assert labels == [method for method in evidence.ranking() if method in own]
+        for axis in figure.axes:
+            assert len(points(axis, MEAN_MARKER)) == len(own)
+            low, high = axis.get_xlim()
+            assert all(low <= x <= high for x, _ in points(axis, RUN_MARKER))
+        first = figure.axes[0].get_yticklabels()[0]
+        assert min(label.get_window_extent().x0 for label in figure.axes[0].get_yticklabels()) >= 0, first
+    for name in ("learning_curves", "cost_vs_accuracy"):
+        names = legend(draw(name, run))
+        assert len(names) == min(count, 5) and {"Direct", "HPM-KD", methods[-1]} <= set(names)
+        assert ("Shown of" in texts(draw(name, run))) == (count > 5)
+        assert len({evidence.looks[method][0] for method in names}) == len(names), "alike"
+
+
+def test_a_name_of_31_letters_is_not_cut(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = many_methods(monkeypatch, 4)[-1]
+    assert len(name) == 31
+    run = fake(3, methods=("Direct", "HPM-KD", name), ratios=("5x",))
+    for figure in (draw("accuracy_vs_compression", run), draw("learning_curves", run)):
+        figure.draw_without_rendering()
+        assert name in legend(figure)
+        box = figure.legends[0].get_window_extent()
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.width
 
 
 @pytest.mark.parametrize("name", sorted(ALWAYS))
@@ -320,7 +337,7 @@ def test_no_interval_reaches_beyond_what_is_possible(fake: Any) -> None:
     for name in ("accuracy_vs_compression", "cost_vs_accuracy"):
         ends = np.concatenate(bars(draw(name, run)))[:, 1]
         assert ends.min() == 0 and ends.max() == 100
-    teacher = exp.gather_evidence(run).teacher_accuracy("5x")
+    teacher = exp.gather_evidence(run).teacher.test_accuracy
     ends = np.concatenate(bars(draw("retention_analysis", run)))[:, 1]
     assert ends.min() == 0 and ends.max() == pytest.approx(10_000 / teacher)
 
@@ -347,8 +364,6 @@ def test_ratios_are_named_as_in_the_text(fake: Any) -> None:
 def test_the_teachers_line_carries_its_name(fake: Any) -> None:
     assert "teacher 92.4%" in texts(draw("accuracy_vs_compression", fake(2)))
     assert "teacher 100%" in texts(draw("retention_analysis", fake(2)))
-    merged = texts(draw("accuracy_vs_compression", own_teachers(fake(2))))
-    assert all(f"teacher {accuracy}%" in merged for accuracy in ("92.4", "91.4", "90.4"))
     assert "teacher 9" not in texts(draw("accuracy_vs_compression", without(fake(2), "teacher")))
 
 
@@ -374,8 +389,6 @@ def test_learning_curves_show_every_run_and_the_networks_that_teach(fake: Any) -
     assert note in texts(draw("learning_curves", run))
     styles = [line.get_linestyle() for line in panels["networks that teach"].lines]
     assert styles == ["-", "--", "-.", ":"]
-    merged = texts(draw("learning_curves", own_teachers(run)))
-    assert "teacher for 2.3x solid, teacher for 5x dashed and teacher for 7x dashdot." in merged
 
 
 def test_one_epoch_has_whole_epochs_on_its_axis(fake: Any) -> None:
@@ -430,7 +443,7 @@ def test_the_temperature_is_drawn_only_if_it_moves(fake: Any) -> None:
 def test_the_ablation_names_its_arms_in_order_and_its_copies(fake: Any) -> None:
     run = fake(3, ablation=True, equal_cost=True)
     figure = draw("ablation", run)
-    arms = exp.gather_evidence(run).extra_arms
+    arms = exp.gather_evidence(run).extra_methods
     first = figure.axes[0]
     assert [label.get_text() for label in first.get_yticklabels()] == arms
     assert first.get_ylim()[0] > first.get_ylim()[1], "the first arm on top"
@@ -480,67 +493,45 @@ def test_the_settings_of_the_process_are_left_alone(
         assert matplotlib.rcParams.copy() == before
 
 
-CHILDREN = """
+CHILD = """
 import os, sys
 from pathlib import Path
 
 import run_exp1b_kaggle as exp
 from fake_state import fake_run
 
-folder = Path(sys.argv[1])
-evidence = exp.gather_evidence(fake_run(folder / "run", 3, ratios=("5x",)))
 assert not any(name.startswith("matplotlib") for name in sys.modules), "matplotlib is imported late"
 exp.FIGURES = {"temperature": exp.draw_temperature}
-unreadable = b"\\xff\\xfe\\x00"
-styled = b"text.usetex: True\\nlines.linewidth: 7\\nfont.size: 30\\nsavefig.bbox: tight\\nbackend: nonsense\\n"
-cases = {
-    "plain": ({}, None),
-    "inline": ({"MPLBACKEND": "module://matplotlib_inline.backend_inline"}, None),
-    "no such module": ({"MPLBACKEND": "module://not_installed.backend"}, None),
-    "nonsense": ({"MPLBACKEND": "nonsense"}, None),
-    "unreadable": ({"MATPLOTLIBRC": str(folder / "unreadable/matplotlibrc")}, unreadable),
-    "in this folder": ({"MPLBACKEND": "nonsense"}, unreadable),
-    "styled": ({}, styled),
-}
-for figure in list(exp.FIGURES)[2:]:
-    del exp.FIGURES[figure]  # two tell it as well
-for name, (variables, configuration) in cases.items():
-    child = os.fork()
-    if child:
-        assert os.waitpid(child, 0)[1] == 0, name
-        continue
-    try:
-        os.environ.update(variables)
-        (folder / name).mkdir()
-        os.chdir(folder if name == "unreadable" else folder / name)
-        if configuration:
-            (folder / name / "matplotlibrc").write_bytes(configuration)
-        before = (dict(os.environ), os.getcwd())
-        exp.draw_figures(evidence, folder / name / "figures")
-        assert before == (dict(os.environ), os.getcwd())
-        assert "matplotlib.pyplot" not in sys.modules
-        import matplotlib
-        backend = dict.__getitem__(matplotlib.rcParams, "backend") if name == "inline" else None
-        assert backend in (None, "inline", variables.get("MPLBACKEND")), backend
-        assert name != "inline" or backend, "the notebook's own backend is lost"
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        os._exit(1)
-    os._exit(0)
+before = dict(os.environ)
+run = fake_run(Path(sys.argv[1]) / "run", 3, ratios=("5x",))
+try:
+    exp.write_outputs(run, figures=True)
+except ValueError as error:  # logged by Run.save
+    assert "nonsense" in str(error)
+assert before == dict(os.environ) and "matplotlib.pyplot" not in sys.modules
 """
+STYLED = "text.usetex: True\nlines.linewidth: 7\nfont.size: 30\nsavefig.bbox: tight\nbackend: svg\n"
 
 
-def test_no_variable_or_file_of_the_users_plotting_matters(tmp_path: Path) -> None:
+def drawn_in_a_child(folder: Path, variables: dict[str, str], style: str = "") -> dict[str, bytes]:
+    """The figures that a fresh process draws with these variables and this matplotlibrc; it has to write the report."""
+    folder.mkdir()
+    (folder / "matplotlibrc").write_text(style)
     here = [str(Path(exp.__file__).parent), str(Path(__file__).parent), *sys.path]
-    variables = {
-        name: value for name, value in os.environ.items() if not name.startswith(("MPL", "MATPLOTLIB"))
-    }
-    subprocess.run(
-        [sys.executable, "-c", CHILDREN, str(tmp_path)], check=True, timeout=300,
-        env={**variables, "PYTHONPATH": os.pathsep.join(filter(None, here)), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    for kind in ("png", "pdf"):
-        written = {
-            path.parent.parent.name: path.read_bytes() for path in tmp_path.glob(f"*/figures/*.{kind}")
-        }
-        assert len(written) == 7 and set(written.values()) == {written["plain"]}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MPL", "MATPLOTLIB"))}
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, here)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", CHILD, str(folder)]
+    subprocess.run(command, check=True, timeout=300, env={**kept, **paths, **variables}, cwd=folder)
+    assert (folder / "run" / exp.REPORT_NAME).exists() and (folder / "run/results.csv").exists()
+    return {path.name: path.read_bytes() for path in (folder / "run/figures").glob("*")}
+
+
+def test_the_users_style_and_notebook_do_not_matter(tmp_path: Path) -> None:
+    plain = drawn_in_a_child(tmp_path / "plain", {})
+    notebook = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    assert set(plain) == {"temperature.png", "temperature.pdf"}
+    assert plain == drawn_in_a_child(tmp_path / "styled", notebook, STYLED)
+
+
+def test_a_matplotlib_that_cannot_be_imported_costs_the_figures_only(tmp_path: Path) -> None:
+    assert drawn_in_a_child(tmp_path / "nonsense", {"MPLBACKEND": "nonsense"}) == {}

@@ -99,10 +99,11 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> exp.Experimen
         return torch.from_numpy(np.stack(stack)).half()
 
     monkeypatch.setattr(exp.TeacherOutputs, "page", page)
+    monkeypatch.setattr(exp.TeacherOutputs, "prepare", lambda *_: None)
     return open_lab(tmp_path / "lab")
 
 
-def started(experiment: exp.Experiment, name: str, config: exp.Distillation | None = None) -> exp.Direct:
+def started(experiment: exp.Experiment, name: str, config: exp.Distillation | None = None) -> exp.Method:
     """A method at its second of four epochs, on page 7."""
     method = exp.METHODS[name](experiment, config, PAGES)
     method.start_epoch(1, [1.5])
@@ -182,7 +183,7 @@ def test_the_attentions_weights_reach_the_soft_targets(
         torch.testing.assert_close(mixed, torch.where(first[:, None], *alone))
 
 
-def trained(experiment: exp.Experiment, name: str, method: exp.Direct) -> dict[str, torch.Tensor]:
+def trained(experiment: exp.Experiment, name: str, method: exp.Method) -> dict[str, torch.Tensor]:
     """The weights of a student of seed 43 after two epochs."""
     training = exp.Training(experiment, student(experiment, "Direct", "7x"), name, 6, method)
     return copy.deepcopy(training.run().state_dict())

@@ -178,7 +178,7 @@ def test_parts_that_plan_equal_cost_differently_are_refused(
 
 def as_if(source: Path, target: Path, **changes: Any) -> Path:
     """A run that has only started, whose index is `source`'s but for these settings or fields."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.pt", "*.previous"))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.pt", "*.bak"))
     index = exp.load_index(source, {})
     settings = {
         name: changes.pop(name)

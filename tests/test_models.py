@@ -192,3 +192,17 @@ def test_no_network_has_a_layer_so_narrow_that_onednn_fails() -> None:
     for name in NETWORKS:
         convolutions = [m for m in exp.build_network(name, 10, 8).modules() if isinstance(m, nn.Conv2d)]
         assert min(conv.out_channels for conv in convolutions) >= 8
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporters warn about themselves
+def test_a_student_can_be_deployed(finished: exp.Experiment, tmp_path: Path) -> None:
+    """ONNX, torch.export and a TorchScript trace; the traced one gives the same logits after a round trip."""
+    network = exp.load_student(finished.run.file(student(finished, "Direct", "7x")))
+    images = torch.rand(2, 3, 32, 32)
+    expected = network(images)
+    torch.onnx.export(network, (images,), str(tmp_path / "student.onnx"))
+    onnx = pytest.importorskip("onnx")
+    onnx.checker.check_model(onnx.load(str(tmp_path / "student.onnx")))
+    torch.testing.assert_close(torch.export.export(network, (images,)).module()(images), expected)
+    torch.jit.save(torch.jit.trace(network, images), str(tmp_path / "student.pt"))
+    torch.testing.assert_close(torch.jit.load(str(tmp_path / "student.pt"))(images), expected)

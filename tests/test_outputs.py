@@ -33,9 +33,9 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> exp.Experiment:
 
 def apart(experiment: exp.Experiment, scratch: Path) -> exp.TeacherOutputs:
     """The outputs of a finished teacher with a scratch folder of their own."""
-    outputs = exp.TeacherOutputs(experiment)
-    outputs.places = [scratch]
-    return outputs
+    store = exp.PageStore(scratch)
+    store.places = [scratch]
+    return exp.TeacherOutputs(experiment, store)
 
 
 def page(outputs: exp.TeacherOutputs, number: int) -> bytes:
@@ -44,7 +44,7 @@ def page(outputs: exp.TeacherOutputs, number: int) -> bytes:
 
 
 def page_file(outputs: exp.TeacherOutputs, number: int) -> Path:
-    return outputs.places[0] / outputs.key(teacher(outputs.experiment)) / f"page_{number:03d}"
+    return outputs.store.places[0] / outputs.key(teacher(outputs.experiment)) / f"page_{number:03d}_logits"
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Computed:
     counter: Computed = collections.Counter()
     compute = exp.TeacherOutputs._compute
 
-    def counting(self: exp.TeacherOutputs, job: exp.Job, number: int) -> torch.Tensor:
+    def counting(self: exp.TeacherOutputs, job: exp.Job, number: int) -> dict[str, torch.Tensor]:
         counter[job.network, number] += 1
         return compute(self, job, number)
 
@@ -86,7 +86,7 @@ def fetch(experiment: exp.Experiment, scratch: Path, folder: Path) -> None:
     """In another process: get page 5, noting each computation."""
     compute = exp.TeacherOutputs._compute
 
-    def slow(self: exp.TeacherOutputs, job: exp.Job, number: int) -> torch.Tensor:
+    def slow(self: exp.TeacherOutputs, job: exp.Job, number: int) -> dict[str, torch.Tensor]:
         (folder / f"computed by {os.getpid()}").touch()
         time.sleep(0.5)
         return compute(self, job, number)
@@ -114,14 +114,17 @@ def test_whoever_waits_for_a_page_can_be_stopped(tmp_path: Path) -> None:
     def check() -> None:
         raise exp.Stopped("SIGTERM")
 
-    with exp.locked(tmp_path / "page.lock", lambda: None):
-        with pytest.raises(exp.Stopped), exp.locked(tmp_path / "page.lock", check):
+    one, other = exp.PageStore(tmp_path), exp.PageStore(tmp_path)
+    one.places = other.places = [tmp_path / "pages"]
+    with one.claim("teacher", 3) as held, other.claim("teacher", 3) as held_too:
+        assert (held, held_too) == (True, False), "without waiting it is left to who has it"
+        with pytest.raises(exp.Stopped), other.claim("teacher", 3, check):
             pytest.fail("two hold the lock")
 
 
 def other_page(outputs: exp.TeacherOutputs, path: Path) -> None:
     page(outputs, 10)
-    shutil.copyfile(path.with_name("page_010"), path)
+    shutil.copyfile(path.with_name("page_010_logits"), path)
 
 
 DAMAGES = {
@@ -130,7 +133,7 @@ DAMAGES = {
     "another page": other_page,
     "sealed rubbish": lambda outputs, path: exp.write_sealed(path, b"rubbish"),
     "no page": lambda outputs, path: exp.save_checkpoint(
-        path, {"page": [path.parent.name, 9], "logits": [1]}
+        path, {"page": [path.parent.name, 9, "logits"], "values": [1]}
     ),
 }
 
@@ -163,7 +166,7 @@ def test_where_pages_cannot_be_kept_the_next_place_is_used(
     taught: exp.Experiment, tmp_path: Path, computed: Computed, place: str
 ) -> None:
     outputs = apart(taught, tmp_path / "scratch")
-    outputs.places.append(tmp_path / "elsewhere")
+    outputs.store.places.append(tmp_path / "elsewhere")
     good = page(outputs, 9)
     if place.startswith("a folder"):
         make_folder(page_file(outputs, 9))
@@ -171,8 +174,8 @@ def test_where_pages_cannot_be_kept_the_next_place_is_used(
         shutil.rmtree(tmp_path / "scratch")
         (tmp_path / "scratch").write_text("mine")
     assert page(outputs, 9) == page(outputs, 9) == good
-    assert outputs.places == [tmp_path / "elsewhere"]
-    outputs.places.clear()
+    assert outputs.store.places == [tmp_path / "elsewhere"]
+    outputs.store.places.clear()
     assert page(outputs, 9) == good, "without any place a page is computed whenever it is needed"
 
 
@@ -194,7 +197,7 @@ def test_pages_of_other_weights_data_seeds_precisions_and_threads_lie_elsewhere(
         experiment.run = exp.copy.copy(taught.run)
         for name, value in changes.items():
             setattr(experiment if hasattr(experiment, name) else experiment.run, name, value)
-        return exp.TeacherOutputs(experiment).key(teacher(taught))
+        return exp.TeacherOutputs(experiment, taught.outputs.store).key(teacher(taught))
 
     name = teacher(taught).name
     record, index = taught.run.records[name], taught.run.index
@@ -211,11 +214,16 @@ def test_pages_of_other_weights_data_seeds_precisions_and_threads_lie_elsewhere(
     assert len(set(keys)) == 7
 
 
+def say_nothing(_self: exp.Experiment, network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Instead of inference: zeros of the right size."""
+    return torch.zeros(len(images), sum(getattr(network, "sizes", {"logits": 10}).values()))
+
+
 def test_a_whole_experiment_computes_every_distinct_page_once(tmp_path: Path, computed: Computed) -> None:
     """All ratios, methods and runs, the chain and the pilots: as many passes of each teacher as there are distinct pages."""
     runs, epochs = 3, 9
     with shortcuts(0, steps=False) as patch:
-        patch.setattr(exp.Experiment, "infer", lambda _self, _network, images: torch.zeros(len(images), 10))
+        patch.setattr(exp.Experiment, "infer", say_nothing)
         lab = open_lab(
             tmp_path / "lab", runs=runs, student_epochs=epochs, methods=("TraditionalKD", "HPM-KD")
         )

@@ -361,7 +361,7 @@ def test_a_temporary_folder_that_cannot_be_used_costs_one_warning(
     toy: Path, toy_run: Path, capsys: Capture
 ) -> None:
     """Pages are only a cache: they go into the run folder, and are gone at the end."""
-    exp.page_places(toy)[0].write_text("a file where the folder should be")
+    exp.PageStore(toy).places[0].write_text("a file where the folder should be")
     exp.warn_once.cache_clear()
     assert new_toy(toy / "run") == 0
     assert capsys.readouterr().out.count("teacher outputs cannot be kept in") == 1
@@ -542,7 +542,7 @@ def test_pages_that_fall_into_the_run_folder_are_counted(
     monkeypatch.setattr(exp, "work", lambda *_, **__: "session clock")
     monkeypatch.setattr(exp.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(space, 0, space))
     if space == 0:
-        exp.page_places(kaggle)[0].write_text("a file where the folder should be")
+        exp.PageStore(kaggle).places[0].write_text("a file where the folder should be")
     assert exp.main(TOY, root=kaggle) == (2 if counted else 0)
     assert ("this run needs about 7 MB" in capsys.readouterr().out) == counted
 

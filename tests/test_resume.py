@@ -332,7 +332,13 @@ def test_a_copy_takes_neither_lock_nor_rubbish_along(kaggle: Path, toy_run: Path
     """And nothing that a link leads to outside of the run."""
     source = kaggle / "kaggle/input/earlier/run"
     shutil.copytree(toy_run, source)
-    for name in ("run.owner", ".results.csv.7.tmp", "checkpoints/a.pt.corrupt"):
+    for name in (
+        "run.lock",
+        "checkpoints/a.lock",
+        "checkpoints/a.attempts",
+        ".results.csv.7.tmp",
+        "checkpoints/a.pt.corrupt",
+    ):
         (source / name).write_text("process 1 on host elsewhere\ntoken\n")
     secret = kaggle / "secret"
     secret.write_text("of this machine")
@@ -340,7 +346,15 @@ def test_a_copy_takes_neither_lock_nor_rubbish_along(kaggle: Path, toy_run: Path
     (source / "figures/secret.png").symlink_to(secret)
     assert exp.main(AGAIN, root=kaggle) == 0
     names = {path.name for path in (kaggle / "kaggle/working/run").rglob("*")}
-    assert not names & {"run.owner", ".results.csv.7.tmp", "a.pt.corrupt", "dangling.png", "secret.png"}
+    assert not names & {
+        "a.lock",
+        "a.attempts",
+        ".results.csv.7.tmp",
+        "a.pt.corrupt",
+        "dangling.png",
+        "secret.png",
+    }
+    assert "elsewhere" not in (kaggle / "kaggle/working/run/run.lock").read_text()
 
 
 def test_report_only_of_an_input_works_on_a_copy(kaggle: Path, toy_run: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fake_state import change, failed, fake_run, merged, without
+from fake_state import change, failed, fake_run, without
 from scipy import stats
 
 import run_exp1b_kaggle as exp
@@ -100,9 +100,18 @@ def test_pairs_are_formed_by_run_number():
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_interval_covers_95_percent(n):
     draws = np.random.default_rng(n).normal(0.4, 0.3, (2000, n))
-    bounds = np.array([exp.mean_interval(row)[2:] for row in draws])
+    bounds = np.array([exp.t_interval(row) for row in draws])
     covered = ((bounds[:, 0] <= 0.4) & (bounds[:, 1] >= 0.4)).mean()
     assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)
+
+
+def test_equal_values_and_single_ones_have_no_interval():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for values in ([], [85.0], [85.0, 85.0 + 1e-14, 85.0]):
+            assert np.isnan(exp.t_interval(values)).all()
+        c = exp.one_sample([0.1 + 0.2, 0.3, 0.3], (1, 2, 3))
+    assert (c.sd, c.no_interval) == (0.0, "all differences are equal") and math.isnan(c.low)
 
 
 # ---- power
@@ -343,7 +352,7 @@ def test_frame_has_the_promised_columns_in_order(tmp_path):
     assert (row.dataset, row.seed, row.epochs, row.status) == ("CIFAR10", 43, 20, "done")
     assert row.ratio_actual == pytest.approx(23_520_842 / 10_235_000) and row.teacher_accuracy == 92.4
     assert row.retention == pytest.approx(100 * row.test_accuracy / 92.4)
-    assert exp.cell(frame, "5x", "Direct-equal-cost", "epochs").tolist() == [82, 82, 82]
+    assert exp.values_of(frame, "5x", "Direct-equal-cost", "epochs").tolist() == [82, 82, 82]
     copies = frame[(frame.method == "HPM-KD-no-manager") & (frame.compression == "7x")]
     assert copies.same_as.tolist() == ["HPM-KD"] * 3  # an arm that equals another has its rows like any other
 
@@ -360,20 +369,11 @@ def test_frame_of_nothing_and_of_failures(tmp_path):
         and math.isnan(row.test_accuracy)
         and pd.isna(row.params)
     )
-    assert len(exp.cell(frame, "5x", "Direct")) == 0
+    assert len(exp.values_of(frame, "5x", "Direct")) == 0
     text = frame.to_csv()
     assert (
         ",4716000," in text and "4716000.0" not in text
     )  # one missing number does not turn counts into fractions
-
-
-def test_each_ratio_of_a_merged_run_has_its_teacher(tmp_path):
-    assert exp.gather_evidence(fake_run(tmp_path, 2)).one_teacher
-    evidence = exp.gather_evidence(merged(fake_run(tmp_path, 2), "7x", 50.0))
-    accuracies = evidence.frame.groupby("compression").teacher_accuracy.first()
-    assert accuracies.to_dict() == {"2.3x": 92.4, "5x": 92.4, "7x": 50.0}
-    assert [evidence.teacher_accuracy(ratio) for ratio in evidence.ratios] == [92.4, 92.4, 50.0]
-    assert not evidence.one_teacher and "different teachers" in evidence.trend.no_interval
 
 
 # ---- costs
@@ -406,25 +406,46 @@ def test_costs_count_each_page_once_per_method(tmp_path):
     assert costs.teacher_outputs["TraditionalKD"] == pytest.approx(10 * distinct)
     assert costs.total["TraditionalKD"] == pytest.approx(1000 + 20 + 10 * distinct)
     assert costs.unshared["TraditionalKD"] == pytest.approx(10 * 2 * 20)
-    # HPM-KD: students learn from the teacher and 1.5x; the pilot tries 2.3x too; pilot and assistants use the pages of run 1.
-    assert costs.teacher_outputs["HPM-KD"] == pytest.approx(11 * distinct + 20)
-    assert (costs.assistants["HPM-KD"], costs.pilots["HPM-KD"], costs.student_training["HPM-KD"]) == (
-        200,
-        50,
-        20,
-    )
-    assert costs.total["HPM-KD"] == pytest.approx(1000 + 200 + 50 + 20 + 11 * distinct + 20)
-    assert costs.unshared["HPM-KD"] == pytest.approx(
-        20 * (2 * 11 + 12 + 10 + 11)
-    )  # students, pilot, 1.5x, 2.3x
+    # HPM-KD: students and assistants, together, see every page of the teacher and of 1.5x.
+    # Of 2.3x only the pilot sees anything: one page, in its first rung.
+    assert costs.teacher_outputs["HPM-KD"] == pytest.approx(11 * distinct + 1)
+    assert costs.assistants["HPM-KD"] == 200 and costs.pilots["HPM-KD"] == 50
+    assert costs.student_training["HPM-KD"] == 20
+    assert costs.total["HPM-KD"] == pytest.approx(1000 + 200 + 50 + 20 + 11 * distinct + 1)
+    # Run 2's attention is judged on run 1's first page. The assistants have one and two teachers.
+    judged = len(pages(run, (2,)) | {exp.page_order(run.settings.seed, 1, 1)[0]})
+    students = 11 * (20 + judged)
+    assert costs.unshared["HPM-KD"] == pytest.approx(students + (2 * 11 + 1) + 20 * 10 + 20 * 11)
 
 
-def test_a_network_that_no_configuration_uses_costs_no_page(tmp_path):
-    run = tiny_costs(tmp_path)
-    for name in ("student_5x_HPM-KD_run1", "student_5x_HPM-KD_run2"):
-        change(run, name, config=replace(run.records[name].config, teachers=("teacher", "1.5x")))
-    expected = 11 * len(pages(run, (1, 2))) + len(pages(run, (1,)))  # the pilot alone has asked 2.3x
-    assert exp.method_costs(run).teacher_outputs["HPM-KD"] == pytest.approx(expected)
+def test_a_pilot_pays_for_the_pages_that_its_candidates_used_and_no_more(tmp_path):
+    run = without(tiny_costs(tmp_path), "run2")
+    pilot, student = "pilot_5x_HPM-KD_CIFAR10", "student_5x_HPM-KD_run1"
+    change(run, student, config=replace(run.records[student].config, teachers=("teacher",)))
+    change(run, "assistant_1.5x_CIFAR10", config=None)
+    change(run, "assistant_2.3x_CIFAR10", config=None)
+    steps = 45_000 // run.settings.batch_size  # of an epoch
+    config = exp.Distillation(teachers=("teacher", "1.5x"))
+    candidates = [
+        exp.Candidate(config, [steps, 3 * steps + 1], [60.0, 70.0], 0.0, 0.0),
+        exp.Candidate(replace(config, teachers=("teacher", "2.3x")), [steps], [60.0], 0.0, 0.0),
+    ]
+    change(run, pilot, candidates=candidates, config=config)
+    costs = exp.method_costs(run)
+    assert costs.teacher_outputs["HPM-KD"] == pytest.approx(20 * 10 + 4 * 1 + 1 * 1)
+    change(run, pilot, candidates=[replace(candidates[0], steps=[])])  # a single candidate is never trained
+    assert exp.method_costs(run).teacher_outputs["HPM-KD"] == pytest.approx(20 * 10)
+
+
+def test_a_method_pays_for_the_networks_that_it_needed_and_for_theirs(tmp_path):
+    run = fake_run(tmp_path, 1, ratios=("7x",), ablation=True)
+    costs = exp.method_costs(run)
+    assert costs.assistants["HPM-KD"] == 2400  # of which a candidate of its pilot has three
+    assert costs.assistants["HPM-KD-no-manager"] == 800  # it learns from the teacher and 1.5x
+    student = "student_7x_TraditionalKD_run1"
+    change(run, student, config=exp.Distillation(teachers=("5x",)))
+    costs = exp.method_costs(run)
+    assert costs.assistants["TraditionalKD"] == 2400 and costs.teacher["TraditionalKD"] == 4000
 
 
 def test_costs_of_one_ratio_and_of_nothing(tmp_path):
@@ -439,8 +460,12 @@ def test_costs_of_one_ratio_and_of_nothing(tmp_path):
     assert (
         total.assistants["HPM-KD"] == 2400 and total.pilots["HPM-KD"] == 1500
     )  # assistants are shared, pilots are not
-    # Teachers: 2 for two students per ratio; 2, 3 and 4 for the pilots; 1, 2 and 3 for the assistants, once. 20 pages of 10 s.
-    assert total.unshared["HPM-KD"] == pytest.approx(200 * (2 * 3 * 2 + (2 + 3 + 4) + 1 + 2 + 3))
+    # Pages of 10 s. Two teachers for two students per ratio, 20 pages for run 1 and `judged` for run 2; two pages of the
+    # default's teachers and one of each other's for the pilots; one, two and three teachers for the assistants, once.
+    judged = len(pages(run, (2,)) | {exp.page_order(run.settings.seed, 1, 1)[0]})
+    assert total.unshared["HPM-KD"] == pytest.approx(
+        10 * (3 * 2 * (20 + judged) + (4 + 5 + 6) + 20 * (1 + 2 + 3))
+    )
     assert exp.method_costs(without(run, "student")).empty
 
 
@@ -452,15 +477,6 @@ def test_a_copy_costs_what_its_training_costs_and_a_control_its_own_pilot(tmp_pa
     assert costs.pilots["HPM-KD-no-manager"] == 0
 
 
-def test_a_merged_run_pays_for_both_teachers(tmp_path):
-    run = fake_run(tmp_path, 2)
-    assert exp.method_costs(run).teacher["TraditionalKD"] == 4000
-    merged(run, "7x", 90.0)
-    costs = exp.method_costs(run)
-    assert costs.teacher["TraditionalKD"] == 8000 and costs.teacher["Direct"] == 0
-    assert costs.teacher_outputs["TraditionalKD"] == pytest.approx(2 * 10 * len(pages(run, (1, 2))))
-
-
 # ---- evidence
 
 
@@ -468,16 +484,14 @@ def test_evidence_lists_what_is_missing(tmp_path):
     assert exp.gather_evidence(fake_run(tmp_path, 3, ablation=True)).missing == []
     run = without(fake_run(tmp_path, 3, ablation=True), "student_7x", "student_5x_HPM-KD_run2", "teacher")
     assert exp.gather_evidence(run).missing == ["the teacher", "5x: HPM-KD 2 of 3 runs", "all of 7x"]
-    run = without(merged(fake_run(tmp_path, 2), "7x", 90.0), "run1")
-    run.index.merged_teachers["7x"] = {"assistant_5x_CIFAR10": run.records["assistant_5x_CIFAR10"]}
-    assert exp.gather_evidence(run).missing[0] == "the teacher at 7x"
-    assert exp.gather_evidence(run).missing[1] == "2.3x: Direct 1, TraditionalKD 1 and HPM-KD 1 of 2 runs"
+    run = without(fake_run(tmp_path, 2), "run1")
+    assert exp.gather_evidence(run).missing[0] == "2.3x: Direct 1, TraditionalKD 1 and HPM-KD 1 of 2 runs"
 
 
 def test_every_method_is_compared_with_those_before_it(tmp_path):
     evidence = exp.gather_evidence(fake_run(tmp_path, 3, ablation=True, equal_cost=True))
     assert evidence.methods == ["Direct", "TraditionalKD", "HPM-KD"]
-    assert evidence.extra_arms[0] == "Direct-equal-cost" and len(evidence.extra_arms) == 7
+    assert evidence.extra_methods[0] == "Direct-equal-cost" and len(evidence.extra_methods) == 7
     assert list(evidence.pairs) == [
         ("TraditionalKD", "Direct"),
         ("HPM-KD", "Direct"),

@@ -344,11 +344,60 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(
         training(lab).run()
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e5])
-def test_a_divergence_fails_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: float) -> None:
-    monkeypatch.setattr(exp.Training, "_step", lambda *_: torch.tensor(bad))
-    with pytest.raises(exp.JobFailed, match="diverged in epoch 1"):
+@pytest.mark.parametrize(
+    ("losses", "epoch"),
+    [
+        ([math.nan], 1),
+        ([2.0, math.inf, 2.0], 1),
+        ([2.0, 2.0, 1e5], 1),
+        ([2e3, 2e3, 1e8], 1),
+        ([2.0, 2.0, 2.0, 2e5, 2e5, 2e5], 2),
+    ],
+)
+def test_a_divergence_fails_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: list[float], epoch: int
+) -> None:
+    """No number, or 10,000 times what the loss was at the start."""
+    given = iter(losses)
+    monkeypatch.setattr(exp.Training, "_step", lambda *_: torch.tensor(next(given, losses[-1])))
+    with pytest.raises(exp.Diverged, match=f"diverged in epoch {epoch}"):
         training(open_lab(tmp_path / "lab")).run()
+
+
+def test_a_large_loss_is_no_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Published losses have scales of their own."""
+    monkeypatch.setattr(exp.Training, "_step", lambda *_: torch.tensor(3e6))
+    one = training(open_lab(tmp_path / "lab"))
+    one.run()
+    assert [epoch.loss for epoch in one.history] == [3e6, 3e6]
+
+
+@pytest.mark.parametrize(("overflows", "fails"), [(1, False), (2, True)])
+def test_an_overflow_that_the_scaler_skips_fails_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overflows: int, fails: bool
+) -> None:
+    """One of three steps gives no number and leaves none in the running statistics: the epoch counts without it."""
+    one, step = training(open_lab(tmp_path / "lab"), epochs=1), exp.Training._step
+    one.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    seen = []
+
+    def overflow(self: exp.Training, index: torch.Tensor, page: int) -> torch.Tensor:
+        loss = step(self, index, page)
+        seen.append(loss.item())
+        if len(seen) > overflows:
+            return loss
+        norm = next(m for m in self.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+        norm.running_mean.fill_(math.nan)
+        return torch.tensor(math.inf)
+
+    monkeypatch.setattr(exp.Training, "_step", overflow)
+    if fails:
+        with pytest.raises(exp.Diverged, match="diverged in epoch 1"):
+            one.run()
+        return
+    one.run()
+    assert one.history[0].loss == pytest.approx(sum(seen[1:]) / 2)
+    assert all(buffer.isfinite().all() for buffer in one.model.buffers())
 
 
 def test_an_unfinished_network_is_not_taken_for_another_ones(tmp_path: Path) -> None:
@@ -464,6 +513,7 @@ def test_every_kind_of_job_on_a_second_device(tmp_path: Path) -> None:
             experiment = open_lab(tmp_path / "second", **given)
             records = do(experiment)
             assert [record.failure for record in records.values() if record.failure] == []
+            assert not list(experiment.run.path.rglob("*.corrupt"))
             exp.do_job(experiment, student(experiment, "HPM-KD-no-attention", "5x"))
             networks = ["teacher", "1.5x", "2.3x", "5x"]
             assert list(exp.measure_speeds(experiment, networks)) == networks

@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import filelock
 import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, results_without_times
-from lab import open_lab, student
-from toy import in_child
+from lab import open_lab, shortcuts, student, teacher
+from toy import in_child, leftovers, tree
 
 import run_exp1b_kaggle as exp
 
@@ -26,6 +29,7 @@ OPTIONS = [
     "--mode", "smoke", "--width", "8", "--train-size", "200", "--batch-size", "60", "--teacher-epochs", "2", "--student-epochs",
     "2", "--runs", "1", "--threads", "1", "--device", "cpu", "--precision", "fp32", "--compression", "2.3x", "--fresh-teacher",
 ]  # fmt: skip
+EVERY_EPOCH = ROOT / "tests/every_epoch.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
@@ -35,12 +39,14 @@ def plugin_text() -> str:
     return re.search(r"```python\n(.*?)```", section, re.S)[1]  # type: ignore[index]
 
 
-def start(folder: Path, *options: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def start(
+    folder: Path, *options: str, prefix: tuple[str, ...] = (), script: Path = ROOT / "run_exp1b_kaggle.py"
+) -> subprocess.Popen[str]:
     """Start the script as a user does."""
     command = [
         *prefix,
         sys.executable,
-        str(ROOT / "run_exp1b_kaggle.py"),
+        str(script),
         *options,
         "--output-dir",
         str(folder),
@@ -127,11 +133,27 @@ def wait_for_progress(folder: Path) -> None:
     raise AssertionError("no epoch was saved")
 
 
+def running_workers(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the workers that a process has started."""
+    return [int(pid) for pid in children_of(process.pid) if "spawn_main" in command_of(pid)]
+
+
 def workers_of(process: subprocess.Popen[str]) -> list[int]:
-    """Process ids of the workers of our own launcher."""
-    found = [int(pid) for pid in children_of(process.pid) if "spawn_main" in command_of(pid)]
-    assert len(found) >= 2
+    """Those of two workers."""
+    found = running_workers(process)
+    assert len(found) == 2
     return found
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Wait until something is the case."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, IndexError):
+            if condition():
+                return
+        time.sleep(0.05)
+    raise AssertionError("it did not come")
 
 
 def assert_gone(workers: list[int], seconds: float = 60) -> None:
@@ -144,28 +166,29 @@ def assert_gone(workers: list[int], seconds: float = 60) -> None:
 
 @pytest.mark.slow
 def test_a_stop_a_dead_parent_and_a_dead_worker_lose_nothing(tmp_path: Path, alone: Path) -> None:
-    """SIGKILL to a worker: the others go on. SIGTERM to the parent: a last line. SIGKILL to it: its workers end too.
+    """SIGKILL to a worker: it alone is started again. SIGTERM to the parent: a last line. SIGKILL to it: its workers end.
 
     After all three the results are those of one process, digit for digit.
     """
     folder = tmp_path / "run"
     again = ["--resume", "--threads", "1"]
 
-    process = start(folder, *COMPARED, "--workers", "2")
+    process = start(folder, *COMPARED, "--workers", "2", script=EVERY_EPOCH)
     wait_for_progress(folder)
-    workers = workers_of(process)
-    os.kill(workers[0], signal.SIGKILL)
-    assert_gone(workers, seconds=25)  # torch's launcher kills after 30 who has not ended by itself
+    first, second = workers_of(process)
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: len(running_workers(process)) == 2 and first not in running_workers(process))
+    assert second in running_workers(process), "nobody else is disturbed"
+    workers = running_workers(process)
     wait_for_progress(folder)
-    workers = workers_of(process)
     process.send_signal(signal.SIGTERM)
     code, out = finish(process)
     assert code == 143, out
-    assert "a worker died, so all start again" in out
+    assert out.count("died (SIGKILL) and is started again; the others go on") == 1
     assert "stopped by SIGTERM" in out.strip().splitlines()[-1]
-    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert_gone(workers)
 
-    process = start(folder, *again, "--workers", "2")
+    process = start(folder, *again, "--workers", "2", script=EVERY_EPOCH)
     wait_for_progress(folder)
     workers = workers_of(process)
     process.kill()
@@ -174,10 +197,53 @@ def test_a_stop_a_dead_parent_and_a_dead_worker_lose_nothing(tmp_path: Path, alo
 
     assert in_child(lambda: exp.main([*again, "--output-dir", str(folder)])) == 0
     assert results_without_times(folder) == results_without_times(alone)
+    assert leftovers(folder) == []
+
+
+@pytest.mark.slow
+def test_processes_join_a_run_and_are_killed(tmp_path: Path, alone: Path) -> None:
+    """One comes before there is a run, one in the middle; each does a job and is killed: the leader does it to its end."""
+    folder = tmp_path / "run"
+    early = start(folder, *COMPARED, "--join")
+    leader = start(folder, *COMPARED)
+    wait_until(lambda: len(list(folder.glob("checkpoints/*.lock"))) == 2)
+    early.kill()
+    late = start(folder, "--join", "--device", "cpu")
+    wait_until(
+        lambda: "joined the run" in (folder / "experiment.log").read_text().split("joined the run", 1)[1]
+    )
+    late.send_signal(signal.SIGTERM)
+    code, out = finish(late)
+    assert code == 143, out
+    assert "stopped by SIGTERM" in out and "the process that leads it writes the report" in out
+    code, out = finish(leader)
+    finish(early)
+    assert code == 0, out
+    assert results_without_times(folder) == results_without_times(alone)
+    assert leftovers(folder) == []
+
+
+@pytest.mark.slow
+def test_who_joined_goes_on_when_the_leader_is_killed(tmp_path: Path, alone: Path) -> None:
+    """The kernel gives the leader's claim to who waits; the next leader has only to write the report."""
+    folder = tmp_path / "run"
+    leader, joined = start(folder, *COMPARED), start(folder, *COMPARED, "--join")
+    wait_until(lambda: len(list(folder.glob("checkpoints/*.lock"))) == 2)
+    leader.kill()
+    finish(leader)
+    code, out = finish(joined)
+    assert code == 0, out
+    last = out.strip().splitlines()[-1]
+    assert "nothing is left to do here: 3 of 3 jobs of the run done; nobody leads it any more" in last
+    before = (folder / "experiment.log").read_text().count(" epoch ")
+    assert in_child(lambda: exp.main(["--resume", "--device", "cpu", "--output-dir", str(folder)])) == 0
+    assert (folder / "experiment.log").read_text().count(" epoch ") == before, "nothing is trained again"
+    assert results_without_times(folder) == results_without_times(alone)
+    assert leftovers(folder) == []
 
 
 BUSY = """
-import os
+import multiprocessing
 import run_exp1b_kaggle as exp
 
 @exp.register("Mine")
@@ -185,7 +251,7 @@ class Mine(exp.Direct):
     pass
 
 def busy(device):
-    if os.environ.get("RANK") == "1":
+    if multiprocessing.current_process().name == "worker 2":
         raise exp.UsageError("the second device is busy: wait")
 
 exp.work.__globals__["probe"] = busy  # a worker's module is a copy of its functions' globals
@@ -203,52 +269,251 @@ def test_a_worker_whose_device_is_busy_leaves_the_work_to_the_others(tmp_path: P
     assert (pd.read_csv(tmp_path / "run/results.csv").status == "done").all()
 
 
+BROKEN = """
+import run_exp1b_kaggle as exp
+
+@exp.register("Broken")
+class Broken(exp.Direct):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        {mistake}
+"""
+
+
 @pytest.mark.slow
-def test_torchrun_starts_a_group_again_in_which_a_process_has_died(tmp_path: Path, alone: Path) -> None:
-    """The results are those of one process, digit for digit."""
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2", "--standalone")
+@pytest.mark.parametrize("mistake", ["undefined", "raise exp.torch.OutOfMemoryError('no memory')"])
+def test_a_mistake_in_a_plugin_fails_its_job_alone(tmp_path: Path, mistake: str) -> None:
+    """With two workers as with one."""
+    (tmp_path / "broken.py").write_text(BROKEN.format(mistake=mistake))
+    options = [*OPTIONS, "--plugin", str(tmp_path / "broken.py"), "--methods", "Direct", "Broken"]
+    code, out = finish(start(tmp_path / "run", *options, "--workers", "2"))
+    assert code == 1, out
+    last = out.strip().splitlines()[-1]
+    assert last.startswith("finished: 2 of 3 jobs done; 1 failed (student_2.3x_Broken_run1)"), last
+    assert "started again" not in out
+    assert not list(tmp_path.glob("run/checkpoints/*.lock"))
+
+
+@pytest.mark.slow
+def test_torchrun_starts_processes_that_share_a_run(tmp_path: Path, alone: Path) -> None:
+    """Rank 0 leads, the other one joins; the results are those of one process, digit for digit."""
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
     folder = tmp_path / "run"
     command = [sys.executable, *torchrun, str(ROOT / "run_exp1b_kaggle.py"), *COMPARED]
     process = subprocess.Popen(
         [*command, "--output-dir", str(folder)], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, cwd=tmp_path,
     )  # fmt: skip
-    wait_for_progress(folder)
-    os.kill(int(children_of(process.pid)[-1]), signal.SIGKILL)
     code, out = finish(process)
     assert code == 0, out
     assert results_without_times(folder) == results_without_times(alone)
     said = (folder / "experiment.log").read_text()
     assert "finished: 3 of 3 jobs done" in said
-    assert said.count("run folder") == 2, "the kill struck a member, and the group was started again"
+    assert "nothing is left to do here: 3 of 3 jobs of the run done" in said
+    assert "epoch" in "".join(line for line in said.splitlines() if f"[{socket.gethostname()} " in line)
+    assert leftovers(folder) == []
 
 
-def test_a_worker_that_cannot_reach_the_launcher_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+SRUN = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "x",
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "group"),
+    [
+        ({}, exp.Group()),
+        (SRUN, exp.Group(3, 4, 1)),
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, exp.Group()),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, exp.Group()),  # sbatch without srun
+        (TORCHRUN, exp.Group(5, 8, 1, 4)),
+        ({**SRUN, **TORCHRUN}, exp.Group(5, 8, 1, 4)),  # srun that starts torchrun
+    ],
+    ids=["alone", "srun", "srun of one", "sbatch", "torchrun", "torchrun below srun"],
+)
+def test_what_a_launcher_says(
+    environment: dict[str, str], group: exp.Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It returns the error, so that the launcher does not start it again, and within the time limit."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]  # nobody listens there
-        monkeypatch.setattr(exp, "CONNECT_SECONDS", 1.0)
-        monkeypatch.setenv("RANK", "0")
-        started = time.monotonic()
-        mandate = (tmp_path, exp.Settings(), "", (), exp.detect_platform(tmp_path), None, port)
-        returned = exp.worker_main(*mandate)
-    assert isinstance(returned, exp.UsageError)
-    assert "several workers cannot be started" in str(returned)
-    assert time.monotonic() - started < 30
-    assert "[worker 1] this worker stops" in capfd.readouterr().out
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert exp.Group.find() == group
+    devices = [exp.Device("cpu", 0, "CPU")]
+    assert exp.worker_count(exp.Settings(workers=3), devices) == (group.size if group.size > 1 else 3)
+
+
+# ---- Joining -------------------------------------------------------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """The one line of a process that may not join."""
+    assert exp.main(["--join", *options]) == 2
+    return capsys.readouterr().out.strip().splitlines()[-1]
+
+
+def test_joining_needs_a_folder_and_a_leader(
+    toy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for one, for a while."""
+    monkeypatch.setattr(exp, "JOIN_SECONDS", 0.0)
+    assert "need --output-dir DIR" in refused(capsys)
+    assert "no process leads a run in" in refused(capsys, "--output-dir", str(toy / "run"))
+    assert "excludes --resume" in refused(capsys, "--resume")
+    assert not (toy / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "options", "said"),
+    [
+        (exp, "script_sha256", lambda: "another", [], "another version of this script leads the run"),
+        (exp.RawData, "sha256", "another", [], "are not the run's"),
+        (exp, "Nothing", None, ["--lr", "0.9"], "--lr: the run has 0.05, you gave 0.9"),
+        (exp, "check_plugins", lambda *_: exp.load_plugins([Path("missing.py")]), [], "missing.py"),
+    ],
+    ids=["script", "data", "settings", "plugins"],
+)
+def test_who_would_compute_something_else_may_not_join(
+    copied: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    owner: Any, name: str, value: Any, options: list[str], said: str,
+) -> None:  # fmt: skip
+    before = tree(copied / "checkpoints")
+    with exp.hold_folder(copied):
+        os.utime(copied / "checkpoints" / exp.STATE_NAME)
+        before = tree(copied / "checkpoints")
+        monkeypatch.setattr(owner, name, value, raising=False)
+        assert said in refused(capsys, "--output-dir", str(copied), "--device", "cpu", *options)
+    assert tree(copied / "checkpoints") == before
+
+
+def test_a_process_that_joins_waits_until_the_run_is_prepared(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index of an earlier session is not enough."""
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            os.utime(copied / "checkpoints" / exp.STATE_NAME)
+
+    monkeypatch.setattr(exp.time, "sleep", sleep)
+    with exp.hold_folder(copied):
+        exp.await_leader(copied, exp.Session())
+    assert len(waits) == 3
+
+
+# ---- Claims --------------------------------------------------------------------------------------------------
+
+
+def test_a_lock_has_one_holder_and_leaves_no_file(tmp_path: Path) -> None:
+    lock = exp.take_lock(tmp_path / "lock")
+    assert lock is not None
+    assert exp.take_lock(tmp_path / "lock") is None
+    assert exp.is_held(tmp_path / "lock")
+    exp.give_back(lock)
+    assert not exp.is_held(tmp_path / "lock")
+    assert list(tmp_path.iterdir()) == []
+    assert exp.take_lock(tmp_path / "nowhere/lock") is None
+
+
+def test_a_job_that_ended_while_it_was_claimed_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = open_lab(tmp_path, methods=("Direct",), compression=("2.3x",))
+    worker, job, done = exp.Worker(lab, writes=False), student(lab, "Direct"), []
+    monkeypatch.setattr(exp, "do_job", lambda _, job: done.append(job))
+    monkeypatch.setattr(lab.run, "refresh", lambda: lab.run.records.update({job.name: None}) or [])
+    assert worker.take(job)
+    assert done == []
+
+
+def test_a_finished_job_that_is_lost_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its claim was given back: the session does not wait for ever."""
+    lab = open_lab(tmp_path, methods=("Direct",), compression=("2.3x",))
+    done: list[str] = []
+    do_job = exp.do_job
+
+    def losing(experiment: exp.Experiment, job: exp.Job) -> None:
+        done.append(job.name)
+        do_job(experiment, job)
+        direct = student(lab, "Direct")
+        if job.kind == "teacher" and lab.run.file(direct).exists():
+            lab.run.file(direct).unlink()
+            del lab.run.records[direct.name]
+
+    monkeypatch.setattr(exp, "do_job", losing)
+    monkeypatch.setattr(exp, "priorities", lambda jobs, *_: {job.name: job.kind == "student" for job in jobs})
+    with shortcuts(steps=False):
+        exp.Worker(lab, writes=False).work()
+    assert sorted(done) == sorted([teacher(lab).name, *2 * [student(lab, "Direct").name]])
+    assert lab.run.left == []
+
+
+def test_a_worker_waits_for_what_another_does_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab = open_lab(tmp_path, methods=("Direct",), compression=("2.3x",))
+    locks = [exp.take_lock(lab.run.file(job, "lock")) for job in lab.run.jobs]
+    monkeypatch.setattr(exp.Worker, "WAIT_SECONDS", 0.0)
+    exp.start_logging(None)
+
+    def sleep(_: float) -> None:
+        for lock in locks:
+            exp.give_back(lock)
+
+    with shortcuts(steps=False) as patch:
+        patch.setattr(exp.time, "sleep", sleep)
+        exp.Worker(lab, writes=False).work()
+    assert f"waiting for {teacher(lab).name}, which another process is doing" in capsys.readouterr().out
+    assert lab.run.left == []
+
+
+def test_a_worker_that_waits_in_a_folder_that_is_gone_stops(tmp_path: Path) -> None:
+    exp.make_run_folder(tmp_path / "run")
+    with exp.hold_folder(tmp_path / "run"):
+        lab = open_lab(tmp_path / "run", methods=("Direct",), compression=("2.3x",))
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(exp.Stopped, match="removed or taken"):
+            exp.Worker(lab, writes=False).work()
 
 
 def test_a_job_that_ends_its_process_twice_is_failed(tmp_path: Path) -> None:
-    """What a process that dies leaves is its count of attempts; the third worker to take the job marks it failed."""
-    lab = open_lab(tmp_path, methods=("Direct",))
-    job, store = student(lab, "Direct"), torch.distributed.HashStore()
-    store.add(f"attempt/{job.name}", exp.Worker.MOST_ATTEMPTS)
-    exp.Worker(lab, store, "0", alone=False, writes=False).attempt(job)
+    """What a process that dies leaves is its count of attempts; one that saves an epoch in between counts anew."""
+    lab = open_lab(tmp_path, methods=("Direct",), compression=("2.3x",))
+    job, worker = student(lab, "Direct"), exp.Worker(lab, writes=False)
+    attempts = lab.run.file(job, "attempts")
+    worker.count_attempt(job)
+    lab.run.file(job, "progress").write_text("an epoch")
+    worker.count_attempt(job)
+    worker.count_attempt(job)
+    lab.run.clean()
+    assert not attempts.exists(), "a new session counts anew"
+    worker.count_attempt(job)
+    worker.count_attempt(job)
+    worker.attempt(job)
     lab.run.refresh()
     assert "it ended its process 2 times" in lab.run.records[job.name].failure
+    assert not attempts.exists()
+
+
+def test_what_is_being_done_is_not_cleaned_up(tmp_path: Path) -> None:
+    """A leader that comes back while others work."""
+    run = open_lab(tmp_path).run
+    busy, free = run.jobs[:2]
+    lock = exp.take_lock(run.file(busy, "lock"))
+    for job in (busy, free):
+        (run.checkpoints / f".{job.name}.pt.7.tmp").touch()
+        run.file(job, "attempts").touch()
+    run.clean()
+    kept = {f".{busy.name}.pt.7.tmp", f"{busy.name}.attempts", f"{busy.name}.lock"}
+    assert {path.name for path in run.checkpoints.iterdir()} == kept
+    exp.give_back(lock)
 
 
 def children_of(parent: int) -> list[str]:

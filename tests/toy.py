@@ -107,7 +107,9 @@ def leftovers(folder: Path) -> list[str]:
     """Files that a finished run must not have: temporary ones, and checkpoints in progress."""
     names = (str(path.relative_to(folder)) for path in folder.rglob("*"))
     return sorted(
-        n for n in names if re.search(r"\.tmp$|\.part|\.partial|\.progress|\.corrupt|run\.owner", n)
+        n
+        for n in names
+        if re.search(r"\.tmp$|\.part|\.partial|\.progress|\.corrupt|\.attempts|checkpoints/.*\.lock", n)
     )
 
 
@@ -153,16 +155,19 @@ def make_folder(path: Path) -> None:
     (path / "something").write_text("else")
 
 
-def forbid(patch: pytest.MonkeyPatch, forbidden: Path) -> None:
-    """Make a file unreadable, wherever it is moved (its mode would mean nothing to root)."""
-    read, inode = Path.read_bytes, forbidden.stat().st_ino
+def forbid(patch: pytest.MonkeyPatch, forbidden: Path, times: int | None = None) -> list[int]:
+    """The next `times` (default: all) attempts to read a file end in an error of the system, without a pause between them."""
+    read, errors = Path.read_bytes, []
 
     def refused(path: Path) -> bytes:
-        if path.exists() and path.stat().st_ino == inode:
-            raise PermissionError(errno.EACCES, "Permission denied")
+        if path == forbidden and (times is None or len(errors) < times):
+            errors.append([errno.ESTALE, errno.EIO, errno.EMFILE, errno.EACCES][len(errors) % 4])
+            raise OSError(errors[-1], os.strerror(errors[-1]))
         return read(path)
 
     patch.setattr(Path, "read_bytes", refused)
+    patch.setattr(exp, "READ_PAUSES", (0.0,) * 5)
+    return errors
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
@@ -246,7 +251,6 @@ POINTS: dict[str, tuple[Install, Any, str]] = {
     "before the fsync": (strike_before, os, "fsync"),
     "before the rename": (strike_before, os, "replace"),
     "after the rename": (strike_after, os, "replace"),
-    "before the previous version is kept": (strike_before, os, "link"),
     "between model file and index": (strike_before, exp.Run, "save_index"),
     "before the old checkpoints go": (strike_after, exp, "save_checkpoint"),
     "an epoch": (strike_before, exp.Training, "_step"),

@@ -67,13 +67,15 @@ def cut_short(steps: int) -> None:
     """Epochs have only this many steps; pages and predictions are made from the outputs for as many chunks."""
     predict = exp.Experiment.predict
 
-    def chunks(self: exp.TeacherOutputs, job: exp.Job, page: int) -> exp.torch.Tensor:
+    def chunks(self: exp.TeacherOutputs, job: exp.Job, page: int) -> dict[str, exp.torch.Tensor]:
         images, network = self.experiment.images, self._network(job)
         index = exp.torch.arange(len(images), device=images.device).split(exp.CHUNK)[:steps]
         with exp.torch.no_grad():
             parts = [self.experiment.infer(network, images.render(part, page)) for part in index]
-        logits = exp.storable(exp.torch.cat(parts))
-        return logits.repeat(-(-len(images) // len(logits)), 1)[: len(images)]
+        whole = exp.storable(exp.torch.cat(parts)).cpu()
+        whole = whole.repeat(-(-len(images) // len(whole)), 1)[: len(images)]
+        columns = whole.split(list(network.sizes.values()), 1)
+        return {name: column.contiguous() for name, column in zip(network.sizes, columns, strict=True)}
 
     def epoch(self: exp.Training, number: int) -> float:
         batches = exp.torch.arange(len(self.experiment.images)).split(self.experiment.settings.batch_size)

@@ -1,0 +1,15 @@
+"""The script as a process that saves every epoch, for tests that kill it: python tests/every_epoch.py <options>."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import run_exp1b_kaggle as exp
+
+exp.Training.SAVE_SECONDS = 0.0  # in its workers too, which import this file anew
+
+if __name__ == "__main__":
+    sys.exit(exp.main(sys.argv[1:]))
