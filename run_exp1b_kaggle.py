@@ -1371,6 +1371,16 @@ def description_key(method: type[Method]) -> str:
     return fingerprint([source, owner.__qualname__, list(method.stages)])[:16]
 
 
+def description_size(method: type[Method], network: str, width: int) -> int:
+    """Numbers per image that a method describes of a network's features; 0 if it fails."""
+    channels = ARCHITECTURES[network].outputs(width)
+    sizes = dict(zip(STAGES, (32, 16, 8, 4), strict=True))
+    features = {stage: torch.zeros(1, channels[stage], sizes[stage], sizes[stage]) for stage in method.stages}
+    with contextlib.suppress(Exception):  # whatever a plugin may raise: its own jobs say so
+        return method.describe(features).shape[1] if method.stages else 0
+    return 0
+
+
 class TeacherOutputs:
     """What teachers say of whole pages of training images, computed once and shared through a `PageStore`.
 
@@ -2300,10 +2310,22 @@ def job_macs(job: Job, settings: Settings, equal_cost: Mapping[str, int]) -> flo
     return 3.0 * network_cost(job.network, classes, settings.width)[1] * job_epochs(job, settings, equal_cost)
 
 
-def pages_used(jobs: Iterable[Job], settings: Settings) -> set[int]:
-    """The distinct pages of teacher outputs that the distilled ones of these jobs use."""
-    runs = {job.page_run for job in jobs if job.teacher_networks}
-    return {page for run in runs for page in page_order(settings.seed, run, settings.student_epochs)}
+def pages_used(jobs: Iterable[Job], settings: Settings) -> set[tuple[Network, int]]:
+    """The distinct (teacher, page) that these jobs use, by what is known before a pilot has chosen."""
+    used: set[tuple[Network, int]] = set()
+    for job in jobs:
+        configs: list[Distillation | None] = []
+        epochs = settings.student_epochs
+        if job.kind == "pilot":  # candidate 1 lasts; the others leave after their first rung
+            configs = list(job.arm.candidates(job.compression))
+            epochs = math.ceil(PILOT_SHARE / 4 * epochs / len(configs))
+        elif job.kind == "student":
+            configs = [job.arm.configure(job.compression, None)]
+        named = [network for config in configs if config for network in config.teachers]
+        used |= set(
+            itertools.product(named or job.teacher_networks, page_order(settings.seed, job.page_run, epochs))
+        )
+    return used
 
 
 def equal_cost_epochs(settings: Settings) -> dict[str, int]:
@@ -2317,8 +2339,8 @@ def equal_cost_epochs(settings: Settings) -> dict[str, int]:
     classes = DATASETS[settings.dataset][0]
     jobs = [job for job in planned_jobs(settings) if job.kind != "student" or job.method == SUBJECT]
     teachers = [job for job in jobs if job.kind in ("teacher", "assistant")]
-    one_pass = sum(network_cost(job.network, classes, settings.width)[1] for job in teachers)
-    shared = sum(job_macs(job, settings, {}) for job in teachers) + len(pages_used(jobs, settings)) * one_pass
+    passes = [network_cost(name, classes, settings.width)[1] for name, _ in pages_used(jobs, settings)]
+    shared = sum(job_macs(job, settings, {}) for job in teachers) + sum(passes)
     epochs = {}
     for ratio in settings.compression:
         student = job_macs(Job("student", settings.dataset, ratio, SUBJECT, 1), settings, {})
@@ -5113,9 +5135,8 @@ class Estimate:
     def page_seconds(self, left: Sequence[Job]) -> float:
         """Expected seconds of the teachers' passes over the training images for the jobs that are left."""
         classes, width = DATASETS[self.settings.dataset][0], self.settings.width
-        views = len(pages_used(left, self.settings)) * self.images
-        networks = {network for job in left for network in job.teacher_networks}
-        return sum(self.seconds(name, views * network_cost(name, classes, width)[1]) for name in networks)
+        macs = {name: network_cost(name, classes, width)[1] * self.images for name in ARCHITECTURES}
+        return sum(self.seconds(name, macs[name]) for name, _ in pages_used(left, self.settings))
 
     def work_seconds(self, left: Sequence[Job]) -> float:
         """Expected seconds of all that is left, on one device."""
@@ -6447,8 +6468,13 @@ def page_bytes(settings: Settings) -> int:
     """Bytes of the teachers' outputs in the temporary folder."""
     classes, images = DATASETS[settings.dataset]
     jobs = planned_jobs(settings)
-    teachers = sum(job.kind in ("teacher", "assistant") for job in jobs)
-    return len(pages_used(jobs, settings)) * teachers * (settings.train_size or images) * classes * 2
+    numbers: dict[str, int] = {}  # by teacher, per image: logits and descriptions
+    for name in ARCHITECTURES:
+        methods = {description_key(job.arm): job.arm for job in jobs if name in job.teacher_networks}
+        sizes = [description_size(method, name, settings.width) for method in methods.values()]
+        numbers[name] = classes + sum(sizes)
+    images = settings.train_size or images
+    return sum(2 * images * numbers[name] for name, _ in pages_used(jobs, settings))
 
 
 def check_disk(path: Path, needed: int, platform: Platform) -> None:
