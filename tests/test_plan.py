@@ -133,9 +133,9 @@ def test_plan_says_what_there_is_to_do(
             assert together == pytest.approx(runs * each, rel=0.05)
     assert len([name for name in rows if name.startswith("assistant")]) == 3
     assert len([name for name in rows if name.startswith("pilot")]) == 3
-    pages = {page for run in range(1, runs + 1) for page in exp.page_order(42, run, epochs)}
+    pages = exp.pages_used(exp.planned_jobs(settings), settings)
     training = settings.teacher_epochs + epochs * (3 + 3 * 1.5 + 9 * runs)
-    total = training * steps * 0.36 + len(pages) * 45_000 * 4 * 0.36 / 128 / 3
+    total = training * steps * 0.36 + len(pages) * 45_000 * 0.36 / 128 / 3
     one, here = re.search(r"total (\S+ \w+) of one device, (\S+ \w+) here", said).groups()  # type: ignore[union-attr]
     assert seconds_in(one) == pytest.approx(total, rel=0.02)
     assert seconds_in(here) == pytest.approx(total / 2, rel=0.02)
