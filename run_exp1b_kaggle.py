@@ -197,6 +197,18 @@ def warn_once(text: str) -> None:
 # ============================================================================================================
 # It decides every number: what is trained on what, by which loss, in which order, and how it is measured.
 # It knows nothing of files, locks, reports or the command line, except through the objects that it is given.
+#
+# Words, with one meaning each:
+#   teacher      the ResNet-50, trained once; in the plural all networks that a student learns from
+#   assistant    a network between teacher and student in size (1.5x, 2.3x, 5x), distilled once
+#   method       a class: a loss and what it learns from; METHODS has them by name
+#   run          run i: its weights, batches and views are the same in every method (`Run`: a run folder)
+#   view, page   a crop and flip of an image, one of 162; one view of every training image
+#   description  what a method keeps of a teacher's features of a page, beside the logits
+#   pilot, rung  short trainings that choose among candidates; a round of them, after which half go on
+#   job, record  a network to train, or a pilot; what is kept of it
+#   fingerprint  a checksum of all that a computation depends on
+#   arm          a method of the ablation or the equal-cost control; a twin is an arm equal to another method
 
 
 # -- settings -----------------------------------------------------------------------------------------------
@@ -523,8 +535,12 @@ class CifarResNet(nn.Module):
         for stage, planes, count in stages:
             for position in range(count):
                 stride = 2 if stage != "stage1" and position == 0 else 1
-                layers.append(residual_block(architecture.block, inputs, planes, stride))
-                inputs = planes * architecture.block.expansion
+                outputs, shortcut = planes * architecture.block.expansion, None
+                if stride != 1 or inputs != outputs:
+                    conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+                    shortcut = nn.Sequential(conv, nn.BatchNorm2d(outputs))
+                layers.append(architecture.block(inputs, planes, stride, shortcut))
+                inputs = outputs
             self.stage_ends[stage] = len(layers) - 1
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(inputs, classes)
@@ -560,16 +576,6 @@ class CifarResNet(nn.Module):
                     setattr(parent, name, fuse_conv_bn_eval(conv, norm))
                     setattr(parent, following, nn.Identity())
         return network
-
-
-def residual_block(
-    block: type[BasicBlock] | type[Bottleneck], inputs: int, planes: int, stride: int
-) -> nn.Module:
-    """torchvision's block, with a 1x1 convolution in the shortcut where the shape changes."""
-    outputs, shortcut = planes * block.expansion, None
-    if stride != 1 or inputs != outputs:
-        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-    return block(inputs, planes, stride, shortcut)
 
 
 def collect_features(network: CifarResNet, stages: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -720,14 +726,6 @@ class Distillation:
 
 Look = tuple[str, str, str]  # colour, marker and line in every figure
 METHODS: dict[str, type[Method]] = {}
-# Okabe-Ito colours (their yellow darkened: it would vanish on white); those of the main methods differ in
-# lightness too, so that they survive a grey print. Methods of plugins get the spare ones.
-SPARE_COLOURS = ("#D55E00", "#009E73", "#56B4E9", "#A89C00", "#CC79A7", "#8C564B", "#444444")
-SPARE_MARKERS = ("X", "P", "<", "p", "D", "*", "h", ">")
-SPARE_LINES = (":", "--", "-.", "-")
-SPARE_LOOKS: tuple[Look, ...] = tuple(
-    (SPARE_COLOURS[i % 7], SPARE_MARKERS[i % 8], SPARE_LINES[i % 4]) for i in range(56)
-)
 MOST_NUMBERS = 4_096  # of a description, per image
 
 
@@ -784,6 +782,11 @@ class Method:
         view that the run uses. The base's is the mean over positions.
         """
         return torch.cat([feature.mean((2, 3)) for feature in features.values()], 1)
+
+    @classmethod
+    def describes(cls, compression: str) -> bool:
+        """Whether a student of this ratio may need descriptions."""
+        return bool(cls.stages)
 
     def modules(self, student: Mapping[str, int], teacher: Mapping[str, int]) -> nn.Module | None:
         """What is trained beside the student, given the channels per stage of both: it becomes `self.module`.
@@ -892,6 +895,8 @@ class HPMKD(TraditionalKD):
 
     def __init__(self, experiment: Experiment, config: Distillation, pages: Sequence[int]) -> None:
         super().__init__(experiment, config, pages)
+        if config.weight == 0:
+            self.stages = ()  # type: ignore[misc, assignment]
         self.attention: AttentionNetwork | None = None
         if config.attention and len(config.teachers) > 1:
             self.attention, self.attention_report = fit_attention(experiment, config.teachers)
@@ -940,6 +945,12 @@ class HPMKD(TraditionalKD):
         """The last stage's map [n, C, 4, 4], flattened and projected: the relations survive."""
         flat = features["stage4"].flatten(1)
         return flat @ projection(flat.shape[1], flat.device)
+
+    @classmethod
+    def describes(cls, compression: str) -> bool:
+        """Only where some configuration has relations."""
+        configs = [cls.default(compression), *cls.candidates(compression)]
+        return any(config.weight > 0 for config in configs)
 
     def weighted_logits(self, page: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The teachers' logits fp16 [M, N, C] for a page, and their weights [N, M] at any temperature."""
@@ -1009,17 +1020,10 @@ def take_away(name: str, look: Look, about: str, uses_pilot: bool = True, **remo
     register(name)(type(name, (HPMKD,), {**own, "option": "ablation", "twin": HPMKD.name}))
 
 
-take_away(
-    "HPM-KD-no-chain",
-    ("#009E73", "P", ":"),
-    "HPM-KD from the teacher alone",
-    teachers=("teacher",),
-    attention=False,
-)
+alone: dict[str, Any] = {"teachers": ("teacher",), "attention": False}
+take_away("HPM-KD-no-chain", ("#009E73", "P", ":"), "HPM-KD from the teacher alone", **alone)
 take_away("HPM-KD-no-attention", ("#D55E00", "X", ":"), "HPM-KD with uniform weights", attention=False)
-take_away(
-    "HPM-KD-no-temperature", ("#56B4E9", "<", ":"), "HPM-KD at a constant temperature", schedule="constant"
-)
+take_away("HPM-KD-no-temperature", ("#56B4E9", "<", ":"), "HPM-KD at a constant T", schedule="constant")
 take_away("HPM-KD-no-manager", ("#A89C00", "p", ":"), "HPM-KD's default, without a pilot", uses_pilot=False)
 take_away("HPM-KD-no-memory", ("#8C564B", "*", ":"), "HPM-KD without the average over views", view_share=1.0)
 
@@ -1040,7 +1044,7 @@ def choosable_methods() -> list[str]:
     return in_order(name for name, method in METHODS.items() if method.option == "methods")
 
 
-def student_arms(settings: Settings) -> list[str]:
+def student_methods(settings: Settings) -> list[str]:
     """The methods that students are trained by, the ablation's and the equal-cost arm included."""
     wanted = {"ablation": settings.ablation, "equal_cost": settings.equal_cost}
     added = [name for name, method in METHODS.items() if wanted.get(method.option)]
@@ -1160,14 +1164,14 @@ def description_key(method: type[Method]) -> str:
     return fingerprint([source, owner.__qualname__, list(method.stages)])[:16]
 
 
-def description_size(method: type[Method], network: str, width: int) -> int:
-    """Numbers per image that a method describes of a network's features; 0 if it fails."""
-    channels = ARCHITECTURES[network].outputs(width)
-    sizes = dict(zip(STAGES, (32, 16, 8, 4), strict=True))
-    features = {stage: torch.zeros(1, channels[stage], sizes[stage], sizes[stage]) for stage in method.stages}
-    with contextlib.suppress(Exception):  # whatever a plugin may raise: its own jobs say so
-        return method.describe(features).shape[1] if method.stages else 0
-    return 0
+def described_by(jobs: Iterable[Job]) -> dict[str, type[Method]]:
+    """The methods of these jobs that need descriptions, by the names of these."""
+    methods = [
+        job.method_class
+        for job in jobs
+        if job.kind != "teacher" and job.method_class.describes(job.compression)
+    ]
+    return {description_key(method): method for method in methods}
 
 
 class TeacherOutputs:
@@ -1206,11 +1210,6 @@ class TeacherOutputs:
             with self.store.claim(self.key(job), page) as ours:
                 if ours and not self.store.holds(self.key(job), page):
                     self.store.save(self.key(job), page, self._compute(job, page))
-
-    def held_out(self, teacher: Network) -> dict[str, torch.Tensor]:
-        """A teacher's logits float32 [n, C] on `fit` and `select`, as stored with its model."""
-        _, tensors = self.experiment.run.load(self._jobs([teacher])[0])
-        return {part: tensors[f"{part}_logits"].float() for part in ("fit", "select")}
 
     def key(self, job: Job) -> str:
         """Name of the folder of one teacher's pages: a fingerprint of all that their bytes depend on."""
@@ -1263,7 +1262,7 @@ class TeacherOutputs:
         network.load_state_dict(cast("dict[str, Any]", tensors["model"]))
 
         pupils = [pupil for pupil in experiment.run.jobs if job.network in pupil.teacher_networks]
-        methods = {description_key(pupil.arm): pupil.arm for pupil in pupils if pupil.arm.stages}
+        methods = described_by(pupils)
         described = DescribedNetwork(experiment.place(network.folded()), methods.values())
         few = experiment.images.render(torch.arange(4, device=experiment.device.torch), 0)
         for key, method in methods.items():
@@ -1344,8 +1343,8 @@ def fit_attention(
     key = tuple(experiment.run.records[job.name].weights_sha256 for job in jobs)
     if key in outputs.attentions:
         return outputs.attentions[key]
-    held_out = [outputs.held_out(teacher) for teacher in teachers]
-    fit, select = (torch.stack([logits[part] for logits in held_out]) for part in ("fit", "select"))
+    stored = [experiment.run.load(job)[1] for job in jobs]
+    fit, select = (torch.stack([t[f"{part}_logits"].float() for t in stored]) for part in ("fit", "select"))
     train = outputs.page(teachers, page_order(seed, 1, 1)[0]).float().cpu()
     network = train_attention(fit, images.fit.labels.cpu(), seed)
     reports = {
@@ -1390,20 +1389,17 @@ def judge_attention(
         return mixture_nll(logits, weights, labels).item(), percent_correct(predicted, labels)
 
     weights, count = attention_weights(network, logits), len(teachers)
-    fitted, uniform = judge(weights), judge(uniform_weights(logits))
     single = [judge(torch.eye(count)[m].expand(len(labels), count)) for m in range(count)]
     best = min(range(count), key=lambda m: single[m][0])
-    return AttentionReport(
-        mean_weight=weights.mean(0).tolist(),
-        weight_sd=weights.std(0).tolist(),
-        nll_mixture=fitted[0],
-        nll_uniform=uniform[0],
-        nll_best_single=single[best][0],
-        accuracy_mixture=fitted[1],
-        accuracy_uniform=uniform[1],
-        accuracy_best_single=single[best][1],
-        best_single=teachers[best],
-    )
+    mixtures = {
+        "mixture": judge(weights),
+        "uniform": judge(uniform_weights(logits)),
+        "best_single": single[best],
+    }
+    nll = {f"nll_{name}": value for name, (value, _) in mixtures.items()}
+    accuracy = {f"accuracy_{name}": value for name, (_, value) in mixtures.items()}
+    mean, sd = weights.mean(0).tolist(), weights.std(0).tolist()
+    return AttentionReport(mean_weight=mean, weight_sd=sd, best_single=teachers[best], **nll, **accuracy)
 
 
 @dataclass
@@ -1459,7 +1455,7 @@ def successive_halving(
 def run_pilot(experiment: Experiment, job: Job, record: Record) -> Record:
     """Choose the configuration for one ratio. Finished trials are saved, so that a resume repeats none."""
     run, split = experiment.run, experiment.images.select
-    candidates = job.arm.candidates(job.compression)
+    candidates = job.method_class.candidates(job.compression)
     per_epoch = len(experiment.images) // experiment.settings.batch_size
     path, identity = run.file(job, "progress"), training_identity(run, job)
     sound = structure_of({"correct": split.labels == 0, "seconds": 0.0})
@@ -1518,14 +1514,14 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
 
 
-def taught_by(run: Run, job: Job) -> dict[str, str]:
+def teacher_checksums(run: Run, job: Job) -> dict[str, str]:
     """Checksums, by name, of the networks that may teach a job."""
     return {teacher.name: run.records[teacher.name].weights_sha256 for teacher in teachers_of(job)}
 
 
 def training_identity(run: Run, job: Job) -> str:
     """What a checkpoint in progress must agree with: the job, and the very networks it learns from."""
-    return fingerprint([run.fingerprint(job), taught_by(run, job)])
+    return fingerprint([run.fingerprint(job), teacher_checksums(run, job)])
 
 
 def make_method(
@@ -1533,8 +1529,8 @@ def make_method(
 ) -> Method:
     """The method of a job, ready for its first epoch; what it draws depends on seed and run alone."""
     seed_globally(experiment.settings.seed, job.run, -1)
-    with blamed_on(job.arm, "__init__"):
-        return job.arm(experiment, config, pages)
+    with blamed_on(job.method_class, "__init__"):
+        return job.method_class(experiment, config, pages)
 
 
 def seed_globally(seed: int, run: int, epoch: int) -> None:
@@ -1564,7 +1560,7 @@ class Training:
         self.path = experiment.run.checkpoints / f"{name}.progress"
         self.model = experiment.place(build_network(job.network, classes, settings.width, self.seed))
         self.trained = nn.ModuleDict({"model": self.model})  # all that the optimizer trains
-        self.taught_by = method.config.teachers if method.config else job.teacher_networks
+        self.teachers = method.config.teachers if method.config else job.teacher_networks
         method.features = collect_features(self.model, method.stages)
         self._add_module()
 
@@ -1585,7 +1581,7 @@ class Training:
         """What the method wants trained beside the network; its start is a function of the seed."""
         method, width = self.method, self.experiment.settings.width
         student = ARCHITECTURES[self.job.network].outputs(width)
-        teacher = ARCHITECTURES[self.taught_by[0]].outputs(width) if self.taught_by else {}
+        teacher = ARCHITECTURES[self.teachers[0]].outputs(width) if self.teachers else {}
         with torch.random.fork_rng(devices=[]), blamed_on(type(method), "modules"):
             torch.manual_seed(int(rng(self.seed, "modules").integers(2**62)))
             method.module = method.modules(student, teacher)
@@ -1621,7 +1617,7 @@ class Training:
         method.page = method.pages[epoch]
         if method.stages:
             outputs = self.experiment.outputs
-            method.descriptions = outputs.descriptions(type(method), self.taught_by, method.page)
+            method.descriptions = outputs.descriptions(type(method), self.teachers, method.page)
         with blamed_on(type(method), "start_epoch"):
             method.start_epoch(epoch, [past.loss for past in self.history])
         if is_plugin(type(method)):
@@ -1802,7 +1798,7 @@ def do_job(experiment: Experiment, job: Job) -> None:
             "%s is %s by construction (same configuration, weights and views): copied", job.name, twin.name
         )
         record, tensors = run.load(twin)
-        copied = replace(record, same_as=record.same_as or twin.method, taught_by=taught_by(run, job))
+        copied = replace(record, same_as=record.same_as or twin.method, taught_by=teacher_checksums(run, job))
         run.save_result(job, replace(copied, **run.identity(job)), tensors)
         return
     record = blank_record(experiment, job)
@@ -1855,7 +1851,7 @@ def blank_record(experiment: Experiment, job: Job) -> Record:
         mean=images.mean,
         std=images.std,
         config=config,
-        taught_by=taught_by(run, job),
+        taught_by=teacher_checksums(run, job),
         device=experiment.device.name,
         precision=experiment.precision,
         threads=torch.get_num_threads(),
@@ -1936,20 +1932,6 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int
     return float((table.share * (table.accuracy - table.confidence).abs()).sum())
 
 
-def latency_ms(experiment: Experiment, network: nn.Module) -> dict[str, float]:
-    """Milliseconds per image, by batch size, on this device: median of many passes after a warm-up."""
-    result = {}
-    for batch, repeats in ((1, 20), (256, 3)):
-        images = torch.zeros(batch, 3, 32, 32, device=experiment.device.torch)
-        times = []
-        for _ in range(repeats + 1):
-            started = time.perf_counter()
-            experiment.infer(network, images)[0, 0].item()
-            times.append(time.perf_counter() - started)
-        result[str(batch)] = 1000 * float(np.median(times[1:])) / batch
-    return result
-
-
 # -- the job graph: what there is to do, in which order, at which cost --------------------------------------
 PILOT_SHARE = 1.5  # a pilot's training steps, in trainings of a student
 
@@ -1988,7 +1970,7 @@ class Job:
         return cast(Network, self.compression or "teacher")
 
     @property
-    def arm(self) -> type[Method]:
+    def method_class(self) -> type[Method]:
         """The method that trains it."""
         if self.kind == "teacher":
             return Direct
@@ -1997,7 +1979,7 @@ class Job:
     @property
     def teacher_networks(self) -> tuple[Network, ...]:
         """The networks that may teach it."""
-        return () if self.kind == "teacher" else self.arm.teachers(self.compression)
+        return () if self.kind == "teacher" else self.method_class.teachers(self.compression)
 
     @property
     def page_run(self) -> int:
@@ -2012,7 +1994,7 @@ def teacher_job(network: str, dataset: str) -> Job:
 
 def planned_jobs(settings: Settings) -> list[Job]:
     """Every job of an experiment, in an order in which they could be done one after the other."""
-    arms, dataset = student_arms(settings), settings.dataset
+    arms, dataset = student_methods(settings), settings.dataset
     pilots = in_order({METHODS[arm].pilot for arm in arms} - {""})
     students = [
         Job("student", dataset, ratio, arm, run)
@@ -2020,10 +2002,10 @@ def planned_jobs(settings: Settings) -> list[Job]:
         for run in range(1, settings.runs + 1)
         for arm in arms
     ]
-    taught_by = {network for job in students for network in job.teacher_networks}
-    taught_by |= {above for network in taught_by - {"teacher"} for above in ladder_above(network)}
+    teaching = {network for job in students for network in job.teacher_networks}
+    teaching |= {above for network in teaching - {"teacher"} for above in ladder_above(network)}
     jobs = [Job("teacher", dataset)]
-    jobs += [Job("assistant", dataset, network) for network in LADDER if network in taught_by]
+    jobs += [Job("assistant", dataset, network) for network in LADDER if network in teaching]
     jobs += [Job("pilot", dataset, ratio, method) for ratio in settings.compression for method in pilots]
     return jobs + students
 
@@ -2035,9 +2017,9 @@ def teachers_of(job: Job) -> list[Job]:
 
 def pilot_of(job: Job) -> Job | None:
     """The pilot that chooses a student's configuration."""
-    if job.kind != "student" or not job.arm.pilot:
+    if job.kind != "student" or not job.method_class.pilot:
         return None
-    return Job("pilot", job.dataset, job.compression, job.arm.pilot)
+    return Job("pilot", job.dataset, job.compression, job.method_class.pilot)
 
 
 def config_of(job: Job, records: Mapping[str, Record]) -> Distillation | None:
@@ -2049,14 +2031,14 @@ def config_of(job: Job, records: Mapping[str, Record]) -> Distillation | None:
         return replace(HPMKD.default(job.compression), teachers=chain, attention=len(chain) > 1)
     pilot = pilot_of(job)
     chosen = records[pilot.name].config if pilot else None
-    return job.arm.configure(job.compression, chosen)
+    return job.method_class.configure(job.compression, chosen)
 
 
 def twin_of(job: Job, settings: Settings, records: Mapping[str, Record]) -> Job | None:
     """The student of another method that this one equals in every bit, so that it is copied, not trained."""
-    if job.kind != "student" or job.arm.twin not in student_arms(settings):
+    if job.kind != "student" or job.method_class.twin not in student_methods(settings):
         return None
-    other = replace(job, method=job.arm.twin)
+    other = replace(job, method=job.method_class.twin)
     pilots = [pilot for pilot in (pilot_of(job), pilot_of(other)) if pilot is not None]
     if not all(pilot.name in records for pilot in pilots):
         return None
@@ -2078,7 +2060,7 @@ def job_epochs(job: Job, settings: Settings, equal_cost: Mapping[str, int]) -> f
         return settings.teacher_epochs
     if job.kind == "pilot":
         return PILOT_SHARE * settings.student_epochs
-    return equal_cost[job.compression] if job.arm.option == "equal_cost" else settings.student_epochs
+    return equal_cost[job.compression] if job.method_class.option == "equal_cost" else settings.student_epochs
 
 
 def job_macs(job: Job, settings: Settings, equal_cost: Mapping[str, int]) -> float:
@@ -2094,10 +2076,10 @@ def pages_used(jobs: Iterable[Job], settings: Settings) -> set[tuple[Network, in
         configs: list[Distillation | None] = []
         epochs = settings.student_epochs
         if job.kind == "pilot":  # candidate 1 lasts; the others leave after their first rung
-            configs = list(job.arm.candidates(job.compression))
+            configs = list(job.method_class.candidates(job.compression))
             epochs = math.ceil(PILOT_SHARE / 4 * epochs / len(configs))
         elif job.kind == "student":
-            configs = [job.arm.configure(job.compression, None)]
+            configs = [job.method_class.configure(job.compression, None)]
         named = [network for config in configs if config for network in config.teachers]
         used |= set(
             itertools.product(named or job.teacher_networks, page_order(settings.seed, job.page_run, epochs))
@@ -2538,7 +2520,7 @@ def gather_evidence(run: Run) -> Evidence:
     """Work out what was planned, what is there, what is missing, and the comparisons."""
     frame, settings = results_frame(run), run.settings
     ratios = [ratio for ratio in RATIOS if ratio in settings.compression]
-    everything = in_order({*student_arms(settings), *frame.method})
+    everything = in_order({*student_methods(settings), *frame.method})
     methods = [method for method in everything if METHODS[method].option == "methods"]
     extra_methods = [method for method in everything if method not in methods]
     copies = frame[frame.same_as != ""]
@@ -4392,7 +4374,7 @@ class Run:
         """Identity of what a job computes."""
         left_out = ["student_epochs"] if job.kind == "teacher" else []  # a teacher does not depend on these
         whole = run_fingerprint(self.settings, self.index.precision, self.index.data.sha256, left_out)
-        return fingerprint([whole, job.name, job.arm.source_sha256])
+        return fingerprint([whole, job.name, job.method_class.source_sha256])
 
     def identity(self, job: Job) -> dict[str, Any]:
         """What a record says about which job it is of."""
@@ -5177,6 +5159,20 @@ class Progress:
             self.bar.close()
 
 
+def latency_ms(experiment: Experiment, network: nn.Module) -> dict[str, float]:
+    """Milliseconds per image, by batch size, on this device: median of many passes after a warm-up."""
+    result = {}
+    for batch, repeats in ((1, 20), (256, 3)):
+        images = torch.zeros(batch, 3, 32, 32, device=experiment.device.torch)
+        times = []
+        for _ in range(repeats + 1):
+            started = time.perf_counter()
+            experiment.infer(network, images)[0, 0].item()
+            times.append(time.perf_counter() - started)
+        result[str(batch)] = 1000 * float(np.median(times[1:])) / batch
+    return result
+
+
 class Stopwatch:
     """Seconds since it was made, without those spent on computing teacher outputs or waiting for them."""
 
@@ -5771,6 +5767,13 @@ class RawData:
 
 
 # -- plugins ------------------------------------------------------------------------------------------------
+# Okabe-Ito colours (their yellow darkened: it would vanish on white) that the main methods leave.
+SPARE_COLOURS = ("#D55E00", "#009E73", "#56B4E9", "#A89C00", "#CC79A7", "#8C564B", "#444444")
+SPARE_MARKERS = ("X", "P", "<", "p", "D", "*", "h", ">")
+SPARE_LINES = (":", "--", "-.", "-")
+SPARE_LOOKS: tuple[Look, ...] = tuple(
+    (SPARE_COLOURS[i % 7], SPARE_MARKERS[i % 8], SPARE_LINES[i % 4]) for i in range(56)
+)
 HELPERS: dict[Path, dict[str, Path]] = {}  # plugin -> module -> file: what its import has brought in
 
 
@@ -6442,11 +6445,21 @@ def page_bytes(settings: Settings) -> int:
     jobs = planned_jobs(settings)
     numbers: dict[str, int] = {}  # by teacher, per image: logits and descriptions
     for name in ARCHITECTURES:
-        methods = {description_key(job.arm): job.arm for job in jobs if name in job.teacher_networks}
-        sizes = [description_size(method, name, settings.width) for method in methods.values()]
+        methods = described_by(job for job in jobs if name in job.teacher_networks).values()
+        sizes = [description_size(method, name, settings.width) for method in methods]
         numbers[name] = classes + sum(sizes)
     images = settings.train_size or images
     return sum(2 * images * numbers[name] for name, _ in pages_used(jobs, settings))
+
+
+def description_size(method: type[Method], network: str, width: int) -> int:
+    """Numbers per image that a method describes of a network's features; 0 if it fails."""
+    channels = ARCHITECTURES[network].outputs(width)
+    sizes = dict(zip(STAGES, (32, 16, 8, 4), strict=True))
+    features = {stage: torch.zeros(1, channels[stage], sizes[stage], sizes[stage]) for stage in method.stages}
+    with contextlib.suppress(Exception):  # whatever a plugin may raise: its own jobs say so
+        return method.describe(features).shape[1]
+    return 0
 
 
 def check_disk(path: Path, needed: int, platform: Platform) -> None:
@@ -6528,7 +6541,7 @@ def reuse_finished(run: Run, platform: Platform) -> None:
         for folder in dict.fromkeys(folders):
             with contextlib.suppress(FileNotFoundError, Damaged, UsageError):
                 record, tensors = run.load(job, folder / "checkpoints" / name)
-                if record.taught_by != taught_by(run, job):
+                if record.taught_by != teacher_checksums(run, job):
                     continue
                 run.save_result(job, record, tensors)
                 note = f"{job.name} was reused from {folder.name} (identical settings, data and precision)."
@@ -6910,7 +6923,7 @@ def show_status(args: Namespace, platform: Platform) -> int:
     print(f"{done} of {len(run.jobs)} jobs done, {len(failed)} failed, {len(left)} left", end="; ")
     print(f"{say_time(spent)} of training so far")
     finished = [record for record in run.records.values() if record.done]
-    for ratio, arm in itertools.product(settings.compression, student_arms(settings)):
+    for ratio, arm in itertools.product(settings.compression, student_methods(settings)):
         students = [record for record in finished if (record.compression, record.method) == (ratio, arm)]
         accuracies = [record.test_accuracy for record in students if record.kind == "student"]
         best = f", best {max(accuracies):.2f}%, last {accuracies[-1]:.2f}%" if accuracies else ""
