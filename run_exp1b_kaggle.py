@@ -43,15 +43,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 (an older one would only say that 
     print(f"error: run_exp1b_kaggle.py needs Python 3.11 or later, this is {found}", file=sys.stderr)
     sys.exit(2)
 if __name__ == "__main__":
-    try:
-        os.getcwd()
-    except OSError:  # torch's libraries would end the process, with a message about themselves
-        print("error: the current folder does not exist any more: change to another one", file=sys.stderr)
-        sys.exit(2)
-    if not os.environ.get("OMP_WAIT_POLICY"):
-        os.environ["OMP_WAIT_POLICY"] = "passive"  # spinning threads take other programs' cores
-    for name in [name for name in os.environ if name.startswith("TQDM_")]:
-        del os.environ[name]  # nonsense in them would break `import torch`, which imports tqdm
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads take other programs' cores
 
 import argparse
 import contextlib
@@ -762,7 +754,7 @@ def temperature_at(schedule: str, start: float, epochs: int, losses: Sequence[fl
     maximum, 2 at its minimum. convergence: T0 - 2 damped by the slope of the loss relative to its first
     slope, so that T rises again as training settles. All values lie in [2, 6].
     """
-    smooth = smoothed(losses)
+    smooth = list(itertools.accumulate(losses, lambda average, loss: (average + loss) / 2))
     share = 1.0
     if schedule == "cosine":
         share = (1 + math.cos(math.pi * len(losses) / max(epochs - 1, 1))) / 2
@@ -774,11 +766,6 @@ def temperature_at(schedule: str, start: float, epochs: int, losses: Sequence[fl
         share = math.exp(-abs(smooth[-1] - smooth[-2]) / first) if first > 0 else 1.0
     temperature = TEMPERATURE_MIN + (start - TEMPERATURE_MIN) * share
     return min(max(temperature, TEMPERATURE_MIN), TEMPERATURE_MAX)
-
-
-def smoothed(losses: Sequence[float]) -> list[float]:
-    """Exponential moving average with weight one half."""
-    return list(itertools.accumulate(losses, lambda average, value: (average + value) / 2))
 
 
 def mixture(teacher_logits: torch.Tensor, weights: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -918,6 +905,9 @@ METHODS: dict[str, type[Method]] = {}
 SPARE_COLOURS = ("#D55E00", "#009E73", "#56B4E9", "#A89C00", "#CC79A7", "#8C564B", "#444444")
 SPARE_MARKERS = ("X", "P", "<", "p", "D", "*", "h", ">")
 SPARE_LINES = (":", "--", "-.", "-")
+SPARE_LOOKS: tuple[Look, ...] = tuple(
+    (SPARE_COLOURS[i % 7], SPARE_MARKERS[i % 8], SPARE_LINES[i % 4]) for i in range(56)
+)
 MOST_NUMBERS = 4_096  # of a description, per image
 
 
@@ -1158,10 +1148,14 @@ class HPMKD(TraditionalKD):
         """Distillation loss of a batch, and the relations between its images as the teachers see them."""
         total = super().loss(logits, index)
         if self.config.weight > 0:
-            own = self.features["stage4"].flatten(1)
-            known = self.descriptions[..., index, :].float().view(-1, len(index), PROJECTED)
-            total = total + self.config.weight * sum(relation_loss(own, one) for one in known) / len(known)
+            known = self.descriptions[..., index, :].float()
+            each = [self.relations(one) for one in known.view(-1, *known.shape[-2:])]
+            total = total + self.config.weight * sum(each) / len(each)
         return total
+
+    def relations(self, known: torch.Tensor) -> torch.Tensor:
+        """`relation_loss` of the student's features against one teacher's descriptions [n, D]."""
+        return relation_loss(self.features["stage4"].flatten(1), known)
 
 
 @register("Direct-equal-cost")
@@ -1266,18 +1260,12 @@ class Experiment:
     """What one process trains with: run, device with the images on it, teachers' outputs, session."""
 
     def __init__(
-        self,
-        run: Run,
-        device: Device,
-        images: Images,
-        session: Session,
-        progress: Progress,
-        pages: PageStore,
+        self, run: Run, device: Device, images: Images, session: Session, progress: Progress
     ) -> None:
         self.run, self.device, self.images = run, device, images
         self.session, self.progress = session, progress
         self.settings, self.precision = run.settings, run.index.precision
-        self.outputs = TeacherOutputs(self, pages)
+        self.outputs = TeacherOutputs(self, PageStore(run.path))
 
     def autocast(self) -> torch.autocast:
         """Mixed precision as this experiment uses it (no-op for fp32)."""
@@ -1429,20 +1417,9 @@ class TeacherOutputs:
         """Name of the folder of one teacher's pages: a fingerprint of all that their bytes depend on."""
         experiment, run = self.experiment, self.experiment.run
         threads = torch.get_num_threads() if experiment.device.kind == "cpu" else 0
-        return fingerprint(
-            [
-                run.records[job.name].weights_sha256,
-                run.index.data.sha256,
-                experiment.settings.seed,
-                experiment.precision,
-                experiment.device.name,
-                threads,
-                str(torch.__version__),
-                CHUNK,
-                PROTOCOL,
-                PAGE_FORMAT,
-            ]
-        )[:32]
+        data = [run.records[job.name].weights_sha256, run.index.data.sha256, experiment.settings.seed]
+        arithmetic = [experiment.precision, experiment.device.name, threads, str(torch.__version__)]
+        return fingerprint([*data, *arithmetic, CHUNK, PROTOCOL, PAGE_FORMAT])[:32]
 
     def _jobs(self, teachers: Iterable[Network]) -> list[Job]:
         return [teacher_job(name, self.experiment.settings.dataset) for name in teachers]
@@ -1686,7 +1663,15 @@ def run_pilot(experiment: Experiment, job: Job, record: Record) -> Record:
     candidates = job.arm.candidates(job.compression)
     per_epoch = len(experiment.images) // experiment.settings.batch_size
     path, identity = run.file(job, "progress"), training_identity(run, job)
-    trials = restore_trials(path, identity, len(split.labels))
+    sound = structure_of({"correct": split.labels == 0, "seconds": 0.0})
+
+    def check(content: dict[str, Any]) -> None:
+        if content.get("identity") != identity:
+            raise Damaged("belongs to another run or to other settings")
+        if any(structure_of(trial) != sound for trial in content["trials"].values()):
+            raise Damaged("holds an unsound trial")
+
+    trials = (load_progress(path, check) or {"trials": {}})["trials"]
 
     def evaluate(rung: int, candidate: int, steps: int) -> np.ndarray:
         key = f"rung{rung + 1}_candidate{candidate + 1}"
@@ -1725,23 +1710,6 @@ def describe_candidate(halving: Halving, number: int, config: Distillation) -> C
     took_part = [(rung, steps) for rung, (steps, alive) in enumerate(halving.rungs) if number in alive]
     accuracies = [100 * float(halving.correct[rung, number].mean()) for rung, _ in took_part]
     return Candidate(config, [steps for _, steps in took_part], accuracies, *halving.compared(number))
-
-
-def restore_trials(path: Path, identity: str, images: int) -> dict[str, dict[str, Any]]:
-    """The trials of a pilot in progress that are finished, by name."""
-
-    def check(content: dict[str, Any]) -> None:
-        trials = content.get("trials")
-        if content.get("identity") != identity or not isinstance(trials, dict):
-            raise Damaged("belongs to another run or to other settings")
-        for trial in trials.values():
-            sound = isinstance(trial, dict) and type(trial.get("seconds")) is float
-            correct = trial.get("correct") if sound else None
-            if not isinstance(correct, torch.Tensor) or correct.dtype != torch.bool or len(correct) != images:
-                raise Damaged("holds an unsound trial")
-
-    content = load_progress(path, check)
-    return content["trials"] if content else {}
 
 
 # -- training: one loop; the methods differ only in their loss ----------------------------------------------
@@ -1978,8 +1946,9 @@ class Training:
         named = self.trained.named_parameters()
         return {name: self.optimizer.state[parameter]["momentum_buffer"] for name, parameter in named}
 
-    def _save(self) -> None:
-        content = {
+    def _content(self) -> dict[str, Any]:
+        """What a checkpoint in progress holds."""
+        return {
             "identity": self.identity,
             "trained": {name: value.cpu() for name, value in self.trained.state_dict().items()},
             "momentum": {name: value.cpu() for name, value in self._momentum().items()},
@@ -1988,7 +1957,9 @@ class Training:
             "seconds": self.seconds,
             "micro_batch": self.micro_batch,
         }
-        save_progress(self.experiment.run, self.path, content)
+
+    def _save(self) -> None:
+        save_progress(self.experiment.run, self.path, self._content())
         self._saved, self._unsaved = time.monotonic(), False
 
     def _restore(self) -> None:
@@ -2007,26 +1978,19 @@ class Training:
         """Raise `Damaged` unless a checkpoint is of this very training, and whole."""
         if content.get("identity") != self.identity:
             raise Damaged("belongs to another run or to other settings")
-        for part, own in (("trained", self.trained.state_dict()), ("momentum", self._momentum())):
-            stored = content.get(part)
-            if not isinstance(stored, dict) or shapes_of(stored) != shapes_of(own):
-                raise Damaged(f"holds no sound {part}")
-        scaler = from_plain(dict[str, float], content.get("scaler"), "scaler")
-        if scaler.keys() != self.scaler.state_dict().keys():
-            raise Damaged("holds no sound scaler")
-        history = from_plain(list[Epoch], content.get("history"), "history")
-        from_plain(float, content.get("seconds"), "seconds")
-        micro_batch = from_plain(int, content.get("micro_batch"), "micro_batch")
-        if not 0 < len(history) < self.epochs or not 0 < micro_batch <= self.experiment.settings.batch_size:
+        if structure_of(content) != structure_of(self._content()):
+            raise Damaged("holds something else than this training")
+        if not 0 < len(from_plain(list[Epoch], content["history"])) < self.epochs:
             raise Damaged("holds a history of another length")
 
 
-def shapes_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Name -> shape and type of tensors (None for what is no tensor)."""
-    return {
-        name: (value.shape, value.dtype) if isinstance(value, torch.Tensor) else None
-        for name, value in tensors.items()
-    }
+def structure_of(value: Any) -> Any:
+    """What a value is made of: shapes and types of tensors, the same of each entry of a dict, else a type."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, dict):
+        return {name: structure_of(part) for name, part in value.items()}
+    return type(value)
 
 
 def do_job(experiment: Experiment, job: Job) -> None:
@@ -2558,14 +2522,24 @@ def compare_cells(frame: pd.DataFrame, ratio: str, treatment: str, control: str)
     return replace(c, no_interval="identical by construction") if same else c
 
 
+def compare_family(
+    frame: pd.DataFrame, treatments: Iterable[str], control: str, ratios: Iterable[str]
+) -> dict[tuple[str, str], dict[str, Comparison]]:
+    """(treatment, control) -> ratio -> comparison, Holm-adjusted over all of them."""
+    keys = list(itertools.product(treatments, ratios))
+    raw = [compare_cells(frame, ratio, treatment, control) for treatment, ratio in keys]
+    found: dict[tuple[str, str], dict[str, Comparison]] = {}
+    for (treatment, ratio), c, p in zip(keys, raw, holm(c.t_p for c in raw), strict=True):
+        found.setdefault((treatment, control), {})[ratio] = replace(c, holm_p=p)
+    return found
+
+
 def compare_methods(
     frame: pd.DataFrame, treatment: str, control: str, ratios: Iterable[str] | None = None
 ) -> dict[str, Comparison]:
     """Test accuracies at each ratio, Holm-adjusted over `ratios` (by default those in the frame)."""
     names = list(ratios or frame.compression.unique())
-    raw = [compare_cells(frame, ratio, treatment, control) for ratio in names]
-    adjusted = holm(c.t_p for c in raw)
-    return {ratio: replace(c, holm_p=p) for ratio, c, p in zip(names, raw, adjusted, strict=True)}
+    return compare_family(frame, [treatment], control, names).get((treatment, control), {})
 
 
 def trend_test(frame: pd.DataFrame, treatment: str = SUBJECT, control: str = BASELINE) -> Comparison:
@@ -2702,6 +2676,10 @@ def outputs_seconds(run: Run, pages: Collection[tuple[str, int]]) -> float:
 
 
 # -- evidence: what figures and report are made from --------------------------------------------------------
+SIDE_BY_SIDE = 3  # methods that tables and figures show as columns; more than these are ranked, as rows
+TOLD_BY_LOOK = 5  # methods in a figure that only colour and marker tell apart
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What the figures and the report are made from; see `gather_evidence`."""
@@ -2710,8 +2688,8 @@ class Evidence:
     frame: pd.DataFrame  # of results_frame
     ratios: list[str]  # planned, smallest first
     methods: list[str]  # planned, of those that --methods takes, in order
-    extra_arms: list[str]  # equal-cost and ablation arms, planned or present
-    twins: dict[tuple[str, str], str]  # (ratio, arm) -> the arm that it is a copy of, by construction
+    extra_methods: list[str]  # equal-cost and ablation arms, planned or present
+    twins: dict[tuple[str, str], str]  # (ratio, method) -> the method that it is a copy of, by construction
     pairs: dict[tuple[str, str], dict[str, Comparison]]  # (treatment, control) -> ratio -> comparison
     missing: list[str]  # such as "the teacher", "all of 7x", "5x: HPM-KD 2 of 3 runs"
     drawn: frozenset[str] = frozenset()  # the figures that the report can show
@@ -2722,9 +2700,56 @@ class Evidence:
         return self.pairs.get((SUBJECT, BASELINE), {})
 
     @property
+    def controls(self) -> list[str]:
+        """The methods that others are compared with."""
+        return list(dict.fromkeys(control for _, control in self.pairs))
+
+    @property
+    def ranked(self) -> bool:
+        """Whether there are too many methods to stand side by side."""
+        return len(self.methods) > SIDE_BY_SIDE
+
+    @property
     def teacher(self) -> Record | None:
         """The finished teacher."""
         return teacher_of(self.run)
+
+    def ranking(self, ratio: str = "") -> list[str]:
+        """The methods that have results, the best mean accuracy first: at a ratio, or over all of them."""
+        done = self.frame[self.frame.status == "done"]
+        table = done.pivot_table(index="compression", columns="method", values="test_accuracy")
+        table = table.reindex(index=[ratio] if ratio else self.ratios, columns=self.methods)
+        means = table.sub(
+            table.mean(axis=1), axis=0
+        ).mean()  # a ratio that a method lacks is not held against it
+        return list(means.dropna().sort_values(ascending=False, kind="stable").index)
+
+    @cached_property
+    def shown(self) -> list[str]:
+        """The methods where only looks tell them apart: all, or those of the question and the best others."""
+        if len(self.methods) <= TOLD_BY_LOOK:
+            return self.methods
+        always = [method for method in self.methods if method in (BASELINE, SUBJECT)]
+        best = [method for method in self.ranking() if method not in always]
+        return in_order([*always, *best[: TOLD_BY_LOOK - len(always)]])
+
+    @property
+    def shown_note(self) -> str:
+        """What `shown` leaves out, as a sentence; "" if nothing."""
+        if len(self.shown) == len(self.methods):
+            return ""
+        return f"Shown of {len(self.methods)} methods: {listed(self.shown)}."
+
+    @cached_property
+    def looks(self) -> dict[str, Look]:
+        """Colour, marker and line of every method: its own, or a spare one if its colour is taken."""
+        looks: dict[str, Look] = {}
+        own = [method for method in self.methods if method in MAIN_METHODS]
+        for method in dict.fromkeys([*own, *self.shown, *self.methods]):
+            taken = {colour for colour, _, _ in looks.values()}
+            wanted = [METHODS[method].look, *SPARE_LOOKS, *(METHODS[name].look for name in MAIN_METHODS)]
+            looks[method] = next((look for look in wanted if look[0] not in taken), wanted[0])
+        return looks | {method: METHODS[method].look for method in self.extra_methods}
 
     def records(self, kind: str, method: str = "", ratio: str = "") -> list[Record]:
         """Records of finished jobs of a kind, all of them or those of a method or ratio."""
@@ -2737,28 +2762,42 @@ def gather_evidence(run: Run) -> Evidence:
     """Work out what was planned, what is there, what is missing, and the comparisons."""
     frame, settings = results_frame(run), run.settings
     ratios = [ratio for ratio in RATIOS if ratio in settings.compression]
-    arms = in_order({*student_arms(settings), *frame.method})
-    methods = [arm for arm in arms if METHODS[arm].option == "methods"]
-    extra_arms = [arm for arm in arms if arm not in methods]
+    everything = in_order({*student_arms(settings), *frame.method})
+    methods = [method for method in everything if METHODS[method].option == "methods"]
+    extra_methods = [method for method in everything if method not in methods]
     copies = frame[frame.same_as != ""]
     twins = {(row.compression, row.method): row.same_as for row in copies.itertuples()}
-    pairs = {
-        (treatment, control): compare_methods(frame, treatment, control, ratios)
-        for number, treatment in enumerate(methods)
-        for control in methods[:number]
-    }
-    missing = missing_parts(run, frame, ratios, arms)
+    pairs = planned_pairs(frame, methods, ratios)
+    missing = missing_parts(run, frame, ratios, everything)
     drawn = frozenset(path.stem for path in (run.path / "figures").glob("*.png"))
-    return Evidence(run, frame, ratios, methods, extra_arms, twins, pairs, missing, drawn)
+    return Evidence(run, frame, ratios, methods, extra_methods, twins, pairs, missing, drawn)
 
 
-def missing_parts(run: Run, frame: pd.DataFrame, ratios: Sequence[str], arms: Sequence[str]) -> list[str]:
+def planned_pairs(
+    frame: pd.DataFrame, methods: Sequence[str], ratios: Sequence[str]
+) -> dict[tuple[str, str], dict[str, Comparison]]:
+    """Every method against those before it; of more than SIDE_BY_SIDE only against the experiment's own.
+
+    Then all methods at all ratios that are compared with one control are one family for Holm.
+    """
+    ranked = len(methods) > SIDE_BY_SIDE
+    own = [method for method in methods if method in MAIN_METHODS]
+    controls = (own or methods[:1]) if ranked else methods
+    pairs: dict[tuple[str, str], dict[str, Comparison]] = {}
+    for control in controls:
+        later = methods[methods.index(control) + 1 :]
+        for family in [later] if ranked else [[method] for method in later]:
+            pairs |= compare_family(frame, family, control, ratios)
+    return pairs
+
+
+def missing_parts(run: Run, frame: pd.DataFrame, ratios: Sequence[str], methods: Sequence[str]) -> list[str]:
     """What was planned and is not finished."""
     missing = [] if teacher_of(run) else ["the teacher"]
     wanted = run.settings.runs
     for ratio in ratios:
-        counts = {arm: len(values_of(frame, ratio, arm)) for arm in arms}
-        short = [f"{arm} {n}" for arm, n in counts.items() if n < wanted]
+        counts = {method: len(values_of(frame, ratio, method)) for method in methods}
+        short = [f"{method} {n}" for method, n in counts.items() if n < wanted]
         if short and any(counts.values()):
             missing.append(f"{ratio}: {listed(short)} of {say_count(wanted, 'run')}")
         elif short:
@@ -2784,6 +2823,7 @@ FIGURE_STYLE: dict[str, Any] = {
     "pdf.fonttype": 42,
 }
 RUNS_NOTE = f"Small markers: runs. Large: mean. Bars: 95% t-interval (from {LEAST_PAIRS} runs; arrow: cut)."
+PAIRS_NOTE = RUNS_NOTE.replace("runs", "pairs")
 CURVES_NOTE = "Thin lines: runs. Thick lines: mean."
 # What was expected before the experiment: test accuracy (%) of Direct and HPM-KD, and their difference (pp).
 PREDICTION = {"2.3x": (88.5, 88.7, 0.2), "5x": (85.0, 87.5, 2.5), "7x": (82.0, 86.0, 4.0)}
@@ -2808,52 +2848,69 @@ def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -
 
 
 def finish_figure(
-    figure: Figure, evidence: Evidence, title: str, note: str, arms: Iterable[str] = (), lines: bool = False
+    figure: Figure,
+    evidence: Evidence,
+    title: str,
+    note: str,
+    methods: Iterable[str] = (),
+    lines: bool = False,
 ) -> Figure:
-    """Add the title, the legend of `arms` (with their `lines`), the note, and what is missing."""
+    """Add the title, the legend of `methods` (with their `lines`), the note, and what is missing."""
     from matplotlib.lines import Line2D
 
     handles: list[Any] = []
-    for arm in in_order(arms):
-        colour, marker, line = METHODS[arm].look
+    for method in in_order(methods):
+        colour, marker, line = evidence.looks[method]
         style = line if lines else "none"
-        handles.append(Line2D([], [], label=arm, color=colour, marker=marker, linestyle=style))
-    long = len(handles) == 4 or any(len(handle.get_label()) > 17 for handle in handles)
-    columns, width = 2 if long else 3, 2.8 if lines else 0.8
-    figure.legend(
-        loc="outside upper left",
-        handles=handles,
-        ncols=columns,
-        handlelength=width,
-        columnspacing=1.4,
-        borderpad=0,
-        title=title,
-        title_fontproperties={"size": 9.5, "weight": "bold"},
-        alignment="left",
-    )
+        handles.append(Line2D([], [], label=method, color=colour, marker=marker, linestyle=style))
+    options = {
+        "handlelength": 2.8 if lines else 0.8,
+        "columnspacing": 1.4,
+        "borderpad": 0,
+        "alignment": "left",
+    }
+    font = {"size": 9.5, "weight": "bold"}
+    most = 2 if len(handles) == 4 else 3
+    for columns in range(most, 0, -1):  # names are never cut: as many columns as there is room for
+        legend = figure.legend(
+            loc="outside upper left",
+            handles=handles,
+            ncols=columns,
+            title=title,
+            title_fontproperties=font,
+            **options,
+        )
+        if columns == 1 or legend.get_window_extent().width < 0.97 * figure.bbox.width:
+            break
+        legend.remove()
     if evidence.missing:
         note += f"\nMissing: {'; '.join(evidence.missing)}."
-    text = "\n".join(textwrap.fill(line, 84, max_lines=2, placeholder=" ...") for line in note.splitlines())
+    text = "\n".join(
+        textwrap.fill(line, 84, max_lines=2, placeholder=" ...") for line in note.splitlines() if line
+    )
     figure.supxlabel(text, x=0.012, ha="left", fontsize=6.5, color="0.3", linespacing=1.3)
     return figure
 
 
 class Marks:
-    """Draws runs, means and intervals of cells, and fits the axis of values to them."""
+    """Draws runs, means and intervals of methods, and fits the axis of values to them."""
 
-    def __init__(self, *levels: float, horizontal: bool = False) -> None:
+    def __init__(self, evidence: Evidence, *levels: float, horizontal: bool = False) -> None:
         """`levels`: other values that the axis has to show, NaN for none. `horizontal`: it is the x-axis."""
+        self.looks = evidence.looks
         self.points = [level for level in levels if math.isfinite(level)]
         self.horizontal = horizontal
         # Axis, place, colour, mean, low and high of each interval.
         self.bars: list[tuple[Axes, float, str, float, float, float]] = []
-        self.arms: set[str] = set()  # that have been drawn
+        self.methods: set[str] = set()  # that have been drawn
 
-    def draw_group(self, axis: Axes, place: float, cells: Mapping[str, Iterable[float]], **span: Any) -> None:
-        """Draw the cells of several methods side by side around a place."""
-        width = min(0.86 / len(cells), 0.45)
-        for number, (method, values) in enumerate(cells.items()):
-            self.draw(axis, place + width * (number - (len(cells) - 1) / 2), width, values, method, **span)
+    def draw_group(
+        self, axis: Axes, place: float, groups: Mapping[str, Iterable[float]], **span: Any
+    ) -> None:
+        """Draw the values of several methods side by side around a place."""
+        width = min(0.86 / len(groups), 0.45)
+        for number, (method, values) in enumerate(groups.items()):
+            self.draw(axis, place + width * (number - (len(groups) - 1) / 2), width, values, method, **span)
 
     def draw(
         self,
@@ -2869,11 +2926,11 @@ class Marks:
         array = np.asarray(list(values), dtype=float)
         if not len(array):
             return
-        colour, marker, _ = METHODS[method].look
+        colour, marker, _ = self.looks[method]
         style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "clip_on": False}
         mean, (low, high) = float(array.mean()), t_interval(array)
         self.points.extend(array)
-        self.arms.add(method)
+        self.methods.add(method)
         if len(array) > 1:
             spots = place + width * np.linspace(0.12, 0.42, len(array))
             axis.plot(*self._xy(spots, array), **style, markersize=3, markeredgewidth=0, alpha=0.7)
@@ -2929,8 +2986,6 @@ def label_ratios(axis: Axes, evidence: Evidence) -> None:
 def draw_by_ratio(evidence: Evidence, column: str) -> Figure | None:
     """A column of the results, test_accuracy or retention, by ratio and method, and the teacher's value."""
     title, label = f"Test accuracy on {evidence.run.settings.dataset}", "test accuracy (%)"
-    if column == "retention":
-        title, label = "Share of the teacher's test accuracy", "student / teacher (%)"
     level = most = 100.0
     if evidence.teacher is None:
         level = math.nan
@@ -2938,51 +2993,116 @@ def draw_by_ratio(evidence: Evidence, column: str) -> Figure | None:
         most = 1e4 / evidence.teacher.test_accuracy
     else:
         level = evidence.teacher.test_accuracy
+    if column == "retention":
+        title, label = "Share of the teacher's test accuracy", "student / teacher (%)"
+    values = {
+        (ratio, method): values_of(evidence.frame, ratio, method, column)
+        for ratio, method in itertools.product(evidence.ratios, evidence.methods)
+    }
+    if evidence.ranked:
+        note = RUNS_NOTE
+        if math.isfinite(level):
+            note += f"\nBest mean on top. Each panel has its own scale. Teacher: {level:.4g}%."
+        return draw_rows(evidence, evidence.ranking(), values, f"{title} (%)", note, span=(0.0, most))
+
     figure, axes = new_figure(3.0)
-    axis, marks = axes[0, 0], Marks(level)
-    for group, ratio in enumerate(evidence.ratios):
-        cells = {method: values_of(evidence.frame, ratio, method, column) for method in evidence.methods}
-        marks.draw_group(axis, group, cells, span=(0.0, most))
-    if not marks.arms:
+    axis, marks = axes[0, 0], Marks(evidence, level)
+    for place, ratio in enumerate(evidence.ratios):
+        group = {method: values[ratio, method] for method in evidence.methods}
+        marks.draw_group(axis, place, group, span=(0.0, most))
+    if not marks.methods:
         return None
     if math.isfinite(level):
         axis.axhline(level, color="0.35", linestyle=(0, (1, 1.2)), zorder=1)
-        place = (len(evidence.ratios) - 0.47, level)
-        axis.text(*place, f"teacher\n{level:.4g}%", va="center", color="0.35", fontsize=7.5)
+        right = len(evidence.ratios) - 0.47
+        axis.text(right, level, f"teacher\n{level:.4g}%", va="center", color="0.35", fontsize=7.5)
     label_ratios(axis, evidence)
     axis.set_ylabel(label)
     marks.fit(axis, percent=True)
-    return finish_figure(figure, evidence, title, RUNS_NOTE, marks.arms)
+    return finish_figure(figure, evidence, title, RUNS_NOTE, marks.methods)
+
+
+def draw_rows(
+    evidence: Evidence,
+    methods: Sequence[str],
+    values: Mapping[tuple[str, str], Iterable[float]],
+    title: str,
+    note: str,
+    span: tuple[float, float] | None = None,
+    copies: Collection[tuple[str, str]] = (),
+) -> Figure | None:
+    """Methods as rows, one panel per ratio, of `values` by (ratio, method).
+
+    `span`: the possible accuracies, each panel on a scale of its own; without it differences around zero, on
+    one scale. `copies`: those that have no values because they are the control itself, by construction.
+    """
+    ratios, percent = evidence.ratios, span is not None
+    methods = [method for method in methods if any(len(list(values[ratio, method])) for ratio in ratios)]
+    if not methods:
+        return None
+    figure, axes = new_figure(1.1 + 0.3 * len(methods), 1, len(ratios), sharex=not percent, sharey=True)
+    shared = Marks(evidence, 0.0, horizontal=True)
+    for axis, ratio in zip(axes[0], ratios, strict=True):
+        marks = Marks(evidence, horizontal=True) if percent else shared
+        for row, method in enumerate(methods):
+            if (ratio, method) in copies:
+                style = {"ha": "center", "va": "center", "bbox": {"color": "white", "pad": 1}}
+                axis.text(0, row, "same by\nconstruction", fontsize=6, **style)
+            else:
+                marks.draw(axis, row, 1.0, values[ratio, method], method, span or (-math.inf, math.inf))
+        if not percent:
+            axis.axvline(0, color="black", linewidth=1.2, zorder=1.5)
+        elif marks.methods:
+            marks.fit(axis, percent=True)
+        axis.set_title(ratio)
+        axis.locator_params(axis="x", nbins=4, integer=percent)
+    if not percent:
+        shared.fit(axes[0, 0], percent=False)
+    letters = 16 if evidence.ranked else 22
+    labels = [textwrap.fill(method, letters) for method in methods]
+    axes[0, 0].set(yticks=range(len(methods)), yticklabels=labels, ylim=(len(methods) - 0.4, -0.6))
+    return finish_figure(figure, evidence, title, note)
 
 
 def draw_differences(evidence: Evidence) -> Figure | None:
-    """Paired differences by ratio, one panel per control, on one scale."""
-    earlier = set(evidence.methods[:-1])
-    controls = in_order({BASELINE, RIVAL} & earlier or earlier)
+    """Paired differences by ratio, one panel per control, on one scale; of many methods from the first."""
+    title = "Paired differences of test accuracy"
+    if evidence.ranked:
+        first = evidence.controls[0]
+        others = [method for method in evidence.ranking() if method != first]
+        found = {
+            (ratio, method): evidence.pairs[method, first][ratio].differences
+            for ratio, method in itertools.product(evidence.ratios, others)
+        }
+        return draw_rows(evidence, others, found, f"Test accuracy minus {first}'s (pp)", PAIRS_NOTE)
+
+    controls = [control for control in evidence.controls if control in (BASELINE, RIVAL)] or evidence.controls
     if not controls:
         return None
-    arms = {control: [arm for arm, other in evidence.pairs if other == control] for control in controls}
-    widths = [0.7 + len(arms[control]) for control in controls]
+    methods = {
+        control: [method for method, other in evidence.pairs if other == control] for control in controls
+    }
+    widths = [0.7 + len(methods[control]) for control in controls]
     figure, axes = new_figure(3.0, 1, len(controls), sharey=True, width_ratios=widths)
-    marks = Marks(0.0)
+    marks = Marks(evidence, 0.0)
     for axis, control in zip(axes[0], controls, strict=True):
         axis.axhline(0, color="black", linewidth=1.2, zorder=1.5)
-        for group, ratio in enumerate(evidence.ratios):
-            cells = {arm: evidence.pairs[arm, control][ratio].differences for arm in arms[control]}
-            marks.draw_group(axis, group, cells)
+        for place, ratio in enumerate(evidence.ratios):
+            group = {name: evidence.pairs[name, control][ratio].differences for name in methods[control]}
+            marks.draw_group(axis, place, group)
         label_ratios(axis, evidence)
         axis.set_title(f"minus {control}")
-    if not marks.arms:
+    if not marks.methods:
         return None
     axes[0, 0].set_ylabel("difference (pp)")
     marks.fit(axes[0, 0], percent=False)
-    note = RUNS_NOTE.replace("runs", "pairs")
-    if (SUBJECT, BASELINE) in evidence.pairs and prediction_applies(evidence.run):
+    note = PAIRS_NOTE
+    if evidence.main and prediction_applies(evidence.run):
         labels = [f"{ratio}\n({PREDICTION[ratio][2]:+.1f})" for ratio in evidence.ratios]
         axes[0, 0].set_xticks(range(len(labels)), labels)
         figure.align_xlabels()
         note += f"\nIn brackets: {SUBJECT} minus {BASELINE} as it was predicted."
-    return finish_figure(figure, evidence, "Paired differences of test accuracy", note, marks.arms)
+    return finish_figure(figure, evidence, title, note, marks.methods)
 
 
 def draw_curve(axis: Axes, records: Sequence[Record], column: str, look: Look) -> None:
@@ -3009,8 +3129,8 @@ def fit_epochs(axis: Axes, title: str, percent: bool) -> None:
 
 def draw_learning(evidence: Evidence) -> Figure | None:
     """Validation accuracy per epoch: one panel per ratio, and one for the networks that teach."""
-    students = [record for record in evidence.records("student") if record.method in evidence.methods]
-    arms = in_order({record.method for record in students})
+    students = [record for record in evidence.records("student") if record.method in evidence.shown]
+    methods = in_order({record.method for record in students})
     ratios = [ratio for ratio in evidence.ratios if any(record.compression == ratio for record in students)]
     teaching = teaching_networks(evidence)
     count = len(ratios) + bool(teaching)
@@ -3018,10 +3138,12 @@ def draw_learning(evidence: Evidence) -> Figure | None:
         return None
     figure, axes = new_figure(1.1 + 1.5 * math.ceil(count / 2), math.ceil(count / 2), min(2, count))
     for axis, ratio in zip(axes.flat, ratios, strict=False):
-        for arm in arms:
-            draw_curve(axis, evidence.records("student", arm, ratio), "val_accuracy", METHODS[arm].look)
+        for method in methods:
+            draw_curve(
+                axis, evidence.records("student", method, ratio), "val_accuracy", evidence.looks[method]
+            )
         fit_epochs(axis, f"students {ratio}", percent=True)
-    note = CURVES_NOTE
+    note = f"{CURVES_NOTE}\n{evidence.shown_note}"
     if teaching:
         axis, lines = axes.flat[len(ratios)], ("solid", "dashed", "dashdot", "dotted")
         named = list(zip(teaching, lines, strict=False))
@@ -3032,7 +3154,7 @@ def draw_learning(evidence: Evidence) -> Figure | None:
     for axis in axes.flat[count:]:
         axis.remove()
     figure.supylabel("validation accuracy (%)", fontsize=8)
-    return finish_figure(figure, evidence, "Validation accuracy by epoch", note, arms, lines=True)
+    return finish_figure(figure, evidence, "Validation accuracy by epoch", note, methods, lines=True)
 
 
 def teaching_networks(evidence: Evidence) -> dict[str, Record]:
@@ -3043,11 +3165,11 @@ def teaching_networks(evidence: Evidence) -> dict[str, Record]:
 
 
 def draw_costs(evidence: Evidence) -> Figure | None:
-    """Test accuracy against computing time, one panel per ratio, as if each arm had been run alone."""
-    arms = [arm for arm in evidence.methods + evidence.extra_arms if METHODS[arm].option != "ablation"]
+    """Test accuracy against computing time, one panel per ratio, as if each method had been run alone."""
+    equal_cost = [method for method in evidence.extra_methods if METHODS[method].option == "equal_cost"]
     totals = {}
     for ratio in evidence.ratios:
-        total = method_costs(evidence.run, ratio).total.reindex(arms).dropna()
+        total = method_costs(evidence.run, ratio).total.reindex(evidence.shown + equal_cost).dropna()
         if len(total):
             totals[ratio] = total
     if not totals:
@@ -3059,25 +3181,25 @@ def draw_costs(evidence: Evidence) -> Figure | None:
     figure, axes = new_figure(1.1 + 1.2 * len(totals), len(totals), sharex=True)
     drawn: set[str] = set()
     for axis, (ratio, total) in zip(axes[:, 0], totals.items(), strict=True):
-        marks, place = Marks(), -math.inf
-        for arm, cost in total.sort_values().items():
+        marks, place = Marks(evidence), -math.inf
+        for method, cost in total.sort_values().items():
             place = max(cost / units[unit], place + width)  # equal costs stand side by side
-            marks.draw(
-                axis, place + 0.26 * width, width, values_of(evidence.frame, ratio, arm), arm, (0.0, 100.0)
-            )
+            values = values_of(evidence.frame, ratio, method)
+            marks.draw(axis, place + 0.26 * width, width, values, method, (0.0, 100.0))
         marks.fit(axis, percent=True)
-        drawn |= marks.arms
+        drawn |= marks.methods
         axis.set_title(ratio, loc="left")
         axis.spines.left.set_position(("outward", 6))
     axes[-1, 0].set(xlim=(0, axes[-1, 0].get_xlim()[1]), xlabel=f"device time with all overheads ({unit})")
     figure.supylabel("test accuracy (%)", fontsize=8)
-    return finish_figure(figure, evidence, "Test accuracy against computing time", RUNS_NOTE, drawn)
+    note = f"{RUNS_NOTE}\n{evidence.shown_note}"
+    return finish_figure(figure, evidence, "Test accuracy against computing time", note, drawn)
 
 
 def draw_calibration(evidence: Evidence) -> Figure | None:
     """Reliability diagrams from the stored test logits: rows are ratios, columns methods."""
     students = [record for record in evidence.records("student") if record.job in evidence.run.logits]
-    methods = [method for method in evidence.methods if any(record.method == method for record in students)]
+    methods = [method for method in evidence.shown if any(record.method == method for record in students)]
     ratios = [ratio for ratio in evidence.ratios if any(record.compression == ratio for record in students)]
     labels = evidence.run.labels
     if labels is None or not methods:
@@ -3094,13 +3216,14 @@ def draw_calibration(evidence: Evidence) -> Figure | None:
                 table = calibration_bins(evidence.run.logits[job], labels)
                 table = table[table.share * len(labels) >= 20]
                 style = {"linewidth": 0.6, "markersize": 3, "clip_on": False}
-                axis.plot(table.confidence, table.accuracy, ".-", color=METHODS[method].look[0], **style)
+                axis.plot(table.confidence, table.accuracy, ".-", color=evidence.looks[method][0], **style)
         error = values_of(evidence.frame, ratio, method, "test_ece").mean()
         name = f"{textwrap.fill(method, 14)}\n" if ratio == ratios[0] else ""
         if math.isfinite(error):
             name += f"ECE {error:.1%}"
         axis.set_title(name, fontsize=7)
     note = "Lines: runs, in bins of at least 20 images. Grey: perfect. ECE: mean of runs."
+    note += f"\n{evidence.shown_note}"
     return finish_figure(figure, evidence, "Calibration on the test images", note)
 
 
@@ -3113,36 +3236,20 @@ def draw_temperature(evidence: Evidence) -> Figure | None:
     ratios = [ratio for ratio in evidence.ratios if evidence.records("student", SUBJECT, ratio)]
     figure, axes = new_figure(2.2, 1, len(ratios), sharey=True)
     for axis, ratio in zip(axes[0], ratios, strict=True):
-        draw_curve(axis, evidence.records("student", SUBJECT, ratio), "temperature", METHODS[SUBJECT].look)
+        draw_curve(axis, evidence.records("student", SUBJECT, ratio), "temperature", evidence.looks[SUBJECT])
         fit_epochs(axis, ratio, percent=False)
     axes[0, 0].set(ylabel="temperature", ylim=limits(values, percent=False))
     return finish_figure(figure, evidence, f"{SUBJECT}'s temperature by epoch", CURVES_NOTE)
 
 
 def draw_ablation(evidence: Evidence) -> Figure | None:
-    """Paired differences of the extra arms from the subject, one panel per ratio."""
-    ratios, differences = evidence.ratios, {}
-    for ratio, arm in itertools.product(ratios, evidence.extra_arms):
-        differences[ratio, arm] = compare_cells(evidence.frame, ratio, arm, SUBJECT).differences
-    arms = [arm for arm in evidence.extra_arms if any(differences[ratio, arm] for ratio in ratios)]
-    if not arms:
-        return None
-    figure, axes = new_figure(1.1 + 0.3 * len(arms), 1, len(ratios), sharex=True, sharey=True)
-    marks = Marks(0.0, horizontal=True)
-    for axis, ratio in zip(axes[0], ratios, strict=True):
-        axis.axvline(0, color="black", linewidth=1.2, zorder=1.5)
-        for row, arm in enumerate(arms):
-            if evidence.twins.get((ratio, arm)) == SUBJECT:
-                style = {"ha": "center", "va": "center", "bbox": {"color": "white", "pad": 1}}
-                axis.text(0, row, "same by\nconstruction", fontsize=6, **style)
-            else:
-                marks.draw(axis, row, 1.0, differences[ratio, arm], arm)
-        axis.set_title(ratio)
-        axis.locator_params(axis="x", nbins=4)
-    axes[0, 0].set(yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - 0.4, -0.6))
-    marks.fit(axes[0, 0], percent=False)
+    """Paired differences of the extra methods from the subject, one panel per ratio."""
+    copies = {key for key, twin in evidence.twins.items() if twin == SUBJECT}
+    differences: dict[tuple[str, str], tuple[float, ...]] = {}
+    for ratio, method in itertools.product(evidence.ratios, evidence.extra_methods):
+        differences[ratio, method] = compare_cells(evidence.frame, ratio, method, SUBJECT).differences
     title = f"Other arms minus {SUBJECT}, test accuracy (pp)"
-    return finish_figure(figure, evidence, title, RUNS_NOTE.replace("runs", "pairs"))
+    return draw_rows(evidence, evidence.extra_methods, differences, title, PAIRS_NOTE, copies=copies)
 
 
 FIGURES: dict[str, Callable[[Evidence], Figure | None]] = {
@@ -3159,9 +3266,9 @@ FIGURES: dict[str, Callable[[Evidence], Figure | None]] = {
 
 def draw_figures(evidence: Evidence, folder: Path) -> list[Path]:
     """Write the figures that have something to show as PNG and PDF; returns the PNG files."""
-    folder.mkdir(parents=True, exist_ok=True)
     import matplotlib
 
+    folder.mkdir(parents=True, exist_ok=True)
     defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
     drawn = []
     with matplotlib.rc_context({**defaults, **FIGURE_STYLE}):
@@ -3200,7 +3307,7 @@ LIMITATIONS = """\
 - One family of networks (CIFAR ResNets), one data set. Depth changes with the ratio (ResNet-18 at 2.3x,
   ResNet-10 at 5x and 7x): a trend that includes 2.3x may be one over depth.
 - HPM-KD alone uses the labels of held-out images (attention, pilots); Direct and TraditionalKD do not."""
-Row = dict[str, Any]  # of a table: column -> value
+Rows = list[list[Any]]  # of a table
 
 
 def paragraphs(*texts: str) -> str:
@@ -3213,21 +3320,27 @@ def bullets(items: Iterable[str]) -> str:
     return "\n".join(f"- {item}" for item in items if item)
 
 
-def filled_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """The columns of a table, as texts, without those that have no value in any row."""
-    table = {name: [" ".join(str(row[name]).split()) for row in rows] for name in (rows[0] if rows else ())}
-    return {name: texts for name, texts in table.items() if set(texts) - {"", "n/a"}}
+def filled_columns(titles: Sequence[str], rows: Rows) -> list[tuple[str, list[str]]]:
+    """Title and texts of the columns of a table, without those that have no value in any row."""
+    columns = []
+    for title, values in zip(titles, zip(*rows, strict=True), strict=False):
+        texts = [" ".join(str(value).split()) for value in values]
+        if set(texts) - {"", "n/a"}:
+            columns.append((title, texts))
+    return columns
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """A Markdown table of rows with the same keys; "" where there is nothing but the first column."""
-    table = filled_columns(rows)
-    if len(table) < 2:
+def markdown_table(titles: Sequence[str], rows: Rows) -> str:
+    """A Markdown table; "" where there is nothing but the first column."""
+    columns = filled_columns(titles, rows)
+    if len(columns) < 2:
         return ""
-    numeric = [all(re.match(r"[-+<\[]*\s?\d|n/a$|$", text) for text in texts) for texts in table.values()]
-    rule = ["--:" if right else ":--" for right in numeric]
-    lines = [list(table), rule, *zip(*table.values(), strict=True)]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+    rule = []
+    for _, texts in columns:
+        numbers = all(re.match(r"[-+<\[]*\s?\d|n/a$|$", text) for text in texts)
+        rule.append("--:" if numbers else ":--")
+    lines = [[title for title, _ in columns], rule, *zip(*(texts for _, texts in columns), strict=True)]
+    return "\n".join(f"| {' | '.join(text.replace('|', '&#124;') for text in line)} |" for line in lines)
 
 
 def embed(evidence: Evidence, name: str) -> str:
@@ -3274,18 +3387,26 @@ def mean_sd_text(
     return text
 
 
-def method_rows(evidence: Evidence, column: str) -> list[Row]:
-    """A table of a column of the results: a row per ratio, mean ± sd for every method."""
-    methods = evidence.methods
-    return [
-        {"Ratio": ratio} | {method: mean_sd_text(evidence, ratio, method, column) for method in methods}
-        for ratio in evidence.ratios
-    ]
+def method_table(evidence: Evidence, column: str) -> tuple[list[str], Rows]:
+    """Titles and rows, mean ± sd of a column of the results: methods are columns, or rows where ranked."""
+    ratios, methods = evidence.ratios, evidence.methods
+    if evidence.ranked:
+        below = [
+            [name, *(mean_sd_text(evidence, ratio, name, column) for ratio in ratios)] for name in methods
+        ]
+        return ["Method", *ratios], below
+    beside = [[ratio, *(mean_sd_text(evidence, ratio, name, column) for name in methods)] for ratio in ratios]
+    return ["Ratio", *methods], beside
 
 
 def say_config(config: Distillation) -> str:
     """A configuration in words: "alpha 0.5, T 4 (loss), attention, averaged views, from teacher + 1.5x"."""
-    parts = [f"alpha {config.alpha:g}", f"T {config.temperature:g} ({config.schedule})"]
+    parts = [f"alpha {config.alpha:g}"]
+    if config.beta > 0:  # then alpha is not used
+        parts = [f"decoupled, beta {config.beta:g}"]
+    parts.append(f"T {config.temperature:g} ({config.schedule})")
+    if config.weight > 0:
+        parts.append(f"gamma {config.weight:g}")
     if len(config.teachers) > 1:
         parts.append("attention" if config.attention else "uniform weights")
     if config.view_share < 1:
@@ -3305,7 +3426,7 @@ OUTCOMES = {
 
 def headline_pairs(evidence: Evidence) -> dict[tuple[str, str], dict[str, Comparison]]:
     """The comparisons that answer the question: of the subject, and of a plugin's methods with it."""
-    if SUBJECT not in evidence.methods:
+    if evidence.ranked or SUBJECT not in evidence.methods:
         return evidence.pairs
     return {pair: by_ratio for pair, by_ratio in evidence.pairs.items() if SUBJECT in pair}
 
@@ -3335,9 +3456,13 @@ def say_verdicts(evidence: Evidence) -> str:
     if not pairs:
         return f"{listed(evidence.methods)} is the only method, so that there is nothing to compare"
     if not has_verdict(evidence):
+        about = "the methods" if evidence.ranked else next(iter(pairs))[0]
         few = all(c.n < LEAST_PAIRS for by_ratio in pairs.values() for c in by_ratio.values())
         reason = f"it needs {LEAST_PAIRS} complete pairs of runs" if few else "all differences are equal"
-        return f"there is no verdict on {next(iter(pairs))[0]}: {reason}"
+        return f"there is no verdict on {about}: {reason}"
+    if evidence.ranked:
+        controls = [name for name in evidence.controls if name != SUBJECT] or evidence.controls
+        return "; ".join([*(say_who_beats(evidence, control) for control in controls), say_best(evidence)])
     clauses, subject = [], ""
     for (treatment, control), by_ratio in pairs.items():
         if any(short_verdict(c) != "n/a" for c in by_ratio.values()):
@@ -3346,54 +3471,144 @@ def say_verdicts(evidence: Evidence) -> str:
     return "; ".join(clauses)
 
 
+def say_place(ratios: Sequence[str], planned: Collection[str]) -> str:
+    """Where something holds: "at 5x and 7x", "at every ratio"."""
+    return "at every ratio" if len(ratios) == len(planned) > 1 else f"at {listed(ratios)}"
+
+
 def say_comparison(treatment: str, control: str, by_ratio: Mapping[str, Comparison]) -> str:
     """One comparison, such as "HPM-KD beats Direct at 5x and is not distinguishable from it at 7x"."""
     parts: list[str] = []
     for outcome, words in OUTCOMES.items():
         ratios = [ratio for ratio, c in by_ratio.items() if short_verdict(c) == outcome]
-        place = f"at {listed(ratios)}"
-        if len(ratios) == len(by_ratio) > 1:
-            place = "at any ratio" if outcome == "unclear" else "at every ratio"
+        place = say_place(ratios, by_ratio)
+        if outcome == "unclear":
+            place = place.replace("every", "any")
         if ratios:
             parts.append(f"{words.format('it' if parts else control)} {place}")
     return f"{treatment} {listed(parts)}"
 
 
+def say_who_beats(evidence: Evidence, control: str) -> str:
+    """Which methods beat a control, such as "A and B beat Direct at every ratio, C at 7x"."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for (method, other), by_ratio in evidence.pairs.items():
+        ratios = tuple(ratio for ratio, c in by_ratio.items() if verdict(c) == "better")
+        if other == control and ratios:
+            found.setdefault(ratios, []).append(method)
+    if not found:
+        return f"no method beats {control}"
+    groups = sorted(found.items(), key=lambda group: -len(group[0]))
+    parts = [f"{listed(methods)} {say_place(ratios, evidence.ratios)}" for ratios, methods in groups]
+    first = groups[0][1]
+    verb = "beats" if len(first) == 1 else "beat"
+    parts[0] = f"{listed(first)} {verb} {control} {say_place(groups[0][0], evidence.ratios)}"
+    return ", ".join(parts)
+
+
+def leads(evidence: Evidence) -> dict[tuple[str, str, str], Comparison]:
+    """(ratio, best method, another) -> the lead, the nearest other first; Holm-adjusted over all of them."""
+    raw = {}
+    for ratio in evidence.ratios:
+        ranking = evidence.ranking(ratio)
+        for other in ranking[1:]:
+            raw[ratio, ranking[0], other] = compare_cells(evidence.frame, ratio, ranking[0], other)
+    adjusted = holm(c.t_p for c in raw.values())
+    return {key: replace(c, holm_p=p) for (key, c), p in zip(raw.items(), adjusted, strict=True)}
+
+
+def say_best(evidence: Evidence) -> str:
+    """Whether one method beats all others, and where."""
+    beaten: dict[tuple[str, str], int] = {}
+    for (ratio, best, _), lead in leads(evidence).items():
+        beaten[best, ratio] = beaten.get((best, ratio), 0) + (verdict(lead) == "better")
+    where: dict[str, list[str]] = {}
+    for (best, ratio), count in beaten.items():
+        if count == len(evidence.methods) - 1:
+            where.setdefault(best, []).append(ratio)
+    if not where:
+        return "no method beats all others"
+    parts = [
+        f"{best} beats all others {say_place(ratios, evidence.ratios)}" for best, ratios in where.items()
+    ]
+    return listed(parts)
+
+
 def report_answer(evidence: Evidence) -> str:
     """The first screen: title, answer, table, main figure, remarks."""
-    run, judged, table = evidence.run, has_verdict(evidence), markdown_table(main_rows(evidence))
+    run, table = evidence.run, markdown_table(*main_table(evidence))
     caption, remarks = "Test accuracy (%)", []
     if run.settings.runs > 1:
         caption = f"Test accuracy (%, mean ± sd over {run.settings.runs} runs)"
+    if evidence.ranked:
+        caption += ", the best mean first,"
     if headline_pairs(evidence):
         caption += " and differences between paired runs (percentage points, pp)"
     if evidence.teacher:
         remarks.append(f"The teacher (ResNet-50) reaches {evidence.teacher.test_accuracy:.2f}%.")
-    if judged:
+    if has_verdict(evidence):
         caption += " with 95% intervals"
-        remarks.append(
-            f"Verdicts need {LEAST_PAIRS} pairs of runs and a p below {LEVEL:.0%} in the paired t-test, "
-            "Holm-adjusted over the ratios (the intervals are not). Unclear: not distinguishable."
-        )
+        remarks += [say_rule(evidence), say_leads(evidence)]
     return paragraphs(
         f"# Experiment 1B: {SUBJECT} on {run.index.data.name} ({run.settings.mode})",
         f"**{answer_sentence(evidence)}**",
         f"{caption}:" if table else "",
         table,
-        " ".join(remarks),
+        " ".join(filter(None, remarks)),
         embed(evidence, "accuracy_vs_compression"),
         bullets([say_subject(evidence), say_costs(evidence), say_reservations(evidence)]),
     )
 
 
-def main_rows(evidence: Evidence) -> list[Row]:
-    """The main table, also in LaTeX: accuracies per ratio and method, differences with verdicts."""
-    rows = method_rows(evidence, "test_accuracy")
-    for row, ratio in zip(rows, evidence.ratios, strict=True):
+def say_rule(evidence: Evidence) -> str:
+    """What a verdict needs, and how large the families of comparisons are."""
+    family = "the ratios"
+    if evidence.ranked:
+        sizes = dict.fromkeys(evidence.controls, 0)
+        for (_, control), by_ratio in evidence.pairs.items():
+            sizes[control] += len(by_ratio)
+        family = listed(f"{size} comparisons with {control}" for control, size in sizes.items())
+    return (
+        f"Verdicts need {LEAST_PAIRS} pairs of runs and a p below {LEVEL:.0%} in the paired t-test, "
+        f"Holm-adjusted over {family} (the intervals are not). Unclear: not distinguishable."
+    )
+
+
+def say_leads(evidence: Evidence) -> str:
+    """How far the best of many is ahead of the second best; "" where the methods are not ranked."""
+    if not evidence.ranked:
+        return ""
+    nearest: dict[str, str] = {}
+    for (ratio, best, other), lead in leads(evidence).items():
+        nearest.setdefault(ratio, f"{best} over {other} {difference_text(lead)} pp at {ratio}")
+    return (
+        f"The lead of the best over the second: {listed(nearest.values())}. Whoever is best of "
+        f"{len(evidence.methods)} is so by luck too: its lead is flattered."
+    )
+
+
+def main_table(evidence: Evidence) -> tuple[list[str], Rows]:
+    """Titles and rows of the main table, also in LaTeX: accuracies, differences with verdicts.
+
+    A row per ratio; of more than SIDE_BY_SIDE methods one per ratio and method, the best mean first.
+    """
+    if not evidence.ranked:
+        titles, rows = method_table(evidence, "test_accuracy")
         for (treatment, control), by_ratio in headline_pairs(evidence).items():
-            row[f"{treatment} minus {control}"] = difference_text(by_ratio[ratio])
-            row["verdict" + " " * len(row)] = short_verdict(by_ratio[ratio])  # names of columns must differ
-    return rows
+            titles += [f"{treatment} minus {control}", "verdict"]
+            for row, ratio in zip(rows, evidence.ratios, strict=True):
+                row += [difference_text(by_ratio[ratio]), short_verdict(by_ratio[ratio])]
+        return titles, rows
+    titles, rows = ["Ratio", "method", "accuracy"], []
+    titles += [f"minus {control}" for control in evidence.controls]
+    for ratio in evidence.ratios:
+        for method in evidence.ranking(ratio):
+            row = [ratio, method, mean_sd_text(evidence, ratio, method)]
+            for control in evidence.controls:
+                c = evidence.pairs.get((method, control), {}).get(ratio, Comparison())
+                row.append(f"{difference_text(c)} {short_verdict(c)}".replace("n/a", "").strip())
+            rows.append(row)
+    return titles, rows
 
 
 def say_subject(evidence: Evidence) -> str:
@@ -3457,67 +3672,47 @@ def report_results(evidence: Evidence) -> str:
     return paragraphs(
         "## Results",
         "The share of the teacher's test accuracy that the students keep (%):",
-        markdown_table(method_rows(evidence, "retention")),
+        markdown_table(*method_table(evidence, "retention")),
         embed(evidence, "retention_analysis"),
         "The networks (assistants teach beside the teacher). Ratios are counted: parameters of the teacher / "
         "those of the network. Latency is rough: the median of a few passes on the device that trained them.",
-        markdown_table(network_rows(evidence)),
+        network_table(evidence),
     )
 
 
-def network_rows(evidence: Evidence) -> list[Row]:
+def network_table(evidence: Evidence) -> str:
     """The networks, the largest first: size, computation, latency, and how accurate those that teach are."""
     groups: dict[str, list[Record]] = {}
     for record in [*teaching_networks(evidence).values(), *evidence.records("student")]:
         groups.setdefault(record.network, []).append(record)
     largest = groups["teacher"][0].params if "teacher" in groups else math.nan
-    rows = []
+    titles = ["Network", "counted ratio", "parameters", "MACs (millions)", "ms, batch 1"]
+    titles += ["ms per image, batch 256", "accuracy (%) as teacher or assistant"]
+    rows: Rows = []
     for name, group in sorted(groups.items(), key=lambda item: -item[1][0].params):
+        params, macs = group[0].params, group[0].macs
         measured = [record.latency_ms for record in group if record.latency_ms]  # the first runs
         latency = pd.DataFrame(measured, columns=["1", "256"], dtype=float).median()
-        accuracies = dict.fromkeys(
-            number_text(record.test_accuracy) for record in group if record.kind != "student"
-        )
-        rows.append(
-            {
-                "Network": name,
-                "counted ratio": number_text(largest / group[0].params, ".3f"),
-                "parameters": f"{group[0].params:,}",
-                "MACs (millions)": f"{group[0].macs / 1e6:,.0f}",
-                "ms, batch 1": number_text(latency["1"]),
-                "ms per image, batch 256": number_text(latency["256"], ".3f"),
-                "accuracy (%) as teacher or assistant": listed(accuracies),
-            }
-        )
-    return rows
+        accuracies = [number_text(record.test_accuracy) for record in group if record.kind != "student"]
+        row = [name, number_text(largest / params, ".3f"), f"{params:,}", f"{macs / 1e6:,.0f}"]
+        row += [number_text(latency["1"]), number_text(latency["256"], ".3f"), listed(accuracies)]
+        rows.append(row)
+    return markdown_table(titles, rows)
 
 
 def report_statistics(evidence: Evidence) -> str:
     """Paired comparisons, hypothesis, trend."""
-    rows, unmatched, claims = [], [], []
+    rows: Rows = []
+    unmatched, claims = [], []
     for (treatment, control), by_ratio in evidence.pairs.items():
         for ratio, c in by_ratio.items():
-            tested = (
-                [p_text(c.t_p), p_text(c.holm_p), number_text(c.detectable)]
-                if interval_text(c)
-                else ["n/a"] * 3
-            )
-            rows.append(
-                {
-                    "Comparison": f"{treatment} minus {control}",
-                    "ratio": ratio,
-                    "pairs": c.n,
-                    "mean": number_text(c.mean, "+.2f"),
-                    "95% interval": interval_text(c) or "n/a",
-                    "p": tested[0],
-                    "p (Holm)": tested[1],
-                    "detectable": tested[2],
-                    "verdict": short_verdict(c),
-                }
-            )
+            name, tested = f"{treatment} minus {control}", ["n/a"] * 4
+            if interval_text(c):
+                tested = [interval_text(c), p_text(c.t_p), p_text(c.holm_p), number_text(c.detectable)]
+            if c.n:
+                rows.append([name, ratio, c.n, number_text(c.mean, "+.2f"), *tested, short_verdict(c)])
             if c.unmatched:
-                unmatched.append(f"{treatment} minus {control} at {ratio}: run {listed(c.unmatched)}")
-    rows = [row for row in rows if row["pairs"]]
+                unmatched.append(f"{name} at {ratio}: run {listed(c.unmatched)}")
     if not rows:
         return ""
     if evidence.main and has_verdict(evidence):
@@ -3526,10 +3721,25 @@ def report_statistics(evidence: Evidence) -> str:
             f"The hypothesis that {SUBJECT} beats {BASELINE} at 5x and above {hypothesis(evidence.main)}.",
             f"{SUBJECT}'s advantage over {BASELINE} {say_trend(trend_test(evidence.frame))}.",
         ]
+    titles = [
+        "Comparison",
+        "ratio",
+        "pairs",
+        "mean",
+        "95% interval",
+        "p",
+        "p (Holm)",
+        "detectable",
+        "verdict",
+    ]
+    table = [markdown_table(titles, rows)]
+    if evidence.ranked:
+        summary = f"<details><summary>All {len(rows)} comparisons</summary>"
+        table = [summary, *table, "</details>"]
     return paragraphs(
         "## Statistics",
         "Differences of test accuracy (pp) between runs of the same number, taken before rounding:",
-        markdown_table(rows),
+        *table,
         f"Without a partner and not used: {'; '.join(unmatched)}." if unmatched else "",
         *claims,
         embed(evidence, "hpmkd_vs_direct"),
@@ -3550,24 +3760,19 @@ def report_prediction(evidence: Evidence) -> str:
     """The original prediction beside the measurement, where it applies."""
     if not prediction_applies(evidence.run) or not any(c.n for c in evidence.main.values()):
         return ""
-    rows = []
+    titles = ["Ratio", f"predicted {BASELINE}", f"predicted {SUBJECT}", "predicted difference"]
+    titles += ["measured difference", "interval contains the prediction"]
+    rows: Rows = []
     for ratio, c in evidence.main.items():
         baseline, subject, gain = PREDICTION[ratio]
-        inside = "yes" if c.low <= gain <= c.high else "no"
-        rows.append(
-            {
-                "Ratio": ratio,
-                f"predicted {BASELINE}": f"{baseline:.1f}",
-                f"predicted {SUBJECT}": f"{subject:.1f}",
-                "predicted difference": f"{gain:+.1f}",
-                "measured difference": difference_text(c),
-                "interval contains the prediction": inside if interval_text(c) else "n/a",
-            }
-        )
+        inside = "n/a"
+        if interval_text(c):
+            inside = "yes" if c.low <= gain <= c.high else "no"
+        rows.append([ratio, f"{baseline:.1f}", f"{subject:.1f}", f"{gain:+.1f}", difference_text(c), inside])
     return paragraphs(
         "## Original prediction",
         "What was expected before anything was measured (%, pp), beside what was found:",
-        markdown_table(rows),
+        markdown_table(titles, rows),
     )
 
 
@@ -3575,18 +3780,15 @@ def report_beyond_accuracy(evidence: Evidence) -> str:
     """Likelihood, calibration, learning curves; accuracy per class."""
     if not evidence.records("student"):
         return ""
-    rows = []
+    rows: Rows = []
     for ratio, method in itertools.product(evidence.ratios, evidence.methods):
-        measures = {"NLL (nats)": "test_nll", "ECE (fraction)": "test_ece"}
-        texts = {
-            name: mean_sd_text(evidence, ratio, method, column, ".3f") for name, column in measures.items()
-        }
-        rows.append({"Ratio": ratio, "method": method, **texts})
+        measured = [mean_sd_text(evidence, ratio, method, name, ".3f") for name in ("test_nll", "test_ece")]
+        rows.append([ratio, method, *measured])
     return paragraphs(
         "## Beyond accuracy",
         "How good the predicted probabilities are: negative log-likelihood (NLL) and expected calibration "
         "error (ECE, 15 equal-width bins) on the test images; lower is better.",
-        markdown_table(rows),
+        markdown_table(["Ratio", "method", "NLL (nats)", "ECE (fraction)"], rows),
         embed(evidence, "calibration"),
         "Validation accuracies are those of `select`, held-out training images.",
         embed(evidence, "learning_curves"),
@@ -3596,9 +3798,9 @@ def report_beyond_accuracy(evidence: Evidence) -> str:
 
 def report_classes(evidence: Evidence) -> str:
     """Accuracy per class: mean over runs, and over the ratios at which every method has students."""
-    means: dict[str, list[np.ndarray]] = {method: [] for method in evidence.methods}
+    means: dict[str, list[np.ndarray]] = {method: [] for method in evidence.shown}
     for ratio in evidence.ratios:
-        groups = {method: evidence.records("student", method, ratio) for method in evidence.methods}
+        groups = {method: evidence.records("student", method, ratio) for method in evidence.shown}
         if all(groups.values()):
             for method, group in groups.items():
                 means[method].append(np.mean([record.test_class_accuracy for record in group], axis=0))
@@ -3607,11 +3809,10 @@ def report_classes(evidence: Evidence) -> str:
     table = pd.DataFrame({method: np.mean(values, axis=0) for method, values in means.items()})
     classes = evidence.run.index.data.classes
     shown = (table.max(axis=1) - table.min(axis=1)).nlargest(CLASSES_SHOWN).sort_index().index
-    rows = [
-        {"Class": classes[i], **{name: number_text(table[name][i], ".1f") for name in table}} for i in shown
-    ]
+    rows = [[classes[i], *(number_text(value, ".1f") for value in table.loc[i])] for i in shown]
     which = f", the {len(rows)} of {len(classes)} that differ most" if len(rows) < len(classes) else ""
-    return paragraphs(f"### Accuracy per class (%, mean over ratios and runs{which})", markdown_table(rows))
+    title = f"### Accuracy per class (%, mean over ratios and runs{which})"
+    return paragraphs(title, evidence.shown_note, markdown_table(["Class", *table], rows))
 
 
 def report_costs(evidence: Evidence) -> str:
@@ -3619,21 +3820,20 @@ def report_costs(evidence: Evidence) -> str:
     costs = method_costs(evidence.run)
     if costs.empty:
         return ""
-    rows = []
+    rows: Rows = []
     for method, cost in costs.iterrows():
-        times = {
-            name.replace("_", " "): say_time(cost[name]) if cost[name] else "" for name in COST_COLUMNS[1:-1]
-        }
-        rows.append({"Method": method, "students": f"{cost.students:.0f}", **times})
+        times = [say_time(cost[name]) if cost[name] else "" for name in COST_COLUMNS[1:-1]]
+        rows.append([method, f"{cost.students:.0f}", *times])
+    titles = ["Method", *(name.replace("_", " ") for name in COST_COLUMNS[:-1])]
     saved, caveat = costs.unshared - costs.teacher_outputs, ""
-    if "equal_cost" not in {METHODS[arm].option for arm in evidence.extra_arms}:
+    if "equal_cost" not in {METHODS[method].option for method in evidence.extra_methods}:
         caveat = f"{BASELINE} for as long as {SUBJECT} takes was not trained (`--equal-cost`): "
         caveat += "a gain may be one of computation."
     return paragraphs(
         "## Costs",
         "Device time of all of a method's students as if the method had been run alone. A *page* is one view "
         "(crop and flip) of every training image; a teacher's outputs for it are computed once for all jobs.",
-        markdown_table(rows),
+        markdown_table(titles, rows),
         f"Sharing the pages saves {saved.idxmax()} {say_time(saved.max())}." if saved.max() >= 1 else "",
         caveat,
         embed(evidence, "cost_vs_accuracy"),
@@ -3655,44 +3855,40 @@ def report_choices(evidence: Evidence) -> str:
 
 
 def candidate_table(pilot: Record) -> str:
-    """All candidates of a pilot."""
+    """All candidates of a pilot; beta and gamma where one has them."""
     rungs = max(len(candidate.accuracies) for candidate in pilot.candidates)
-    rows = []
+    titles = ["#", "alpha", "beta", "gamma", "T0", "schedule", "teachers", "% by rung"]
+    titles += ["minus # 1 (pp ± se)", "outcome"]
+    rows: Rows = []
     for number, candidate in enumerate(pilot.candidates):
-        outcome = "lost the final" if len(candidate.accuracies) == rungs else "dropped"
-        config, lead = candidate.config, f"{candidate.difference:+.2f} ± {candidate.standard_error:.2f}"
-        rows.append(
-            {
-                "#": number + 1,
-                "alpha": f"{config.alpha:g}",
-                "T0": f"{config.temperature:g}",
-                "schedule": config.schedule,
-                "teachers": " + ".join(config.teachers),
-                "% by rung": ", ".join(f"{a:.2f}" for a in candidate.accuracies),
-                "minus # 1 (pp ± se)": lead if number else "",
-                "outcome": "chosen" if number == pilot.chosen else outcome,
-            }
-        )
-    return markdown_table(rows)
+        config, lead, outcome = candidate.config, "", "dropped"
+        weights = [f"{value:g}" if value else "" for value in (config.alpha, config.beta, config.weight)]
+        if config.beta > 0:
+            weights[0] = ""  # not used
+        if number:
+            lead = f"{candidate.difference:+.2f} ± {candidate.standard_error:.2f}"
+        if len(candidate.accuracies) == rungs:
+            outcome = "lost the final"
+        if number == pilot.chosen:
+            outcome = "chosen"
+        row = [number + 1, *weights, f"{config.temperature:g}", config.schedule, " + ".join(config.teachers)]
+        row += [", ".join(f"{accuracy:.2f}" for accuracy in candidate.accuracies), lead, outcome]
+        rows.append(row)
+    return markdown_table(titles, rows)
 
 
 def report_attention(evidence: Evidence) -> str:
     """Attention's weights, and whether its mixture beats uniform weights and the best teacher."""
-    rows: list[Row] = []
+    rows: Rows = []
     won: dict[str, list[str]] = {"uniform weights": [], "the best single teacher": []}
     for ratio in evidence.ratios:
         for student in evidence.records("student", SUBJECT, ratio)[:1]:  # fitted once for all runs of a ratio
             for part, a in student.attention.items():
-                rows.append(
-                    {
-                        "Ratio": ratio,
-                        "images": part,
-                        "mean weights": say_weights(student, part),
-                        "attention": f"{a.nll_mixture:.3f} ({a.accuracy_mixture:.2f}%)",
-                        "uniform": f"{a.nll_uniform:.3f} ({a.accuracy_uniform:.2f}%)",
-                        "best single": f"{a.nll_best_single:.3f} ({a.accuracy_best_single:.2f}%)",
-                    }
-                )
+                row = [ratio, part, say_weights(student, part)]
+                row.append(f"{a.nll_mixture:.3f} ({a.accuracy_mixture:.2f}%)")
+                row.append(f"{a.nll_uniform:.3f} ({a.accuracy_uniform:.2f}%)")
+                row.append(f"{a.nll_best_single:.3f} ({a.accuracy_best_single:.2f}%)")
+                rows.append(row)
             select = student.attention.get("select")
             if select and select.nll_mixture < select.nll_uniform:
                 won["uniform weights"].append(ratio)
@@ -3707,36 +3903,32 @@ def report_attention(evidence: Evidence) -> str:
         "helps: it was not fitted on these images; the teachers have memorised those of `train`.",
         f"On `select` its mixture beats (has a lower NLL than) {found}.",
         "NLL in nats (and accuracy) of the mixtures and of the best single teacher:",
-        markdown_table(rows),
+        markdown_table(["Ratio", "images", "mean weights", "attention", "uniform", "best single"], rows),
     )
 
 
 def report_arms(evidence: Evidence) -> str:
     """Paired differences of the ablation and equal-cost arms from HPM-KD."""
-    rows = []
-    for arm, ratio in itertools.product(evidence.extra_arms, evidence.ratios):
-        c = compare_cells(evidence.frame, ratio, arm, SUBJECT)
-        twin = evidence.twins.get((ratio, arm))
-        rows.append(
-            {
-                "Arm": arm,
-                "ratio": ratio,
-                "accuracy (%)": mean_sd_text(evidence, ratio, arm),
-                "epochs": number_text(values_of(evidence.frame, ratio, arm, "epochs").mean(), ".0f"),
-                f"minus {SUBJECT} (pp)": difference_text(c),
-                "p": p_text(c.t_p) if interval_text(c) else "n/a",
-                "remark": f"copy of {twin}" if twin else "",
-            }
-        )
+    rows: Rows = []
+    for method, ratio in itertools.product(evidence.extra_methods, evidence.ratios):
+        c = compare_cells(evidence.frame, ratio, method, SUBJECT)
+        twin = evidence.twins.get((ratio, method))
+        epochs = values_of(evidence.frame, ratio, method, "epochs").mean()
+        row = [method, ratio, mean_sd_text(evidence, ratio, method), number_text(epochs, ".0f")]
+        row.append(difference_text(c))
+        row.append(p_text(c.t_p) if interval_text(c) else "n/a")
+        row.append(f"copy of {twin}" if twin else "")
+        rows.append(row)
     if not rows:
         return ""
+    titles = ["Arm", "ratio", "accuracy (%)", "epochs", f"minus {SUBJECT} (pp)", "p", "remark"]
     copies = "A copy has the same configuration, weights and views by construction: it was not trained twice."
     return paragraphs(
         "## Ablation and equal cost",
         f"What {SUBJECT} is without each of its parts, and what its controls reach.",
-        bullets(f"{arm}: {METHODS[arm].about}." for arm in evidence.extra_arms),
+        bullets(f"{method}: {METHODS[method].about}." for method in evidence.extra_methods),
         ARMS_NOTE,
-        markdown_table(rows),
+        markdown_table(titles, rows),
         copies if evidence.twins else "",
         embed(evidence, "ablation"),
     )
@@ -3754,19 +3946,13 @@ the same initial weights (per ratio), batches and views in every method. One rec
 momentum 0.9, weight decay 5e-4, batch {s.batch_size}, learning rate {s.lr:g} after a linear warm-up, then
 linearly to zero; pad-4 crop and flip; precision {index.precision}; width
 {s.width} ({FULL_WIDTH} is the full one)."""
-    rows = []
+    titles = ["Started (UTC)", "ended", "devices", "workers", "threads", "stopped by"]
+    rows: Rows = []
     for session in index.sessions:
-        devices = {name: session.devices.count(name) for name in session.devices}
-        rows.append(
-            {
-                "Started (UTC)": session.started[:16].replace("T", " "),
-                "ended": session.ended[:16].replace("T", " ") or "not recorded (killed, or still running)",
-                "devices": listed(f"{count} x {name}" for name, count in devices.items()),
-                "workers": session.workers,
-                "threads": session.threads,
-                "stopped by": session.stopped,
-            }
-        )
+        times = [text[:16].replace("T", " ") for text in (session.started, session.ended)]
+        counts = [f"{session.devices.count(name)} x {name}" for name in dict.fromkeys(session.devices)]
+        row = [times[0], times[1] or "not recorded (killed, or still running)", listed(counts)]
+        rows.append([*row, session.workers, session.threads, session.stopped])
     late = "; ".join(session.extended for session in index.sessions if session.extended)
     warning = f"**The experiment was extended after results were seen** ({late}): no p-value allows for that."
     return paragraphs(
@@ -3775,7 +3961,7 @@ linearly to zero; pad-4 crop and flip; precision {index.precision}; width
         text,
         "## Sessions",
         "When and where the networks were trained:",
-        markdown_table(rows),
+        markdown_table(titles, rows),
         warning if late else "",
     )
 
@@ -3799,7 +3985,7 @@ def report_reservations(evidence: Evidence) -> str:
         limits += f"\n- Few runs: a true difference from {BASELINE} below {listed(sizes)} has less than "
         limits += f"{POWER:.0%} chance of p < {LEVEL:.0%}, and less still after Holm's adjustment. To find "
         limits += f"{RELEVANT_PP} pp at this spread takes so many runs: {listed(needed)} (1000: or more)."
-    if "ablation" not in {METHODS[arm].option for arm in evidence.extra_arms}:
+    if "ablation" not in {METHODS[arm].option for arm in evidence.extra_methods}:
         limits += f"\n- {RIVAL} was not tuned as {SUBJECT} was (`--ablation`): a gain may be one of tuning."
     return paragraphs(
         "## Missing or failed",
@@ -3875,7 +4061,7 @@ def write_outputs(run: Run, figures: bool) -> None:
 
 def summary_table(evidence: Evidence) -> pd.DataFrame:
     """One row per method and ratio: means, sds, and the paired differences from the main methods (pp)."""
-    methods, frame = [*evidence.methods, *evidence.extra_arms], evidence.frame
+    methods, frame = [*evidence.methods, *evidence.extra_methods], evidence.frame
     wanted = {"n": ("test_accuracy", "count")}
     for measure in MEASURES:
         wanted |= {f"{measure}_mean": (measure, "mean"), f"{measure}_sd": (measure, "std")}
@@ -3887,7 +4073,8 @@ def summary_table(evidence: Evidence) -> pd.DataFrame:
     endings = {"": "mean", "_low": "low", "_high": "high", "_p": "t_p", "_p_holm": "holm_p"}
     for control in MAIN_METHODS:
         for method in methods:
-            by_ratio = compare_methods(frame, method, control, evidence.ratios)
+            by_ratio = evidence.pairs.get((method, control))
+            by_ratio = by_ratio or compare_methods(frame, method, control, evidence.ratios)
             for ratio, c in by_ratio.items():
                 if method == control:
                     c = Comparison()
@@ -3899,10 +4086,12 @@ def summary_table(evidence: Evidence) -> pd.DataFrame:
 
 def latex_table(evidence: Evidence) -> str:
     """The main table for LaTeX (booktabs), with a comment that says what it shows and what is missing."""
-    table = {}
-    for name, texts in filled_columns(main_rows(evidence)).items():
-        signed = [re.sub(r"[-+](?=\d)", r"$\g<0>$", text) for text in texts]
-        table[name] = [text.replace("±", r"$\pm$") for text in signed]
+    columns = filled_columns(*main_table(evidence))
+    titles = [title for title, _ in columns]
+    rows = []
+    for texts in zip(*(texts for _, texts in columns), strict=True):
+        signed = [re.sub(r"[-+](?=\d)", r"$\g<0>$", text) for text in texts[1:]]
+        rows.append([texts[0], *(text.replace("±", r"$\pm$") for text in signed)])
     teacher = f"{evidence.teacher.test_accuracy:.2f}" if evidence.teacher else "n/a"
     scope = f"PARTIAL, missing: {'; '.join(evidence.missing)}" if evidence.missing else "Complete"
     runs = say_count(evidence.run.settings.runs, "run")
@@ -3911,9 +4100,11 @@ def latex_table(evidence: Evidence) -> str:
 % paired differences (pp) with 95% t-intervals; verdicts by the paired t-test after Holm's adjustment.
 % Teacher (ResNet-50): {teacher}. {scope}.
 """
-    columns_of_numbers = len(table) - 1
-    alignment = "l" + "r" * columns_of_numbers
-    return head + pd.DataFrame(table).to_latex(index=False, escape=False, column_format=alignment)
+    words = 2 if evidence.ranked else 1  # columns
+    alignment = "l" * words + "r" * (len(titles) - words)
+    return head + pd.DataFrame(rows, columns=titles).to_latex(
+        index=False, escape=False, column_format=alignment
+    )
 
 
 def write_archive(run: Run) -> None:
@@ -4608,7 +4799,7 @@ def load_progress(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[s
         check(content)
     except FileNotFoundError:
         return None
-    except Damaged as error:
+    except (Damaged, AttributeError, KeyError, TypeError, ValueError) as error:
         set_aside(path, f"{error}, so its training starts again;")
         return None
     return content
@@ -4865,8 +5056,7 @@ def make_experiment(
     if device.kind == "cuda":
         torch.cuda.set_device(device.torch)
     configure_torch(thread_count(run.settings, devices), run.settings.deterministic)
-    images, pages = Images(data, run.settings.seed, device.torch), PageStore(run.path)
-    return Experiment(run, device, images, session, progress, pages)
+    return Experiment(run, device, Images(data, run.settings.seed, device.torch), session, progress)
 
 
 def make_progress(
@@ -4901,37 +5091,31 @@ def work(experiment: Experiment, writes: bool, prepared: Callable[[], object]) -
 
 
 # -- progress -----------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Speed:
-    """Measured seconds of a network on the device: per training step, and per image of inference."""
-
-    step_seconds: float
-    image_seconds: float
-
-
 @dataclass
 class Estimate:
-    """How long things take: everything that a run says about hours follows from here."""
+    """How long things take, at measured speeds: everything that a run says about hours follows from here."""
 
     settings: Settings
     images: int  # training images
     workers: int
     equal_cost: Mapping[str, int]
-    speeds: dict[str, Speed] = field(default_factory=dict)  # by network
+    speeds: dict[str, float] = field(default_factory=dict)  # network -> multiply-accumulates per second
+
+    def seconds(self, network: str, macs: float) -> float:
+        """Expected seconds of so much work; an unmeasured network is as fast as others (0: none is known)."""
+        known = list(self.speeds.values()) or [math.inf]
+        return macs / self.speeds.get(network, float(np.median(known)))
 
     def job_seconds(self, job: Job) -> float:
-        """Expected training seconds of a job, without the teachers' passes (0 if nothing is known)."""
-        speed = self.speeds.get(job.network)
-        if speed is None:
-            return 0.0
-        steps = self.images // self.settings.batch_size
-        return job_epochs(job, self.settings, self.equal_cost) * steps * speed.step_seconds
+        """Expected training seconds of a job, without the teachers' passes."""
+        return self.seconds(job.network, job_macs(job, self.settings, self.equal_cost) * self.images)
 
     def page_seconds(self, left: Sequence[Job]) -> float:
         """Expected seconds of the teachers' passes over the training images for the jobs that are left."""
+        classes, width = DATASETS[self.settings.dataset][0], self.settings.width
+        views = len(pages_used(left, self.settings)) * self.images
         networks = {network for job in left for network in job.teacher_networks}
-        per_image = sum(self.speeds[name].image_seconds for name in networks if name in self.speeds)
-        return len(pages_used(left, self.settings)) * self.images * per_image
+        return sum(self.seconds(name, views * network_cost(name, classes, width)[1]) for name in networks)
 
     def work_seconds(self, left: Sequence[Job]) -> float:
         """Expected seconds of all that is left, on one device."""
@@ -4946,42 +5130,35 @@ class Estimate:
         return max([self.work_seconds(left) / self.workers, *chain.values()])
 
 
-def measure_speeds(experiment: Experiment) -> dict[str, Speed]:
-    """Time real steps and inference of each network; one that does not fit into the memory is left out."""
-    images, session = experiment.images, experiment.session
+def measure_speeds(experiment: Experiment, networks: Sequence[str] | None = None) -> dict[str, float]:
+    """Multiply-accumulates per second of each network, by three real steps of training after a first one.
+
+    By default of the first job that is left: its epochs, and those of the others, say more later. A step of
+    over 3 s is not repeated; a network that does not fit into the memory is left out.
+    """
+    if networks is None:
+        networks = [job.network for job in experiment.run.left[:1]]
+    images, speeds = experiment.images, dict[str, float]()
     batch = torch.arange(min(experiment.settings.batch_size, len(images)), device=images.device)
-    chunk = torch.arange(min(CHUNK, len(images)), device=images.device)
-
-    def train(network: CifarResNet) -> None:
-        """A training step without the optimizer, to its end."""
-        with experiment.autocast():
-            logits = network(images.render(batch, 0))
-        loss = F.cross_entropy(logits, images.labels[batch])
-        loss.backward()
-        loss.item()
-
-    def infer(network: CifarResNet) -> None:
-        experiment.infer(network, images.render(chunk, 0))[0, 0].item()
-
-    speeds: dict[str, Speed] = {}
-    for name in dict.fromkeys(job.network for job in experiment.run.jobs):
+    for name in networks:
         release_freed_memory()
-        network = experiment.place(build_network(name, len(images.classes), experiment.settings.width))
-        with contextlib.suppress(torch.OutOfMemoryError, JobFailed), out_of_memory_alike():
-            step = median_seconds(partial(train, network.train()), session)
-            speeds[name] = Speed(step, median_seconds(partial(infer, network.eval()), session) / len(chunk))
+        network = experiment.place(
+            build_network(name, len(images.classes), experiment.settings.width)
+        ).train()
+        times: list[float] = []
+        with contextlib.suppress(torch.OutOfMemoryError), out_of_memory_alike():
+            while len(times) < 2 or (len(times) < 4 and times[-1] < 3.0):
+                experiment.session.check()
+                started = time.perf_counter()
+                with experiment.autocast():
+                    logits = network(images.render(batch, 0))
+                loss = F.cross_entropy(logits, images.labels[batch])
+                loss.backward()
+                loss.item()  # waits for the device
+                times.append(time.perf_counter() - started)
+            _, macs = network_cost(name, len(images.classes), experiment.settings.width)
+            speeds[name] = 3 * macs * len(batch) / max(1e-9, float(np.median(times[1:])))
     return speeds
-
-
-def median_seconds(action: Callable[[], None], session: Session, repeats: int = 3) -> float:
-    """Median time of an action after one warm-up; a slow one (over 3 s) is not repeated."""
-    times: list[float] = []
-    while len(times) <= repeats and not (len(times) > 1 and times[-1] > 3.0):
-        session.check()
-        started = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - started)
-    return float(np.median(times[1:]))
 
 
 class Progress:
@@ -5022,8 +5199,16 @@ class Progress:
 
     def epoch_seconds(self, network: str, steps: int) -> float:
         """Expected seconds of so many training steps of a network (0 if unknown)."""
-        speed = self.estimate.speeds.get(network)
-        return speed.step_seconds * steps if speed else 0.0
+        return self.estimate.seconds(network, self.step_macs(network) * steps)
+
+    def step_macs(self, network: str) -> float:
+        """Multiply-accumulates of a training step."""
+        settings = self.run.settings
+        return (
+            3.0
+            * settings.batch_size
+            * network_cost(network, len(self.run.index.data.classes), settings.width)[1]
+        )
 
     def step(self, training: Training, step: int) -> None:
         """A training step begins: shown where somebody watches."""
@@ -5055,8 +5240,7 @@ class Progress:
         """Log an epoch, with the time left for its job and for the experiment."""
         epoch, number, network = training.history[-1], len(training.history), training.job.network
         steps = min(training.steps_per_epoch, training.steps - (number - 1) * training.steps_per_epoch)
-        inference = self.estimate.speeds[network].image_seconds if network in self.estimate.speeds else 0.0
-        self.estimate.speeds[network] = Speed(epoch.seconds / steps, inference)
+        self.estimate.speeds[network] = self.step_macs(network) * steps / max(1e-9, epoch.seconds)
 
         teacher = training.job.kind == "teacher" and self.bar is None and self.publish is None
         due = time.monotonic() - self._last_line > self.LINE_SECONDS
@@ -5073,6 +5257,9 @@ class Progress:
         record = self.run.records[job.name]
         if not record.done:
             return
+        if job.network not in self.estimate.speeds and record.train_seconds:  # another process trained it
+            work = job_macs(job, self.run.settings, self.estimate.equal_cost) * self.estimate.images
+            self.estimate.speeds[job.network] = work / record.train_seconds
         what = f"test {record.test_accuracy:6.2f}%"
         if job.kind == "pilot":
             what = f"candidate {record.chosen + 1} chosen"
@@ -5220,11 +5407,6 @@ class _Console(logging.StreamHandler[Any]):
             sys.stdout.flush()
 
 
-def is_for_console(record: logging.LogRecord) -> bool:
-    """Whether people need a line: not tracebacks, nor what is logged with `extra={"quiet": True}`."""
-    return not record.exc_info and not getattr(record, "quiet", False)
-
-
 def start_logging(file: Path | None, who: str = "", console_level: int = logging.INFO) -> None:
     """Log to the console and, with `file`, append to the experiment's log.
 
@@ -5242,7 +5424,8 @@ def start_logging(file: Path | None, who: str = "", console_level: int = logging
     console = _Console()
     console.setLevel(console_level)
     console.setFormatter(logging.Formatter(f"{who}%(message)s"))
-    console.addFilter(is_for_console)
+    # People need neither tracebacks nor what is logged with `extra={"quiet": True}`.
+    console.addFilter(lambda record: not record.exc_info and not getattr(record, "quiet", False))
     log.addHandler(console)
     if file is not None:
         with contextlib.suppress(OSError):  # a log that cannot be opened costs no training
@@ -5365,13 +5548,9 @@ def usable_cores() -> int:
     cores: float = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
-    groups = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # version 2; "max" is no number
-        quota, period = map(int, (groups / "cpu.max").read_text().split())
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # "max" is no number
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
         cores = min(cores, quota / period)
-    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # version 1; -1: no limit
-        quota, period = (int((groups / f"cpu/cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
-        cores = min(cores, quota / period) if quota > 0 else cores
     return max(1, math.floor(cores))
 
 
@@ -5449,7 +5628,7 @@ def script_sha256() -> str:
 
 
 # -- data: find, read, download -----------------------------------------------------------------------------
-# (pytorch/vision #9536), so that the mirrors are tried first.
+# CIFAR's home server is slow since 2025 (pytorch/vision #9536), so that the mirrors are tried first.
 READERS: dict[str, type[CIFAR10]] = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
 MIRRORS = {
     "CIFAR10": (
@@ -5558,21 +5737,20 @@ def read_source(name: str, source: Path) -> RawData:
     reader = READERS[name]
     archive: Any = None
     if source.is_file():
-        payload = check_md5(source, read_limited(source), reader.tgz_md5)
-        archive = tarfile.open(fileobj=io.BytesIO(payload))  # noqa: SIM115 (in memory: nothing to close)
+        archive = tarfile.open(fileobj=io.BytesIO(read_checked(source, reader.tgz_md5)))  # noqa: SIM115 (in memory: nothing to close)
 
     def unpickle(file: str, md5: str) -> dict[str, Any]:
         if archive is None:
-            payload = read_limited(source / file)
+            payload = read_checked(source / file, md5)
         else:
             try:
                 payload = archive.extractfile(f"{reader.base_folder}/{file}").read()
             except (KeyError, AttributeError):  # no such member, or a folder
                 raise Damaged(f"{source}: the archive lacks {file}") from None
+            check_md5(source / file, payload, md5)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", NUMPY_WARNING)
-            content = pickle.loads(check_md5(source / file, payload, md5), encoding="latin1")
-        return cast("dict[str, Any]", content)
+            return cast("dict[str, Any]", pickle.loads(payload, encoding="latin1"))
 
     def part(batches: Iterable[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
         contents = [unpickle(file, md5) for file, md5 in batches]
@@ -5586,11 +5764,11 @@ def read_source(name: str, source: Path) -> RawData:
     return RawData(name, tuple(classes), *train, *test, f"{source}, md5 verified")
 
 
-def read_limited(path: Path) -> bytes:
-    """A file's bytes. Raises `Damaged` where it is far larger than any file of a data set."""
+def read_checked(path: Path, md5: str) -> bytes:
+    """A file's bytes. Raises `Damaged` unless their md5 is right."""
     if path.stat().st_size > FILE_LIMIT:
         raise Damaged(f"{path} is far larger than it should be")
-    return path.read_bytes()
+    return check_md5(path, path.read_bytes(), md5)
 
 
 def check_md5(path: Path, payload: bytes, md5: str) -> bytes:
@@ -5740,9 +5918,7 @@ def adapt_plugin(method: type[Method]) -> None:
     method.option, method.twin = "methods", ""
     number = sum(is_plugin(known) for known in METHODS.values())
     if "look" not in vars(method):
-        spare = (SPARE_COLOURS, SPARE_MARKERS, SPARE_LINES)
-        colour, marker, line = (choices[number % len(choices)] for choices in spare)
-        method.look = (colour, marker, line)
+        method.look = SPARE_LOOKS[number % len(SPARE_LOOKS)]
     if "about" not in vars(method):
         method.about = " ".join((method.__doc__ or "a method of a plugin").split()).rstrip(".")
 
@@ -5888,8 +6064,15 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=80),
     )
     actions = parser.add_argument_group("what to do instead of starting a new run")
+    actions.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=("auto",),
+        help="continue --output-dir, or else the newest matching run; auto: or start one",
+    )
     for option, text in {
-        "--resume": "continue --output-dir, or else the newest matching run",
         "--join": "help with the run in --output-dir, which another process leads",
         "--status": "what is done and what is left; trains nothing",
         "--plan": "jobs, measured speed, hours and disk; trains nothing",
@@ -5980,19 +6163,28 @@ def continue_command(args: Namespace, run_path: Path) -> str:
 
 
 # -- finding and opening a run ------------------------------------------------------------------------------
+def run_to_continue(args: Namespace, platform: Platform) -> Path | None:
+    """The run that this command continues; None where it starts a new one.
+
+    With `--resume auto` the same command does both, as a scheduler repeats it: it continues --output-dir, or
+    else the newest run with exactly its settings, and never touches one with others.
+    """
+    if args.resume != "auto":
+        return find_run(args, platform) if args.resume else None
+    settings = new_settings(args.given)
+    path = newest_run(args, platform, {name: getattr(settings, name) for name in setting_names("experiment")})
+    if path is None:
+        log.info("there is no run with these settings yet: a new one starts")
+    return path
+
+
 def find_run(args: Namespace, platform: Platform) -> Path:
     """The run that --resume, --status or --report-only means. Raises `UsageError` if there is none."""
-    given = args.given.get("output_dir")
-    if given is not None and is_run(given):
-        return Path(given)
     wanted = {name: args.given[name] for name in ("mode", "dataset") if name in args.given}
-    for folders in (runs_in(platform.output_root), runs_below(platform.inputs)):
-        found = [(index.last_activity, str(path)) for path, index in read_runs(args, folders, wanted)]
-        found = [item for item in found if given is None or Path(item[1]).name == Path(given).name]
-        if len(found) > 1:
-            log.info("%d runs match; the newest is used: %s", len(found), max(found)[1])
-        if found:
-            return Path(max(found)[1])
+    path = newest_run(args, platform, wanted)
+    if path is not None:
+        return path
+    given = args.given.get("output_dir")
     if given is not None:
         remedy = "check the path, or start one without --resume" if args.resume else "check the path"
         raise UsageError(f"--output-dir {given} holds no run to continue: {remedy}")
@@ -6001,30 +6193,46 @@ def find_run(args: Namespace, platform: Platform) -> Path:
     raise UsageError(f"found no {what} in {searched}: attach its output as input, or give --output-dir")
 
 
-def runs_in(folder: Path) -> list[Path]:
-    """The run folders in a folder, but not in what lies deeper. One with a dot in front is no whole copy."""
-    found = [path.parent for path in sorted(folder.glob("*/checkpoints"))]
+def newest_run(args: Namespace, platform: Platform, wanted: Mapping[str, Any]) -> Path | None:
+    """The run in --output-dir; else the last active one with settings as `wanted`, if there is any.
+
+    It is looked for in the output folder, then in Kaggle's inputs; under the name of --output-dir, if given.
+    """
+    given = args.given.get("output_dir")
+    if given is not None and is_run(given):
+        return Path(given)
+    for folders in run_folders(platform):
+        found: list[tuple[str, str]] = []
+        for path in folders:
+            if given is not None and path.name != given.name:
+                continue
+            try:
+                index = load_index(path, args.plugins)
+            except UsageError as error:
+                log.warning("not considered: %s: %s", path, error)
+                continue
+            settings = index.settings
+            if wanted.get("precision") == index.precision:  # whether it was asked for or chosen
+                settings = replace(settings, precision=index.precision)
+            if all(getattr(settings, name) == value for name, value in wanted.items()):
+                found.append((index.last_activity, str(path)))
+        if len(found) > 1:
+            log.info("%d runs match; the newest is used: %s", len(found), max(found)[1])
+        if found:
+            return Path(max(found)[1])
+    return None
+
+
+def run_folders(platform: Platform) -> Iterator[list[Path]]:
+    """The run folders in the output folder, then those at any depth below Kaggle's inputs."""
+    yield runs_in([platform.output_root])
+    yield runs_in(folder for root in platform.inputs for folder, _ in walk(root))
+
+
+def runs_in(folders: Iterable[Path]) -> list[Path]:
+    """The run folders that lie in one of these folders. One with a dot in front is no whole copy."""
+    found = [path.parent for folder in folders for path in sorted(folder.glob("*/checkpoints"))]
     return [path for path in found if not path.name.startswith(".") and is_run(path)]
-
-
-def runs_below(roots: Iterable[Path]) -> list[Path]:
-    """The run folders at any depth below Kaggle's inputs."""
-    folders = [folder for root in dict.fromkeys(roots) for folder, _ in walk(root)]
-    return [path.parent for path in folders if path.name == "checkpoints" and is_run(path.parent)]
-
-
-def read_runs(
-    args: Namespace, folders: Iterable[Path], wanted: Mapping[str, str]
-) -> Iterator[tuple[Path, Index]]:
-    """Those of these runs that can be used and have settings as `wanted`, each with its index."""
-    for path in folders:
-        try:
-            index = load_index(path, args.plugins)
-        except UsageError as error:
-            log.warning("not considered: %s: %s", path, error)
-            continue
-        if all(getattr(index.settings, name) == value for name, value in wanted.items()):
-            yield path, index
 
 
 def adopt(path: Path, args: Namespace, platform: Platform) -> Path:
@@ -6037,24 +6245,25 @@ def adopt(path: Path, args: Namespace, platform: Platform) -> Path:
     partial_copy = target.with_name(f".{target.name}.partial")
     log.info("copying the run %s to %s", path, target)
     shutil.rmtree(partial_copy, ignore_errors=True)
-    copy_run(path, partial_copy)
+    try:
+        shutil.copytree(
+            path,
+            partial_copy,
+            ignore=left_out_of_copies,
+            copy_function=lambda one, other: write_atomic(Path(other), Path(one).read_bytes()),
+        )
+        for folder in (partial_copy, *partial_copy.glob("**/")):
+            folder.chmod(0o755)  # the mount's are read-only
+    except OSError as error:
+        raise UsageError(f"cannot copy {path} to {target} ({first_line(error)}): give --output-dir") from None
     rename(partial_copy, target)
     return target
 
 
-def copy_run(source: Path, target: Path) -> None:
-    """Copy a run folder's files, but not data, locks, or links that lead out of it (to any file here)."""
-    inside = source.resolve()
-    for folder, files in walk(source):
-        place = folder.relative_to(source)
-        if place.parts[:1] in (("data",), (".pages",)):
-            continue
-        (target / place).mkdir(parents=True, exist_ok=True)
-        for name in files:
-            path = folder / name
-            left_out = name.endswith((".lock", ".attempts", ".tmp", ".corrupt"))
-            if not left_out and path.is_file() and path.resolve().is_relative_to(inside):
-                write_atomic(target / place / name, path.read_bytes())
+def left_out_of_copies(folder: str, names: list[str]) -> set[str]:
+    """What a copy of a run does without: data, caches, locks, rubbish, and links, which may lead anywhere."""
+    rubbish = shutil.ignore_patterns("data", ".pages", "*.lock", "*.tmp", "*.corrupt", "*.attempts")
+    return rubbish(folder, names) | {name for name in names if os.path.islink(os.path.join(folder, name))}
 
 
 @contextlib.contextmanager
@@ -6068,7 +6277,7 @@ def open_run(
         with hold_folder(path):
             start_logging(path / "experiment.log")
             log.info("run_exp1b_kaggle.py %s, run folder %s", VERSION, path)
-            index = load_index(path, args.plugins) if args.resume else None
+            index = load_index(path, args.plugins) if is_run(path) else None
             settings = continued_settings(index, args.given) if index else new_settings(args.given)
             devices = choose_devices(settings, platform)
             precision = index.precision if index else choose_precision(settings.precision, devices[0])
@@ -6094,8 +6303,9 @@ def open_run(
 
 def choose_folder(args: Namespace, platform: Platform) -> tuple[Path, bool]:
     """The folder of the run to start or to continue, and whether it was not there before."""
-    if args.resume:
-        return adopt(find_run(args, platform), args, platform), False
+    found = run_to_continue(args, platform)
+    if found is not None:
+        return adopt(found, args, platform), False
     settings = new_settings(args.given)
     path = settings.output_dir
     if path is None:
@@ -6169,15 +6379,10 @@ def announce_devices(devices: Sequence[Device], precision: str, settings: Settin
         other = str(torch.accelerator.current_accelerator())
         if other != "cuda":
             log.info(
-                "torch also offers %s: not used, because this script computes on CUDA and ROCm GPUs and "
-                "on CPUs only",
-                other,
+                "torch also offers %s: not used, because this script uses CUDA, ROCm and CPUs only", other
             )
     if precision == "bf16" and emulates_bf16(devices[0]):
-        log.warning(
-            "%s only emulates bf16, many times slower than what a new run without --precision would use",
-            names,
-        )
+        log.warning("%s only emulates bf16, far slower than what a new run without --precision uses", names)
 
 
 def load_run_data(
@@ -6320,7 +6525,7 @@ def reuse_finished(run: Run, platform: Platform) -> None:
     wanted = {name for name, job in jobs.items() if not run.file(job).exists()}
     if not wanted:
         return
-    folders = [*runs_in(run.path.parent), *runs_in(platform.output_root), *runs_below(platform.inputs)]
+    folders = [*runs_in([run.path.parent]), *itertools.chain(*run_folders(platform))]
     for name, job in jobs.items():  # in the order of learning: what teaches comes first
         run.refresh()
         if name not in wanted or any(teacher.name not in run.records for teacher in teachers_of(job)):
@@ -6705,28 +6910,21 @@ def show_status(args: Namespace, platform: Platform) -> int:
     spent = sum(record.train_seconds for record in run.records.values() if not record.same_as)
     done = len(run.records) - len(failed)
     print(path)
-    print(
-        f"{settings.mode}, {settings.dataset}, width {settings.width}, {run.index.precision}, "
-        f"last session {run.index.last_activity}"
-    )
-    print(
-        f"{done} of {len(run.jobs)} jobs done, {len(failed)} failed, {len(left)} left; "
-        f"{say_time(spent)} of training so far"
-    )
+    print(f"{settings.mode}, {settings.dataset}, width {settings.width}, {run.index.precision}", end=", ")
+    print(f"last session {run.index.last_activity}")
+    print(f"{done} of {len(run.jobs)} jobs done, {len(failed)} failed, {len(left)} left", end="; ")
+    print(f"{say_time(spent)} of training so far")
+    finished = [record for record in run.records.values() if record.done]
     for ratio, arm in itertools.product(settings.compression, student_arms(settings)):
-        students = [
-            run.records[job.name]
-            for job in run.jobs
-            if job.name in run.records and (job.kind, job.compression, job.method) == ("student", ratio, arm)
-        ]
-        accuracies = [record.test_accuracy for record in students if record.done]
+        students = [record for record in finished if (record.compression, record.method) == (ratio, arm)]
+        accuracies = [record.test_accuracy for record in students if record.kind == "student"]
         best = f", best {max(accuracies):.2f}%, last {accuracies[-1]:.2f}%" if accuracies else ""
         print(f"  {ratio:<5} {arm:<22} {len(accuracies)} of {settings.runs} runs done{best}")
-    for record in run.records.values():
+    for record in finished:
         what = f"test accuracy {record.test_accuracy:.2f}%"
         if record.kind == "pilot":
             what = f"candidate {record.chosen + 1} chosen"
-        if record.kind != "student" and record.done:
+        if record.kind != "student":
             print(f"  {record.job:<40} done in {say_time(record.train_seconds)}, {what}")
     for name in failed:
         print(f"  failed: {name}: {run.records[name].failure}")
@@ -6755,9 +6953,7 @@ def report_on(run: Run, args: Namespace, platform: Platform) -> None:
         settings = replace(run.settings, data_dir=args.given.get("data_dir"))
         run.labels = load_run_data(settings, run.path, platform, Session(), download=False).test_labels
     except UsageError:
-        log.warning(
-            "the data set was not found (--data-dir): the report leaves out what needs the test labels"
-        )
+        log.warning("the data set was not found (--data-dir): the report lacks what needs the test labels")
     run.refresh()
     run.save(final=True)
     log.info("finished: %s; report: %s", say_answer(run), run.path / REPORT_NAME)
@@ -6766,7 +6962,7 @@ def report_on(run: Run, args: Namespace, platform: Platform) -> None:
 
 def show_plan(args: Namespace, platform: Platform) -> int:
     """Print the jobs to do, their hours as measured by a few steps, sessions and disk. Trains nothing."""
-    path = find_run(args, platform) if args.resume else None
+    path = run_to_continue(args, platform)
     index = load_index(path, args.plugins) if path else None
     settings = continued_settings(index, args.given) if index else new_settings(args.given)
     devices = choose_devices(settings, platform)
@@ -6778,17 +6974,16 @@ def show_plan(args: Namespace, platform: Platform) -> int:
     run, session = Run(path or Path(), planned), Session()
     with session.listening():
         progress = make_progress(run, devices, False)
-        speeds = measure_speeds(make_experiment(run, devices[0], devices, data, session, progress))
+        experiment = make_experiment(run, devices[0], devices, data, session, progress)
+        speeds = measure_speeds(experiment, list(dict.fromkeys(job.network for job in run.jobs)))
     images, workers = size - 2 * (size // 20), worker_count(settings, devices)
     estimate = Estimate(settings, images, workers, planned.equal_cost_epochs, speeds)
     print(f"{settings.mode}, {settings.dataset}, {size:,} training images, width {settings.width}")
     print_plan(estimate, [job for job in run.jobs if not index or job.name not in index.jobs])
     names = listed(dict.fromkeys(device.name for device in devices))
     print(f"measured on {names}, {precision}, {say_count(workers, 'worker')}")
-    print(
-        f"disk: {say_bytes(disk_bytes(settings))} in the run folder (Kaggle keeps "
-        f"{say_bytes(KAGGLE_DISK_BYTES)}), {say_bytes(page_bytes(settings))} of cache elsewhere"
-    )
+    folder, kept, cache = map(say_bytes, (disk_bytes(settings), KAGGLE_DISK_BYTES, page_bytes(settings)))
+    print(f"disk: {folder} in the run folder (Kaggle keeps {kept}), {cache} of cache elsewhere")
     return 0
 
 
@@ -6838,7 +7033,9 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
     for source in files:
         write_atomic(partial_run / "checkpoints" / source.name, source.read_bytes())
     Run(partial_run, index).save_index()
-    shutil.rmtree(target, ignore_errors=True)  # an empty one
+    for folder in (target / "checkpoints", target / "figures", target):
+        if folder.is_dir():
+            folder.rmdir()  # empty, or this is an error
     rename(partial_run, target)  # from here on it is a run, and --report-only can write its report
     with hold_folder(target):
         start_logging(target / "experiment.log")
@@ -6894,12 +7091,12 @@ def merged_files(runs: Sequence[Run], settings: Settings) -> list[Path]:
             run.records[job.name] = record
             path, known = chosen.setdefault(job.name, (run.file(job), record))
             if (known.weights_sha256, known.config) != (record.weights_sha256, record.config):
-                remedy = "merge only one of them"
+                both = f"{path.parent.parent} and {run.path}"
                 if job.kind in ("teacher", "assistant"):
-                    remedy = "merge runs that share one teacher"
-                raise UsageError(
-                    f"{run.path} and {path.parent.parent} both hold {job.name}, trained differently: {remedy}"
-                )
+                    raise UsageError(
+                        f"{both} learned from different teachers ({job.name}): merge runs that share one"
+                    )
+                raise UsageError(f"{both} both hold {job.name}, trained differently: merge only one of them")
     for path, record in chosen.values():
         for name, sha256 in record.taught_by.items():
             if name not in chosen or chosen[name][1].weights_sha256 != sha256:
@@ -6924,7 +7121,7 @@ def show_results(run_dir: str | Path | None = None) -> None:
 
     if run_dir is None:
         platform = detect_platform()
-        found = [*runs_in(platform.output_root), *runs_below(platform.inputs)]
+        found = itertools.chain(*run_folders(platform))
         reported = [(last_activity(path), path) for path in found if (path / REPORT_NAME).exists()]
         if not reported:
             raise UsageError("no run was found here: show_results(run_dir) takes the path of a run folder")
@@ -6981,16 +7178,11 @@ def main(argv: Sequence[str] | None = None, root: Path = Path("/")) -> int:
         log.error("the program failed", exc_info=error)
         where = "its traceback is in experiment.log"
         if not any(isinstance(handler, _LogFile) for handler in log.handlers):
-            where = traceback_of(error)
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{last.name}, line {last.lineno}"
         what = f"{type(error).__name__}: {first_line(error)}"
         log.error("error: %s; this is a fault of the program; what was saved is intact (%s)", what, where)
         return 1
-
-
-def traceback_of(error: BaseException) -> str:
-    """Where an error was raised: "function, line n"."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{frames[-1].name}, line {frames[-1].lineno}" if frames else "unknown place"
 
 
 if __name__ == "__main__":

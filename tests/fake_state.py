@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import run_exp1b_kaggle as exp
 
@@ -195,3 +196,14 @@ def change(run: exp.Run, name: str, **values: object) -> exp.Run:
     """The run with one record changed."""
     run.records[name] = replace(run.records[name], **values)
     return run
+
+
+def many_methods(patch: pytest.MonkeyPatch, count: int) -> list[str]:
+    """The main methods and plugins' methods, `count` together, each plugin better than the one before it."""
+    patch.setattr(exp, "METHODS", dict(exp.METHODS))
+    names = [f"Plugin-{number}" for number in range(4, count)] + ["A-name-of-thirty-one-letters-WMW"[:31]]
+    for number, name in enumerate(names):
+        attributes = {"__module__": "a_plugin", "__doc__": "A published method."}
+        exp.register(name)(type(f"Method{number}", (exp.TraditionalKD,), attributes))
+        patch.setitem(GAIN, name, 0.8 + 0.1 * number)
+    return [*exp.MAIN_METHODS, *names]

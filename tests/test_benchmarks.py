@@ -15,6 +15,15 @@ from conftest import ROOT
 FOLDER = ROOT / "tests/benchmarks"
 TINY = ["--width", "8", "--threads", "1", "--device", "cpu"]
 SCRIPTS = {  # arguments, and figures that must be among what is printed
+    "gpu_check": (
+        [*TINY, "--cpu", "--images", "400", "--steps", "2", "--batch-size", "60"],
+        [
+            "fp32_teacher_training_share_of_the_matrix_product_rate",
+            "7x_distillation_epoch_over_Direct",
+            "smoke_7x_TraditionalKD_test_accuracy",
+            "small_run_2_workers_seconds",
+        ],
+    ),
     "kill_soak": (["--minutes", "0.01"], ["runs finished", "wrong results"]),
     "memory": (
         [*TINY, "--images", "200", "--steps", "1", "--batch-size", "60", "--compression", "2.3x"],

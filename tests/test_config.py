@@ -101,6 +101,23 @@ def test_the_command_is_kept_as_it_can_be_typed(monkeypatch: pytest.MonkeyPatch)
     assert shlex.split(command) == ["python", "../my folder/run_exp1b_kaggle.py", "--output-dir", "a run"]
 
 
+@pytest.mark.parametrize(
+    ("argv", "resume"),
+    [
+        ([], False),
+        (["--resume"], True),
+        (["--resume", "--compression", "7x"], True),
+        (["--compression", "7x", "--resume"], True),
+        (["--resume", "auto"], "auto"),
+        (["--resume=auto", "--compression", "7x"], "auto"),
+    ],
+)
+def test_resume_takes_auto_and_nothing_else(argv: list[str], resume: bool | str) -> None:
+    args = exp.parse_args(argv)
+    assert args.resume == resume
+    assert args.given.get("compression", ("7x",)) == ("7x",)
+
+
 # ---- What is wrong is said -------------------------------------------------------------------------------------------
 
 WRONG = [
@@ -115,7 +132,7 @@ WRONG = [
     ["--max-hours", "-1"], ["--max-hours", "nan"], ["--max-hours", "soon"], ["--output-dir"], ["--unknown"], ["positional"],
     ["--tea", "5"], ["--teacher_epochs", "5"], ["--status", "--plan"], ["--merge"], ["--merge", "a", "--report-only"],
     ["--status", "--report-only"], ["--ablation", "--methods", "Direct"], ["--equal-cost", "--methods", "Direct", "TraditionalKD"],
-    ["--resume=yes"], ["-h5"], ["--", "--status"], ["--output-dir", ""], ["--data-dir="], ["--plugin", ""], ["--merge", "a", ""],
+    ["--resume=yes"], ["--resume", "5x"], ["-h5"], ["--", "--status"], ["--output-dir", ""], ["--data-dir="], ["--plugin", ""], ["--merge", "a", ""],
 ]  # fmt: skip
 
 

@@ -129,8 +129,7 @@ def networks_table() -> str:
 
 def expected_work(mode: str) -> tuple[dict[str, tuple[int, float]], list[float]]:
     """(jobs, multiply-accumulates) by kind of work; and the hours that `--plan`'s formula makes of it in each of `CASES`."""
-    settings, classes, images = exp.new_settings({"mode": mode}), 10, 45_000
-    macs = {name: exp.network_cost(name, classes, settings.width)[1] for name in exp.ARCHITECTURES}
+    settings, images = exp.new_settings({"mode": mode}), 45_000
     jobs = exp.planned_jobs(settings)
     work: dict[str, tuple[int, float]] = {}
     for job in jobs:
@@ -139,10 +138,7 @@ def expected_work(mode: str) -> tuple[dict[str, tuple[int, float]], list[float]]
         work[kind] = (count + 1, total + exp.job_macs(job, settings, {}) * images)
     hours = []
     for devices, rate in CASES:
-        speeds = {
-            name: exp.Speed(3 * macs[name] * settings.batch_size / rate, macs[name] / rate) for name in macs
-        }
-        estimate = exp.Estimate(settings, images, devices, {}, speeds)
+        estimate = exp.Estimate(settings, images, devices, {}, {"teacher": rate})
         hours.append(estimate.seconds_left(jobs) / 3600)
         work["teachers' passes over the images"] = (0, estimate.page_seconds(jobs) * rate)
     return work, hours

@@ -325,10 +325,6 @@ def test_deterministic_reaches_torch_and_ends_with_its_run(
 # ---- Cores -----------------------------------------------------------------------------------------------------------
 
 
-QUOTA = "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"
-PERIOD = "/sys/fs/cgroup/cpu/cpu.cfs_period_us"
-
-
 @pytest.mark.parametrize(
     ("files", "cores"),
     [
@@ -340,14 +336,12 @@ PERIOD = "/sys/fs/cgroup/cpu/cpu.cfs_period_us"
         ({"/sys/fs/cgroup/cpu.max": "3200000 100000\n"}, 8),
         ({"/sys/fs/cgroup/cpu.max": "nonsense\n"}, 8),
         ({"/sys/fs/cgroup/cpu.max": "100000 0\n"}, 8),
-        ({QUOTA: "300000\n", PERIOD: "100000\n"}, 3),
-        ({QUOTA: "-1\n", PERIOD: "100000\n"}, 8),
     ],
 )
 def test_a_containers_quota_bounds_the_threads(
     files: dict[str, str], cores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The smallest of affinity and quota, of control groups of version 2 or 1."""
+    """The smaller of affinity and quota."""
     pretend_files(monkeypatch, files)
     monkeypatch.setattr(exp.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert exp.usable_cores() == cores

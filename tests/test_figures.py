@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_state import change, failed, fake_run, without
+from fake_state import change, failed, fake_run, many_methods, without
 
 import run_exp1b_kaggle as exp
 
@@ -208,13 +208,48 @@ def test_every_state_gives_the_figures_that_it_can(case: str, fake: Any) -> None
 
 
 def test_a_method_of_a_plugin_stands_beside_the_others(fake: Any, plugin: str) -> None:
-    run = fake(3, methods=(*exp.MAIN_METHODS, plugin), images=300)
+    run = fake(3, methods=("Direct", "HPM-KD", plugin), images=300)
     for name in [*ALWAYS, "calibration"]:
         assert plugin in texts(draw(name, run)), name
     titles = [axis.get_title() for axis in draw("hpmkd_vs_direct", run).axes]
-    assert titles == ["minus Direct", "minus TraditionalKD"]
+    assert titles == ["minus Direct"]
     only = [axis.get_title() for axis in draw("hpmkd_vs_direct", fake(3, methods=("HPM-KD", plugin))).axes]
     assert only == ["minus HPM-KD"]
+
+
+@pytest.mark.parametrize("count", [4, 8, 14])
+def test_more_than_three_methods_are_rows(count: int, fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = many_methods(monkeypatch, count)
+    run = fake(3, methods=methods, images=300)
+    evidence = exp.gather_evidence(run)
+    for name, own in (("accuracy_vs_compression", methods), ("hpmkd_vs_direct", methods[1:])):
+        figure = draw(name, run)
+        figure.draw_without_rendering()
+        assert [axis.get_title() for axis in figure.axes] == list(run.settings.compression)
+        labels = [label.get_text().replace("\n", "") for label in figure.axes[0].get_yticklabels()]
+        assert labels == [method for method in evidence.ranking() if method in own]
+        for axis in figure.axes:
+            assert len(points(axis, MEAN_MARKER)) == len(own)
+            low, high = axis.get_xlim()
+            assert all(low <= x <= high for x, _ in points(axis, RUN_MARKER))
+        first = figure.axes[0].get_yticklabels()[0]
+        assert min(label.get_window_extent().x0 for label in figure.axes[0].get_yticklabels()) >= 0, first
+    for name in ("learning_curves", "cost_vs_accuracy"):
+        names = legend(draw(name, run))
+        assert len(names) == min(count, 5) and {"Direct", "HPM-KD", methods[-1]} <= set(names)
+        assert ("Shown of" in texts(draw(name, run))) == (count > 5)
+        assert len({evidence.looks[method][0] for method in names}) == len(names), "alike"
+
+
+def test_a_name_of_31_letters_is_not_cut(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = many_methods(monkeypatch, 4)[-1]
+    assert len(name) == 31
+    run = fake(3, methods=("Direct", "HPM-KD", name), ratios=("5x",))
+    for figure in (draw("accuracy_vs_compression", run), draw("learning_curves", run)):
+        figure.draw_without_rendering()
+        assert name in legend(figure)
+        box = figure.legends[0].get_window_extent()
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.width
 
 
 @pytest.mark.parametrize("name", sorted(ALWAYS))
@@ -408,7 +443,7 @@ def test_the_temperature_is_drawn_only_if_it_moves(fake: Any) -> None:
 def test_the_ablation_names_its_arms_in_order_and_its_copies(fake: Any) -> None:
     run = fake(3, ablation=True, equal_cost=True)
     figure = draw("ablation", run)
-    arms = exp.gather_evidence(run).extra_arms
+    arms = exp.gather_evidence(run).extra_methods
     first = figure.axes[0]
     assert [label.get_text() for label in first.get_yticklabels()] == arms
     assert first.get_ylim()[0] > first.get_ylim()[1], "the first arm on top"

@@ -126,7 +126,7 @@ def test_parts_with_different_teachers_are_refused(
     """Also where no ratio is in both: only results that share a teacher can be compared."""
     for first in ("exp1b_two", "exp1b_five"):
         said = refused(merge, capsys, toy, sessions / first, sessions / "exp1b_other")
-        assert f"both hold {TEACHER}, trained differently: merge runs that share one teacher" in said
+        assert f"learned from different teachers ({TEACHER}): merge runs that share one" in said
 
 
 def test_a_student_trained_differently_is_refused(

@@ -80,6 +80,29 @@ def printed(outputs: list[Any]) -> str:
     return "".join(output.text for output in outputs if output.output_type == "stream")
 
 
+def test_the_results_shown_are_the_last_active_runs(
+    toy: Path, toy_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A copy has the files' times of today: what counts is when a run was last worked on. Which one is shown is said."""
+    display = pytest.importorskip("IPython.display")
+    monkeypatch.setattr(display, "display", lambda _: None)
+    for name, moment in (("exp1b_new", "2999"), ("exp1b_old", "2998"), ("exp1b_plugin", "2997")):
+        shutil.copytree(toy_run, toy / name)
+        index = exp.load_index(toy / name, {})
+        index.created, index.sessions[-1].started = "1999", moment
+        index.plugins = {"mine.py": "0"} if name == "exp1b_plugin" else {}
+        exp.save_plain(toy / name / "checkpoints" / exp.STATE_NAME, exp.to_plain(index))
+        os.utime(toy / name / exp.REPORT_NAME)
+    exp.show_results()
+    shutil.rmtree(toy / "exp1b_new")
+    exp.show_results()
+    shutil.rmtree(toy / "exp1b_old")
+    exp.show_results()
+    assert capsys.readouterr().out.split() == [
+        str(toy / f"exp1b_{name}") for name in ("new", "old", "plugin")
+    ]
+
+
 @pytest.mark.slow
 def test_the_cells_plan_continue_show_and_classify(outputs: tuple[list[list[Any]], Path, str]) -> None:
     plan, again, show, own, readme = outputs[0]

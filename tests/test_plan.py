@@ -114,9 +114,8 @@ def test_plan_says_what_there_is_to_do(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Jobs per kind, hours, sessions and disk add up, at made-up speeds; nothing is written; 80 columns suffice."""
-    monkeypatch.setattr(
-        exp, "measure_speeds", lambda *_: {name: exp.Speed(0.36, 0.001) for name in exp.ARCHITECTURES}
-    )
+    speeds = {name: 3 * exp.network_cost(name, 10, 64)[1] * 128 / 0.36 for name in exp.ARCHITECTURES}
+    monkeypatch.setattr(exp, "measure_speeds", lambda _, networks: {name: speeds[name] for name in networks})
     monkeypatch.chdir(tmp_path)
     assert exp.main(["--plan", "--mode", mode, "--device", "cpu", "--workers", "2"]) == 0
     said = capsys.readouterr().out
@@ -136,7 +135,7 @@ def test_plan_says_what_there_is_to_do(
     assert len([name for name in rows if name.startswith("pilot")]) == 3
     pages = {page for run in range(1, runs + 1) for page in exp.page_order(42, run, epochs)}
     training = settings.teacher_epochs + epochs * (3 + 3 * 1.5 + 9 * runs)
-    total = training * steps * 0.36 + len(pages) * 45_000 * 0.004
+    total = training * steps * 0.36 + len(pages) * 45_000 * 4 * 0.36 / 128 / 3
     one, here = re.search(r"total (\S+ \w+) of one device, (\S+ \w+) here", said).groups()  # type: ignore[union-attr]
     assert seconds_in(one) == pytest.approx(total, rel=0.02)
     assert seconds_in(here) == pytest.approx(total / 2, rel=0.02)
@@ -169,9 +168,7 @@ def test_equal_cost_is_planned_at_what_it_costs(command: str) -> None:
     """Not as Direct: its epochs come from the index."""
     settings = exp.new_settings({"mode": "quick", "equal_cost": True})
     epochs = exp.equal_cost_epochs(settings)
-    estimate = exp.Estimate(
-        settings, 45_000, 1, epochs, {name: exp.Speed(1.0, 0.0) for name in exp.ARCHITECTURES}
-    )
+    estimate = exp.Estimate(settings, 45_000, 1, epochs, {"teacher": 1e12})
     for ratio in exp.RATIOS:
         arm = next(name for name, method in exp.METHODS.items() if method.option == "equal_cost")
         seconds = [
@@ -180,6 +177,35 @@ def test_equal_cost_is_planned_at_what_it_costs(command: str) -> None:
         ]
         assert seconds[1] / seconds[0] == pytest.approx(epochs[ratio] / settings.student_epochs)
         assert seconds[1] > 2 * seconds[0]
+
+
+def test_the_time_left_is_known_before_the_first_epoch_and_learns_from_epochs(tmp_path: Path) -> None:
+    """One network is measured; the others count as fast per multiply-accumulate until their epochs say otherwise."""
+    experiment = open_lab(tmp_path, compression=("5x",))
+    estimate = experiment.progress.estimate
+    assert estimate.seconds_left(experiment.run.left) == 0, "nothing is known yet"
+    estimate.speeds = exp.measure_speeds(experiment)
+    assert list(estimate.speeds) == ["teacher"]
+    jobs, classes = experiment.run.left, len(experiment.images.classes)
+    work = sum(exp.job_macs(job, experiment.settings, {}) for job in jobs)
+    teachers = [exp.network_cost(name, classes, 8)[1] for name in ("teacher", "1.5x", "2.3x")]
+    work += len(exp.pages_used(jobs, experiment.settings)) * sum(teachers)
+    expected = work * len(experiment.images) / estimate.speeds["teacher"]
+    assert estimate.seconds_left(jobs) == pytest.approx(expected)
+    assert exp.Estimate(experiment.settings, len(experiment.images), 99, {}, estimate.speeds).seconds_left(
+        jobs
+    ) == pytest.approx(
+        sum(
+            estimate.job_seconds(job)
+            for job in jobs
+            if job.kind in ("teacher", "assistant", "pilot") or job.method == "HPM-KD"
+        )
+    ), "the longest chain: teacher, assistants, pilot, student"
+    with shortcuts():
+        do(experiment, student(experiment, "Direct", "5x"))
+    assert list(estimate.speeds) == ["teacher", "5x"]
+    epoch = experiment.run.records["student_5x_Direct_run1"].history[-1]
+    assert experiment.progress.epoch_seconds("5x", 3) == pytest.approx(epoch.seconds)
 
 
 # ---- Out of memory -------------------------------------------------------------------------------------------

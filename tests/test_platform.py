@@ -82,14 +82,6 @@ def test_an_older_python_is_told_what_is_needed(monkeypatch: pytest.MonkeyPatch,
     assert said == "error: run_exp1b_kaggle.py needs Python 3.11 or later, this is 3.10.4\n"
 
 
-def test_a_current_folder_that_was_removed_is_named(tmp_path: Path) -> None:
-    """Torch's libraries would end the process with a message about themselves."""
-    command = f'cd {tmp_path} && mkdir gone && cd gone && rmdir ../gone && "{sys.executable}" "{exp.__file__}" --status'
-    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == "error: the current folder does not exist any more: change to another one\n"
-
-
 def test_pasted_into_a_cell_it_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -126,9 +118,6 @@ def test_main_works_in_a_thread(toy: Path, toy_run: Path) -> None:
 
 STRANGE = {
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-    "TQDM_NCOLS": "nonsense",
-    "TQDM_MININTERVAL": "nonsense",
-    "TQDM_DISABLE": "1",
     "PYTHONIOENCODING": "ascii",
     "COLUMNS": "nonsense",
     "LC_ALL": "nonsense",
@@ -136,7 +125,7 @@ STRANGE = {
 
 
 def test_strange_variables_and_settings_change_nothing(toy_run: Path, tmp_path: Path) -> None:
-    """A notebook's plotting backend that this Python lacks, nonsense for tqdm, a matplotlibrc that is none."""
+    """A notebook's plotting backend that this Python lacks, a matplotlibrc that is none."""
     (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe nonsense : : :")
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['matplotlib_inline'] = None\n")
     environment = {**os.environ, **STRANGE, "PYTHONPATH": str(tmp_path)}
@@ -476,6 +465,72 @@ def test_what_is_printed_needs_no_letter_that_the_console_lacks(
     assert action != ["--status"] or b"\\xe9\\udcff\n" in raw.getvalue()
 
 
+# ---- The same command again ------------------------------------------------------------------------------------------
+
+
+def runs_of(folder: Path) -> list[str]:
+    """Runs that are there, each with how many sessions it has had and its ratios."""
+    found = {path.name: exp.load_index(path, {}) for path in exp.runs_in([folder])}
+    return [f"{len(i.sessions)} {' '.join(i.settings.compression)} {i.settings.lr}" for i in found.values()]
+
+
+@pytest.mark.usefixtures("untrained")
+def test_resume_auto_starts_or_continues(toy: Path, capsys: Capture) -> None:
+    """What a scheduler repeats; --resume alone stays strict. Other settings are another run; the scope grows."""
+    auto = [*TOY, "--resume", "auto"]
+    assert exp.main([*TOY, "--resume"]) == 2
+    assert [exp.main(auto), exp.main(auto)] == [0, 0]
+    assert capsys.readouterr().out.count("there is no run with these settings yet: a new one starts") == 1
+    assert runs_of(toy) == ["2 5x 0.05"]
+    assert exp.main([*auto, "--lr", "0.06"]) == 0
+    assert sorted(runs_of(toy)) == ["1 5x 0.06", "2 5x 0.05"]
+    assert exp.main([*auto, "--compression", "2.3x"]) == 0
+    assert sorted(runs_of(toy)) == ["1 5x 0.06", "3 2.3x 5x 0.05"]
+    assert exp.main([*TOY, "--resume", "auto", "--precision", "auto"]) == 0
+    assert len(runs_of(toy)) == 3, "a run whose precision was asked for is not one that leaves it open"
+
+
+@pytest.mark.usefixtures("untrained")
+def test_resume_auto_in_a_named_folder(toy: Path, capsys: Capture) -> None:
+    """That folder is used: it starts there, continues there, and is refused with the list of differences."""
+    auto = ["--resume", "auto"]
+    assert [new_toy(toy / "run", *auto) for _ in range(2)] == [0, 0]
+    assert runs_of(toy) == ["2 5x 0.05"]
+    before = tree(toy / "run/checkpoints")
+    assert new_toy(toy / "run", *auto, "--lr", "0.06") == 2
+    assert "--lr: the run has 0.05, you gave 0.06" in capsys.readouterr().out.splitlines()[-1]
+    assert tree(toy / "run/checkpoints") == before
+    (toy / "mine").mkdir()
+    (toy / "mine/thesis.txt").write_text("precious")
+    assert new_toy(toy / "mine", *auto) == 2
+    assert "holds other files (thesis.txt)" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("untrained")
+def test_resume_auto_of_an_attached_run(kaggle: Path, toy_run: Path) -> None:
+    """Save & Run All: the first version starts, the next one continues what is attached, in its own folder."""
+    shutil.copytree(toy_run, kaggle / "kaggle/input/me/v1" / toy_run.name)
+    assert exp.main([*TOY, "--resume", "auto"], root=kaggle) == 0
+    assert [path.name for path in (kaggle / "kaggle/working").iterdir()] == [toy_run.name]
+    assert exp.main(["--plan", *TOY, "--resume", "auto"], root=kaggle) == 0
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize("known", [True, False])
+def test_an_extension_is_declared_whatever_the_index_knew(toy: Path, toy_run: Path, known: bool) -> None:
+    """The results that are there have been seen, also where an older index does not name them."""
+    shutil.copytree(toy_run, toy / "run")
+    index = exp.load_index(toy / "run", {})
+    if not known:
+        index.jobs = {}
+    exp.save_plain(toy / "run/checkpoints" / exp.STATE_NAME, exp.to_plain(index))
+    assert exp.main(["--resume", "--runs", "2", "--device", "cpu", "--output-dir", str(toy / "run")]) == 0
+    assert exp.load_index(toy / "run", {}).sessions[-1].extended == "runs from 1 to 2"
+
+
+# ---- Room ------------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(("space", "counted"), [(10**9, False), (10**3, True), (0, True)])
 def test_pages_that_fall_into_the_run_folder_are_counted(
     kaggle: Path, monkeypatch: pytest.MonkeyPatch, space: int, counted: bool, capsys: Capture
@@ -490,3 +545,10 @@ def test_pages_that_fall_into_the_run_folder_are_counted(
         exp.page_places(kaggle)[0].write_text("a file where the folder should be")
     assert exp.main(TOY, root=kaggle) == (2 if counted else 0)
     assert ("this run needs about 7 MB" in capsys.readouterr().out) == counted
+
+
+def test_an_unfinished_copy_in_an_input_is_no_run(kaggle: Path, toy_run: Path, capsys: Capture) -> None:
+    """A session that was killed while it copied left `.<run>.partial` in its output."""
+    shutil.copytree(toy_run, kaggle / f"kaggle/input/me/.{toy_run.name}.partial")
+    assert exp.main(["--status"], root=kaggle) == 2
+    assert "found no run in" in capsys.readouterr().out

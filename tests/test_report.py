@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from fake_state import change, failed, fake_run, without
+from fake_state import change, failed, fake_run, many_methods, without
 
 import run_exp1b_kaggle as exp
 
@@ -22,13 +22,15 @@ def write(run, figures=False):
     return (run.path / exp.REPORT_NAME).read_text()
 
 
-def shifted(run, method, shift, control="Direct"):
-    """Set a method's accuracies to the control's plus `shift[ratio]`, with a little spread over the runs."""
+def shifted(run, method, shift, control="Direct", scale=1):
+    """Set a method's accuracies to the control's plus `shift[ratio]`, with a little spread over the runs, times `scale`."""
     spread = {"2.3x": 0.01, "5x": -0.02, "7x": 0.015}
     for name, record in list(run.records.items()):
         if (record.kind, record.method) == ("student", method):
             twin = run.records[name.replace(f"_{method}_", f"_{control}_")].test_accuracy
-            accuracy = twin + shift[record.compression] + spread[record.compression] * (record.run - 2)
+            accuracy = (
+                twin + shift[record.compression] + scale * spread[record.compression] * (record.run - 2)
+            )
             change(run, name, test_accuracy=accuracy)
     return run
 
@@ -245,6 +247,90 @@ def test_chance_level_is_called_that(tmp_path):
     assert "9 networks (see Notes)" in first_screen(write(run))[-1]
 
 
+# ---- more than three methods are ranked
+
+
+def test_many_methods_are_rows_the_best_first(tmp_path, monkeypatch):
+    methods = many_methods(monkeypatch, 8)
+    run = fake_run(tmp_path, methods=methods, ratios=("5x", "7x"))
+    evidence, report = exp.gather_evidence(run), write(run)
+    head, _, *rows = tables(first_screen(report)[3] + "\n")[0]
+    assert head == ["Ratio", "method", "accuracy", "minus Direct", "minus TraditionalKD", "minus HPM-KD"]
+    assert [row[0] for row in rows] == ["5x"] * 8 + ["7x"] * 8
+    for ratio in ("5x", "7x"):
+        means = {name: exp.values_of(evidence.frame, ratio, name).mean() for name in methods}
+        assert [row[1] for row in rows if row[0] == ratio] == sorted(means, key=means.get, reverse=True)
+    for row in rows:
+        for control, text in zip(exp.MAIN_METHODS, row[3:], strict=True):
+            if (row[1], control) in evidence.pairs:
+                c = evidence.pairs[row[1], control][row[0]]
+                assert text == f"{c.mean:+.2f} [{c.low:+.2f}, {c.high:+.2f}] {exp.short_verdict(c)}"
+            else:
+                assert text == "", "a method is compared with those before it"
+    said = "14 comparisons with Direct, 12 comparisons with TraditionalKD and 10 comparisons with HPM-KD"
+    assert f"Holm-adjusted over {said}" in first_screen(report)[4]
+    assert "All 36 comparisons" in section(report, "## Statistics")
+    assert len(tables(section(report, "## Results"))[0]) == 2 + 8
+
+
+def test_many_methods_share_holms_family(tmp_path, monkeypatch):
+    methods = many_methods(monkeypatch, 6)
+    run = fake_run(tmp_path, methods=methods, ratios=("5x", "7x"))
+    evidence = exp.gather_evidence(run)
+    assert evidence.controls == list(exp.MAIN_METHODS)
+    for control, size in zip(exp.MAIN_METHODS, (10, 8, 6), strict=True):
+        family = [c for pair, found in evidence.pairs.items() if pair[1] == control for c in found.values()]
+        assert len(family) == size
+        assert [c.holm_p for c in family] == pytest.approx(exp.holm(c.t_p for c in family))
+    write(run)
+    summary = pd.read_csv(tmp_path / "summary.csv").set_index(["method", "compression"])
+    c = evidence.pairs["Plugin-4", "Direct"]["7x"]
+    assert summary.loc[("Plugin-4", "7x"), "minus_direct_p_holm"] == pytest.approx(c.holm_p, abs=1e-6)
+
+
+def test_the_answer_says_who_beats_whom_and_whether_one_beats_all(tmp_path, monkeypatch):
+    methods = many_methods(monkeypatch, 5)
+    run = fake_run(tmp_path, methods=methods, ratios=("5x", "7x"))
+    steps = {
+        "TraditionalKD": (0.0, 0.0),
+        "HPM-KD": (3.0, 3.0),
+        "Plugin-4": (6.0, 0.0),
+        methods[-1]: (9.0, 9.0),
+    }
+    for scale, (method, (at_5x, at_7x)) in enumerate(steps.items(), start=1):
+        shifted(run, method, {"5x": at_5x, "7x": at_7x}, scale=scale)
+    assert exp.answer_sentence(exp.gather_evidence(run)) == (
+        f"HPM-KD and {methods[-1]} beat Direct at every ratio, Plugin-4 at 5x; "
+        f"HPM-KD and {methods[-1]} beat TraditionalKD at every ratio, Plugin-4 at 5x; "
+        f"{methods[-1]} beats all others at every ratio."
+    )
+    assert f"{methods[-1]} over Plugin-4 +3.00 [+" in first_screen(write(run))[4]
+    assert f"{methods[-1]} over HPM-KD +6.00 [+" in first_screen(write(run))[4]
+    shifted(run, methods[-1], {"5x": 9.0, "7x": 3.0}, scale=7)
+    assert exp.answer_sentence(exp.gather_evidence(run)).endswith(f"{methods[-1]} beats all others at 5x.")
+    shifted(run, methods[-1], {"5x": 6.0, "7x": 3.0}, scale=7)
+    assert exp.answer_sentence(exp.gather_evidence(run)).endswith("no method beats all others.")
+
+
+@pytest.mark.parametrize("gone", ["student", "student_7x", "_run1", "Direct", "5x_Plugin-4", "teacher"])
+def test_many_methods_in_every_state(tmp_path, monkeypatch, gone):
+    run = without(fake_run(tmp_path, methods=many_methods(monkeypatch, 6), ratios=("5x", "7x")), gone)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = write(run)
+    assert not re.search(r"\bnan\b|\binf\b|None(?!\.)", report) and "\n\n\n" not in report
+    for draw in exp.FIGURES.values():
+        draw(exp.gather_evidence(run))
+
+
+def test_methods_without_the_main_ones_are_compared_with_the_first(tmp_path, monkeypatch):
+    methods = many_methods(monkeypatch, 7)[3:]
+    evidence = exp.gather_evidence(fake_run(tmp_path, methods=methods, ratios=("5x",)))
+    assert evidence.controls == [methods[0]]
+    answer = exp.answer_sentence(evidence)
+    assert answer.startswith("HPM-KD is not among the methods of this run; Direct is not among")
+
+
 # ---- whatever there is
 
 
@@ -411,6 +497,21 @@ def test_pilot_table(tmp_path):
     assert report.count("<details>") == report.count("</details>") == 3
 
 
+def test_decoupled_targets_and_relations_are_said(tmp_path):
+    plain = exp.Distillation(0.7, 3.0)
+    assert exp.say_config(plain) == "alpha 0.7, T 3 (constant), from teacher"
+    assert exp.say_config(replace(plain, beta=2.0)) == "decoupled, beta 2, T 3 (constant), from teacher"
+    assert "T 3 (constant), gamma 0.5, from teacher" in exp.say_config(replace(plain, weight=0.5))
+    pilot = fake_run(tmp_path, 1).records["pilot_5x_HPM-KD_CIFAR10"]
+    head, *_ = tables(exp.candidate_table(pilot) + "\n")[0]
+    assert head[:4] == ["#", "alpha", "T0", "schedule"]
+    first, *others = pilot.candidates
+    changed = replace(first, config=replace(first.config, beta=2.0, weight=0.5))
+    table = tables(exp.candidate_table(replace(pilot, candidates=[changed, *others])) + "\n")[0]
+    assert table[0][:5] == ["#", "alpha", "beta", "gamma", "T0"]
+    assert table[2][:5] == ["1", "", "2", "0.5", "4"] and table[3][:5] == ["2", "0.7", "", "", "4"]
+
+
 def test_attention_that_does_not_help_is_said(tmp_path):
     run = fake_run(tmp_path, 2)
     attention = section(write(run), "### Attention")
@@ -517,13 +618,9 @@ def test_environment_variables_never_appear(tmp_path, monkeypatch):
 
 
 def test_table_cells_are_escaped_and_empty_columns_left_out():
-    rows = [{"a|b": "x | y\nz", "n": 1, "none": "", "unknown": "n/a"}]
-    assert exp.markdown_table(rows).splitlines() == [
-        "| a&#124;b | n |",
-        "| :-- | --: |",
-        "| x &#124; y z | 1 |",
-    ]
-    assert exp.markdown_table([]) == exp.markdown_table([{"Ratio": "5x", "x": ""}]) == ""
+    table = exp.markdown_table(["a|b", "n", "none", "unknown"], [["x | y\nz", 1, "", "n/a"]])
+    assert table.splitlines() == ["| a&#124;b | n |", "| :-- | --: |", "| x &#124; y z | 1 |"]
+    assert exp.markdown_table(["Ratio"], []) == exp.markdown_table(["Ratio", "x"], [["5x", ""]]) == ""
 
 
 def test_figures_are_embedded_by_relative_path_if_they_exist(tmp_path):

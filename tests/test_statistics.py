@@ -491,7 +491,7 @@ def test_evidence_lists_what_is_missing(tmp_path):
 def test_every_method_is_compared_with_those_before_it(tmp_path):
     evidence = exp.gather_evidence(fake_run(tmp_path, 3, ablation=True, equal_cost=True))
     assert evidence.methods == ["Direct", "TraditionalKD", "HPM-KD"]
-    assert evidence.extra_arms[0] == "Direct-equal-cost" and len(evidence.extra_arms) == 7
+    assert evidence.extra_methods[0] == "Direct-equal-cost" and len(evidence.extra_methods) == 7
     assert list(evidence.pairs) == [
         ("TraditionalKD", "Direct"),
         ("HPM-KD", "Direct"),

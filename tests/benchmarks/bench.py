@@ -59,7 +59,7 @@ def experiment(options: argparse.Namespace, raw: exp.RawData, **given: object) -
         for name in ("teacher", *exp.LADDER):
             job = exp.teacher_job(name, made.settings.dataset)
             network = made.place(exp.build_network(name, 10, options.width))
-            made.outputs._networks[job.name] = made.place(network.eval().folded())
+            made.outputs._networks[name] = exp.DescribedNetwork(made.place(network.eval().folded()), [])
             made.run.records[job.name] = exp.Record(
                 **made.run.identity(job), network=name, weights_sha256=name
             )

@@ -1,4 +1,4 @@
-"""Development of HPM-KD's default: variants of the soft targets, judged on training images that no network has seen.
+"""Development of HPM-KD's default: variants of its loss and of what teaches, judged on training images that no network has seen.
 
     python tests/benchmarks/develop.py --data-dir DIR --output-dir DIR [--compression 7x] [--runs 3] [--variants NAME ...]
 
@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -29,109 +30,108 @@ SEED, SIZE = 1000, 40_000
 Config = exp.Distillation
 
 
-class LogitMean(exp.HPMKD):
-    """The teachers' logits are averaged instead of their probabilities."""
+@exp.register("HPM-KD-of-the-teacher")
+class OfTheTeacher(exp.HPMKD):
+    """From the teacher alone, so that no assistant has to be trained."""
 
-    def soft_targets_of(self, page: int) -> torch.Tensor:
-        logits = self.experiment.outputs.page(self.config.teachers, page).float().mean(0, keepdim=True)
-        return exp.mixture(logits, exp.uniform_weights(logits), self.temperature)
+    @classmethod
+    def teachers(cls, compression: str) -> tuple[exp.Network, ...]:
+        return ("teacher",)
 
-
-class Anchored(exp.HPMKD):
-    """The student's view is the teacher's alone; the mixture of all teachers is what is averaged over the views."""
-
-    def soft_targets_of(self, page: int) -> torch.Tensor:
-        mixed = super().soft_targets_of(page)
-        logits, weights = self._stack(page)
-        anchor = exp.mixture(logits[:1], weights[:, :1], self.temperature)
-        return mixed + self.config.view_share * (anchor - exp.mixture(logits, weights, self.temperature))
+    @classmethod
+    def default(cls, compression: str) -> Config:
+        return Config()
 
 
-class HandOver(exp.HPMKD):
-    """The smallest assistant teaches first, the teacher last: the weights move along the chain with the epochs."""
+@exp.register("HPM-KD-of-two")
+class OfTwo(OfTheTeacher):
+    """From the teacher and the largest assistant."""
 
-    def start_epoch(self, epoch: int, losses: exp.Sequence[float]) -> None:
-        self._share = epoch / max(1, len(self.pages) - 1)
-        super().start_epoch(epoch, losses)
-
-    def _stack(self, page: int) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, weights = super()._stack(page)
-        place = torch.linspace(1, 0, len(logits), device=logits.device)  # teacher 1, smallest assistant 0
-        nearness = torch.softmax(-8 * (place - getattr(self, "_share", 0.0)) ** 2, 0)
-        return logits, nearness.expand(weights.shape)
+    @classmethod
+    def teachers(cls, compression: str) -> tuple[exp.Network, ...]:
+        return ("teacher", "1.5x")
 
 
-class SofterWhereTheyDisagree(exp.HPMKD):
-    """Images on which the teachers disagree get a flatter mixture."""
+@exp.register("HPM-KD-stages-3-and-4")
+class TwoStages(OfTheTeacher):
+    """Relations in the last two stages."""
 
-    def soft_targets_of(self, page: int) -> torch.Tensor:
-        soft = super().soft_targets_of(page)
-        p = torch.softmax(self.experiment.outputs.page(self.config.teachers, page).float(), 2)
-        disagreement = 1 - (p[:1] * p[1:]).sum(2).mean(0).clamp(0, 1)
-        flat = torch.full_like(soft, 1 / soft.shape[1])
-        share = 0.2 * disagreement[:, None]
-        return (1 - share) * soft + share * flat
+    stages = ("stage3", "stage4")
+
+    @staticmethod
+    def describe(features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        flat = [feature.flatten(1) for feature in features.values()]
+        return torch.cat([rows @ exp.projection(rows.shape[1], rows.device) for rows in flat], 1)
+
+    def relations(self, known: torch.Tensor) -> torch.Tensor:
+        own = [self.features[stage].flatten(1) for stage in self.stages]
+        losses = [exp.relation_loss(*pair) for pair in zip(own, known.split(exp.PROJECTED, 1), strict=True)]
+        return torch.stack(losses).sum()
 
 
-def only(*teachers: str) -> dict[str, object]:
-    """A configuration's teachers; attention where there are several."""
-    return {"teachers": teachers, "attention": len(teachers) > 1}
+@exp.register("HPM-KD-means-kept")
+class MeansKept(OfTheTeacher):
+    """The channels' means are kept as they are, and only the deviations from them projected."""
+
+    @staticmethod
+    def describe(features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        maps = features["stage4"].flatten(2)
+        means = maps.mean(2, keepdim=True)
+        deviations = (maps - means).flatten(1)
+        kept = means.flatten(1) * maps.shape[2] ** 0.5
+        return torch.cat([kept, deviations @ exp.projection(deviations.shape[1], maps.device)], 1)
 
 
-Variant = Callable[[str], tuple[type[exp.Direct], Config | None]]
+@exp.register("HPM-KD-relations-of-the-teacher")
+class RelationsOfTheTeacher(OfTwo):
+    """Soft targets of all teachers, relations of the largest alone."""
+
+    def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        if self.descriptions.dim() == 3:
+            self.descriptions = self.descriptions[0]
+        return super().loss(logits, index)
+
+
+Variant = Callable[[str], tuple[str, Config | None]]  # ratio -> registered method, configuration
+BETA, GAMMA = 2.0, 3000.0  # the best so far, for the variants that vary something else
+
+
+def hpmkd(method: str = "HPM-KD-of-the-teacher", **changes: Any) -> Variant:
+    """HPM-KD at T 4, from all that its class names and on the student's view alone, with changes."""
+    teachers = exp.METHODS[method].teachers("7x")
+    config = replace(Config(teachers=teachers, attention=len(teachers) > 1), **changes)
+    return lambda ratio: (method, config)
+
+
+def default(**changes: Any) -> Variant:
+    """HPM-KD's default configuration, with changes."""
+    return lambda ratio: ("HPM-KD", replace(exp.HPMKD.default(ratio), **changes))
+
+
 VARIANTS: dict[str, Variant] = {
-    "Direct": lambda ratio: (exp.Direct, None),
-    "TraditionalKD": lambda ratio: (exp.TraditionalKD, Config()),
-    "views": lambda ratio: (exp.HPMKD, Config(view_share=0.5)),
-    "views, convergence": lambda ratio: (exp.HPMKD, Config(schedule="convergence", view_share=0.5)),
-    "views only": lambda ratio: (exp.HPMKD, Config(view_share=0.0)),
-    "views, T loss 6": lambda ratio: (exp.HPMKD, Config(temperature=6.0, schedule="loss", view_share=0.5)),
-    "default": lambda ratio: (exp.HPMKD, exp.HPMKD.default(ratio)),
-    "default, constant T": lambda ratio: (exp.HPMKD, replace(exp.HPMKD.default(ratio), schedule="constant")),
-    "default, cosine": lambda ratio: (exp.HPMKD, replace(exp.HPMKD.default(ratio), schedule="cosine")),
-    "default, cosine from 6": lambda ratio: (
-        exp.HPMKD,
-        replace(exp.HPMKD.default(ratio), schedule="cosine", temperature=6.0),
+    "Direct": lambda ratio: ("Direct", None),
+    "TraditionalKD": lambda ratio: ("TraditionalKD", Config()),
+    "alpha .9": lambda ratio: ("TraditionalKD", Config(0.9)),
+    **{f"beta {beta}": hpmkd(beta=float(beta)) for beta in (1, 2, 4, 8)},
+    **{f"beta, gamma {gamma:,}": hpmkd(beta=BETA, weight=float(gamma)) for gamma in (1_000, 3_000, 10_000)},
+    **{f"labels, gamma {gamma:,}": hpmkd(alpha=0.0, weight=float(gamma)) for gamma in (1_000, 3_000, 10_000)},
+    "beta, stages 3 and 4": hpmkd("HPM-KD-stages-3-and-4", beta=BETA, weight=GAMMA),
+    "beta, gamma, means kept": hpmkd("HPM-KD-means-kept", beta=BETA, weight=GAMMA),
+    "beta, views": hpmkd(beta=BETA, view_share=0.5),
+    "beta, gamma, views": hpmkd(beta=BETA, weight=GAMMA, view_share=0.5),
+    "beta, with 1.5x": hpmkd("HPM-KD-of-two", beta=BETA),
+    "beta, gamma, with 1.5x": hpmkd("HPM-KD-of-two", beta=BETA, weight=GAMMA),
+    "beta, with 1.5x, relations of the teacher": hpmkd(
+        "HPM-KD-relations-of-the-teacher", beta=BETA, weight=GAMMA
     ),
-    "default, convergence": lambda ratio: (
-        exp.HPMKD,
-        replace(exp.HPMKD.default(ratio), schedule="convergence"),
-    ),
-    "default, convergence from 6": lambda ratio: (
-        exp.HPMKD,
-        replace(exp.HPMKD.default(ratio), schedule="convergence", temperature=6.0),
-    ),
-    "default, convergence, 1.5x only": lambda ratio: (
-        exp.HPMKD,
-        replace(exp.HPMKD.default(ratio), schedule="convergence", **only("teacher", "1.5x")),
-    ),
-    "anchored": lambda ratio: (
-        Anchored,
-        replace(exp.HPMKD.default(ratio), schedule="convergence", **only("teacher", "1.5x")),
-    ),
-    "anchored, from 6": lambda ratio: (
-        Anchored,
-        replace(exp.HPMKD.default(ratio), schedule="convergence", temperature=6.0, **only("teacher", "1.5x")),
-    ),
-    "anchored, constant T": lambda ratio: (
-        Anchored,
-        replace(exp.HPMKD.default(ratio), schedule="constant", **only("teacher", "1.5x")),
-    ),
-    "anchored, chain": lambda ratio: (
-        Anchored,
-        replace(exp.HPMKD.default(ratio), schedule="convergence", **only(*exp.HPMKD.teachers(ratio))),
-    ),
-    "default, alpha .7": lambda ratio: (exp.HPMKD, replace(exp.HPMKD.default(ratio), alpha=0.7)),
-    "default, alpha .9": lambda ratio: (exp.HPMKD, replace(exp.HPMKD.default(ratio), alpha=0.9)),
-    "default, uniform": lambda ratio: (exp.HPMKD, replace(exp.HPMKD.default(ratio), attention=False)),
-    "default, 1.5x only": lambda ratio: (
-        exp.HPMKD,
-        replace(exp.HPMKD.default(ratio), **only("teacher", "1.5x")),
-    ),
-    "default, same view": lambda ratio: (exp.HPMKD, replace(exp.HPMKD.default(ratio), view_share=1.0)),
-    "logit mean": lambda ratio: (LogitMean, replace(exp.HPMKD.default(ratio), view_share=1.0)),
-    "hand over": lambda ratio: (HandOver, replace(exp.HPMKD.default(ratio), attention=False)),
-    "softer on disagreement": lambda ratio: (SofterWhereTheyDisagree, exp.HPMKD.default(ratio)),
+    **{
+        f"beta, T {schedule}": hpmkd(beta=BETA, schedule=schedule)
+        for schedule in ("cosine", "loss", "convergence")
+    },
+    "beta, T cosine from 6": hpmkd(beta=BETA, schedule="cosine", temperature=6.0),
+    "default": default(),
+    "default, constant T": default(schedule="constant"),
+    "default, same view": default(view_share=1.0),
 }
 
 
@@ -140,7 +140,7 @@ def open_development(options: argparse.Namespace) -> tuple[exp.Experiment, exp.S
     given = {
         "dataset": "CIFAR10", "width": options.width, "train_size": SIZE, "seed": SEED, "threads": options.threads,
         "teacher_epochs": options.teacher_epochs, "student_epochs": options.student_epochs, "runs": options.runs,
-        "compression": (options.compression,), "precision": "fp32", "device": "cpu", "output_dir": options.output_dir,
+        "compression": (options.compression,), "precision": "auto", "device": "cpu", "output_dir": options.output_dir,
     }  # fmt: skip
     settings = exp.new_settings(given)
     full = exp.load_data("CIFAR10", [options.data_dir], None, None, SEED, lambda: None)
@@ -151,12 +151,17 @@ def open_development(options: argparse.Namespace) -> tuple[exp.Experiment, exp.S
 
     exp.make_run_folder(options.output_dir)
     exp.start_logging(options.output_dir / "experiment.log")
-    index = exp.new_index(settings, "fp32", exp.describe_data(data, SEED), {})
-    run = exp.Run(options.output_dir, index)
     device = exp.Device("cpu", 0, f"CPU: {exp.processor_name()}")
+    precision = exp.choose_precision("auto", device)
+    run = exp.Run(options.output_dir, exp.new_index(settings, precision, exp.describe_data(data, SEED), {}))
+    for variant in options.variants:
+        method, _ = VARIANTS[variant](options.compression)
+        run.jobs.append(
+            exp.Job("student", "CIFAR10", options.compression, method, 1)
+        )  # pages know what it sees
     progress = exp.make_progress(run, [device], False)
     experiment = exp.make_experiment(run, device, [device], data, exp.Session(), progress)
-    experiment.outputs.places = [options.output_dir / "pages"]
+    experiment.outputs.store.places = [options.output_dir / "pages"]
     judge = exp.Split(
         torch.from_numpy(full.train_pixels[unseen]), torch.from_numpy(full.train_labels[unseen])
     )
@@ -177,16 +182,13 @@ def measure(
 ) -> dict[str, object]:
     """Train one student; returns its line of the results."""
     method, config = VARIANTS[variant](ratio)
-    known = next(
-        name for name in (exp.SUBJECT, exp.RIVAL, exp.BASELINE) if issubclass(method, exp.METHODS[name])
-    )
-    job = exp.Job("student", "CIFAR10", ratio, known, run)
+    job = exp.Job("student", "CIFAR10", ratio, method, run)
     prepare(experiment, job)
     epochs = experiment.settings.student_epochs
     pages = exp.page_order(SEED, run, epochs)
     steps = epochs * (len(experiment.images) // experiment.settings.batch_size)
     name = f"develop_{ratio}_{''.join(c if c.isalnum() else '_' for c in variant)}_run{run}"
-    training = exp.Training(experiment, job, name, steps, method(experiment, config, pages))
+    training = exp.Training(experiment, job, name, steps, exp.make_method(experiment, job, config, pages))
     network = training.run()
     accuracy = exp.percent_correct(experiment.predict(network, judge).argmax(1), judge.labels)
     training.forget()

@@ -56,6 +56,7 @@ def operations_per_step(made: exp.Experiment, network: str) -> int:
     """Operations of a distillation step, the second one: the first prepares."""
     training = make_training(made, network, "TraditionalKD", 1)
     training.model.train()
+    training.method.page = training.method.pages[0]
     training.method.start_epoch(0, [])
     index = torch.arange(4, device=made.device.torch)
     training._step(index, 0)
@@ -179,7 +180,7 @@ def main() -> None:
             say(f"{network}_training_share_of_the_matrix_product_rate", 3 * macs * training / rate)
             say(f"{network}_inference_images_per_second", inference)
         logits = torch.zeros(len(made.images), 10, dtype=torch.float16)
-        exp.TeacherOutputs._compute = lambda *_: logits  # type: ignore[method-assign]
+        exp.TeacherOutputs._compute = lambda *_: {"logits": logits}  # type: ignore[method-assign]
         if made.device.kind == "cpu":
             for network in exp.ARCHITECTURES:
                 say(f"{network}_operations_per_step", str(operations_per_step(made, network)))

@@ -1,0 +1,158 @@
+"""The notebook that carries the script: what it holds, and that it runs on Kaggle, starts there and continues."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import make_notebook
+import nbclient
+import nbformat
+import pytest
+from conftest import ROOT
+from make_notebook import (
+    FOLDER,
+    NOTEBOOK,
+    QUICK_START,
+    SCRIPT,
+    build_files,
+    build_notebook,
+    quick_start_cells,
+)
+from test_docs import KERNEL_KEYS
+
+SCRIPT_TEXT, QUICK_START_TEXT = ((ROOT / name).read_text(encoding="utf-8") for name in (SCRIPT, QUICK_START))
+# Added to the notebook's commands: smoke in seconds.
+SMALL = (
+    "--width 8 --train-size 200 --batch-size 60 --teacher-epochs 1 --student-epochs 1 --runs 1 --compression 7x"
+    " --methods Direct TraditionalKD --threads 1 --device cpu --max-hours 1"
+)
+
+
+def sources(text: str, kind: str = "code") -> list[str]:
+    return [cell.source for cell in nbformat.reads(text, as_version=4).cells if cell.cell_type == kind]
+
+
+def test_the_notebook_is_the_script_and_the_quick_start() -> None:
+    text = build_notebook(SCRIPT_TEXT, QUICK_START_TEXT)
+    notebook = nbformat.reads(text, as_version=4)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert notebook.metadata.kernelspec.name == "python3" and len(text.encode()) <= 10**6
+    assert all(
+        not cell.outputs and cell.execution_count is None for cell in notebook.cells if "outputs" in cell
+    )
+
+    first, *others = sources(text)
+    assert first == f"%%writefile run_exp1b_kaggle.py\n{SCRIPT_TEXT}"
+    assert others[0].count('MODE = "quick"') == 1 and "rglob" not in others[0]
+    assert others[1:] == [code for _, code in quick_start_cells(QUICK_START_TEXT)][1:]
+    assert len(others) == QUICK_START_TEXT.partition("# Português")[0].count("```python")
+    assert len(sources(text, "markdown")) == len(others) + 1
+
+
+def test_it_is_the_same_every_time_and_another_for_another_script() -> None:
+    text = build_notebook(SCRIPT_TEXT, QUICK_START_TEXT)
+    assert build_notebook(SCRIPT_TEXT, QUICK_START_TEXT) == text
+    names = [cell.id for cell in nbformat.reads(text, as_version=4).cells]
+    other = [
+        cell.id for cell in nbformat.reads(build_notebook("pass\n", QUICK_START_TEXT), as_version=4).cells
+    ]
+    assert len(set(names)) == len(names)
+    assert [a == b for a, b in zip(names, other, strict=True)].count(False) == 1, "one cell is another"
+
+
+@pytest.mark.parametrize(
+    ("script", "quick_start", "said"),
+    [("x" * 10**6, QUICK_START_TEXT, "at most"), ("pass", "no cells", "no cells that find the script")],
+)
+def test_what_cannot_be_made_is_one_line(script: str, quick_start: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        build_notebook(script, quick_start)
+
+
+def test_the_files_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(make_notebook, "FOLDER", tmp_path / "made")
+    assert make_notebook.main() == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    for name, text in build_files().items():
+        assert (tmp_path / "made" / name).read_text(encoding="utf-8") == text
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(make_notebook, "FOLDER", tmp_path / "file/made")
+    assert make_notebook.main() == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_metadata_are_what_the_client_takes() -> None:
+    metadata = json.loads(build_files()["kernel-metadata.json"])
+    assert set(metadata) == KERNEL_KEYS
+    assert metadata["id"] == f"USERNAME/{metadata['title']}" and metadata["kernel_type"] == "notebook"
+    assert metadata["enable_gpu"] and metadata["enable_internet"] and metadata["is_private"]
+
+
+@pytest.mark.parametrize("name", [NOTEBOOK, "kernel-metadata.json"])
+def test_the_files_in_the_repository_are_up_to_date(name: str) -> None:
+    path = FOLDER / name
+    if not path.exists():
+        pytest.skip(f"{name} has not been made: run tests/make_notebook.py")
+    assert path.read_text(encoding="utf-8") == build_files()[name], "run tests/make_notebook.py again"
+
+
+# ---- On Kaggle -----------------------------------------------------------------------------------------------------------
+
+
+def run_all(root: Path) -> list[Any]:
+    """Save & Run All: the notebook's code cells in a kernel of their own, where `root` stands for /. Returns their outputs."""
+    notebook = nbformat.reads(build_notebook(SCRIPT_TEXT, QUICK_START_TEXT), as_version=4)
+    changes = {
+        'root: Path = Path("/")': f'root: Path = Path("{root}")',
+        '"/kaggle': f'"{root}/kaggle',
+        'MODE = "quick"': 'MODE = "smoke"',
+        "--mode {MODE}": f"--mode {{MODE}} {SMALL}",
+    }
+    for old, new in changes.items():
+        assert any(old in cell.source for cell in notebook.cells), old
+        for cell in notebook.cells:
+            cell.source = cell.source.replace(old, new)
+    place = {"metadata": {"path": str(root / "kaggle/working")}}
+    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place)
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    environment = {**os.environ, "IPYTHONDIR": str(root), "PATH": path, "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
+    client.execute(env=environment)
+    return [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def printed(outputs: list[Any]) -> str:
+    return "".join(output.text for output in outputs if output.output_type == "stream")
+
+
+@pytest.mark.slow
+def test_it_starts_a_run_and_continues_it_from_the_attached_output(tmp_path: Path) -> None:
+    """Two versions; the second has the first one's output as an input, in a working folder that is empty again."""
+    working, inputs = tmp_path / "kaggle/working", tmp_path / "kaggle/input"
+    working.mkdir(parents=True)
+    inputs.mkdir()
+    _, plan, run, show, own = run_all(tmp_path)
+    assert "total" in printed(plan)
+    assert printed(run).startswith("starting a new run\n") and "finished: 3 of 3 jobs done" in printed(run)
+    assert len([output for output in show if output.output_type == "display_data"]) >= 3
+    assert printed(own) == ""
+    [folder] = working.glob("exp1b_smoke_*")
+    results = (folder / "results.csv").read_text()
+    (folder / "checkpoints/student_7x_TraditionalKD_run1.pt").unlink()  # that is left to do
+
+    shutil.move(working, inputs / "notebooks/me/exp1b")
+    (inputs / "notebooks/me/exp1b" / SCRIPT).write_text("raise SystemExit('the old script')\n")
+    working.mkdir()
+    _, _, run, show, _ = run_all(tmp_path)
+    assert printed(run).startswith("continuing an earlier run\n")
+    assert "finished: 3 of 3 jobs done" in printed(run)
+    assert [path.name for path in working.glob("exp1b_smoke_*")] == [folder.name]
+    assert len((working / folder.name / "results.csv").read_text().splitlines()) == len(results.splitlines())
+    assert len([output for output in show if output.output_type == "display_data"]) >= 3
