@@ -5019,7 +5019,7 @@ class Worker:
         saved = fingerprint(
             sorted((path.name, path.stat().st_mtime_ns) for path in self.run.progress_files(job))
         )
-        with contextlib.suppress(FileNotFoundError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
             before, saved_before = path.read_text().split()
             count = int(before) if saved == saved_before else 0
         if count >= self.MOST_ATTEMPTS:
