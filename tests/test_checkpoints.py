@@ -629,11 +629,11 @@ def test_the_failure_of_another_job_or_run_is_not_taken(
 # ---- Logits --------------------------------------------------------------------------------------------------
 
 
-def test_logits_are_kept_in_half_precision_and_only_where_the_report_is_written(toy_run: Path) -> None:
+def test_logits_are_kept_in_half_precision_and_only_where_the_report_is_written(copied: Path) -> None:
     """600 MB per process they would be, for all arms on CIFAR-100."""
-    index = exp.load_index(toy_run, {})
+    index = exp.load_index(copied, {})
     for labels, count in ((None, 0), (np.zeros(0), len(JOBS) - 1)):  # a pilot has none
-        run = exp.Run(toy_run, index, labels)
+        run = exp.Run(copied, index, labels)
         run.refresh(touch=False)
         assert len(run.records) == len(JOBS)
         assert [values.dtype for values in run.logits.values()] == [np.float16] * count
