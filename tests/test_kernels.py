@@ -65,8 +65,9 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> exp.Experimen
 
     monkeypatch.setattr(exp.TeacherOutputs, "page", page)
     opened = open_lab(tmp_path / "run", batch_size=4)
-    job = teacher(opened)
-    opened.run.records[job.name] = exp.Record(**opened.run.identity(job), weights_sha256="untrained")
+    for network in ("teacher", *exp.LADDER):
+        job = exp.teacher_job(network, "SYNTHETIC")
+        opened.run.records[job.name] = exp.Record(**opened.run.identity(job), weights_sha256="untrained")
     return opened
 
 
@@ -76,6 +77,11 @@ def trained(experiment: exp.Experiment, network: str, name: str) -> exp.Training
     method = job.arm(experiment, job.arm.configure(network, None), [0])
     training = exp.Training(experiment, job, job.name, 3, method)
     method.page = 0
+    if method.stages:
+        channels = exp.ARCHITECTURES["teacher"].outputs(experiment.settings.width)
+        height = dict(zip(exp.STAGES, (32, 16, 8, 4), strict=True))
+        maps = {s: torch.ones(1, channels[s], height[s], height[s]) for s in method.stages}
+        method.descriptions = method.describe(maps).half().expand(len(experiment.images), -1)
     method.start_epoch(0, [])
     training.trained.train()
     training._step(torch.arange(4), 0)
@@ -105,6 +111,21 @@ def test_an_epoch_never_waits_between_its_steps(experiment: exp.Experiment, prec
         training._train_epoch(0)
     assert epoch.waits == {}
     assert epoch.count <= 4 * step.count, "three steps"
+
+
+@pytest.mark.parametrize("name", ["DIST", "LSKD", "TAKD", "AT", "SP", "RKD", "Hint"])
+def test_a_step_of_a_published_method_never_waits(experiment: exp.Experiment, name: str) -> None:
+    """All but DKD, whose one-hot labels are checked on a CPU, though not on a GPU."""
+    known = dict(exp.METHODS)
+    try:
+        exp.load_plugins([ROOT / "tests/published_methods.py"])
+        training = trained(experiment, "7x", name)
+    finally:
+        exp.METHODS.clear()
+        exp.METHODS.update(known)
+    with Counted() as counted:
+        training._step(torch.arange(4), 0)
+    assert counted.waits == {}
 
 
 def test_waiting_is_noticed(experiment: exp.Experiment, monkeypatch: pytest.MonkeyPatch) -> None:

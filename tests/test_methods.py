@@ -338,7 +338,7 @@ def test_state_that_a_resume_would_lose_is_told(taught: Path, tmp_path: Path) ->
     """What `loss` changes and the next epoch finds again; not what every epoch makes anew."""
 
     @exp.register("Stateful")
-    class Stateful(exp.Method):
+    class Stateful(Maps):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             self.average, self.array, self.steps, self.seen = torch.zeros(10), exp.np.zeros(3), 0, []

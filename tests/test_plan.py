@@ -133,9 +133,9 @@ def test_plan_says_what_there_is_to_do(
             assert together == pytest.approx(runs * each, rel=0.05)
     assert len([name for name in rows if name.startswith("assistant")]) == 3
     assert len([name for name in rows if name.startswith("pilot")]) == 3
-    pages = {page for run in range(1, runs + 1) for page in exp.page_order(42, run, epochs)}
+    pages = exp.pages_used(exp.planned_jobs(settings), settings)
     training = settings.teacher_epochs + epochs * (3 + 3 * 1.5 + 9 * runs)
-    total = training * steps * 0.36 + len(pages) * 45_000 * 4 * 0.36 / 128 / 3
+    total = training * steps * 0.36 + len(pages) * 45_000 * 0.36 / 128 / 3
     one, here = re.search(r"total (\S+ \w+) of one device, (\S+ \w+) here", said).groups()  # type: ignore[union-attr]
     assert seconds_in(one) == pytest.approx(total, rel=0.02)
     assert seconds_in(here) == pytest.approx(total / 2, rel=0.02)
@@ -188,8 +188,8 @@ def test_the_time_left_is_known_before_the_first_epoch_and_learns_from_epochs(tm
     assert list(estimate.speeds) == ["teacher"]
     jobs, classes = experiment.run.left, len(experiment.images.classes)
     work = sum(exp.job_macs(job, experiment.settings, {}) for job in jobs)
-    teachers = [exp.network_cost(name, classes, 8)[1] for name in ("teacher", "1.5x", "2.3x")]
-    work += len(exp.pages_used(jobs, experiment.settings)) * sum(teachers)
+    pages = exp.pages_used(jobs, experiment.settings)
+    work += sum(exp.network_cost(name, classes, 8)[1] for name, _ in pages)
     expected = work * len(experiment.images) / estimate.speeds["teacher"]
     assert estimate.seconds_left(jobs) == pytest.approx(expected)
     assert exp.Estimate(experiment.settings, len(experiment.images), 99, {}, estimate.speeds).seconds_left(
@@ -318,3 +318,18 @@ def test_micro_batches_are_told_to_the_reader_of_the_report(
     report = (tmp_path / "run/experiment_report.md").read_text()
     assert "micro-batches of 15" in report
     assert "out of memory even with 4 images" in report
+
+
+def test_the_pages_of_a_plan_are_those_that_are_computed(tmp_path: Path) -> None:
+    """Of HPM-KD: the teacher's and the largest assistant's for every run, the others' for what learns from them."""
+    settings = exp.new_settings({"methods": ("HPM-KD",), "compression": ("7x",), "runs": 2})
+    used = exp.pages_used(exp.planned_jobs(settings), settings)
+    orders = [set(exp.page_order(settings.seed, run, settings.student_epochs)) for run in (1, 2)]
+    pages = {name: {page for network, page in used if network == name} for name in exp.ARCHITECTURES}
+    assert pages["teacher"] == pages["1.5x"] == orders[0] | orders[1]
+    assert pages["2.3x"] == orders[0], "the assistant 5x learns from it, on the views of run 1"
+    assert pages["5x"] == {exp.page_order(settings.seed, 1, 1)[0]}, (
+        "only a candidate of the pilot, for a part of an epoch"
+    )
+    images, numbers = exp.DATASETS["CIFAR10"][1], 10 + exp.PROJECTED
+    assert exp.page_bytes(settings) == len(used) * images * numbers * 2

@@ -542,7 +542,7 @@ def test_pages_that_fall_into_the_run_folder_are_counted(
     monkeypatch.setattr(exp, "work", lambda *_, **__: "session clock")
     monkeypatch.setattr(exp.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(space, 0, space))
     if space == 0:
-        exp.page_places(kaggle)[0].write_text("a file where the folder should be")
+        exp.PageStore(kaggle).places[0].write_text("a file where the folder should be")
     assert exp.main(TOY, root=kaggle) == (2 if counted else 0)
     assert ("this run needs about 7 MB" in capsys.readouterr().out) == counted
 

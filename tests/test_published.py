@@ -95,7 +95,7 @@ def prepared(method: Any, **config: Any) -> Any:
         made.module = made.modules({"stage4": 5}, {"stage4": 6})
     if made.stages and made.module is not None:
         weight, bias = (torch.tensor(values, dtype=torch.float32) for values in REGRESSOR)
-        made.module.load_state_dict({"weight": weight, "bias": bias})
+        made.module[0].load_state_dict({"weight": weight, "bias": bias})
     made.page = 3
     made.start_epoch(0, [])
     return made
@@ -198,10 +198,11 @@ def rkd(z: np.ndarray, features: dict[str, np.ndarray]) -> float:
 
 
 def hint(z: np.ndarray, features: dict[str, np.ndarray]) -> float:
-    """CE + 100 MSE of the regressor's prediction of the teacher's pooled features, these over their sd."""
+    """CE + 100 MSE: ReLU of the batch-normalised linear prediction, and the teacher's pooled features over their sd."""
     weight, bias = REGRESSOR
     target = TEACHER_FEATURES["stage4"].mean((2, 3))
-    predicted = [weight @ f.mean((1, 2)) + bias for f in features["stage4"]]
+    linear = np.array([weight @ f.mean((1, 2)) + bias for f in features["stage4"]])
+    predicted = np.maximum((linear - linear.mean(0)) / np.sqrt(linear.var(0) + 1e-5), 0)
     return cross_entropy(z) + 100 * float(np.mean((predicted - target[INDEX] / target.std(ddof=1)) ** 2))
 
 

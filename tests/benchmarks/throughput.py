@@ -196,7 +196,7 @@ def main() -> None:
         for mode in ("quick", "full"):
             settings = exp.new_settings({"mode": mode})
             pages = exp.pages_used(exp.planned_jobs(settings), settings)
-            say(f"{mode}_page_cache_bytes", str(len(pages) * page * (1 + len(exp.LADDER))))
+            say(f"{mode}_page_cache_bytes", str(len(pages) * page))
     say("peak_memory_gigabytes", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
     if made.device.kind == "cuda":
         say("peak_gpu_memory_gigabytes", torch.cuda.max_memory_allocated() / 1e9)

@@ -160,7 +160,8 @@ def main() -> None:
     say("distillation_over_Direct", totals["distillation"] / totals["Direct"])
     say("speedup_Direct", totals["reference_Direct"] / totals["Direct"])
     say("speedup_distillation_warm", totals["reference_distillation"] / totals["distillation"])
-    schedule = epochs * totals["distillation"] + len(pages) * fill
+    distinct = sum(name == "teacher" for name, _ in pages)
+    schedule = epochs * totals["distillation"] + distinct * fill
     say("speedup_distillation_quick_schedule", epochs * totals["reference_distillation"] / schedule)
 
 
