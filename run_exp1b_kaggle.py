@@ -4226,8 +4226,7 @@ def patiently(action: Callable[[], T], path: Path, lasting: Sequence[int | None]
     it. Raises `UsageError` if it lasts, and an OSError whose number is among the `lasting` at once.
     """
     reason = ""
-    for pause in (0.0, *READ_PAUSES):
-        time.sleep(pause)
+    for pause in (*READ_PAUSES, 0.0):
         try:
             return action()
         except OSError as error:
@@ -4235,6 +4234,7 @@ def patiently(action: Callable[[], T], path: Path, lasting: Sequence[int | None]
                 raise
             reason = error.strerror or first_line(error)
             warn_once(f"{path} cannot be opened now ({reason}): trying again")
+            time.sleep(pause)
     raise UsageError(
         f"cannot open {path} ({reason}): nothing is lost; mend that, then continue with --resume"
     )
