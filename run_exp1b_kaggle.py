@@ -229,77 +229,51 @@ def setting(role: str, default: Any, help: str, type: Any = None, span: Any = No
     return field(default=default, metadata={"help": help, "role": role, "span": span, "options": options})
 
 
+fixed, growing, passing = (partial(setting, role) for role in ("experiment", "scope", "session"))
+
+
 @dataclass(frozen=True)
 class Settings:
     """All settings of a run. The defaults are `--mode quick`'s; PRESETS has what other modes change."""
 
-    mode: str = setting("experiment", "quick", "preset of the values below", choices=MODES)
-    dataset: str = setting(
-        "experiment", "CIFAR10", "SYNTHETIC is generated and needs no download", choices=tuple(DATASETS)
-    )
-    teacher_epochs: int = setting("experiment", 50, "epochs of the ResNet-50 teacher", int, (1, 10_000))
-    student_epochs: int = setting("experiment", 20, "epochs of every student", int, (1, 10_000))
-    batch_size: int = setting("experiment", 128, "images per step", int, (2, 100_000))
-    lr: float = setting("experiment", 0.1, "peak learning rate", float, (1e-9, 100))
-    width: int = setting(
-        "experiment", FULL_WIDTH, "channels of the first stage; 16: a quarter as wide as 64", int, (8, 256)
-    )
-    train_size: int | None = setting(
-        "experiment", None, "use only this many training images, held-out ones included", int
-    )
-    seed: int = setting(
-        "experiment", 42, "run i uses seed + i for weights, batch order and views", int, (0, 2**31 - 1)
-    )
-    precision: str = setting(
-        "experiment", "auto", "auto: by the device's capability", choices=("auto", *PRECISIONS)
-    )
-    deterministic: bool = setting("experiment", False, "bit-equal results on a GPU, at a cost in speed")
+    mode: str = fixed("quick", "preset of the values below", choices=MODES)
+    dataset: str = fixed("CIFAR10", "SYNTHETIC is generated: no download", choices=tuple(DATASETS))
+    teacher_epochs: int = fixed(50, "epochs of the ResNet-50 teacher", int, (1, 10_000))
+    student_epochs: int = fixed(20, "epochs of every student", int, (1, 10_000))
+    batch_size: int = fixed(128, "images per step", int, (2, 100_000))
+    lr: float = fixed(0.1, "peak learning rate", float, (1e-9, 100))
+    width: int = fixed(FULL_WIDTH, "channels of the first stage; 16: a quarter as wide as 64", int, (8, 256))
+    train_size: int | None = fixed(None, "use only this many training images, held-out ones included", int)
+    seed: int = fixed(42, "run i uses seed + i for weights, batch order and views", int, (0, 2**31 - 1))
+    precision: str = fixed("auto", "auto: by the device's capability", choices=("auto", *PRECISIONS))
+    deterministic: bool = fixed(False, "bit-equal results on a GPU, at a cost in speed")
 
-    compression: tuple[str, ...] = setting(
-        "scope", tuple(RATIOS), f"{', '.join(RATIOS)} or all", nargs="+", metavar="RATIO"
+    compression: tuple[str, ...] = growing(
+        tuple(RATIOS), f"{', '.join(RATIOS)} or all", nargs="+", metavar="RATIO"
     )
-    methods: tuple[str, ...] = setting(
-        "scope",
-        MAIN_METHODS,
-        f"{', '.join(MAIN_METHODS)}, or one that a --plugin registers",
-        nargs="+",
-        metavar="METHOD",
+    methods: tuple[str, ...] = growing(
+        MAIN_METHODS, f"{', '.join(MAIN_METHODS)}, or of a --plugin", nargs="+", metavar="METHOD"
     )
-    runs: int = setting("scope", 3, "paired runs per ratio and method", int, (1, 1_000))
-    ablation: bool = setting("scope", False, "also HPM-KD without each of its components, and TunedKD")
-    equal_cost: bool = setting("scope", False, "also Direct for as long as HPM-KD took, overheads included")
+    runs: int = growing(3, "paired runs per ratio and method", int, (1, 1_000))
+    ablation: bool = growing(False, "also HPM-KD without each of its components, and TunedKD")
+    equal_cost: bool = growing(False, "also Direct for as long as HPM-KD took, overheads included")
 
-    device: str = setting(
-        "session", "auto", "auto: every GPU, or else the CPU", choices=("auto", "cuda", "cpu")
+    device: str = passing("auto", "auto: every GPU, or else the CPU", choices=("auto", "cuda", "cpu"))
+    workers: int | None = passing(None, "processes that share the jobs (default: one per GPU)", int, (1, 256))
+    threads: int | None = passing(
+        None, "CPU threads per process (default: the cores, shared)", int, (1, 1_024)
     )
-    workers: int | None = setting(
-        "session", None, "processes that share the jobs (default: one per GPU)", int, (1, 256)
+    max_hours: float | None = passing(
+        None, f"hours from now after which to stop (on Kaggle {KAGGLE_SESSION_HOURS})", float, (1e-6, 1e6)
     )
-    threads: int | None = setting(
-        "session", None, "CPU threads per process (default: the cores, shared)", int, (1, 1_024)
+    data_dir: Path | None = passing(
+        None, "folder with the data set; nothing else is searched", Path, metavar="DIR"
     )
-    max_hours: float | None = setting(
-        "session",
-        None,
-        f"length of this session, to stop in time (on Kaggle {KAGGLE_SESSION_HOURS})",
-        float,
-        (1e-6, 1e6),
+    output_dir: Path | None = passing(None, "the run folder itself (default: a new one)", Path, metavar="DIR")
+    plugin: tuple[Path, ...] = passing(
+        (), "Python file that registers methods; may be repeated", Path, action="append", metavar="FILE"
     )
-    data_dir: Path | None = setting(
-        "session", None, "folder with the data set; nothing else is searched", Path, metavar="DIR"
-    )
-    output_dir: Path | None = setting(
-        "session", None, "the run folder itself (default: a new one)", Path, metavar="DIR"
-    )
-    plugin: tuple[Path, ...] = setting(
-        "session",
-        (),
-        "Python file that registers a method of your own; may be given several times",
-        Path,
-        action="append",
-        metavar="FILE",
-    )
-    fresh_teacher: bool = setting("session", False, "train even where an identical finished teacher is found")
+    fresh_teacher: bool = passing(False, "train even where an identical finished teacher is found")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -337,35 +311,6 @@ def new_settings(given: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def extended_settings(stored: Settings, given: Mapping[str, Any]) -> Settings:
-    """Settings of a continued run: the stored ones, with `given` added to the scope and for this session.
-
-    Raises `UsageError` with the list of differences where a given setting contradicts the run.
-    """
-    differing = []
-    for name in setting_names("experiment"):
-        unchanged = name not in given or given[name] == getattr(stored, name)
-        if not unchanged and (name, given[name]) != ("precision", "auto"):
-            differing.append(f"{flag(name)}: the run has {getattr(stored, name)}, you gave {given[name]}")
-    if differing:
-        raise UsageError(
-            f"a run cannot change its settings ({'; '.join(differing)}): leave them out, or start a new run"
-        )
-    ratios = {*stored.compression, *given.get("compression", ())}
-    session = {name: given[name] for name in setting_names("session") if name in given}
-    settings = replace(
-        stored,
-        **session,
-        compression=tuple(ratio for ratio in RATIOS if ratio in ratios),
-        methods=tuple(in_order({*stored.methods, *given.get("methods", ())})),
-        runs=max(stored.runs, given.get("runs", 0)),
-        ablation=stored.ablation or given.get("ablation", False),
-        equal_cost=stored.equal_cost or given.get("equal_cost", False),
-    )
-    validate(settings)
-    return settings
-
-
 def validate(settings: Settings) -> None:
     """Raise `UsageError` for a value outside its range, or for settings that contradict each other."""
     for declared in dataclasses.fields(Settings):
@@ -388,21 +333,6 @@ def validate(settings: Settings) -> None:
             )
 
 
-def choose_from(option: str, values: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    """`values` (also joined by commas, or "all") as a part of `known`, in its order. Raises `UsageError`."""
-    wanted = [name for value in values for name in value.split(",") if name]
-    if wanted == ["all"]:
-        return tuple(known)
-    unknown = [name for name in wanted if name not in known]
-    if "all" in unknown:
-        raise UsageError(f"{option}: give either all or a list, not both")
-    if unknown or not wanted:
-        raise UsageError(
-            f"{option} knows {', '.join(known)} and all, not {', '.join(unknown) or 'an empty list'}"
-        )
-    return tuple(name for name in known if name in wanted)
-
-
 # -- data as tensors, split, views and pages ----------------------------------------------------------------
 MIN_PER_CLASS = 20  # training images: then each held-out part has one
 SYNTHETIC_MOST = 100_000  # training images
@@ -410,27 +340,6 @@ PAD = 4
 SHIFTS = 2 * PAD + 1
 VIEWS = SHIFTS * SHIFTS * 2  # every crop and flip of an image: 162
 CHUNK = 250  # images per inference batch; fixed, because another batch size may round differently
-
-
-@dataclass(frozen=True, eq=False)
-class RawData:
-    """A data set in memory. Pixels are uint8 [N, 32, 32, 3] (RGB), labels int64 [N]."""
-
-    name: str  # CIFAR10, CIFAR100 or SYNTHETIC
-    classes: tuple[str, ...]  # class names; a label is an index into them
-    train_pixels: np.ndarray
-    train_labels: np.ndarray
-    test_pixels: np.ndarray
-    test_labels: np.ndarray
-    source: str  # where it came from, for the log and the report
-
-    @cached_property
-    def sha256(self) -> str:
-        """SHA-256 (hex) of pixels and labels, for fingerprints."""
-        hasher = hashlib.sha256()
-        for array in (self.train_pixels, self.train_labels, self.test_pixels, self.test_labels):
-            hasher.update(np.ascontiguousarray(array).data)
-        return hasher.hexdigest()
 
 
 def check_train_size(size: int, most: int, classes: int) -> None:
@@ -790,7 +699,7 @@ def uniform_weights(logits: torch.Tensor) -> torch.Tensor:
     return torch.full((images, teachers), 1 / teachers, device=logits.device)
 
 
-# -- records: what is kept of a job; fields that are added later need a default -----------------------------
+# -- methods: one class says everything about a method ------------------------------------------------------
 Schedule = Literal["constant", "cosine", "loss", "convergence"]
 Network = Literal["teacher", "1.5x", "2.3x", "5x", "7x"]
 
@@ -809,95 +718,6 @@ class Distillation:
     weight: float = 0.0  # of the description's loss (HPM-KD: of the relations between images); 0: none
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """One line of a training's history."""
-
-    loss: float
-    val_accuracy: float  # percent, on `select`
-    lr: float
-    seconds: float
-    temperature: float | None = None
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What a pilot learned about one configuration."""
-
-    config: Distillation
-    steps: list[int]  # per rung that it took part in
-    accuracies: list[float]  # percent on `select`, per rung
-    difference: float  # from candidate 1 in their last common rung, percentage points
-    standard_error: float
-
-
-@dataclass(frozen=True)
-class AttentionReport:
-    """The fitted attention on one set of images."""
-
-    mean_weight: list[float]  # per teacher
-    weight_sd: list[float]  # over images
-    nll_mixture: float
-    nll_uniform: float
-    nll_best_single: float
-    accuracy_mixture: float  # percent
-    accuracy_uniform: float
-    accuracy_best_single: float
-    best_single: Network
-
-
-@dataclass(frozen=True)
-class Record:
-    """What is kept of a job that has ended; the file of a finished one holds it beside its tensors."""
-
-    job: str
-    kind: str  # teacher, assistant, pilot or student
-    compression: str
-    method: str
-    run: int
-    fingerprint: str
-    failure: str = ""  # why it failed; "" if it is done
-    final: bool = False  # the failure would come again, so that --resume does not try
-    seed: int = 0
-    network: Network = "teacher"
-    classes: int = 0
-    width: int = 0
-    params: int = 0
-    macs: int = 0
-    mean: list[float] = field(default_factory=list)  # of the training pixels, per channel
-    std: list[float] = field(default_factory=list)
-    config: Distillation | None = None
-    same_as: str = ""  # the method whose student this one is by construction
-    taught_by: dict[str, str] = field(default_factory=dict)  # job -> checksum of its weights
-    attention: dict[str, AttentionReport] = field(default_factory=dict)  # of `select` and `train` images
-    history: list[Epoch] = field(default_factory=list)
-    train_seconds: float = 0.0
-    images_per_second: float = math.nan
-    val_accuracy: float = math.nan  # percent
-    test_accuracy: float = math.nan  # percent
-    test_class_accuracy: list[float] = field(default_factory=list)
-    test_nll: float = math.nan  # nats
-    test_ece: float = math.nan  # fraction
-    weights_sha256: str = ""
-    latency_ms: dict[str, float] = field(default_factory=dict)  # batch size -> per image
-    inference_seconds: float = math.nan  # per image, in large batches
-    candidates: list[Candidate] = field(default_factory=list)  # of a pilot
-    chosen: int = 0
-    reason: str = ""
-    notes: list[str] = field(default_factory=list)
-    device: str = ""
-    precision: str = ""
-    threads: int = 0
-    torch: str = ""
-    finished: str = ""
-
-    @property
-    def done(self) -> bool:
-        """Whether the job has been finished, not failed."""
-        return not self.failure
-
-
-# -- methods: one class says everything about a method ------------------------------------------------------
 Look = tuple[str, str, str]  # colour, marker and line in every figure
 METHODS: dict[str, type[Method]] = {}
 # Okabe-Ito colours (their yellow darkened: it would vanish on white); those of the main methods differ in
@@ -1237,25 +1057,6 @@ def ladder_above(network: str) -> tuple[Network, ...]:
 PAGE_FORMAT = 4  # of the files of teacher outputs; raised when their layout changes
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is torch's OutOfMemoryError, or cuDNN's, cuBLAS's or the CPU allocator's like it."""
-    texts = ("unable to find an engine", "out of memory", "ALLOC_FAILED", "can't allocate memory")
-    return isinstance(error, RuntimeError) and (
-        isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
-    )
-
-
-@contextlib.contextmanager
-def out_of_memory_alike() -> Iterator[None]:
-    """Make `torch.OutOfMemoryError` of every error that means it."""
-    try:
-        yield
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise torch.OutOfMemoryError(first_line(error)) from error
-        raise
-
-
 class Experiment:
     """What one process trains with: run, device with the images on it, teachers' outputs, session."""
 
@@ -1302,18 +1103,6 @@ class Experiment:
             torch.cuda.empty_cache()
         half = len(images) // 2
         return torch.cat([self.infer(network, images[:half]), self.infer(network, images[half:])])
-
-
-class Stopwatch:
-    """Seconds since it was made, without those spent on computing teacher outputs or waiting for them."""
-
-    def __init__(self, outputs: TeacherOutputs) -> None:
-        self._outputs, self._started, self._before = outputs, time.perf_counter(), outputs.seconds
-
-    @property
-    def seconds(self) -> float:
-        """Seconds so far."""
-        return time.perf_counter() - self._started - (self._outputs.seconds - self._before)
 
 
 class DescribedNetwork(nn.Module):
@@ -2161,20 +1950,8 @@ def latency_ms(experiment: Experiment, network: nn.Module) -> dict[str, float]:
     return result
 
 
-def tensors_sha256(tensors: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of named tensors: names, types and bytes. Raises `Damaged` for anything else."""
-    hasher = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.float32, torch.int64):
-            raise Damaged("holds something else than weights")
-        hasher.update(f"{name} {tensor.dtype} ".encode() + tensor.contiguous().numpy().tobytes())
-    return hasher.hexdigest()
-
-
 # -- the job graph: what there is to do, in which order, at which cost --------------------------------------
 PILOT_SHARE = 1.5  # a pilot's training steps, in trainings of a student
-Records = dict[str, Record]
 
 
 @dataclass(frozen=True)
@@ -2348,29 +2125,6 @@ def equal_cost_epochs(settings: Settings) -> dict[str, int]:
         total = student + pilot / settings.runs + shared / (settings.runs * len(settings.compression))
         epochs[ratio] = max(settings.student_epochs, round(settings.student_epochs * total / student))
     return epochs
-
-
-def priorities(jobs: Sequence[Job], settings: Settings, equal_cost: Mapping[str, int]) -> dict[str, float]:
-    """Length of the longest path that starts with each job: longest first keeps all workers busy."""
-    followers: dict[str, list[str]] = {job.name: [] for job in jobs}
-    for job in jobs:
-        for needed in needs(job, settings, {}):
-            followers[needed.name].append(job.name)
-    length: dict[str, float] = {}
-    for job in reversed(jobs):
-        longest = max((length[name] for name in followers[job.name]), default=0.0)
-        length[job.name] = job_macs(job, settings, equal_cost) + longest
-    return length
-
-
-def ready_jobs(
-    jobs: Sequence[Job], settings: Settings, records: Mapping[str, Record], order: Mapping[str, float]
-) -> list[Job]:
-    """Jobs that have not ended and whose needs are met, in the order in which they should start."""
-    finished = {name: record for name, record in records.items() if record.done}
-    waiting = [job for job in jobs if job.name not in records]
-    ready = [job for job in waiting if all(n.name in finished for n in needs(job, settings, finished))]
-    return sorted(ready, key=lambda job: (-order[job.name], job.run))
 
 
 # ============================================================================================================
@@ -4438,6 +4192,105 @@ def stored_fields(kind: Any) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.metadata.get("role") != "session"}
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """One line of a training's history."""
+
+    loss: float
+    val_accuracy: float  # percent, on `select`
+    lr: float
+    seconds: float
+    temperature: float | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a pilot learned about one configuration."""
+
+    config: Distillation
+    steps: list[int]  # per rung that it took part in
+    accuracies: list[float]  # percent on `select`, per rung
+    difference: float  # from candidate 1 in their last common rung, percentage points
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """The fitted attention on one set of images."""
+
+    mean_weight: list[float]  # per teacher
+    weight_sd: list[float]  # over images
+    nll_mixture: float
+    nll_uniform: float
+    nll_best_single: float
+    accuracy_mixture: float  # percent
+    accuracy_uniform: float
+    accuracy_best_single: float
+    best_single: Network
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept of a job that has ended; the file of a finished one holds it beside its tensors."""
+
+    job: str
+    kind: str  # teacher, assistant, pilot or student
+    compression: str
+    method: str
+    run: int
+    fingerprint: str
+    failure: str = ""  # why it failed; "" if it is done
+    final: bool = False  # the failure would come again, so that --resume does not try
+    seed: int = 0
+    network: Network = "teacher"
+    classes: int = 0
+    width: int = 0
+    params: int = 0
+    macs: int = 0
+    mean: list[float] = field(default_factory=list)  # of the training pixels, per channel
+    std: list[float] = field(default_factory=list)
+    config: Distillation | None = None
+    same_as: str = ""  # the method whose student this one is by construction
+    taught_by: dict[str, str] = field(default_factory=dict)  # job -> checksum of its weights
+    attention: dict[str, AttentionReport] = field(default_factory=dict)  # of `select` and `train` images
+    history: list[Epoch] = field(default_factory=list)
+    train_seconds: float = 0.0
+    images_per_second: float = math.nan
+    val_accuracy: float = math.nan  # percent
+    test_accuracy: float = math.nan  # percent
+    test_class_accuracy: list[float] = field(default_factory=list)
+    test_nll: float = math.nan  # nats
+    test_ece: float = math.nan  # fraction
+    weights_sha256: str = ""
+    latency_ms: dict[str, float] = field(default_factory=dict)  # batch size -> per image
+    inference_seconds: float = math.nan  # per image, in large batches
+    candidates: list[Candidate] = field(default_factory=list)  # of a pilot
+    chosen: int = 0
+    reason: str = ""
+    notes: list[str] = field(default_factory=list)
+    device: str = ""
+    precision: str = ""
+    threads: int = 0
+    torch: str = ""
+    finished: str = ""
+
+    @property
+    def done(self) -> bool:
+        """Whether the job has been finished, not failed."""
+        return not self.failure
+
+
+def tensors_sha256(tensors: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of named tensors: names, types and bytes. Raises `Damaged` for anything else."""
+    hasher = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.float32, torch.int64):
+            raise Damaged("holds something else than weights")
+        hasher.update(f"{name} {tensor.dtype} ".encode() + tensor.contiguous().numpy().tobytes())
+    return hasher.hexdigest()
+
+
 # -- run folder and index -----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class DataDescription:
@@ -4508,7 +4361,7 @@ class Run:
         self.settings = index.settings
         self.checkpoints = path / "checkpoints"
         self.jobs = planned_jobs(self.settings)
-        self.records: Records = {}
+        self.records: dict[str, Record] = {}
         self.logits: dict[str, np.ndarray] = {}  # fp16 [n, C] of the test images by job, for the report
         self._drawn, self._written = time.monotonic(), -math.inf
         self.stale = False  # whether something has ended that the report does not know
@@ -5112,6 +4965,29 @@ def work(experiment: Experiment, writes: bool, prepared: Callable[[], object]) -
     return ""
 
 
+def priorities(jobs: Sequence[Job], settings: Settings, equal_cost: Mapping[str, int]) -> dict[str, float]:
+    """Length of the longest path that starts with each job: longest first keeps all workers busy."""
+    followers: dict[str, list[str]] = {job.name: [] for job in jobs}
+    for job in jobs:
+        for needed in needs(job, settings, {}):
+            followers[needed.name].append(job.name)
+    length: dict[str, float] = {}
+    for job in reversed(jobs):
+        longest = max((length[name] for name in followers[job.name]), default=0.0)
+        length[job.name] = job_macs(job, settings, equal_cost) + longest
+    return length
+
+
+def ready_jobs(
+    jobs: Sequence[Job], settings: Settings, records: Mapping[str, Record], order: Mapping[str, float]
+) -> list[Job]:
+    """Jobs that have not ended and whose needs are met, in the order in which they should start."""
+    finished = {name: record for name, record in records.items() if record.done}
+    waiting = [job for job in jobs if job.name not in records]
+    ready = [job for job in waiting if all(n.name in finished for n in needs(job, settings, finished))]
+    return sorted(ready, key=lambda job: (-order[job.name], job.run))
+
+
 # -- progress -----------------------------------------------------------------------------------------------
 @dataclass
 class Estimate:
@@ -5299,6 +5175,18 @@ class Progress:
         """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
+
+
+class Stopwatch:
+    """Seconds since it was made, without those spent on computing teacher outputs or waiting for them."""
+
+    def __init__(self, outputs: TeacherOutputs) -> None:
+        self._outputs, self._started, self._before = outputs, time.perf_counter(), outputs.seconds
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self._started - (self._outputs.seconds - self._before)
 
 
 # ============================================================================================================
@@ -5647,6 +5535,25 @@ def script_sha256() -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is torch's OutOfMemoryError, or cuDNN's, cuBLAS's or the CPU allocator's like it."""
+    texts = ("unable to find an engine", "out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+    )
+
+
+@contextlib.contextmanager
+def out_of_memory_alike() -> Iterator[None]:
+    """Make `torch.OutOfMemoryError` of every error that means it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise torch.OutOfMemoryError(first_line(error)) from error
+        raise
+
+
 # -- data: find, read, download -----------------------------------------------------------------------------
 # torchvision knows the names and md5s of CIFAR's files. The original site gives 50-85 kB/s since June 2026
 # (pytorch/vision #9536), so that the mirrors are tried first.
@@ -5840,6 +5747,27 @@ def fetch(url: str, limit_seconds: float, check: Callable[[], None]) -> bytes:
     if body.tell() < total:
         raise OSError(f"the connection ended after {body.tell():,} of {total:,} bytes")
     return body.getvalue()
+
+
+@dataclass(frozen=True, eq=False)
+class RawData:
+    """A data set in memory. Pixels are uint8 [N, 32, 32, 3] (RGB), labels int64 [N]."""
+
+    name: str  # CIFAR10, CIFAR100 or SYNTHETIC
+    classes: tuple[str, ...]  # class names; a label is an index into them
+    train_pixels: np.ndarray
+    train_labels: np.ndarray
+    test_pixels: np.ndarray
+    test_labels: np.ndarray
+    source: str  # where it came from, for the log and the report
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 (hex) of pixels and labels, for fingerprints."""
+        hasher = hashlib.sha256()
+        for array in (self.train_pixels, self.train_labels, self.test_pixels, self.test_labels):
+            hasher.update(np.ascontiguousarray(array).data)
+        return hasher.hexdigest()
 
 
 # -- plugins ------------------------------------------------------------------------------------------------
@@ -6184,6 +6112,50 @@ def continue_command(args: Namespace, run_path: Path) -> str:
         for item in value if isinstance(value, tuple) else (value,):
             command += [flag(name), str(item)]
     return shlex.join(command)
+
+
+def extended_settings(stored: Settings, given: Mapping[str, Any]) -> Settings:
+    """Settings of a continued run: the stored ones, with `given` added to the scope and for this session.
+
+    Raises `UsageError` with the list of differences where a given setting contradicts the run.
+    """
+    differing = []
+    for name in setting_names("experiment"):
+        unchanged = name not in given or given[name] == getattr(stored, name)
+        if not unchanged and (name, given[name]) != ("precision", "auto"):
+            differing.append(f"{flag(name)}: the run has {getattr(stored, name)}, you gave {given[name]}")
+    if differing:
+        raise UsageError(
+            f"a run cannot change its settings ({'; '.join(differing)}): leave them out, or start a new run"
+        )
+    ratios = {*stored.compression, *given.get("compression", ())}
+    session = {name: given[name] for name in setting_names("session") if name in given}
+    settings = replace(
+        stored,
+        **session,
+        compression=tuple(ratio for ratio in RATIOS if ratio in ratios),
+        methods=tuple(in_order({*stored.methods, *given.get("methods", ())})),
+        runs=max(stored.runs, given.get("runs", 0)),
+        ablation=stored.ablation or given.get("ablation", False),
+        equal_cost=stored.equal_cost or given.get("equal_cost", False),
+    )
+    validate(settings)
+    return settings
+
+
+def choose_from(option: str, values: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """`values` (also joined by commas, or "all") as a part of `known`, in its order. Raises `UsageError`."""
+    wanted = [name for value in values for name in value.split(",") if name]
+    if wanted == ["all"]:
+        return tuple(known)
+    unknown = [name for name in wanted if name not in known]
+    if "all" in unknown:
+        raise UsageError(f"{option}: give either all or a list, not both")
+    if unknown or not wanted:
+        raise UsageError(
+            f"{option} knows {', '.join(known)} and all, not {', '.join(unknown) or 'an empty list'}"
+        )
+    return tuple(name for name in known if name in wanted)
 
 
 # -- finding and opening a run ------------------------------------------------------------------------------
