@@ -3962,8 +3962,7 @@ def patiently(action: Callable[[], T], path: Path, lasting: Sequence[int | None]
     it. Raises `UsageError` if it lasts, and an OSError whose number is among the `lasting` at once.
     """
     reason = ""
-    for pause in (0.0, *READ_PAUSES):
-        time.sleep(pause)
+    for pause in (*READ_PAUSES, 0.0):
         try:
             return action()
         except OSError as error:
@@ -3971,6 +3970,7 @@ def patiently(action: Callable[[], T], path: Path, lasting: Sequence[int | None]
                 raise
             reason = error.strerror or first_line(error)
             warn_once(f"{path} cannot be opened now ({reason}): trying again")
+            time.sleep(pause)
     raise UsageError(
         f"cannot open {path} ({reason}): nothing is lost; mend that, then continue with --resume"
     )
@@ -4876,7 +4876,7 @@ class Worker:
         saved = fingerprint(
             sorted((path.name, path.stat().st_mtime_ns) for path in self.run.progress_files(job))
         )
-        with contextlib.suppress(FileNotFoundError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
             before, saved_before = path.read_text().split()
             count = int(before) if saved == saved_before else 0
         if count >= self.MOST_ATTEMPTS:
