@@ -212,7 +212,7 @@ def warn_once(text: str) -> None:
 
 
 # -- settings -----------------------------------------------------------------------------------------------
-VERSION = "2.0.0"
+VERSION = "3.0.0"
 PROTOCOL = 2  # raised when what a seed produces changes; files of different protocols are not mixed
 FORMAT = 3  # of the index; raised when its layout changes
 STATE_NAME = "experiment_state.pkl"
