@@ -3892,16 +3892,15 @@ def write_archive(run: Run) -> None:
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
-READ_PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between two tries
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EISDIR)
+READ_PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between two tries
 SEAL_BYTES = 73  # newline, "sha256 ", 64 hex digits, newline: behind the payload, where unpicklers ignore it
 
 
 def write_atomic(path: Path, payload: bytes) -> None:
     """Write a file so that a reader sees the old content or the new one, whenever the machine stops.
 
-    Temporary file in the same folder, fsync, rename, fsync of the folder. Raises `DiskFull` where
-    there is no room, and `UsageError` where the folder cannot be written.
+    Raises `DiskFull` where there is no room, and `UsageError` where the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -3911,11 +3910,11 @@ def write_atomic(path: Path, payload: bytes) -> None:
             sync(file.fileno(), path)
         rename(temporary, path)
         with contextlib.suppress(OSError):  # Windows cannot open a folder
-            handle = os.open(path.parent, os.O_RDONLY)
+            folder = os.open(path.parent, os.O_RDONLY)
             try:
-                os.fsync(handle)
+                os.fsync(folder)
             finally:
-                os.close(handle)
+                os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -3933,26 +3932,17 @@ def sync(handle: int, path: Path) -> None:
     except OSError as error:
         if error.errno not in NO_FSYNC:
             raise
-        warn_once(
-            f"the file system of {path.parent} has no fsync: a power failure, but no crash, could lose "
-            "files there"
-        )
+        warn_once(f"the file system of {path.parent} has no fsync: a power failure could lose files there")
 
 
 def rename(source: Path, target: Path) -> None:
     """`os.replace`, tried for a second where it is denied: virus scanners hold new files for a moment."""
     for pause in (0.05, 0.15, 0.3, 0.5):
-        try:
+        with contextlib.suppress(PermissionError):
             os.replace(source, target)
             return
-        except PermissionError:
-            time.sleep(pause)
+        time.sleep(pause)
     os.replace(source, target)
-
-
-def write_sealed(path: Path, payload: bytes) -> None:
-    """Write a payload with its checksum behind it."""
-    write_atomic(path, payload + f"\nsha256 {hashlib.sha256(payload).hexdigest()}\n".encode())
 
 
 def patiently(action: Callable[[], T], path: Path, lasting: Sequence[int | None] = NO_FILE) -> T:
@@ -3971,9 +3961,17 @@ def patiently(action: Callable[[], T], path: Path, lasting: Sequence[int | None]
             reason = error.strerror or first_line(error)
             warn_once(f"{path} cannot be opened now ({reason}): trying again")
             time.sleep(pause)
-    raise UsageError(
-        f"cannot open {path} ({reason}): nothing is lost; mend that, then continue with --resume"
-    )
+    raise UsageError(f"cannot open {path} ({reason}): mend that, then continue with --resume")
+
+
+def seal(payload: bytes) -> bytes:
+    """The end of a file, which tells whether the rest is what was written."""
+    return f"\nsha256 {hashlib.sha256(payload).hexdigest()}\n".encode()
+
+
+def write_sealed(path: Path, payload: bytes) -> None:
+    """Write a payload with its checksum behind it."""
+    write_atomic(path, payload + seal(payload))
 
 
 def read_sealed(path: Path) -> bytes:
@@ -3984,10 +3982,8 @@ def read_sealed(path: Path) -> bytes:
         raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from None
     except OSError as error:
         raise Damaged(f"is no file ({error.strerror})") from None
-    payload, seal = content[:-SEAL_BYTES], content[-SEAL_BYTES:]
-    if len(content) <= SEAL_BYTES or not seal.startswith(b"\nsha256 "):
-        raise Damaged("is cut short or no file of this script")
-    if seal != f"\nsha256 {hashlib.sha256(payload).hexdigest()}\n".encode():
+    payload = content[:-SEAL_BYTES]
+    if content[-SEAL_BYTES:] != seal(payload):
         raise Damaged("has a wrong checksum: it was altered or cut after it was written")
     return payload
 
@@ -4017,9 +4013,6 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"refused {module}.{name}")
 
-    def persistent_load(self, pid: object) -> NoReturn:
-        raise pickle.UnpicklingError("refused a persistent object")
-
 
 def save_plain(path: Path, content: Any) -> None:
     """Write plain data as a sealed pickle."""
@@ -4047,9 +4040,8 @@ def set_aside(path: Path, reason: str) -> None:
     except FileNotFoundError:  # another worker was faster
         return
     except OSError as error:
-        raise UsageError(
-            f"{path} {reason} and cannot be moved away ({error.strerror}): remove it and run again"
-        ) from None
+        remedy = "remove it and run again"
+        raise UsageError(f"{path} {reason} and cannot be moved ({error.strerror}): {remedy}") from None
     log.warning("%s %s: set aside as %s", path.name, reason, target.name)
 
 
@@ -4077,28 +4069,26 @@ def give_back(lock: filelock.BaseFileLock) -> None:
     lock.release()
 
 
+def has_locks(folder: Path) -> bool:
+    """Whether the file system of a run folder has locks."""
+    with contextlib.suppress(NotImplementedError):
+        lock = take_lock(folder / "run.lock")
+        if lock is not None:
+            lock.release()
+        return True
+    return False
+
+
 def is_held(path: Path) -> bool:
     """Whether a process holds a lock."""
     if not path.exists():
         return False
-    try:
+    with contextlib.suppress(NotImplementedError):  # there are none here
         lock = take_lock(path)
-    except NotImplementedError:  # there are none here
-        return False
-    if lock is not None:
+        if lock is None:
+            return True
         lock.release()
-    return lock is None
-
-
-def has_locks(folder: Path) -> bool:
-    """Whether the file system of a run folder has locks."""
-    try:
-        lock = take_lock(folder / "run.lock")
-    except NotImplementedError:
-        return False
-    if lock is not None:
-        lock.release()
-    return True
+    return False
 
 
 @contextlib.contextmanager

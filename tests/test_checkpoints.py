@@ -128,7 +128,7 @@ def test_a_sealed_pickle_with_code_is_refused_and_not_executed(tmp_path: Path) -
     with open(path, "wb") as file:
         Persistent(file).dump({"a": 1})
     exp.write_sealed(path, path.read_bytes())
-    with pytest.raises(exp.Damaged, match="refused a persistent object"):
+    with pytest.raises(exp.Damaged, match="persistent"):
         exp.load_plain(path)
     assert not witness.exists()
 
