@@ -1777,6 +1777,8 @@ class Training:
             raise Damaged("holds something else than this training")
         if not 0 < len(from_plain(list[Epoch], content["history"])) < self.epochs:
             raise Damaged("holds a history of another length")
+        if not 0 < content["micro_batch"] <= self.experiment.settings.batch_size:
+            raise Damaged("holds a micro-batch of another size")
 
 
 def structure_of(value: Any) -> Any:
@@ -7107,9 +7109,10 @@ def merged_files(runs: Sequence[Run], settings: Settings) -> list[Path]:
 
 def last_activity(path: Path) -> str:
     """When a run's last session started, also of a run that needs a plugin; "" where that cannot be read."""
-    with contextlib.suppress(OSError, Damaged, KeyError, TypeError):
-        content = load_plain(path / "checkpoints" / STATE_NAME)
-        return str(max(content["created"], *(session["started"] for session in content["sessions"])))
+    for name in (STATE_NAME, STATE_NAME + ".bak"):
+        with contextlib.suppress(OSError, Damaged, KeyError, TypeError):
+            content = load_plain(path / "checkpoints" / name)
+            return str(max(content["created"], *(session["started"] for session in content["sessions"])))
     return ""
 
 

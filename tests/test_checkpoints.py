@@ -353,6 +353,13 @@ def test_a_damaged_index_is_taken_from_its_copy(
     assert results_without_times(copied) == results_without_times(toy_run)
 
 
+def test_a_run_with_a_copied_index_alone_is_found_and_dated(copied: Path) -> None:
+    """`show_results` asks for the date of every run."""
+    (copied / "checkpoints" / exp.STATE_NAME).unlink()
+    assert exp.is_run(copied)
+    assert exp.last_activity(copied) == exp.load_index(copied, {}).last_activity
+
+
 @pytest.mark.parametrize("action", ["--resume", "--status", "--report-only"])
 def test_an_index_that_is_lost_with_its_copy_is_one_line(
     copied: Path, capsys: pytest.CaptureFixture[str], action: str
@@ -671,7 +678,7 @@ STATES: dict[str, Callable[[dict[str, Any]], object]] = {
     ),
     "an optimizer's own state": lambda content: content.update(momentum={"state": {}, "param_groups": []}),
     "a list for momentum": lambda content: content.update(momentum=[]),
-    "a model without a layer": lambda content: content["model"].popitem(),
+    "a model without a layer": lambda content: content["trained"].popitem(),
     "no scaler": lambda content: content.pop("scaler"),
     "a strange scaler": lambda content: content.update(scaler={"scale": "large"}),
     "a history that is too long": lambda content: content.update(history=content["history"] * 2),
