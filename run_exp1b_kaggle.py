@@ -3908,15 +3908,10 @@ def write_atomic(path: Path, payload: bytes) -> None:
     try:
         with open(temporary, "wb") as file:
             file.write(payload)
-            file.flush()
-            sync(file.fileno(), path)
+        sync(temporary, os.O_RDWR)
         rename(temporary, path)
         with contextlib.suppress(OSError):  # Windows cannot open a folder
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            sync(path.parent, os.O_RDONLY)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -3927,14 +3922,17 @@ def write_atomic(path: Path, payload: bytes) -> None:
         raise UsageError(f"cannot write {path} ({reason}): mend that, then continue with --resume") from None
 
 
-def sync(handle: int, path: Path) -> None:
-    """Have a file's content on the disk; a file system that cannot do that gets one warning."""
+def sync(path: Path, flags: int) -> None:
+    """Have a file or folder on the disk; a file system that cannot do that gets one warning."""
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     except OSError as error:
         if error.errno not in NO_FSYNC:
             raise
-        warn_once(f"the file system of {path.parent} has no fsync: a power failure could lose files there")
+        warn_once("the file system has no fsync: a power failure, but no crash, could lose what is written")
+    finally:
+        os.close(handle)
 
 
 def rename(source: Path, target: Path) -> None:
@@ -3963,7 +3961,8 @@ def patiently(action: Callable[[], T], path: Path, lasting: Sequence[int | None]
             reason = error.strerror or first_line(error)
             warn_once(f"{path} cannot be opened now ({reason}): trying again")
             time.sleep(pause)
-    raise UsageError(f"cannot open {path} ({reason}): mend that, then continue with --resume")
+    remedy = "nothing is lost; mend that, then continue with --resume"
+    raise UsageError(f"cannot open {path} ({reason}): {remedy}")
 
 
 def seal(payload: bytes) -> bytes:
@@ -4071,26 +4070,22 @@ def give_back(lock: filelock.BaseFileLock) -> None:
     lock.release()
 
 
-def has_locks(folder: Path) -> bool:
-    """Whether the file system of a run folder has locks."""
-    with contextlib.suppress(NotImplementedError):
-        lock = take_lock(folder / "run.lock")
-        if lock is not None:
-            lock.release()
-        return True
-    return False
-
-
-def is_held(path: Path) -> bool:
-    """Whether a process holds a lock."""
+def is_held(path: Path) -> bool | None:
+    """Whether a process holds a lock; None where the file system has no locks."""
     if not path.exists():
         return False
-    with contextlib.suppress(NotImplementedError):  # there are none here
+    try:
         lock = take_lock(path)
-        if lock is None:
-            return True
+    except NotImplementedError:
+        return None
+    if lock is not None:
         lock.release()
-    return False
+    return lock is None
+
+
+def has_locks(folder: Path) -> bool:
+    """Whether the file system of a run that is led has locks."""
+    return is_held(folder / "run.lock") is not None
 
 
 @contextlib.contextmanager
