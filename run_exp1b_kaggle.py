@@ -4324,16 +4324,16 @@ class Run:
     def __init__(self, path: Path, index: Index, labels: np.ndarray | None = None) -> None:
         """`labels`: of the test images, in the process that writes the report."""
         self.path, self.index, self.labels = path, index, labels
-        self.lock_file = (
-            self._lock_file()
-        )  # of the process that leads: while it is the same, so is the folder
         self.settings = index.settings
         self.checkpoints = path / "checkpoints"
         self.jobs = planned_jobs(self.settings)
         self.records: dict[str, Record] = {}
         self.logits: dict[str, np.ndarray] = {}  # fp16 [n, C] of the test images by job, for the report
-        self._drawn, self._written = time.monotonic(), -math.inf
         self.stale = False  # whether something has ended that the report does not know
+        self._drawn, self._written = time.monotonic(), -math.inf
+        self._lock: os.stat_result | None = None  # while it is the same file, this is the same folder
+        with contextlib.suppress(OSError):  # nobody leads
+            self._lock = (path / "run.lock").stat()
 
     def file(self, job: Job, kind: str = "pt") -> Path:
         """A file of a job: "pt" its result, "progress" its last epoch, "failed" why it failed.
@@ -4359,8 +4359,8 @@ class Run:
 
     def fingerprint(self, job: Job) -> str:
         """Identity of what a job computes."""
-        left_out = ["student_epochs"] if job.kind == "teacher" else []  # a teacher does not depend on these
-        whole = run_fingerprint(self.settings, self.index.precision, self.index.data.sha256, left_out)
+        without = ["student_epochs"] if job.kind == "teacher" else []  # a teacher does not depend on these
+        whole = run_fingerprint(self.settings, self.index.precision, self.index.data.sha256, without)
         return fingerprint([whole, job.name, job.method_class.source_sha256])
 
     def identity(self, job: Job) -> dict[str, Any]:
@@ -4386,16 +4386,13 @@ class Run:
 
     def _check_identity(self, job: Job, record: Record) -> None:
         """Raise `Damaged` unless a record is of this job of this run, done, and of this run's teachers."""
-        differing = [name for name, value in self.identity(job).items() if getattr(record, name) != value]
-        if differing or not record.done:
+        params, macs = network_cost(job.network, len(self.index.data.classes), self.settings.width)
+        seed = self.settings.seed + job.run
+        about = {"network": job.network, "seed": seed, "params": params, "macs": macs, **self.identity(job)}
+        if not record.done or any(getattr(record, name) != value for name, value in about.items()):
             raise Damaged(f"is not the file of {job.name} in a run with these settings")
-        cost = network_cost(job.network, len(self.index.data.classes), self.settings.width)
-        about = (record.network, record.seed, record.params, record.macs)
-        if about != (job.network, self.settings.seed + job.run, *cost):
-            raise Damaged("is about another network or seed")
         for name, sha256 in record.taught_by.items():
-            known = self.records.get(name)
-            if known is not None and known.weights_sha256 != sha256:
+            if name in self.records and self.records[name].weights_sha256 != sha256:
                 raise Damaged(f"was distilled from another {name} than this run's")
 
     def _check_tensors(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
@@ -4404,7 +4401,8 @@ class Run:
         weights = tensors.get("model")
         if not isinstance(weights, dict) or tensors_sha256(weights) != record.weights_sha256:
             raise Damaged("holds other weights than its record says")
-        for part in ("test", "select") if job.kind == "student" else ("test", "select", "fit"):
+        parts = ["test", "select"] if job.kind == "student" else ["test", "select", "fit"]
+        for part in parts:
             logits = tensors.get(f"{part}_logits")
             if not isinstance(logits, torch.Tensor) or logits.shape != (getattr(data, part), classes):
                 raise Damaged(f"holds no sound {part}_logits")
@@ -4419,34 +4417,34 @@ class Run:
         """
         if touch:
             self.check_ours()
-        fresh = [job for job in self.left if self._take_in(job, touch)]
-        if any(job.kind != "student" for job in fresh):
-            self._look_at_pupils(fresh, touch)
+        fresh = self._take_in(self.left, touch)
+        if any(job.kind != "student" for job in fresh):  # one that was done again may teach something else
+            known = [job for job in self.jobs if job.name in self.records and job not in fresh]
+            pupils = [job for job in known if job.teacher_networks]
+            for job in pupils:
+                del self.records[job.name]
+            self._take_in(pupils, touch)
         return fresh
 
-    def _look_at_pupils(self, fresh: Sequence[Job], touch: bool) -> None:
-        """Look once more at what learned from an earlier version of a job that was done again."""
-        known = [job for job in self.jobs if job.name in self.records and job not in fresh]
-        pupils = [job for job in known if job.teacher_networks]
-        for job in pupils:
-            del self.records[job.name]
-        for job in pupils:
-            self._take_in(job, touch)
-
-    def _take_in(self, job: Job, touch: bool) -> bool:
-        """Put a job's record into `records` if it has ended and its file is sound."""
-        try:
-            record = self._ended(job)
-        except Damaged as error:
-            if touch:
-                set_aside(self.file(job), f"{error}, so this job is done again;")
-            return False
-        if record is None:
-            return False
-        self.records[job.name] = record
-        if touch and record.done:
-            self._tidy_up(job)
-        return True
+    def _take_in(self, jobs: Sequence[Job], touch: bool) -> list[Job]:
+        """Put the records of those jobs that have ended, and whose files are sound, into `records`."""
+        ended = []
+        for job in jobs:
+            try:
+                record = self._ended(job)
+            except Damaged as error:
+                if touch:
+                    set_aside(self.file(job), f"{error}, so this job is done again;")
+                continue
+            if record is None:
+                continue
+            self.records[job.name] = record
+            ended.append(job)
+            if touch and record.done:  # what it needs no more goes, also where a killed process left it
+                for path in (*self.progress_files(job), self.file(job, "attempts"), self.file(job, "lock")):
+                    with contextlib.suppress(OSError):  # Windows removes no file that is open
+                        path.unlink(missing_ok=True)
+        return ended
 
     def _ended(self, job: Job) -> Record | None:
         """The record of a job that is done or has failed, else None. Raises `Damaged`."""
@@ -4460,12 +4458,6 @@ class Run:
             if record.failure and (record.job, record.fingerprint) == (job.name, self.fingerprint(job)):
                 return record
         return None
-
-    def _tidy_up(self, job: Job) -> None:
-        """Remove what a finished job needs no more, also where a killed process left it."""
-        for path in (*self.progress_files(job), self.file(job, "attempts"), self.file(job, "lock")):
-            with contextlib.suppress(OSError):  # Windows removes no file that is open
-                path.unlink(missing_ok=True)
 
     def save_result(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
         """Write a job's result. Its checkpoints in progress go when this has been read back (`refresh`)."""
@@ -4495,10 +4487,7 @@ class Run:
             save_plain(self.checkpoints / name, plain)
 
     def save(self, final: bool = False) -> None:
-        """Write the index, the tables and the report, but not twice in REPORT_SECONDS unless `final`.
-
-        Every ten minutes, and at the end, the figures too.
-        """
+        """Write index, tables and report, but not twice in REPORT_SECONDS; `final`: at once, with figures."""
         self.stale = not final and time.monotonic() - self._written < self.REPORT_SECONDS
         if self.stale:
             return
@@ -4509,51 +4498,37 @@ class Run:
         except (DiskFull, UsageError, Stopped):
             raise
         except Exception as error:  # a report that cannot be written costs no training
-            log.error(
-                "figures, tables or report could not be written (%s): experiment.log says where",
-                first_line(error),
-            )
+            reason = first_line(error)
+            log.error("figures or report could not be written (%s): experiment.log says where", reason)
             log.error("the report failed", exc_info=error)
         self._written = time.monotonic()
         if figures:
             self._drawn = self._written
 
-    def _lock_file(self) -> tuple[int, int] | None:
-        """Which file `run.lock` is, None if there is none; the one it was where that cannot be seen now."""
-        try:
-            status = (self.path / "run.lock").stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError:
-            return getattr(self, "lock_file", None)
-        return status.st_dev, status.st_ino
-
     def check_ours(self) -> None:
         """Raise `Stopped` if the folder was removed or made anew by another process: write nothing more."""
-        if self.lock_file is not None and self._lock_file() != self.lock_file:
+        if self._lock is None:
+            return
+        try:
+            ours = os.path.samestat(self._lock, (self.path / "run.lock").stat())
+        except OSError as error:  # one that cannot be looked at now may still be there
+            ours = error.errno not in (errno.ENOENT, errno.ENOTDIR)
+        if not ours:
             raise Stopped(f"the loss of {self.path}, which was removed or taken by another process")
 
     def clean(self) -> None:
         """Remove what killed processes have left, but for jobs that are being done (only the leader may)."""
         held = [job.name for job in self.jobs if is_held(self.file(job, "lock"))]
-        own = tuple(f"{dot}{name}{end}" for name in held for dot in ("", ".") for end in (".", "_rung"))
-        for pattern in (
-            ".*.tmp",
-            "checkpoints/.*.tmp",
-            "checkpoints/*.attempts",
-            "figures/.*.tmp",
-            "data/.*.tmp",
-        ):
+        kept = tuple(f"{name}{end}" for name in held for end in (".", "_rung"))
+        for pattern in (".*.tmp", "*/.*.tmp", "checkpoints/*.attempts"):
             for path in self.path.glob(pattern):
-                if not path.name.startswith(own):
+                if not path.name.removeprefix(".").startswith(kept):
                     path.unlink(missing_ok=True)
 
 
-def run_fingerprint(
-    settings: Settings, precision: str, data_sha256: str, left_out: Sequence[str] = ()
-) -> str:
+def run_fingerprint(settings: Settings, precision: str, data_sha256: str, without: Sequence[str] = ()) -> str:
     """Identity of a computation: the settings that its arithmetic depends on, precision and data."""
-    names = [name for name in setting_names("experiment") if name not in ("mode", "precision", *left_out)]
+    names = [name for name in setting_names("experiment") if name not in ("mode", "precision", *without)]
     values = {name: getattr(settings, name) for name in names}
     return fingerprint({"protocol": PROTOCOL, "precision": precision, "data": data_sha256, **values})
 
@@ -4595,14 +4570,12 @@ def index_from_plain(content: Any, plugins: Mapping[str, str]) -> Index:
     """An index from plain data. Raises `Damaged`, or `UsageError` if this command cannot continue it."""
     if not isinstance(content, dict):
         raise Damaged("holds no index")
+    writer = f"the run was written by version {content.get('version', '1')} of this script"
     if content.get("format") != FORMAT:
-        version = content.get("version", "1")
-        raise UsageError(
-            f"the run was written by version {version} of this script, whose files are others than those of "
-            f"{VERSION}: continue it with that version, or start a new run"
-        )
-    check_plugins(content.get("plugins"), plugins)
+        remedy = "continue it with that version, or start a new run"
+        raise UsageError(f"{writer}, whose files are others than those of {VERSION}: {remedy}")
     index: Index = from_plain(Index, content, "index")
+    check_plugins(index.plugins, plugins)
     settings, data = index.settings, index.data
     validate(settings)
     if data.name != settings.dataset or len(data.classes) != DATASETS[settings.dataset][0]:
@@ -4611,23 +4584,19 @@ def index_from_plain(content: Any, plugins: Mapping[str, str]) -> Index:
         raise Damaged("lacks the epochs of an arm")
     expected = run_fingerprint(settings, index.precision, data.sha256)
     if index.fingerprint != expected or index.precision not in PRECISIONS:
-        raise UsageError(
-            f"the run was written by version {index.version} of this script, which computes something else"
-        )
+        raise UsageError(f"{writer}, which computes something else")
     return index
 
 
-def check_plugins(wanted: Any, loaded: Mapping[str, str]) -> None:
+def check_plugins(wanted: Mapping[str, str], loaded: Mapping[str, str]) -> None:
     """Raise `UsageError` unless the plugins of a run are the ones that were loaded."""
-    for name, sha256 in wanted.items() if isinstance(wanted, dict) else ():
-        needed = str(sha256)[:12]
+    for name, sha256 in wanted.items():
         if name not in loaded:
-            raise UsageError(f"this run uses a method of {name} (sha256 {needed}): add --plugin {name}")
+            raise UsageError(f"this run uses a method of {name} (sha256 {sha256[:12]}): add --plugin {name}")
         if loaded[name] != sha256:
-            raise UsageError(
-                f"--plugin {name} is another file than this run's (sha256 {loaded[name][:12]} instead of "
-                f"{needed}): give the file as it was, or start a new run"
-            )
+            difference = f"sha256 {loaded[name][:12]} instead of {sha256[:12]}"
+            remedy = "give the file as it was, or start a new run"
+            raise UsageError(f"--plugin {name} is another file than this run's ({difference}): {remedy}")
 
 
 def save_progress(run: Run, path: Path, content: dict[str, Any]) -> None:
@@ -4641,12 +4610,12 @@ def load_progress(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[s
     try:
         content = load_checkpoint(path)
         check(content)
-    except FileNotFoundError:
-        return None
+        return content
     except (Damaged, AttributeError, KeyError, TypeError, ValueError) as error:
         set_aside(path, f"{error}, so its training starts again;")
-        return None
-    return content
+    except FileNotFoundError:
+        pass
+    return None
 
 
 class PageStore:
@@ -4663,7 +4632,6 @@ class PageStore:
         with contextlib.suppress(OSError):  # no usable temporary folder
             user = os.getuid() if hasattr(os, "getuid") else 0
             self.places.insert(0, Path(tempfile.gettempdir()) / f"exp1b_teacher_outputs_{user}")
-        with contextlib.suppress(OSError):
             for folder in self.places[0].iterdir():
                 if time.time() - folder.stat().st_mtime > self.KEEP_SECONDS:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -4703,20 +4671,14 @@ class PageStore:
         raise. Where there are no locks two processes may compute the same page, which does no harm.
         """
         lock: filelock.BaseFileLock | None = None
-        with contextlib.suppress(OSError, UsageError):
-            lock = filelock.FileLock(self._folder(key) / f"page_{page:03d}.lock") if self.places else None
-        held = lock is None
-        while not held and lock is not None:
-            try:
-                lock.acquire(timeout=0.5 if wait else 0, poll_interval=0.05)
-                held = True
-            except filelock.Timeout:
-                if wait is None:
-                    break
+        name, held = f"page_{page:03d}.lock", True
+        without = (IndexError, OSError, UsageError, NotImplementedError)  # no place for pages, or no locks
+        with contextlib.suppress(*without):
+            lock = take_lock(self._folder(key) / name)
+            while lock is None and wait is not None:
                 wait()
-            except (OSError, NotImplementedError) as error:
-                warn_once(f"no locks in {self.places[0]} ({first_line(error)}): going on without")
-                held = True
+                lock = take_lock(self._folder(key) / name, seconds=0.5)
+            held = lock is not None
         try:
             yield held
         finally:
@@ -4742,8 +4704,7 @@ class PageStore:
 
 
 def load_student(path: str | Path) -> nn.Module:
-    """A trained network (student, assistant or teacher) from its .pt file, in eval mode: images in [0, 1] to
-    logits.
+    """A trained network from its .pt file, in eval mode: images in [0, 1] to logits.
 
     Raises FileNotFoundError, or `Damaged` when the file is not what was written. Nothing in it is executed.
     """
