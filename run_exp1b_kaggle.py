@@ -4749,13 +4749,13 @@ class Worker:
     def __init__(self, experiment: Experiment, writes: bool) -> None:
         """`writes`: this process keeps index and report."""
         self.experiment, self.run, self.writes = experiment, experiment.run, writes
-        self._said = time.monotonic()
         if writes:
             experiment.progress.after_epoch = self.refresh
 
     def work(self) -> None:
         """Work until everything has ended or waits for a failed job. Raises `Stopped` or `DiskFull`."""
         order = priorities(self.run.jobs, self.run.settings, self.run.index.equal_cost_epochs)
+        said = time.monotonic()
         while True:
             self.refresh()
             ready = ready_jobs(self.run.jobs, self.run.settings, self.run.records, order)
@@ -4764,8 +4764,12 @@ class Worker:
             for job in ready:
                 if self.take(job):
                     break
-            else:
-                self.wait(ready[0])
+            else:  # other processes are doing all that is ready
+                self.experiment.session.check()
+                if time.monotonic() - said > self.WAIT_SECONDS:
+                    said = time.monotonic()
+                    log.info("waiting for %s, which another process is doing", ready[0].name)
+                time.sleep(self.POLL_SECONDS)
 
     def take(self, job: Job) -> bool:
         """Do a job unless another process is doing it, and then return False."""
@@ -4784,14 +4788,6 @@ class Worker:
             give_back(lock)
         return True
 
-    def wait(self, job: Job) -> None:
-        """Wait a moment: other processes are doing all that is ready."""
-        self.experiment.session.check()
-        if time.monotonic() - self._said > self.WAIT_SECONDS:
-            self._said = time.monotonic()
-            log.info("waiting for %s, which another process is doing", job.name)
-        time.sleep(self.POLL_SECONDS)
-
     def refresh(self) -> None:
         """Take in what has ended; if this process writes, bring index and report up to date."""
         fresh = self.run.refresh()
@@ -4805,9 +4801,7 @@ class Worker:
             do_job(self.experiment, job)
             self.refresh()
             if job.name not in self.run.records:
-                raise JobFailed(
-                    "its file was damaged as soon as it was written: check the disk, then --resume"
-                )
+                raise JobFailed("its file was damaged as it was written: check the disk, then --resume")
         except JobFailed as error:
             self.run.fail(job, str(error), final=isinstance(error, Diverged))
         except (Stopped, DiskFull, UsageError):
@@ -4821,17 +4815,14 @@ class Worker:
     def count_attempt(self, job: Job) -> None:
         """Count an attempt, anew where the last one has saved an epoch. Raises `JobFailed` at the third."""
         path, count = self.run.file(job, "attempts"), 0
-        saved = fingerprint(
-            sorted((path.name, path.stat().st_mtime_ns) for path in self.run.progress_files(job))
-        )
+        epochs = sorted((file.name, file.stat().st_mtime_ns) for file in self.run.progress_files(job))
+        saved = fingerprint(epochs)
         with contextlib.suppress(OSError, ValueError):
             before, saved_before = path.read_text().split()
             count = int(before) if saved == saved_before else 0
         if count >= self.MOST_ATTEMPTS:
-            raise JobFailed(
-                f"it ended its process {count} times (no memory on the host, or a driver crash): "
-                "--resume tries again"
-            )
+            likely = "no memory on the host, or a driver crash"
+            raise JobFailed(f"it ended its process {count} times ({likely}): --resume tries again")
         write_atomic(path, f"{count + 1} {saved}".encode())
 
     def crashed(self, job: Job, error: Exception) -> None:
@@ -4897,14 +4888,12 @@ def work(experiment: Experiment, writes: bool, prepared: Callable[[], object]) -
 
 def priorities(jobs: Sequence[Job], settings: Settings, equal_cost: Mapping[str, int]) -> dict[str, float]:
     """Length of the longest path that starts with each job: longest first keeps all workers busy."""
-    followers: dict[str, list[str]] = {job.name: [] for job in jobs}
-    for job in jobs:
-        for needed in needs(job, settings, {}):
-            followers[needed.name].append(job.name)
     length: dict[str, float] = {}
+    behind: dict[str, float] = {}  # of the longest path that waits for a job
     for job in reversed(jobs):
-        longest = max((length[name] for name in followers[job.name]), default=0.0)
-        length[job.name] = job_macs(job, settings, equal_cost) + longest
+        length[job.name] = job_macs(job, settings, equal_cost) + behind.get(job.name, 0.0)
+        for needed in needs(job, settings, {}):
+            behind[needed.name] = max(length[job.name], behind.get(needed.name, 0.0))
     return length
 
 
@@ -4929,6 +4918,14 @@ class Estimate:
     equal_cost: Mapping[str, int]
     speeds: dict[str, float] = field(default_factory=dict)  # network -> multiply-accumulates per second
 
+    def macs(self, network: str) -> int:
+        """Multiply-accumulates of a network for one image."""
+        return network_cost(network, DATASETS[self.settings.dataset][0], self.settings.width)[1]
+
+    def learn(self, network: str, images: float, seconds: float) -> None:
+        """Take in how long it took to train a network on so many images."""
+        self.speeds[network] = 3 * self.macs(network) * images / max(1e-9, seconds)
+
     def seconds(self, network: str, macs: float) -> float:
         """Expected seconds of so much work; an unmeasured network is as fast as others (0: none is known)."""
         known = list(self.speeds.values()) or [math.inf]
@@ -4940,9 +4937,8 @@ class Estimate:
 
     def page_seconds(self, left: Sequence[Job]) -> float:
         """Expected seconds of the teachers' passes over the training images for the jobs that are left."""
-        classes, width = DATASETS[self.settings.dataset][0], self.settings.width
-        macs = {name: network_cost(name, classes, width)[1] * self.images for name in ARCHITECTURES}
-        return sum(self.seconds(name, macs[name]) for name, _ in pages_used(left, self.settings))
+        pages = pages_used(left, self.settings)
+        return sum(self.seconds(network, self.macs(network) * self.images) for network, _ in pages)
 
     def work_seconds(self, left: Sequence[Job]) -> float:
         """Expected seconds of all that is left, on one device."""
@@ -4960,17 +4956,16 @@ class Estimate:
 def measure_speeds(experiment: Experiment, networks: Sequence[str] | None = None) -> dict[str, float]:
     """Multiply-accumulates per second of each network, by three real steps of training after a first one.
 
-    By default of the first job that is left: its epochs, and those of the others, say more later. A step of
-    over 3 s is not repeated; a network that does not fit into the memory is left out.
+    By default of the first job that is left: epochs say more later. A step of over 3 s is not repeated; a
+    network that does not fit into the memory is left out.
     """
     if networks is None:
         networks = [job.network for job in experiment.run.left[:1]]
-    images, speeds = experiment.images, dict[str, float]()
-    classes, width = len(images.classes), experiment.settings.width
-    batch = torch.arange(min(experiment.settings.batch_size, len(images)), device=images.device)
+    images, settings, speeds = experiment.images, experiment.settings, dict[str, float]()
+    batch = torch.arange(min(settings.batch_size, len(images)), device=images.device)
     for name in networks:
         release_freed_memory()
-        network = experiment.place(build_network(name, classes, width)).train()
+        network = experiment.place(build_network(name, len(images.classes), settings.width)).train()
         times: list[float] = []
         with contextlib.suppress(torch.OutOfMemoryError), out_of_memory_alike():
             while len(times) < 2 or (len(times) < 4 and times[-1] < 3.0):
@@ -4982,8 +4977,8 @@ def measure_speeds(experiment: Experiment, networks: Sequence[str] | None = None
                 loss.backward()
                 loss.item()  # waits for the device
                 times.append(time.perf_counter() - started)
-            work = 3 * network_cost(name, classes, width)[1] * len(batch)
-            speeds[name] = work / max(1e-9, float(np.median(times[1:])))
+            macs = 3 * network_cost(name, len(images.classes), settings.width)[1] * len(batch)
+            speeds[name] = macs / max(1e-9, float(np.median(times[1:])))
     return speeds
 
 
@@ -4994,8 +4989,7 @@ class Progress:
     every epoch.
     """
 
-    LINE_SECONDS = 180.0
-    BAR_SECONDS = 0.5
+    LINE_SECONDS, BAR_SECONDS = 180.0, 0.5
 
     def __init__(
         self, run: Run, estimate: Estimate, bar: bool, publish: Callable[[str], object] | None = None
@@ -5003,14 +4997,10 @@ class Progress:
         """`publish` is told what this process is doing, for a bar in another process."""
         self.run, self.estimate, self.publish = run, estimate, publish
         self.after_epoch: Callable[[], object] = lambda: None  # called when an epoch has been saved
-        self.bar: Any = None
-        if bar:
-            form = "{n_fmt}/{total_fmt} |{bar:10}| {desc}"
-            self.bar = tqdm(
-                total=len(run.jobs), bar_format=form, file=sys.stdout, dynamic_ncols=True, leave=False
-            )
+        style: dict[str, Any] = {"bar_format": "{n_fmt}/{total_fmt} |{bar:10}| {desc}", "dynamic_ncols": True}
+        self.bar = tqdm(total=len(run.jobs), file=sys.stdout, leave=False, disable=not bar, **style)
         self._last_line = self._last_step = time.monotonic()
-        self.last_job = ""
+        self._last_job = ""
 
     def announce(self, session: Session) -> None:
         """Before anything is trained: how long it will take, and whether it will finish in this session."""
@@ -5025,25 +5015,20 @@ class Progress:
 
     def epoch_seconds(self, network: str, steps: int) -> float:
         """Expected seconds of so many training steps of a network (0 if unknown)."""
-        return self.estimate.seconds(network, self.step_macs(network) * steps)
+        images = steps * self.run.settings.batch_size
+        return self.estimate.seconds(network, 3 * self.estimate.macs(network) * images)
 
-    def step_macs(self, network: str) -> float:
-        """Multiply-accumulates of a training step."""
-        settings = self.run.settings
-        return (
-            3.0
-            * settings.batch_size
-            * network_cost(network, len(self.run.index.data.classes), settings.width)[1]
-        )
+    @property
+    def watched(self) -> bool:
+        """Whether somebody sees what this process is doing."""
+        return not self.bar.disable or self.publish is not None
 
     def step(self, training: Training, step: int) -> None:
         """A training step begins: shown where somebody watches."""
-        watched = self.bar is not None or self.publish is not None
-        if not watched or time.monotonic() - self._last_step < self.BAR_SECONDS:
-            return
-        self._last_step = time.monotonic()
-        share = step / max(1, min(training.steps, training.steps_per_epoch))
-        self.tell(f"{training.job.label} epoch {len(training.history) + share:.1f}/{training.epochs}")
+        if self.watched and time.monotonic() - self._last_step > self.BAR_SECONDS:
+            self._last_step = time.monotonic()
+            share = step / min(training.steps, training.steps_per_epoch)
+            self.tell(f"{training.job.label} epoch {len(training.history) + share:.1f}/{training.epochs}")
 
     def tell(self, text: str) -> None:
         """Show what this process is doing, "" while it waits, or have another process show it."""
@@ -5054,29 +5039,28 @@ class Progress:
 
     def show(self, texts: Sequence[str]) -> None:
         """Bring the bar up to date: jobs that have ended, the time left, what is running, the last result."""
-        if self.bar is None:
+        if self.bar.disable:
             return
         left = self.run.left
         self.bar.n = len(self.run.jobs) - len(left)
         seconds = self.estimate.seconds_left(left)
-        parts = [f"{say_time(seconds)} left" if seconds else "", *texts, self.last_job]
+        parts = [f"{say_time(seconds)} left" if seconds else "", *texts, self._last_job]
         self.bar.set_description_str("; ".join(part for part in parts if part))
 
     def epoch_done(self, training: Training) -> None:
         """Log an epoch, with the time left for its job and for the experiment."""
-        epoch, number, network = training.history[-1], len(training.history), training.job.network
+        epoch, number = training.history[-1], len(training.history)
         steps = min(training.steps_per_epoch, training.steps - (number - 1) * training.steps_per_epoch)
-        self.estimate.speeds[network] = self.step_macs(network) * steps / max(1e-9, epoch.seconds)
+        self.estimate.learn(training.job.network, steps * self.run.settings.batch_size, epoch.seconds)
 
-        teacher = training.job.kind == "teacher" and self.bar is None and self.publish is None
-        due = time.monotonic() - self._last_line > self.LINE_SECONDS
-        if due:
-            self._last_line = time.monotonic()
+        shown = training.job.kind == "teacher" and not self.watched
+        if time.monotonic() - self._last_line > self.LINE_SECONDS:
+            self._last_line, shown = time.monotonic(), True
         temperature = f"  T {epoch.temperature:4.2f}" if epoch.temperature else ""
         left = max((training.epochs - number) * epoch.seconds, self.estimate.seconds_left(self.run.left))
         text = f"epoch {number:3d}/{training.epochs:<3d}  loss {epoch.loss:7.4f}  "
         text += f"val {epoch.val_accuracy:6.2f}%{temperature}  {epoch.seconds:6.1f} s  left {say_time(left)}"
-        self.line(training.name, text, quiet=not (teacher or due))
+        self.line(training.name, text, quiet=not shown)
 
     def job_ended(self, job: Job) -> None:
         """Log a job that has ended."""
@@ -5084,14 +5068,14 @@ class Progress:
         if not record.done:
             return
         if job.network not in self.estimate.speeds and record.train_seconds:  # another process trained it
-            work = job_macs(job, self.run.settings, self.estimate.equal_cost) * self.estimate.images
-            self.estimate.speeds[job.network] = work / record.train_seconds
+            epochs = job_epochs(job, self.run.settings, self.estimate.equal_cost)
+            self.estimate.learn(job.network, epochs * self.estimate.images, record.train_seconds)
         what = f"test {record.test_accuracy:6.2f}%"
         if job.kind == "pilot":
             what = f"candidate {record.chosen + 1} chosen"
         if record.same_as:
             what += f"  (copy of {record.same_as})"
-        self.last_job = f"last: {' '.join(what.split())}"
+        self._last_job = f"last: {' '.join(what.split())}"
         left = say_time(self.estimate.seconds_left(self.run.left))
         self.line(job.name, f"done  {what}  in {say_time(record.train_seconds)}  left {left}")
 
@@ -5103,8 +5087,7 @@ class Progress:
 
     def close(self) -> None:
         """Remove the bar."""
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
 
 
 def latency_ms(experiment: Experiment, network: nn.Module) -> dict[str, float]:
