@@ -4138,9 +4138,8 @@ def build(kind: Any, value: Any) -> Any:
     """A value of an annotated type from plain data. Of a dataclass, fields with a default may be missing."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        kind = cast(Any, kind)
-        hints = stored_fields(kind)
-        return kind(**{key: build(hints[key], item) for key, item in value.items()})
+        hints = stored_fields(cast(Any, kind))
+        return cast(Any, kind)(**{key: build(hints[key], item) for key, item in value.items()})
     if origin in (types.UnionType, typing.Union):
         return None if value is None else build(inner[0], value)
     if origin is dict:
@@ -4672,8 +4671,8 @@ class PageStore:
         """
         lock: filelock.BaseFileLock | None = None
         name, held = f"page_{page:03d}.lock", True
-        without = (IndexError, OSError, UsageError, NotImplementedError)  # no place for pages, or no locks
-        with contextlib.suppress(*without):
+        unlocked = (IndexError, OSError, UsageError, NotImplementedError)  # no place for pages, or no locks
+        with contextlib.suppress(*unlocked):
             lock = take_lock(self._folder(key) / name)
             while lock is None and wait is not None:
                 wait()
