@@ -3959,6 +3959,8 @@ def patiently(action: Callable[[], T], path: Path, lasting: Sequence[int | None]
             if error.errno in lasting:
                 raise
             reason = error.strerror or first_line(error)
+            if error.errno in NO_ROOM:  # waiting makes none
+                break
             warn_once(f"{path} cannot be opened now ({reason}): trying again")
             time.sleep(pause)
     remedy = "nothing is lost; mend that, then continue with --resume"
