@@ -4998,8 +4998,10 @@ class Progress:
         """`publish` is told what this process is doing, for a bar in another process."""
         self.run, self.estimate, self.publish = run, estimate, publish
         self.after_epoch: Callable[[], object] = lambda: None  # called when an epoch has been saved
-        style: dict[str, Any] = {"bar_format": "{n_fmt}/{total_fmt} |{bar:10}| {desc}", "dynamic_ncols": True}
-        self.bar = tqdm(total=len(run.jobs), file=sys.stdout, leave=False, disable=not bar, **style)
+        self.bar: Any = None
+        if bar:
+            style: dict[str, Any] = {"bar_format": "{n_fmt}/{total_fmt} |{bar:10}| {desc}", "leave": False}
+            self.bar = tqdm(total=len(run.jobs), file=sys.stdout, dynamic_ncols=True, **style)
         self._last_line = self._last_step = time.monotonic()
         self._last_job = ""
 
@@ -5022,7 +5024,7 @@ class Progress:
     @property
     def watched(self) -> bool:
         """Whether somebody sees what this process is doing."""
-        return not self.bar.disable or self.publish is not None
+        return self.bar is not None or self.publish is not None
 
     def step(self, training: Training, step: int) -> None:
         """A training step begins: shown where somebody watches."""
@@ -5040,7 +5042,7 @@ class Progress:
 
     def show(self, texts: Sequence[str]) -> None:
         """Bring the bar up to date: jobs that have ended, the time left, what is running, the last result."""
-        if self.bar.disable:
+        if self.bar is None:
             return
         left = self.run.left
         self.bar.n = len(self.run.jobs) - len(left)
@@ -5088,7 +5090,8 @@ class Progress:
 
     def close(self) -> None:
         """Remove the bar."""
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
 
 def latency_ms(experiment: Experiment, network: nn.Module) -> dict[str, float]:
