@@ -1777,6 +1777,8 @@ class Training:
             raise Damaged("holds something else than this training")
         if not 0 < len(from_plain(list[Epoch], content["history"])) < self.epochs:
             raise Damaged("holds a history of another length")
+        if not 0 < content["micro_batch"] <= self.experiment.settings.batch_size:
+            raise Damaged("holds a micro-batch of another size")
 
 
 def structure_of(value: Any) -> Any:
@@ -3892,30 +3894,24 @@ def write_archive(run: Run) -> None:
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
-READ_PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between two tries
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EISDIR)
+READ_PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between two tries
 SEAL_BYTES = 73  # newline, "sha256 ", 64 hex digits, newline: behind the payload, where unpicklers ignore it
 
 
 def write_atomic(path: Path, payload: bytes) -> None:
     """Write a file so that a reader sees the old content or the new one, whenever the machine stops.
 
-    Temporary file in the same folder, fsync, rename, fsync of the folder. Raises `DiskFull` where
-    there is no room, and `UsageError` where the folder cannot be written.
+    Raises `DiskFull` where there is no room, and `UsageError` where the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(payload)
-            file.flush()
-            sync(file.fileno(), path)
+        sync(temporary, os.O_RDWR)
         rename(temporary, path)
         with contextlib.suppress(OSError):  # Windows cannot open a folder
-            handle = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync(path.parent, os.O_RDONLY)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -3926,33 +3922,27 @@ def write_atomic(path: Path, payload: bytes) -> None:
         raise UsageError(f"cannot write {path} ({reason}): mend that, then continue with --resume") from None
 
 
-def sync(handle: int, path: Path) -> None:
-    """Have a file's content on the disk; a file system that cannot do that gets one warning."""
+def sync(path: Path, flags: int) -> None:
+    """Have a file or folder on the disk; a file system that cannot do that gets one warning."""
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     except OSError as error:
         if error.errno not in NO_FSYNC:
             raise
-        warn_once(
-            f"the file system of {path.parent} has no fsync: a power failure, but no crash, could lose "
-            "files there"
-        )
+        warn_once("the file system has no fsync: a power failure, but no crash, could lose what is written")
+    finally:
+        os.close(handle)
 
 
 def rename(source: Path, target: Path) -> None:
     """`os.replace`, tried for a second where it is denied: virus scanners hold new files for a moment."""
     for pause in (0.05, 0.15, 0.3, 0.5):
-        try:
+        with contextlib.suppress(PermissionError):
             os.replace(source, target)
             return
-        except PermissionError:
-            time.sleep(pause)
+        time.sleep(pause)
     os.replace(source, target)
-
-
-def write_sealed(path: Path, payload: bytes) -> None:
-    """Write a payload with its checksum behind it."""
-    write_atomic(path, payload + f"\nsha256 {hashlib.sha256(payload).hexdigest()}\n".encode())
 
 
 def patiently(action: Callable[[], T], path: Path, lasting: Sequence[int | None] = NO_FILE) -> T:
@@ -3969,11 +3959,22 @@ def patiently(action: Callable[[], T], path: Path, lasting: Sequence[int | None]
             if error.errno in lasting:
                 raise
             reason = error.strerror or first_line(error)
+            if error.errno in NO_ROOM:  # waiting makes none
+                break
             warn_once(f"{path} cannot be opened now ({reason}): trying again")
             time.sleep(pause)
-    raise UsageError(
-        f"cannot open {path} ({reason}): nothing is lost; mend that, then continue with --resume"
-    )
+    remedy = "nothing is lost; mend that, then continue with --resume"
+    raise UsageError(f"cannot open {path} ({reason}): {remedy}")
+
+
+def seal(payload: bytes) -> bytes:
+    """The end of a file, which tells whether the rest is what was written."""
+    return f"\nsha256 {hashlib.sha256(payload).hexdigest()}\n".encode()
+
+
+def write_sealed(path: Path, payload: bytes) -> None:
+    """Write a payload with its checksum behind it."""
+    write_atomic(path, payload + seal(payload))
 
 
 def read_sealed(path: Path) -> bytes:
@@ -3984,10 +3985,8 @@ def read_sealed(path: Path) -> bytes:
         raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from None
     except OSError as error:
         raise Damaged(f"is no file ({error.strerror})") from None
-    payload, seal = content[:-SEAL_BYTES], content[-SEAL_BYTES:]
-    if len(content) <= SEAL_BYTES or not seal.startswith(b"\nsha256 "):
-        raise Damaged("is cut short or no file of this script")
-    if seal != f"\nsha256 {hashlib.sha256(payload).hexdigest()}\n".encode():
+    payload = content[:-SEAL_BYTES]
+    if content[-SEAL_BYTES:] != seal(payload):
         raise Damaged("has a wrong checksum: it was altered or cut after it was written")
     return payload
 
@@ -4017,9 +4016,6 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"refused {module}.{name}")
 
-    def persistent_load(self, pid: object) -> NoReturn:
-        raise pickle.UnpicklingError("refused a persistent object")
-
 
 def save_plain(path: Path, content: Any) -> None:
     """Write plain data as a sealed pickle."""
@@ -4047,9 +4043,8 @@ def set_aside(path: Path, reason: str) -> None:
     except FileNotFoundError:  # another worker was faster
         return
     except OSError as error:
-        raise UsageError(
-            f"{path} {reason} and cannot be moved away ({error.strerror}): remove it and run again"
-        ) from None
+        remedy = "remove it and run again"
+        raise UsageError(f"{path} {reason} and cannot be moved ({error.strerror}): {remedy}") from None
     log.warning("%s %s: set aside as %s", path.name, reason, target.name)
 
 
@@ -4077,28 +4072,22 @@ def give_back(lock: filelock.BaseFileLock) -> None:
     lock.release()
 
 
-def is_held(path: Path) -> bool:
-    """Whether a process holds a lock."""
+def is_held(path: Path) -> bool | None:
+    """Whether a process holds a lock; None where the file system has no locks."""
     if not path.exists():
         return False
     try:
         lock = take_lock(path)
-    except NotImplementedError:  # there are none here
-        return False
+    except NotImplementedError:
+        return None
     if lock is not None:
         lock.release()
     return lock is None
 
 
 def has_locks(folder: Path) -> bool:
-    """Whether the file system of a run folder has locks."""
-    try:
-        lock = take_lock(folder / "run.lock")
-    except NotImplementedError:
-        return False
-    if lock is not None:
-        lock.release()
-    return True
+    """Whether the file system of a run that is led has locks."""
+    return is_held(folder / "run.lock") is not None
 
 
 @contextlib.contextmanager
@@ -4151,9 +4140,8 @@ def build(kind: Any, value: Any) -> Any:
     """A value of an annotated type from plain data. Of a dataclass, fields with a default may be missing."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        kind = cast(Any, kind)
-        hints = stored_fields(kind)
-        return kind(**{key: build(hints[key], item) for key, item in value.items()})
+        hints = stored_fields(cast(Any, kind))
+        return cast(Any, kind)(**{key: build(hints[key], item) for key, item in value.items()})
     if origin in (types.UnionType, typing.Union):
         return None if value is None else build(inner[0], value)
     if origin is dict:
@@ -4337,16 +4325,16 @@ class Run:
     def __init__(self, path: Path, index: Index, labels: np.ndarray | None = None) -> None:
         """`labels`: of the test images, in the process that writes the report."""
         self.path, self.index, self.labels = path, index, labels
-        self.lock_file = (
-            self._lock_file()
-        )  # of the process that leads: while it is the same, so is the folder
         self.settings = index.settings
         self.checkpoints = path / "checkpoints"
         self.jobs = planned_jobs(self.settings)
         self.records: dict[str, Record] = {}
         self.logits: dict[str, np.ndarray] = {}  # fp16 [n, C] of the test images by job, for the report
-        self._drawn, self._written = time.monotonic(), -math.inf
         self.stale = False  # whether something has ended that the report does not know
+        self._drawn, self._written = time.monotonic(), -math.inf
+        self._lock: os.stat_result | None = None  # while it is the same file, this is the same folder
+        with contextlib.suppress(OSError):  # nobody leads
+            self._lock = (path / "run.lock").stat()
 
     def file(self, job: Job, kind: str = "pt") -> Path:
         """A file of a job: "pt" its result, "progress" its last epoch, "failed" why it failed.
@@ -4372,8 +4360,8 @@ class Run:
 
     def fingerprint(self, job: Job) -> str:
         """Identity of what a job computes."""
-        left_out = ["student_epochs"] if job.kind == "teacher" else []  # a teacher does not depend on these
-        whole = run_fingerprint(self.settings, self.index.precision, self.index.data.sha256, left_out)
+        without = ["student_epochs"] if job.kind == "teacher" else []  # a teacher does not depend on these
+        whole = run_fingerprint(self.settings, self.index.precision, self.index.data.sha256, without)
         return fingerprint([whole, job.name, job.method_class.source_sha256])
 
     def identity(self, job: Job) -> dict[str, Any]:
@@ -4399,16 +4387,13 @@ class Run:
 
     def _check_identity(self, job: Job, record: Record) -> None:
         """Raise `Damaged` unless a record is of this job of this run, done, and of this run's teachers."""
-        differing = [name for name, value in self.identity(job).items() if getattr(record, name) != value]
-        if differing or not record.done:
+        params, macs = network_cost(job.network, len(self.index.data.classes), self.settings.width)
+        seed = self.settings.seed + job.run
+        about = {"network": job.network, "seed": seed, "params": params, "macs": macs, **self.identity(job)}
+        if not record.done or any(getattr(record, name) != value for name, value in about.items()):
             raise Damaged(f"is not the file of {job.name} in a run with these settings")
-        cost = network_cost(job.network, len(self.index.data.classes), self.settings.width)
-        about = (record.network, record.seed, record.params, record.macs)
-        if about != (job.network, self.settings.seed + job.run, *cost):
-            raise Damaged("is about another network or seed")
         for name, sha256 in record.taught_by.items():
-            known = self.records.get(name)
-            if known is not None and known.weights_sha256 != sha256:
+            if name in self.records and self.records[name].weights_sha256 != sha256:
                 raise Damaged(f"was distilled from another {name} than this run's")
 
     def _check_tensors(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
@@ -4417,7 +4402,8 @@ class Run:
         weights = tensors.get("model")
         if not isinstance(weights, dict) or tensors_sha256(weights) != record.weights_sha256:
             raise Damaged("holds other weights than its record says")
-        for part in ("test", "select") if job.kind == "student" else ("test", "select", "fit"):
+        parts = ["test", "select"] if job.kind == "student" else ["test", "select", "fit"]
+        for part in parts:
             logits = tensors.get(f"{part}_logits")
             if not isinstance(logits, torch.Tensor) or logits.shape != (getattr(data, part), classes):
                 raise Damaged(f"holds no sound {part}_logits")
@@ -4432,34 +4418,34 @@ class Run:
         """
         if touch:
             self.check_ours()
-        fresh = [job for job in self.left if self._take_in(job, touch)]
-        if any(job.kind != "student" for job in fresh):
-            self._look_at_pupils(fresh, touch)
+        fresh = self._take_in(self.left, touch)
+        if any(job.kind != "student" for job in fresh):  # one that was done again may teach something else
+            known = [job for job in self.jobs if job.name in self.records and job not in fresh]
+            pupils = [job for job in known if job.teacher_networks]
+            for job in pupils:
+                del self.records[job.name]
+            self._take_in(pupils, touch)
         return fresh
 
-    def _look_at_pupils(self, fresh: Sequence[Job], touch: bool) -> None:
-        """Look once more at what learned from an earlier version of a job that was done again."""
-        known = [job for job in self.jobs if job.name in self.records and job not in fresh]
-        pupils = [job for job in known if job.teacher_networks]
-        for job in pupils:
-            del self.records[job.name]
-        for job in pupils:
-            self._take_in(job, touch)
-
-    def _take_in(self, job: Job, touch: bool) -> bool:
-        """Put a job's record into `records` if it has ended and its file is sound."""
-        try:
-            record = self._ended(job)
-        except Damaged as error:
-            if touch:
-                set_aside(self.file(job), f"{error}, so this job is done again;")
-            return False
-        if record is None:
-            return False
-        self.records[job.name] = record
-        if touch and record.done:
-            self._tidy_up(job)
-        return True
+    def _take_in(self, jobs: Sequence[Job], touch: bool) -> list[Job]:
+        """Put the records of those jobs that have ended, and whose files are sound, into `records`."""
+        ended = []
+        for job in jobs:
+            try:
+                record = self._ended(job)
+            except Damaged as error:
+                if touch:
+                    set_aside(self.file(job), f"{error}, so this job is done again;")
+                continue
+            if record is None:
+                continue
+            self.records[job.name] = record
+            ended.append(job)
+            if touch and record.done:  # what it needs no more goes, also where a killed process left it
+                for path in (*self.progress_files(job), self.file(job, "attempts"), self.file(job, "lock")):
+                    with contextlib.suppress(OSError):  # Windows removes no file that is open
+                        path.unlink(missing_ok=True)
+        return ended
 
     def _ended(self, job: Job) -> Record | None:
         """The record of a job that is done or has failed, else None. Raises `Damaged`."""
@@ -4473,12 +4459,6 @@ class Run:
             if record.failure and (record.job, record.fingerprint) == (job.name, self.fingerprint(job)):
                 return record
         return None
-
-    def _tidy_up(self, job: Job) -> None:
-        """Remove what a finished job needs no more, also where a killed process left it."""
-        for path in (*self.progress_files(job), self.file(job, "attempts"), self.file(job, "lock")):
-            with contextlib.suppress(OSError):  # Windows removes no file that is open
-                path.unlink(missing_ok=True)
 
     def save_result(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
         """Write a job's result. Its checkpoints in progress go when this has been read back (`refresh`)."""
@@ -4508,10 +4488,7 @@ class Run:
             save_plain(self.checkpoints / name, plain)
 
     def save(self, final: bool = False) -> None:
-        """Write the index, the tables and the report, but not twice in REPORT_SECONDS unless `final`.
-
-        Every ten minutes, and at the end, the figures too.
-        """
+        """Write index, tables and report, but not twice in REPORT_SECONDS; `final`: at once, with figures."""
         self.stale = not final and time.monotonic() - self._written < self.REPORT_SECONDS
         if self.stale:
             return
@@ -4522,51 +4499,37 @@ class Run:
         except (DiskFull, UsageError, Stopped):
             raise
         except Exception as error:  # a report that cannot be written costs no training
-            log.error(
-                "figures, tables or report could not be written (%s): experiment.log says where",
-                first_line(error),
-            )
+            reason = first_line(error)
+            log.error("figures or report could not be written (%s): experiment.log says where", reason)
             log.error("the report failed", exc_info=error)
         self._written = time.monotonic()
         if figures:
             self._drawn = self._written
 
-    def _lock_file(self) -> tuple[int, int] | None:
-        """Which file `run.lock` is, None if there is none; the one it was where that cannot be seen now."""
-        try:
-            status = (self.path / "run.lock").stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError:
-            return getattr(self, "lock_file", None)
-        return status.st_dev, status.st_ino
-
     def check_ours(self) -> None:
         """Raise `Stopped` if the folder was removed or made anew by another process: write nothing more."""
-        if self.lock_file is not None and self._lock_file() != self.lock_file:
+        if self._lock is None:
+            return
+        try:
+            ours = os.path.samestat(self._lock, (self.path / "run.lock").stat())
+        except OSError as error:  # one that cannot be looked at now may still be there
+            ours = error.errno not in (errno.ENOENT, errno.ENOTDIR)
+        if not ours:
             raise Stopped(f"the loss of {self.path}, which was removed or taken by another process")
 
     def clean(self) -> None:
         """Remove what killed processes have left, but for jobs that are being done (only the leader may)."""
         held = [job.name for job in self.jobs if is_held(self.file(job, "lock"))]
-        own = tuple(f"{dot}{name}{end}" for name in held for dot in ("", ".") for end in (".", "_rung"))
-        for pattern in (
-            ".*.tmp",
-            "checkpoints/.*.tmp",
-            "checkpoints/*.attempts",
-            "figures/.*.tmp",
-            "data/.*.tmp",
-        ):
+        kept = tuple(f"{name}{end}" for name in held for end in (".", "_rung"))
+        for pattern in (".*.tmp", "*/.*.tmp", "checkpoints/*.attempts"):
             for path in self.path.glob(pattern):
-                if not path.name.startswith(own):
+                if not path.name.removeprefix(".").startswith(kept):
                     path.unlink(missing_ok=True)
 
 
-def run_fingerprint(
-    settings: Settings, precision: str, data_sha256: str, left_out: Sequence[str] = ()
-) -> str:
+def run_fingerprint(settings: Settings, precision: str, data_sha256: str, without: Sequence[str] = ()) -> str:
     """Identity of a computation: the settings that its arithmetic depends on, precision and data."""
-    names = [name for name in setting_names("experiment") if name not in ("mode", "precision", *left_out)]
+    names = [name for name in setting_names("experiment") if name not in ("mode", "precision", *without)]
     values = {name: getattr(settings, name) for name in names}
     return fingerprint({"protocol": PROTOCOL, "precision": precision, "data": data_sha256, **values})
 
@@ -4608,14 +4571,12 @@ def index_from_plain(content: Any, plugins: Mapping[str, str]) -> Index:
     """An index from plain data. Raises `Damaged`, or `UsageError` if this command cannot continue it."""
     if not isinstance(content, dict):
         raise Damaged("holds no index")
+    writer = f"the run was written by version {content.get('version', '1')} of this script"
     if content.get("format") != FORMAT:
-        version = content.get("version", "1")
-        raise UsageError(
-            f"the run was written by version {version} of this script, whose files are others than those of "
-            f"{VERSION}: continue it with that version, or start a new run"
-        )
-    check_plugins(content.get("plugins"), plugins)
+        remedy = "continue it with that version, or start a new run"
+        raise UsageError(f"{writer}, whose files are others than those of {VERSION}: {remedy}")
     index: Index = from_plain(Index, content, "index")
+    check_plugins(index.plugins, plugins)
     settings, data = index.settings, index.data
     validate(settings)
     if data.name != settings.dataset or len(data.classes) != DATASETS[settings.dataset][0]:
@@ -4624,23 +4585,19 @@ def index_from_plain(content: Any, plugins: Mapping[str, str]) -> Index:
         raise Damaged("lacks the epochs of an arm")
     expected = run_fingerprint(settings, index.precision, data.sha256)
     if index.fingerprint != expected or index.precision not in PRECISIONS:
-        raise UsageError(
-            f"the run was written by version {index.version} of this script, which computes something else"
-        )
+        raise UsageError(f"{writer}, which computes something else")
     return index
 
 
-def check_plugins(wanted: Any, loaded: Mapping[str, str]) -> None:
+def check_plugins(wanted: Mapping[str, str], loaded: Mapping[str, str]) -> None:
     """Raise `UsageError` unless the plugins of a run are the ones that were loaded."""
-    for name, sha256 in wanted.items() if isinstance(wanted, dict) else ():
-        needed = str(sha256)[:12]
+    for name, sha256 in wanted.items():
         if name not in loaded:
-            raise UsageError(f"this run uses a method of {name} (sha256 {needed}): add --plugin {name}")
+            raise UsageError(f"this run uses a method of {name} (sha256 {sha256[:12]}): add --plugin {name}")
         if loaded[name] != sha256:
-            raise UsageError(
-                f"--plugin {name} is another file than this run's (sha256 {loaded[name][:12]} instead of "
-                f"{needed}): give the file as it was, or start a new run"
-            )
+            difference = f"sha256 {loaded[name][:12]} instead of {sha256[:12]}"
+            remedy = "give the file as it was, or start a new run"
+            raise UsageError(f"--plugin {name} is another file than this run's ({difference}): {remedy}")
 
 
 def save_progress(run: Run, path: Path, content: dict[str, Any]) -> None:
@@ -4654,12 +4611,12 @@ def load_progress(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[s
     try:
         content = load_checkpoint(path)
         check(content)
-    except FileNotFoundError:
-        return None
+        return content
     except (Damaged, AttributeError, KeyError, TypeError, ValueError) as error:
         set_aside(path, f"{error}, so its training starts again;")
-        return None
-    return content
+    except FileNotFoundError:
+        pass
+    return None
 
 
 class PageStore:
@@ -4676,7 +4633,6 @@ class PageStore:
         with contextlib.suppress(OSError):  # no usable temporary folder
             user = os.getuid() if hasattr(os, "getuid") else 0
             self.places.insert(0, Path(tempfile.gettempdir()) / f"exp1b_teacher_outputs_{user}")
-        with contextlib.suppress(OSError):
             for folder in self.places[0].iterdir():
                 if time.time() - folder.stat().st_mtime > self.KEEP_SECONDS:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -4716,20 +4672,14 @@ class PageStore:
         raise. Where there are no locks two processes may compute the same page, which does no harm.
         """
         lock: filelock.BaseFileLock | None = None
-        with contextlib.suppress(OSError, UsageError):
-            lock = filelock.FileLock(self._folder(key) / f"page_{page:03d}.lock") if self.places else None
-        held = lock is None
-        while not held and lock is not None:
-            try:
-                lock.acquire(timeout=0.5 if wait else 0, poll_interval=0.05)
-                held = True
-            except filelock.Timeout:
-                if wait is None:
-                    break
+        name, held = f"page_{page:03d}.lock", True
+        unlocked = (IndexError, OSError, UsageError, NotImplementedError)  # no place for pages, or no locks
+        with contextlib.suppress(*unlocked):
+            lock = take_lock(self._folder(key) / name)
+            while lock is None and wait is not None:
                 wait()
-            except (OSError, NotImplementedError) as error:
-                warn_once(f"no locks in {self.places[0]} ({first_line(error)}): going on without")
-                held = True
+                lock = take_lock(self._folder(key) / name, seconds=0.5)
+            held = lock is not None
         try:
             yield held
         finally:
@@ -4755,8 +4705,7 @@ class PageStore:
 
 
 def load_student(path: str | Path) -> nn.Module:
-    """A trained network (student, assistant or teacher) from its .pt file, in eval mode: images in [0, 1] to
-    logits.
+    """A trained network from its .pt file, in eval mode: images in [0, 1] to logits.
 
     Raises FileNotFoundError, or `Damaged` when the file is not what was written. Nothing in it is executed.
     """
@@ -4801,13 +4750,13 @@ class Worker:
     def __init__(self, experiment: Experiment, writes: bool) -> None:
         """`writes`: this process keeps index and report."""
         self.experiment, self.run, self.writes = experiment, experiment.run, writes
-        self._said = time.monotonic()
         if writes:
             experiment.progress.after_epoch = self.refresh
 
     def work(self) -> None:
         """Work until everything has ended or waits for a failed job. Raises `Stopped` or `DiskFull`."""
         order = priorities(self.run.jobs, self.run.settings, self.run.index.equal_cost_epochs)
+        said = time.monotonic()
         while True:
             self.refresh()
             ready = ready_jobs(self.run.jobs, self.run.settings, self.run.records, order)
@@ -4816,8 +4765,12 @@ class Worker:
             for job in ready:
                 if self.take(job):
                     break
-            else:
-                self.wait(ready[0])
+            else:  # other processes are doing all that is ready
+                self.experiment.session.check()
+                if time.monotonic() - said > self.WAIT_SECONDS:
+                    said = time.monotonic()
+                    log.info("waiting for %s, which another process is doing", ready[0].name)
+                time.sleep(self.POLL_SECONDS)
 
     def take(self, job: Job) -> bool:
         """Do a job unless another process is doing it, and then return False."""
@@ -4836,14 +4789,6 @@ class Worker:
             give_back(lock)
         return True
 
-    def wait(self, job: Job) -> None:
-        """Wait a moment: other processes are doing all that is ready."""
-        self.experiment.session.check()
-        if time.monotonic() - self._said > self.WAIT_SECONDS:
-            self._said = time.monotonic()
-            log.info("waiting for %s, which another process is doing", job.name)
-        time.sleep(self.POLL_SECONDS)
-
     def refresh(self) -> None:
         """Take in what has ended; if this process writes, bring index and report up to date."""
         fresh = self.run.refresh()
@@ -4857,9 +4802,7 @@ class Worker:
             do_job(self.experiment, job)
             self.refresh()
             if job.name not in self.run.records:
-                raise JobFailed(
-                    "its file was damaged as soon as it was written: check the disk, then --resume"
-                )
+                raise JobFailed("its file was damaged as it was written: check the disk, then --resume")
         except JobFailed as error:
             self.run.fail(job, str(error), final=isinstance(error, Diverged))
         except (Stopped, DiskFull, UsageError):
@@ -4873,17 +4816,14 @@ class Worker:
     def count_attempt(self, job: Job) -> None:
         """Count an attempt, anew where the last one has saved an epoch. Raises `JobFailed` at the third."""
         path, count = self.run.file(job, "attempts"), 0
-        saved = fingerprint(
-            sorted((path.name, path.stat().st_mtime_ns) for path in self.run.progress_files(job))
-        )
+        epochs = sorted((file.name, file.stat().st_mtime_ns) for file in self.run.progress_files(job))
+        saved = fingerprint(epochs)
         with contextlib.suppress(OSError, ValueError):
             before, saved_before = path.read_text().split()
             count = int(before) if saved == saved_before else 0
         if count >= self.MOST_ATTEMPTS:
-            raise JobFailed(
-                f"it ended its process {count} times (no memory on the host, or a driver crash): "
-                "--resume tries again"
-            )
+            likely = "no memory on the host, or a driver crash"
+            raise JobFailed(f"it ended its process {count} times ({likely}): --resume tries again")
         write_atomic(path, f"{count + 1} {saved}".encode())
 
     def crashed(self, job: Job, error: Exception) -> None:
@@ -4949,14 +4889,12 @@ def work(experiment: Experiment, writes: bool, prepared: Callable[[], object]) -
 
 def priorities(jobs: Sequence[Job], settings: Settings, equal_cost: Mapping[str, int]) -> dict[str, float]:
     """Length of the longest path that starts with each job: longest first keeps all workers busy."""
-    followers: dict[str, list[str]] = {job.name: [] for job in jobs}
-    for job in jobs:
-        for needed in needs(job, settings, {}):
-            followers[needed.name].append(job.name)
     length: dict[str, float] = {}
+    behind: dict[str, float] = {}  # of the longest path that waits for a job
     for job in reversed(jobs):
-        longest = max((length[name] for name in followers[job.name]), default=0.0)
-        length[job.name] = job_macs(job, settings, equal_cost) + longest
+        length[job.name] = job_macs(job, settings, equal_cost) + behind.get(job.name, 0.0)
+        for needed in needs(job, settings, {}):
+            behind[needed.name] = max(length[job.name], behind.get(needed.name, 0.0))
     return length
 
 
@@ -4981,6 +4919,14 @@ class Estimate:
     equal_cost: Mapping[str, int]
     speeds: dict[str, float] = field(default_factory=dict)  # network -> multiply-accumulates per second
 
+    def macs(self, network: str) -> int:
+        """Multiply-accumulates of a network for one image."""
+        return network_cost(network, DATASETS[self.settings.dataset][0], self.settings.width)[1]
+
+    def learn(self, network: str, images: float, seconds: float) -> None:
+        """Take in how long it took to train a network on so many images."""
+        self.speeds[network] = 3 * self.macs(network) * images / max(1e-9, seconds)
+
     def seconds(self, network: str, macs: float) -> float:
         """Expected seconds of so much work; an unmeasured network is as fast as others (0: none is known)."""
         known = list(self.speeds.values()) or [math.inf]
@@ -4992,9 +4938,8 @@ class Estimate:
 
     def page_seconds(self, left: Sequence[Job]) -> float:
         """Expected seconds of the teachers' passes over the training images for the jobs that are left."""
-        classes, width = DATASETS[self.settings.dataset][0], self.settings.width
-        macs = {name: network_cost(name, classes, width)[1] * self.images for name in ARCHITECTURES}
-        return sum(self.seconds(name, macs[name]) for name, _ in pages_used(left, self.settings))
+        pages = pages_used(left, self.settings)
+        return sum(self.seconds(network, self.macs(network) * self.images) for network, _ in pages)
 
     def work_seconds(self, left: Sequence[Job]) -> float:
         """Expected seconds of all that is left, on one device."""
@@ -5012,17 +4957,16 @@ class Estimate:
 def measure_speeds(experiment: Experiment, networks: Sequence[str] | None = None) -> dict[str, float]:
     """Multiply-accumulates per second of each network, by three real steps of training after a first one.
 
-    By default of the first job that is left: its epochs, and those of the others, say more later. A step of
-    over 3 s is not repeated; a network that does not fit into the memory is left out.
+    By default of the first job that is left: epochs say more later. A step of over 3 s is not repeated; a
+    network that does not fit into the memory is left out.
     """
     if networks is None:
         networks = [job.network for job in experiment.run.left[:1]]
-    images, speeds = experiment.images, dict[str, float]()
-    classes, width = len(images.classes), experiment.settings.width
-    batch = torch.arange(min(experiment.settings.batch_size, len(images)), device=images.device)
+    images, settings, speeds = experiment.images, experiment.settings, dict[str, float]()
+    batch = torch.arange(min(settings.batch_size, len(images)), device=images.device)
     for name in networks:
         release_freed_memory()
-        network = experiment.place(build_network(name, classes, width)).train()
+        network = experiment.place(build_network(name, len(images.classes), settings.width)).train()
         times: list[float] = []
         with contextlib.suppress(torch.OutOfMemoryError), out_of_memory_alike():
             while len(times) < 2 or (len(times) < 4 and times[-1] < 3.0):
@@ -5034,8 +4978,8 @@ def measure_speeds(experiment: Experiment, networks: Sequence[str] | None = None
                 loss.backward()
                 loss.item()  # waits for the device
                 times.append(time.perf_counter() - started)
-            work = 3 * network_cost(name, classes, width)[1] * len(batch)
-            speeds[name] = work / max(1e-9, float(np.median(times[1:])))
+            macs = 3 * network_cost(name, len(images.classes), settings.width)[1] * len(batch)
+            speeds[name] = macs / max(1e-9, float(np.median(times[1:])))
     return speeds
 
 
@@ -5046,8 +4990,7 @@ class Progress:
     every epoch.
     """
 
-    LINE_SECONDS = 180.0
-    BAR_SECONDS = 0.5
+    LINE_SECONDS, BAR_SECONDS = 180.0, 0.5
 
     def __init__(
         self, run: Run, estimate: Estimate, bar: bool, publish: Callable[[str], object] | None = None
@@ -5057,12 +5000,10 @@ class Progress:
         self.after_epoch: Callable[[], object] = lambda: None  # called when an epoch has been saved
         self.bar: Any = None
         if bar:
-            form = "{n_fmt}/{total_fmt} |{bar:10}| {desc}"
-            self.bar = tqdm(
-                total=len(run.jobs), bar_format=form, file=sys.stdout, dynamic_ncols=True, leave=False
-            )
+            style: dict[str, Any] = {"bar_format": "{n_fmt}/{total_fmt} |{bar:10}| {desc}", "leave": False}
+            self.bar = tqdm(total=len(run.jobs), file=sys.stdout, dynamic_ncols=True, **style)
         self._last_line = self._last_step = time.monotonic()
-        self.last_job = ""
+        self._last_job = ""
 
     def announce(self, session: Session) -> None:
         """Before anything is trained: how long it will take, and whether it will finish in this session."""
@@ -5077,25 +5018,20 @@ class Progress:
 
     def epoch_seconds(self, network: str, steps: int) -> float:
         """Expected seconds of so many training steps of a network (0 if unknown)."""
-        return self.estimate.seconds(network, self.step_macs(network) * steps)
+        images = steps * self.run.settings.batch_size
+        return self.estimate.seconds(network, 3 * self.estimate.macs(network) * images)
 
-    def step_macs(self, network: str) -> float:
-        """Multiply-accumulates of a training step."""
-        settings = self.run.settings
-        return (
-            3.0
-            * settings.batch_size
-            * network_cost(network, len(self.run.index.data.classes), settings.width)[1]
-        )
+    @property
+    def watched(self) -> bool:
+        """Whether somebody sees what this process is doing."""
+        return self.bar is not None or self.publish is not None
 
     def step(self, training: Training, step: int) -> None:
         """A training step begins: shown where somebody watches."""
-        watched = self.bar is not None or self.publish is not None
-        if not watched or time.monotonic() - self._last_step < self.BAR_SECONDS:
-            return
-        self._last_step = time.monotonic()
-        share = step / max(1, min(training.steps, training.steps_per_epoch))
-        self.tell(f"{training.job.label} epoch {len(training.history) + share:.1f}/{training.epochs}")
+        if self.watched and time.monotonic() - self._last_step > self.BAR_SECONDS:
+            self._last_step = time.monotonic()
+            share = step / min(training.steps, training.steps_per_epoch)
+            self.tell(f"{training.job.label} epoch {len(training.history) + share:.1f}/{training.epochs}")
 
     def tell(self, text: str) -> None:
         """Show what this process is doing, "" while it waits, or have another process show it."""
@@ -5111,24 +5047,23 @@ class Progress:
         left = self.run.left
         self.bar.n = len(self.run.jobs) - len(left)
         seconds = self.estimate.seconds_left(left)
-        parts = [f"{say_time(seconds)} left" if seconds else "", *texts, self.last_job]
+        parts = [f"{say_time(seconds)} left" if seconds else "", *texts, self._last_job]
         self.bar.set_description_str("; ".join(part for part in parts if part))
 
     def epoch_done(self, training: Training) -> None:
         """Log an epoch, with the time left for its job and for the experiment."""
-        epoch, number, network = training.history[-1], len(training.history), training.job.network
+        epoch, number = training.history[-1], len(training.history)
         steps = min(training.steps_per_epoch, training.steps - (number - 1) * training.steps_per_epoch)
-        self.estimate.speeds[network] = self.step_macs(network) * steps / max(1e-9, epoch.seconds)
+        self.estimate.learn(training.job.network, steps * self.run.settings.batch_size, epoch.seconds)
 
-        teacher = training.job.kind == "teacher" and self.bar is None and self.publish is None
-        due = time.monotonic() - self._last_line > self.LINE_SECONDS
-        if due:
-            self._last_line = time.monotonic()
+        shown = training.job.kind == "teacher" and not self.watched
+        if time.monotonic() - self._last_line > self.LINE_SECONDS:
+            self._last_line, shown = time.monotonic(), True
         temperature = f"  T {epoch.temperature:4.2f}" if epoch.temperature else ""
         left = max((training.epochs - number) * epoch.seconds, self.estimate.seconds_left(self.run.left))
         text = f"epoch {number:3d}/{training.epochs:<3d}  loss {epoch.loss:7.4f}  "
         text += f"val {epoch.val_accuracy:6.2f}%{temperature}  {epoch.seconds:6.1f} s  left {say_time(left)}"
-        self.line(training.name, text, quiet=not (teacher or due))
+        self.line(training.name, text, quiet=not shown)
 
     def job_ended(self, job: Job) -> None:
         """Log a job that has ended."""
@@ -5136,14 +5071,14 @@ class Progress:
         if not record.done:
             return
         if job.network not in self.estimate.speeds and record.train_seconds:  # another process trained it
-            work = job_macs(job, self.run.settings, self.estimate.equal_cost) * self.estimate.images
-            self.estimate.speeds[job.network] = work / record.train_seconds
+            epochs = job_epochs(job, self.run.settings, self.estimate.equal_cost)
+            self.estimate.learn(job.network, epochs * self.estimate.images, record.train_seconds)
         what = f"test {record.test_accuracy:6.2f}%"
         if job.kind == "pilot":
             what = f"candidate {record.chosen + 1} chosen"
         if record.same_as:
             what += f"  (copy of {record.same_as})"
-        self.last_job = f"last: {' '.join(what.split())}"
+        self._last_job = f"last: {' '.join(what.split())}"
         left = say_time(self.estimate.seconds_left(self.run.left))
         self.line(job.name, f"done  {what}  in {say_time(record.train_seconds)}  left {left}")
 
@@ -7126,9 +7061,10 @@ def merged_files(runs: Sequence[Run], settings: Settings) -> list[Path]:
 
 def last_activity(path: Path) -> str:
     """When a run's last session started, also of a run that needs a plugin; "" where that cannot be read."""
-    with contextlib.suppress(OSError, Damaged, KeyError, TypeError):
-        content = load_plain(path / "checkpoints" / STATE_NAME)
-        return str(max(content["created"], *(session["started"] for session in content["sessions"])))
+    for name in (STATE_NAME, STATE_NAME + ".bak"):
+        with contextlib.suppress(OSError, Damaged, KeyError, TypeError):
+            content = load_plain(path / "checkpoints" / name)
+            return str(max(content["created"], *(session["started"] for session in content["sessions"])))
     return ""
 
 
