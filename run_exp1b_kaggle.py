@@ -2926,14 +2926,6 @@ class Marks:
         self.bars: list[tuple[Axes, float, str, float, float, float]] = []
         self.methods: set[str] = set()  # that have been drawn
 
-    def draw_group(
-        self, axis: Axes, place: float, groups: Mapping[str, Iterable[float]], **span: Any
-    ) -> None:
-        """Draw the values of several methods side by side around a place."""
-        width = min(0.86 / len(groups), 0.45)
-        for number, (method, values) in enumerate(groups.items()):
-            self.draw(axis, place + width * (number - (len(groups) - 1) / 2), width, values, method, **span)
-
     def draw(
         self,
         axis: Axes,
@@ -2995,136 +2987,85 @@ def limits(points: Sequence[float], percent: bool) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def label_ratios(axis: Axes, evidence: Evidence) -> None:
-    """One place per ratio on the horizontal axis."""
-    axis.set_xticks(range(len(evidence.ratios)), evidence.ratios)
-    axis.set(xlim=(-0.5, len(evidence.ratios) - 0.5), xlabel="compression ratio")
-    axis.set_xticks(np.arange(1, len(evidence.ratios)) - 0.5, minor=True)
-    axis.tick_params(axis="x", which="both", length=0)
-    axis.grid(visible=False, axis="x")
-    axis.grid(which="minor", axis="x")
+Values = Mapping[str, Sequence[float] | pd.Series]  # of one row of a figure, by ratio
 
 
 def draw_by_ratio(evidence: Evidence, column: str) -> Figure | None:
     """A column of the results, test_accuracy or retention, by ratio and method, and the teacher's value."""
-    title, label = f"Test accuracy on {evidence.run.settings.dataset}", "test accuracy (%)"
-    level = most = 100.0
-    if evidence.teacher is None:
-        level = math.nan
-    elif column == "retention":
-        most = 1e4 / evidence.teacher.test_accuracy
-    else:
+    title, level, most = f"Test accuracy on {evidence.run.settings.dataset} (%)", math.nan, 100.0
+    if evidence.teacher:
         level = evidence.teacher.test_accuracy
     if column == "retention":
-        title, label = "Share of the teacher's test accuracy", "student / teacher (%)"
-    values = {
-        (ratio, method): values_of(evidence.frame, ratio, method, column)
-        for ratio, method in itertools.product(evidence.ratios, evidence.methods)
-    }
-    if evidence.ranked:
-        note = RUNS_NOTE
-        if math.isfinite(level):
-            note += f"\nBest mean on top. Each panel has its own scale. Teacher: {level:.4g}%."
-        return draw_rows(evidence, evidence.ranking(), values, f"{title} (%)", note, span=(0.0, most))
-
-    figure, axes = new_figure(3.0)
-    axis, marks = axes[0, 0], Marks(evidence, level)
-    for place, ratio in enumerate(evidence.ratios):
-        group = {method: values[ratio, method] for method in evidence.methods}
-        marks.draw_group(axis, place, group, span=(0.0, most))
-    if not marks.methods:
-        return None
-    if math.isfinite(level):
-        axis.axhline(level, color="0.35", linestyle=(0, (1, 1.2)), zorder=1)
-        right = len(evidence.ratios) - 0.47
-        axis.text(right, level, f"teacher\n{level:.4g}%", va="center", color="0.35", fontsize=7.5)
-    label_ratios(axis, evidence)
-    axis.set_ylabel(label)
-    marks.fit(axis, percent=True)
-    return finish_figure(figure, evidence, title, RUNS_NOTE, marks.methods)
+        title, level, most = "Share of the teacher's test accuracy (%)", 100.0, 1e4 / level
+    rows: dict[tuple[str, str], Values] = {}
+    for method in evidence.ranking():
+        rows[method, ""] = {
+            ratio: values_of(evidence.frame, ratio, method, column) for ratio in evidence.ratios
+        }
+    line = (level, f"teacher {level:.4g}%")
+    return draw_rows(evidence, rows, title, RUNS_NOTE, line, evidence.ratios, span=(0.0, most))
 
 
 def draw_rows(
     evidence: Evidence,
-    methods: Sequence[str],
-    values: Mapping[tuple[str, str], Iterable[float]],
+    rows: Mapping[tuple[str, str], Values],
     title: str,
     note: str,
+    line: tuple[float, str],
+    headings: Iterable[str],
     span: tuple[float, float] | None = None,
     copies: Collection[tuple[str, str]] = (),
 ) -> Figure | None:
-    """Methods as rows, one panel per ratio, of `values` by (ratio, method).
+    """Methods as rows, one panel per ratio under its heading, on one scale.
 
-    `span`: the possible accuracies, each panel on a scale of its own; without it differences around zero, on
-    one scale. `copies`: those that have no values because they are the control itself, by construction.
+    `rows`: by method and what its label adds. `line`: a value that is marked in every panel, and its name.
+    `span`: the possible accuracies; without it the values are differences. `copies`: (ratio, method) of those
+    that are the control itself, by construction.
     """
-    ratios, percent = evidence.ratios, span is not None
-    methods = [method for method in methods if any(len(list(values[ratio, method])) for ratio in ratios)]
-    if not methods:
+    rows = {key: values for key, values in rows.items() if any(map(len, values.values()))}
+    if not rows:
         return None
-    figure, axes = new_figure(1.1 + 0.3 * len(methods), 1, len(ratios), sharex=not percent, sharey=True)
-    shared = Marks(evidence, 0.0, horizontal=True)
-    for axis, ratio in zip(axes[0], ratios, strict=True):
-        marks = Marks(evidence, horizontal=True) if percent else shared
-        for row, method in enumerate(methods):
+    ratios, labels = evidence.ratios, [textwrap.fill(" ".join(key).strip(), 22) for key in rows]
+    height = 0.8 + 0.2 * len(ratios) + min(0.25 * len(ratios) * len(rows), 7.0)
+    figure, axes = new_figure(height, len(ratios), sharex=True)
+    level, name = line
+    marks, style = Marks(evidence, level, horizontal=True), {"color": "black", "linewidth": 1.2}
+    if name:
+        style = {"color": "0.35", "linestyle": (0, (1, 1.2))}
+    for axis, ratio, heading in zip(axes[:, 0], ratios, headings, strict=True):
+        axis.axvline(level, zorder=1.5, **style)
+        for place, ((method, _), values) in enumerate(rows.items()):
             if (ratio, method) in copies:
-                style = {"ha": "center", "va": "center", "bbox": {"color": "white", "pad": 1}}
-                axis.text(0, row, "same by\nconstruction", fontsize=6, **style)
+                box = {"color": "white", "pad": 1}
+                axis.text(0, place, "same by construction", fontsize=6, ha="center", va="center", bbox=box)
             else:
-                marks.draw(axis, row, 1.0, values[ratio, method], method, span or (-math.inf, math.inf))
-        if not percent:
-            axis.axvline(0, color="black", linewidth=1.2, zorder=1.5)
-        elif marks.methods:
-            marks.fit(axis, percent=True)
-        axis.set_title(ratio)
-        axis.locator_params(axis="x", nbins=4, integer=percent)
-    if not percent:
-        shared.fit(axes[0, 0], percent=False)
-    letters = 16 if evidence.ranked else 22
-    labels = [textwrap.fill(method, letters) for method in methods]
-    axes[0, 0].set(yticks=range(len(methods)), yticklabels=labels, ylim=(len(methods) - 0.4, -0.6))
+                marks.draw(axis, place, 1.0, values[ratio], method, span or (-math.inf, math.inf))
+        axis.set_title(heading, loc="left")
+        axis.set(yticks=range(len(rows)), ylim=(len(rows) - 0.4, -0.6))
+        axis.set_yticklabels(labels, linespacing=0.9)
+    top = axes[0, 0]
+    marks.fit(top, percent=span is not None)
+    if math.isfinite(level):
+        above = {"transform": top.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+        top.text(level, 1.02, name, color="0.35", fontsize=7.5, **above)
     return finish_figure(figure, evidence, title, note)
 
 
 def draw_differences(evidence: Evidence) -> Figure | None:
-    """Paired differences by ratio, one panel per control, on one scale; of many methods from the first."""
-    title = "Paired differences of test accuracy"
-    if evidence.ranked:
-        first = evidence.controls[0]
-        others = [method for method in evidence.ranking() if method != first]
-        found = {
-            (ratio, method): evidence.pairs[method, first][ratio].differences
-            for ratio, method in itertools.product(evidence.ratios, others)
-        }
-        return draw_rows(evidence, others, found, f"Test accuracy minus {first}'s (pp)", PAIRS_NOTE)
-
-    controls = [control for control in evidence.controls if control in (BASELINE, RIVAL)] or evidence.controls
-    if not controls:
+    """Paired differences from the first control by ratio, and the subject's from its rival."""
+    if not evidence.pairs:
         return None
-    methods = {
-        control: [method for method, other in evidence.pairs if other == control] for control in controls
-    }
-    widths = [0.7 + len(methods[control]) for control in controls]
-    figure, axes = new_figure(3.0, 1, len(controls), sharey=True, width_ratios=widths)
-    marks = Marks(evidence, 0.0)
-    for axis, control in zip(axes[0], controls, strict=True):
-        axis.axhline(0, color="black", linewidth=1.2, zorder=1.5)
-        for place, ratio in enumerate(evidence.ratios):
-            group = {name: evidence.pairs[name, control][ratio].differences for name in methods[control]}
-            marks.draw_group(axis, place, group)
-        label_ratios(axis, evidence)
-        axis.set_title(f"minus {control}")
-    if not marks.methods:
-        return None
-    axes[0, 0].set_ylabel("difference (pp)")
-    marks.fit(axes[0, 0], percent=False)
-    note = PAIRS_NOTE
+    first, headings, note = evidence.controls[0], evidence.ratios, PAIRS_NOTE
+    wanted = {(method, ""): (method, first) for method in evidence.ranking() if method != first}
+    if first != RIVAL and (SUBJECT, RIVAL) in evidence.pairs:
+        wanted[SUBJECT, f"minus {RIVAL}"] = (SUBJECT, RIVAL)
+    rows: dict[tuple[str, str], Values] = {}
+    for key, pair in wanted.items():
+        rows[key] = {ratio: c.differences for ratio, c in evidence.pairs[pair].items()}
     if evidence.main and prediction_applies(evidence.run):
-        labels = [f"{ratio}\n({PREDICTION[ratio][2]:+.1f})" for ratio in evidence.ratios]
-        axes[0, 0].set_xticks(range(len(labels)), labels)
-        figure.align_xlabels()
+        headings = [f"{ratio} ({PREDICTION[ratio][2]:+.1f})" for ratio in headings]
         note += f"\nIn brackets: {SUBJECT} minus {BASELINE} as it was predicted."
-    return finish_figure(figure, evidence, title, note, marks.methods)
+    return draw_rows(evidence, rows, f"Test accuracy minus {first}'s (pp)", note, (0.0, ""), headings)
 
 
 def draw_curve(axis: Axes, records: Sequence[Record], column: str, look: Look) -> None:
@@ -3267,11 +3208,12 @@ def draw_temperature(evidence: Evidence) -> Figure | None:
 def draw_ablation(evidence: Evidence) -> Figure | None:
     """Paired differences of the extra methods from the subject, one panel per ratio."""
     copies = {key for key, twin in evidence.twins.items() if twin == SUBJECT}
-    differences: dict[tuple[str, str], tuple[float, ...]] = {}
-    for ratio, method in itertools.product(evidence.ratios, evidence.extra_methods):
-        differences[ratio, method] = compare_cells(evidence.frame, ratio, method, SUBJECT).differences
+    rows: dict[tuple[str, str], Values] = {}
+    for method in evidence.extra_methods:
+        found = {ratio: compare_cells(evidence.frame, ratio, method, SUBJECT) for ratio in evidence.ratios}
+        rows[method, ""] = {ratio: c.differences for ratio, c in found.items()}
     title = f"Other arms minus {SUBJECT}, test accuracy (pp)"
-    return draw_rows(evidence, evidence.extra_methods, differences, title, PAIRS_NOTE, copies=copies)
+    return draw_rows(evidence, rows, title, PAIRS_NOTE, (0.0, ""), evidence.ratios, copies=copies)
 
 
 FIGURES: dict[str, Callable[[Evidence], Figure | None]] = {
