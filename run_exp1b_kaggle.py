@@ -2698,7 +2698,7 @@ def outputs_seconds(run: Run, pages: Collection[tuple[str, int]]) -> float:
 
 
 # -- evidence: what figures and report are made from --------------------------------------------------------
-SIDE_BY_SIDE = 3  # methods that tables and figures show as columns; more than these are ranked, as rows
+SIDE_BY_SIDE = 3  # of more methods, each is compared with the main ones only, and the best is looked for
 TOLD_BY_LOOK = 5  # methods in a figure that only colour and marker tell apart
 
 
@@ -2728,7 +2728,7 @@ class Evidence:
 
     @property
     def ranked(self) -> bool:
-        """Whether there are too many methods to stand side by side."""
+        """Whether there are so many methods that they are a ranking."""
         return len(self.methods) > SIDE_BY_SIDE
 
     @property
@@ -3265,13 +3265,14 @@ always goes on, and stays the choice unless the other finalist beats it by more 
 test accuracy is not."""
 ARMS_NOTE = f"""\
 Differences from {SUBJECT} over pairs of runs: below zero, {SUBJECT} is ahead. The p is not adjusted: it only
-describes. {RIVAL} with averaged views is not among the arms; it would be HPM-KD-no-chain at a constant T."""
+describes. {RIVAL} with averaged views is not among the arms: HPM-KD-no-chain comes nearest, with all that
+{SUBJECT} has beside its chain and attention."""
 LIMITATIONS = """\
 - One teacher, one chain of assistants, one pilot per ratio: what others would change is not measured.
 - One family of networks (CIFAR ResNets), one data set. Depth changes with the ratio (ResNet-18 at 2.3x,
   ResNet-10 at 5x and 7x): a trend that includes 2.3x may be one over depth.
 - HPM-KD alone uses the labels of held-out images (attention, pilots); Direct and TraditionalKD do not."""
-Rows = list[list[Any]]  # of a table
+Rows = list[dict[str, Any]]  # of a table: each has the same titles
 
 
 def paragraphs(*texts: str) -> str:
@@ -3284,26 +3285,26 @@ def bullets(items: Iterable[str]) -> str:
     return "\n".join(f"- {item}" for item in items if item)
 
 
-def filled_columns(titles: Sequence[str], rows: Rows) -> list[tuple[str, list[str]]]:
-    """Title and texts of the columns of a table, without those that have no value in any row."""
-    columns = []
-    for title, values in zip(titles, zip(*rows, strict=True), strict=False):
-        texts = [" ".join(str(value).split()) for value in values]
+def filled_columns(rows: Rows) -> dict[str, list[str]]:
+    """The texts of a table's columns by title, without the columns that have no value in any row."""
+    columns = {}
+    for title in rows[0] if rows else ():
+        texts = [" ".join(str(row[title]).split()) for row in rows]
         if set(texts) - {"", "n/a"}:
-            columns.append((title, texts))
+            columns[title] = texts
     return columns
 
 
-def markdown_table(titles: Sequence[str], rows: Rows) -> str:
+def markdown_table(rows: Rows) -> str:
     """A Markdown table; "" where there is nothing but the first column."""
-    columns = filled_columns(titles, rows)
+    columns = filled_columns(rows)
     if len(columns) < 2:
         return ""
     rule = []
-    for _, texts in columns:
+    for texts in columns.values():
         numbers = all(re.match(r"[-+<\[]*\s?\d|n/a$|$", text) for text in texts)
         rule.append("--:" if numbers else ":--")
-    lines = [[title for title, _ in columns], rule, *zip(*(texts for _, texts in columns), strict=True)]
+    lines = [list(columns), rule, *zip(*columns.values(), strict=True)]
     return "\n".join(f"| {' | '.join(text.replace('|', '&#124;') for text in line)} |" for line in lines)
 
 
@@ -3351,18 +3352,6 @@ def mean_sd_text(
     return text
 
 
-def method_table(evidence: Evidence, column: str) -> tuple[list[str], Rows]:
-    """Titles and rows, mean ± sd of a column of the results: methods are columns, or rows where ranked."""
-    ratios, methods = evidence.ratios, evidence.methods
-    if evidence.ranked:
-        below = [
-            [name, *(mean_sd_text(evidence, ratio, name, column) for ratio in ratios)] for name in methods
-        ]
-        return ["Method", *ratios], below
-    beside = [[ratio, *(mean_sd_text(evidence, ratio, name, column) for name in methods)] for ratio in ratios]
-    return ["Ratio", *methods], beside
-
-
 def say_config(config: Distillation) -> str:
     """A configuration in words: "alpha 0.5, T 4 (loss), attention, averaged views, from teacher + 1.5x"."""
     parts = [f"alpha {config.alpha:g}"]
@@ -3388,17 +3377,9 @@ OUTCOMES = {
 }
 
 
-def headline_pairs(evidence: Evidence) -> dict[tuple[str, str], dict[str, Comparison]]:
-    """The comparisons that answer the question: of the subject, and of a plugin's methods with it."""
-    if evidence.ranked or SUBJECT not in evidence.methods:
-        return evidence.pairs
-    return {pair: by_ratio for pair, by_ratio in evidence.pairs.items() if SUBJECT in pair}
-
-
-def has_verdict(evidence: Evidence) -> bool:
-    """Whether the main table has a verdict at all."""
-    found = [c for by_ratio in headline_pairs(evidence).values() for c in by_ratio.values()]
-    return any(short_verdict(c) != "n/a" for c in found)
+def has_verdict(*found: Mapping[str, Comparison]) -> bool:
+    """Whether comparisons of methods have a verdict at any ratio."""
+    return any(short_verdict(c) != "n/a" for by_ratio in found for c in by_ratio.values())
 
 
 def answer_sentence(evidence: Evidence) -> str:
@@ -3415,24 +3396,32 @@ def answer_sentence(evidence: Evidence) -> str:
 
 
 def say_verdicts(evidence: Evidence) -> str:
-    """What the comparisons of the first screen have shown."""
-    pairs = headline_pairs(evidence)
+    """What the subject's comparisons have shown, then those of the methods that it was not compared with."""
+    pairs, controls = evidence.pairs, evidence.controls
     if not pairs:
         return f"{listed(evidence.methods)} is the only method, so that there is nothing to compare"
-    if not has_verdict(evidence):
-        about = "the methods" if evidence.ranked else next(iter(pairs))[0]
-        few = all(c.n < LEAST_PAIRS for by_ratio in pairs.values() for c in by_ratio.values())
-        reason = f"it needs {LEAST_PAIRS} complete pairs of runs" if few else "all differences are equal"
-        return f"there is no verdict on {about}: {reason}"
-    if evidence.ranked:
-        controls = [name for name in evidence.controls if name != SUBJECT] or evidence.controls
-        return "; ".join([*(say_who_beats(evidence, control) for control in controls), say_best(evidence)])
-    clauses, subject = [], ""
-    for (treatment, control), by_ratio in pairs.items():
-        if any(short_verdict(c) != "n/a" for c in by_ratio.values()):
-            clauses.append(say_comparison("it" if treatment == subject else treatment, control, by_ratio))
-            subject = treatment
-    return "; ".join(clauses)
+    asked = {control: by_ratio for (method, control), by_ratio in pairs.items() if method == SUBJECT}
+    clauses: list[str] = []
+    for control, by_ratio in asked.items():
+        if has_verdict(by_ratio):
+            clauses.append(say_comparison("it" if clauses else SUBJECT, control, by_ratio))
+    for control in dict.fromkeys((controls[0], controls[-1])):
+        others = {method: by_ratio for (method, other), by_ratio in pairs.items() if other == control}
+        others = {method: others[method] for method in others if method not in (SUBJECT, *asked)}
+        judged = {method: by_ratio for method, by_ratio in others.items() if has_verdict(by_ratio)}
+        if len(others) == 1:
+            clauses += [say_comparison(method, control, by_ratio) for method, by_ratio in judged.items()]
+        elif judged:
+            clauses.append(say_who_beats(control, judged))
+    if clauses and evidence.ranked:
+        clauses.append(say_best(evidence))
+    if clauses:
+        return "; ".join(clauses)
+    about = SUBJECT if SUBJECT in evidence.methods else "the methods"
+    found = [c for by_ratio in (asked or pairs).values() for c in by_ratio.values()]
+    few = all(c.n < LEAST_PAIRS for c in found)
+    reason = f"it needs {LEAST_PAIRS} complete pairs of runs" if few else "all differences are equal"
+    return f"there is no verdict on {about}: {reason}"
 
 
 def say_place(ratios: Sequence[str], planned: Collection[str]) -> str:
@@ -3453,21 +3442,19 @@ def say_comparison(treatment: str, control: str, by_ratio: Mapping[str, Comparis
     return f"{treatment} {listed(parts)}"
 
 
-def say_who_beats(evidence: Evidence, control: str) -> str:
+def say_who_beats(control: str, others: Mapping[str, Mapping[str, Comparison]]) -> str:
     """Which methods beat a control, such as "A and B beat Direct at every ratio, C at 7x"."""
     found: dict[tuple[str, ...], list[str]] = {}
-    for (method, other), by_ratio in evidence.pairs.items():
+    for method, by_ratio in others.items():
         ratios = tuple(ratio for ratio, c in by_ratio.items() if verdict(c) == "better")
-        if other == control and ratios:
+        if ratios:
             found.setdefault(ratios, []).append(method)
-    if not found:
-        return f"no method beats {control}"
-    groups = sorted(found.items(), key=lambda group: -len(group[0]))
-    parts = [f"{listed(methods)} {say_place(ratios, evidence.ratios)}" for ratios, methods in groups]
-    first = groups[0][1]
-    verb = "beats" if len(first) == 1 else "beat"
-    parts[0] = f"{listed(first)} {verb} {control} {say_place(groups[0][0], evidence.ratios)}"
-    return ", ".join(parts)
+    parts: list[str] = []
+    for ratios, methods in sorted(found.items(), key=lambda group: -len(group[0])):
+        verb = "beats" if len(methods) == 1 else "beat"
+        what = "" if parts else f" {verb} {control}"
+        parts.append(f"{listed(methods)}{what} {say_place(ratios, others[methods[0]])}")
+    return ", ".join(parts) or f"no other method beats {control}"
 
 
 def leads(evidence: Evidence) -> dict[tuple[str, str, str], Comparison]:
@@ -3500,17 +3487,15 @@ def say_best(evidence: Evidence) -> str:
 
 def report_answer(evidence: Evidence) -> str:
     """The first screen: title, answer, table, main figure, remarks."""
-    run, table = evidence.run, markdown_table(*main_table(evidence))
-    caption, remarks = "Test accuracy (%)", []
+    run, table = evidence.run, markdown_table(main_table(evidence))
+    caption, remarks = "Test accuracy (%), the best mean first", []
     if run.settings.runs > 1:
-        caption = f"Test accuracy (%, mean ± sd over {run.settings.runs} runs)"
-    if evidence.ranked:
-        caption += ", the best mean first,"
-    if headline_pairs(evidence):
-        caption += " and differences between paired runs (percentage points, pp)"
+        caption = f"Test accuracy (%, mean ± sd over {run.settings.runs} runs), the best mean first"
+    if evidence.pairs:
+        caption += ", and differences between paired runs (percentage points, pp)"
     if evidence.teacher:
         remarks.append(f"The teacher (ResNet-50) reaches {evidence.teacher.test_accuracy:.2f}%.")
-    if has_verdict(evidence):
+    if has_verdict(*evidence.pairs.values()):
         caption += " with 95% intervals"
         remarks += [say_rule(evidence), say_leads(evidence)]
     return paragraphs(
@@ -3551,28 +3536,18 @@ def say_leads(evidence: Evidence) -> str:
     )
 
 
-def main_table(evidence: Evidence) -> tuple[list[str], Rows]:
-    """Titles and rows of the main table, also in LaTeX: accuracies, differences with verdicts.
-
-    A row per ratio; of more than SIDE_BY_SIDE methods one per ratio and method, the best mean first.
-    """
-    if not evidence.ranked:
-        titles, rows = method_table(evidence, "test_accuracy")
-        for (treatment, control), by_ratio in headline_pairs(evidence).items():
-            titles += [f"{treatment} minus {control}", "verdict"]
-            for row, ratio in zip(rows, evidence.ratios, strict=True):
-                row += [difference_text(by_ratio[ratio]), short_verdict(by_ratio[ratio])]
-        return titles, rows
-    titles, rows = ["Ratio", "method", "accuracy"], []
-    titles += [f"minus {control}" for control in evidence.controls]
+def main_table(evidence: Evidence) -> Rows:
+    """The main table, also in LaTeX: a row per ratio and method, with its differences from the controls."""
+    rows: Rows = []
     for ratio in evidence.ratios:
         for method in evidence.ranking(ratio):
-            row = [ratio, method, mean_sd_text(evidence, ratio, method)]
+            row = {"Ratio": ratio, "method": method, "accuracy": mean_sd_text(evidence, ratio, method)}
             for control in evidence.controls:
                 c = evidence.pairs.get((method, control), {}).get(ratio, Comparison())
-                row.append(f"{difference_text(c)} {short_verdict(c)}".replace("n/a", "").strip())
+                text = f"{difference_text(c)} {short_verdict(c)}"
+                row[f"minus {control}"] = text.replace("n/a", "").strip()
             rows.append(row)
-    return titles, rows
+    return rows
 
 
 def say_subject(evidence: Evidence) -> str:
@@ -3633,10 +3608,14 @@ def report_results(evidence: Evidence) -> str:
     """Retention and networks, with their figures."""
     if not evidence.records("student"):
         return ""
+    rows: Rows = []
+    for method in evidence.methods:
+        kept = {ratio: mean_sd_text(evidence, ratio, method, "retention") for ratio in evidence.ratios}
+        rows.append({"Method": method, **kept})
     return paragraphs(
         "## Results",
         "The share of the teacher's test accuracy that the students keep (%):",
-        markdown_table(*method_table(evidence, "retention")),
+        markdown_table(rows),
         embed(evidence, "retention_analysis"),
         "The networks (assistants teach beside the teacher). Ratios are counted: parameters of the teacher / "
         "those of the network. Latency is rough: the median of a few passes on the device that trained them.",
@@ -3650,18 +3629,18 @@ def network_table(evidence: Evidence) -> str:
     for record in [*teaching_networks(evidence).values(), *evidence.records("student")]:
         groups.setdefault(record.network, []).append(record)
     largest = groups["teacher"][0].params if "teacher" in groups else math.nan
-    titles = ["Network", "counted ratio", "parameters", "MACs (millions)", "ms, batch 1"]
-    titles += ["ms per image, batch 256", "accuracy (%) as teacher or assistant"]
     rows: Rows = []
     for name, group in sorted(groups.items(), key=lambda item: -item[1][0].params):
-        params, macs = group[0].params, group[0].macs
+        params = group[0].params
         measured = [record.latency_ms for record in group if record.latency_ms]  # the first runs
         latency = pd.DataFrame(measured, columns=["1", "256"], dtype=float).median()
         accuracies = [number_text(record.test_accuracy) for record in group if record.kind != "student"]
-        row = [name, number_text(largest / params, ".3f"), f"{params:,}", f"{macs / 1e6:,.0f}"]
-        row += [number_text(latency["1"]), number_text(latency["256"], ".3f"), listed(accuracies)]
-        rows.append(row)
-    return markdown_table(titles, rows)
+        row = {"Network": name, "counted ratio": number_text(largest / params, ".3f")}
+        row |= {"parameters": f"{params:,}", "MACs (millions)": f"{group[0].macs / 1e6:,.0f}"}
+        row |= {"ms, batch 1": number_text(latency["1"])}
+        row |= {"ms per image, batch 256": number_text(latency["256"], ".3f")}
+        rows.append(row | {"accuracy (%) as teacher or assistant": listed(accuracies)})
+    return markdown_table(rows)
 
 
 def report_statistics(evidence: Evidence) -> str:
@@ -3670,36 +3649,22 @@ def report_statistics(evidence: Evidence) -> str:
     unmatched, claims = [], []
     for (treatment, control), by_ratio in evidence.pairs.items():
         for ratio, c in by_ratio.items():
-            name, tested = f"{treatment} minus {control}", ["n/a"] * 4
-            if interval_text(c):
-                tested = [interval_text(c), p_text(c.t_p), p_text(c.holm_p), number_text(c.detectable)]
+            name = f"{treatment} minus {control}"
             if c.n:
-                rows.append([name, ratio, c.n, number_text(c.mean, "+.2f"), *tested, short_verdict(c)])
+                rows.append(comparison_row(name, ratio, c))
             if c.unmatched:
                 unmatched.append(f"{name} at {ratio}: run {listed(c.unmatched)}")
     if not rows:
         return ""
-    if evidence.main and has_verdict(evidence):
+    if evidence.main and has_verdict(*evidence.pairs.values()):
         claims = [
             f"Detectable: the true difference that so many pairs find with probability {POWER:g}.",
             f"The hypothesis that {SUBJECT} beats {BASELINE} at 5x and above {hypothesis(evidence.main)}.",
             f"{SUBJECT}'s advantage over {BASELINE} {say_trend(trend_test(evidence.frame))}.",
         ]
-    titles = [
-        "Comparison",
-        "ratio",
-        "pairs",
-        "mean",
-        "95% interval",
-        "p",
-        "p (Holm)",
-        "detectable",
-        "verdict",
-    ]
-    table = [markdown_table(titles, rows)]
+    table = [markdown_table(rows)]
     if evidence.ranked:
-        summary = f"<details><summary>All {len(rows)} comparisons</summary>"
-        table = [summary, *table, "</details>"]
+        table = [f"<details><summary>All {len(rows)} comparisons</summary>", *table, "</details>"]
     return paragraphs(
         "## Statistics",
         "Differences of test accuracy (pp) between runs of the same number, taken before rounding:",
@@ -3708,6 +3673,16 @@ def report_statistics(evidence: Evidence) -> str:
         *claims,
         embed(evidence, "hpmkd_vs_direct"),
     )
+
+
+def comparison_row(name: str, ratio: str, c: Comparison) -> dict[str, Any]:
+    """What the table of comparisons says about one."""
+    row = {"Comparison": name, "ratio": ratio, "pairs": c.n, "mean": number_text(c.mean, "+.2f")}
+    tested = {"95% interval": "n/a", "p": "n/a", "p (Holm)": "n/a", "detectable": "n/a"}
+    if interval_text(c):
+        tested = {"95% interval": interval_text(c), "p": p_text(c.t_p), "p (Holm)": p_text(c.holm_p)}
+        tested["detectable"] = number_text(c.detectable)
+    return row | tested | {"verdict": short_verdict(c)}
 
 
 def say_trend(trend: Comparison) -> str:
@@ -3724,19 +3699,20 @@ def report_prediction(evidence: Evidence) -> str:
     """The original prediction beside the measurement, where it applies."""
     if not prediction_applies(evidence.run) or not any(c.n for c in evidence.main.values()):
         return ""
-    titles = ["Ratio", f"predicted {BASELINE}", f"predicted {SUBJECT}", "predicted difference"]
-    titles += ["measured difference", "interval contains the prediction"]
     rows: Rows = []
     for ratio, c in evidence.main.items():
         baseline, subject, gain = PREDICTION[ratio]
         inside = "n/a"
         if interval_text(c):
             inside = "yes" if c.low <= gain <= c.high else "no"
-        rows.append([ratio, f"{baseline:.1f}", f"{subject:.1f}", f"{gain:+.1f}", difference_text(c), inside])
+        row = {"Ratio": ratio, f"predicted {BASELINE}": f"{baseline:.1f}"}
+        row |= {f"predicted {SUBJECT}": f"{subject:.1f}"}
+        row |= {"predicted difference": f"{gain:+.1f}", "measured difference": difference_text(c)}
+        rows.append(row | {"interval contains the prediction": inside})
     return paragraphs(
         "## Original prediction",
         "What was expected before anything was measured (%, pp), beside what was found:",
-        markdown_table(titles, rows),
+        markdown_table(rows),
     )
 
 
@@ -3746,13 +3722,15 @@ def report_beyond_accuracy(evidence: Evidence) -> str:
         return ""
     rows: Rows = []
     for ratio, method in itertools.product(evidence.ratios, evidence.methods):
-        measured = [mean_sd_text(evidence, ratio, method, name, ".3f") for name in ("test_nll", "test_ece")]
-        rows.append([ratio, method, *measured])
+        row = {"Ratio": ratio, "method": method}
+        row["NLL (nats)"] = mean_sd_text(evidence, ratio, method, "test_nll", ".3f")
+        row["ECE (fraction)"] = mean_sd_text(evidence, ratio, method, "test_ece", ".3f")
+        rows.append(row)
     return paragraphs(
         "## Beyond accuracy",
         "How good the predicted probabilities are: negative log-likelihood (NLL) and expected calibration "
         "error (ECE, 15 equal-width bins) on the test images; lower is better.",
-        markdown_table(["Ratio", "method", "NLL (nats)", "ECE (fraction)"], rows),
+        markdown_table(rows),
         embed(evidence, "calibration"),
         "Validation accuracies are those of `select`, held-out training images.",
         embed(evidence, "learning_curves"),
@@ -3773,10 +3751,13 @@ def report_classes(evidence: Evidence) -> str:
     table = pd.DataFrame({method: np.mean(values, axis=0) for method, values in means.items()})
     classes = evidence.run.index.data.classes
     shown = (table.max(axis=1) - table.min(axis=1)).nlargest(CLASSES_SHOWN).sort_index().index
-    rows = [[classes[i], *(number_text(value, ".1f") for value in table.loc[i])] for i in shown]
+    rows: Rows = []
+    for number in shown:
+        accuracies = {method: number_text(value, ".1f") for method, value in table.loc[number].items()}
+        rows.append({"Class": classes[number], **accuracies})
     which = f", the {len(rows)} of {len(classes)} that differ most" if len(rows) < len(classes) else ""
     title = f"### Accuracy per class (%, mean over ratios and runs{which})"
-    return paragraphs(title, evidence.shown_note, markdown_table(["Class", *table], rows))
+    return paragraphs(title, evidence.shown_note, markdown_table(rows))
 
 
 def report_costs(evidence: Evidence) -> str:
@@ -3786,9 +3767,9 @@ def report_costs(evidence: Evidence) -> str:
         return ""
     rows: Rows = []
     for method, cost in costs.iterrows():
-        times = [say_time(cost[name]) if cost[name] else "" for name in COST_COLUMNS[1:-1]]
-        rows.append([method, f"{cost.students:.0f}", *times])
-    titles = ["Method", *(name.replace("_", " ") for name in COST_COLUMNS[:-1])]
+        times = cost[COST_COLUMNS[1:-1]].rename(lambda name: name.replace("_", " "))
+        row = {"Method": method, "students": f"{cost.students:.0f}"}
+        rows.append(row | {name: say_time(time) if time else "" for name, time in times.items()})
     saved, caveat = costs.unshared - costs.teacher_outputs, ""
     if "equal_cost" not in {METHODS[method].option for method in evidence.extra_methods}:
         caveat = f"{BASELINE} for as long as {SUBJECT} takes was not trained (`--equal-cost`): "
@@ -3797,7 +3778,7 @@ def report_costs(evidence: Evidence) -> str:
         "## Costs",
         "Device time of all of a method's students as if the method had been run alone. A *page* is one view "
         "(crop and flip) of every training image; a teacher's outputs for it are computed once for all jobs.",
-        markdown_table(titles, rows),
+        markdown_table(rows),
         f"Sharing the pages saves {saved.idxmax()} {say_time(saved.max())}." if saved.max() >= 1 else "",
         caveat,
         embed(evidence, "cost_vs_accuracy"),
@@ -3821,24 +3802,25 @@ def report_choices(evidence: Evidence) -> str:
 def candidate_table(pilot: Record) -> str:
     """All candidates of a pilot; beta and gamma where one has them."""
     rungs = max(len(candidate.accuracies) for candidate in pilot.candidates)
-    titles = ["#", "alpha", "beta", "gamma", "T0", "schedule", "teachers", "% by rung"]
-    titles += ["minus # 1 (pp ± se)", "outcome"]
     rows: Rows = []
     for number, candidate in enumerate(pilot.candidates):
         config, lead, outcome = candidate.config, "", "dropped"
-        weights = [f"{value:g}" if value else "" for value in (config.alpha, config.beta, config.weight)]
-        if config.beta > 0:
-            weights[0] = ""  # not used
         if number:
             lead = f"{candidate.difference:+.2f} ± {candidate.standard_error:.2f}"
         if len(candidate.accuracies) == rungs:
             outcome = "lost the final"
         if number == pilot.chosen:
             outcome = "chosen"
-        row = [number + 1, *weights, f"{config.temperature:g}", config.schedule, " + ".join(config.teachers)]
-        row += [", ".join(f"{accuracy:.2f}" for accuracy in candidate.accuracies), lead, outcome]
-        rows.append(row)
-    return markdown_table(titles, rows)
+        row = {"#": number + 1, "alpha": f"{config.alpha:g}", "beta": "", "gamma": ""}
+        if config.beta > 0:  # then alpha is not used
+            row |= {"alpha": "", "beta": f"{config.beta:g}"}
+        if config.weight > 0:
+            row["gamma"] = f"{config.weight:g}"
+        row |= {"T0": f"{config.temperature:g}", "schedule": config.schedule}
+        row |= {"teachers": " + ".join(config.teachers)}
+        row |= {"% by rung": ", ".join(f"{accuracy:.2f}" for accuracy in candidate.accuracies)}
+        rows.append(row | {"minus # 1 (pp ± se)": lead, "outcome": outcome})
+    return markdown_table(rows)
 
 
 def report_attention(evidence: Evidence) -> str:
@@ -3848,10 +3830,10 @@ def report_attention(evidence: Evidence) -> str:
     for ratio in evidence.ratios:
         for student in evidence.records("student", SUBJECT, ratio)[:1]:  # fitted once for all runs of a ratio
             for part, a in student.attention.items():
-                row = [ratio, part, say_weights(student, part)]
-                row.append(f"{a.nll_mixture:.3f} ({a.accuracy_mixture:.2f}%)")
-                row.append(f"{a.nll_uniform:.3f} ({a.accuracy_uniform:.2f}%)")
-                row.append(f"{a.nll_best_single:.3f} ({a.accuracy_best_single:.2f}%)")
+                row = {"Ratio": ratio, "images": part, "mean weights": say_weights(student, part)}
+                row["attention"] = f"{a.nll_mixture:.3f} ({a.accuracy_mixture:.2f}%)"
+                row["uniform"] = f"{a.nll_uniform:.3f} ({a.accuracy_uniform:.2f}%)"
+                row["best single"] = f"{a.nll_best_single:.3f} ({a.accuracy_best_single:.2f}%)"
                 rows.append(row)
             select = student.attention.get("select")
             if select and select.nll_mixture < select.nll_uniform:
@@ -3867,7 +3849,7 @@ def report_attention(evidence: Evidence) -> str:
         "helps: it was not fitted on these images; the teachers have memorised those of `train`.",
         f"On `select` its mixture beats (has a lower NLL than) {found}.",
         "NLL in nats (and accuracy) of the mixtures and of the best single teacher:",
-        markdown_table(["Ratio", "images", "mean weights", "attention", "uniform", "best single"], rows),
+        markdown_table(rows),
     )
 
 
@@ -3878,21 +3860,20 @@ def report_arms(evidence: Evidence) -> str:
         c = compare_cells(evidence.frame, ratio, method, SUBJECT)
         twin = evidence.twins.get((ratio, method))
         epochs = values_of(evidence.frame, ratio, method, "epochs").mean()
-        row = [method, ratio, mean_sd_text(evidence, ratio, method), number_text(epochs, ".0f")]
-        row.append(difference_text(c))
-        row.append(p_text(c.t_p) if interval_text(c) else "n/a")
-        row.append(f"copy of {twin}" if twin else "")
+        row = {"Arm": method, "ratio": ratio, "accuracy (%)": mean_sd_text(evidence, ratio, method)}
+        row |= {"epochs": number_text(epochs, ".0f"), f"minus {SUBJECT} (pp)": difference_text(c)}
+        row["p"] = p_text(c.t_p) if interval_text(c) else "n/a"
+        row["remark"] = f"copy of {twin}" if twin else ""
         rows.append(row)
     if not rows:
         return ""
-    titles = ["Arm", "ratio", "accuracy (%)", "epochs", f"minus {SUBJECT} (pp)", "p", "remark"]
     copies = "A copy has the same configuration, weights and views by construction: it was not trained twice."
     return paragraphs(
         "## Ablation and equal cost",
         f"What {SUBJECT} is without each of its parts, and what its controls reach.",
         bullets(f"{method}: {METHODS[method].about}." for method in evidence.extra_methods),
         ARMS_NOTE,
-        markdown_table(titles, rows),
+        markdown_table(rows),
         copies if evidence.twins else "",
         embed(evidence, "ablation"),
     )
@@ -3910,13 +3891,16 @@ the same initial weights (per ratio), batches and views in every method. One rec
 momentum 0.9, weight decay 5e-4, batch {s.batch_size}, learning rate {s.lr:g} after a linear warm-up, then
 linearly to zero; pad-4 crop and flip; precision {index.precision}; width
 {s.width} ({FULL_WIDTH} is the full one)."""
-    titles = ["Started (UTC)", "ended", "devices", "workers", "threads", "stopped by"]
     rows: Rows = []
     for session in index.sessions:
-        times = [text[:16].replace("T", " ") for text in (session.started, session.ended)]
+        started, ended = (text[:16].replace("T", " ") for text in (session.started, session.ended))
         counts = [f"{session.devices.count(name)} x {name}" for name in dict.fromkeys(session.devices)]
-        row = [times[0], times[1] or "not recorded (killed, or still running)", listed(counts)]
-        rows.append([*row, session.workers, session.threads, session.stopped])
+        row: dict[str, Any] = {
+            "Started (UTC)": started,
+            "ended": ended or "not recorded (killed, or still running)",
+        }
+        row |= {"devices": listed(counts), "workers": session.workers, "threads": session.threads}
+        rows.append(row | {"stopped by": session.stopped})
     late = "; ".join(session.extended for session in index.sessions if session.extended)
     warning = f"**The experiment was extended after results were seen** ({late}): no p-value allows for that."
     return paragraphs(
@@ -3925,7 +3909,7 @@ linearly to zero; pad-4 crop and flip; precision {index.precision}; width
         text,
         "## Sessions",
         "When and where the networks were trained:",
-        markdown_table(titles, rows),
+        markdown_table(rows),
         warning if late else "",
     )
 
@@ -4050,12 +4034,10 @@ def summary_table(evidence: Evidence) -> pd.DataFrame:
 
 def latex_table(evidence: Evidence) -> str:
     """The main table for LaTeX (booktabs), with a comment that says what it shows and what is missing."""
-    columns = filled_columns(*main_table(evidence))
-    titles = [title for title, _ in columns]
-    rows = []
-    for texts in zip(*(texts for _, texts in columns), strict=True):
-        signed = [re.sub(r"[-+](?=\d)", r"$\g<0>$", text) for text in texts[1:]]
-        rows.append([texts[0], *(text.replace("±", r"$\pm$") for text in signed)])
+    table = pd.DataFrame(filled_columns(main_table(evidence)))
+    for title in table.columns[2:]:
+        signed = table[title].str.replace(r"[-+](?=\d)", r"$\g<0>$", regex=True)
+        table[title] = signed.str.replace("±", r"$\pm$")
     teacher = f"{evidence.teacher.test_accuracy:.2f}" if evidence.teacher else "n/a"
     scope = f"PARTIAL, missing: {'; '.join(evidence.missing)}" if evidence.missing else "Complete"
     runs = say_count(evidence.run.settings.runs, "run")
@@ -4064,11 +4046,8 @@ def latex_table(evidence: Evidence) -> str:
 % paired differences (pp) with 95% t-intervals; verdicts by the paired t-test after Holm's adjustment.
 % Teacher (ResNet-50): {teacher}. {scope}.
 """
-    words = 2 if evidence.ranked else 1  # columns
-    alignment = "l" * words + "r" * (len(titles) - words)
-    return head + pd.DataFrame(rows, columns=titles).to_latex(
-        index=False, escape=False, column_format=alignment
-    )
+    alignment = "ll" + "r" * (len(table.columns) - 2)
+    return head + table.to_latex(index=False, escape=False, column_format=alignment)
 
 
 def write_archive(run: Run) -> None:
