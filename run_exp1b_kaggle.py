@@ -2609,11 +2609,12 @@ def hypothesis(comparisons: Mapping[str, Comparison]) -> str:
 
 def unmet_premises(frame: pd.DataFrame, ratios: Iterable[str]) -> list[str]:
     """The ratios at which the teacher is no better than the baseline's students (mean test accuracy)."""
-    columns = ("teacher_accuracy", "test_accuracy")
-    means = {
-        ratio: [values_of(frame, ratio, BASELINE, column).mean() for column in columns] for ratio in ratios
-    }
-    return [ratio for ratio, (teacher, student) in means.items() if teacher <= student]
+    unmet = []
+    for ratio in ratios:
+        teacher = values_of(frame, ratio, BASELINE, "teacher_accuracy").mean()
+        if teacher <= values_of(frame, ratio, BASELINE).mean():
+            unmet.append(ratio)
+    return unmet
 
 
 # -- costs --------------------------------------------------------------------------------------------------
@@ -2741,10 +2742,8 @@ class Evidence:
         done = self.frame[self.frame.status == "done"]
         table = done.pivot_table(index="compression", columns="method", values="test_accuracy")
         table = table.reindex(index=[ratio] if ratio else self.ratios, columns=self.methods)
-        means = table.sub(
-            table.mean(axis=1), axis=0
-        ).mean()  # a ratio that a method lacks is not held against it
-        return list(means.dropna().sort_values(ascending=False, kind="stable").index)
+        above = table.sub(table.mean(axis=1), axis=0)  # a ratio that a method lacks is not held against it
+        return list(above.mean().dropna().sort_values(ascending=False, kind="stable").index)
 
     @cached_property
     def shown(self) -> list[str]:
@@ -2883,34 +2882,21 @@ def finish_figure(
     handles: list[Any] = []
     for method in in_order(methods):
         colour, marker, line = evidence.looks[method]
-        style = line if lines else "none"
-        handles.append(Line2D([], [], label=method, color=colour, marker=marker, linestyle=style))
-    options = {
-        "handlelength": 2.8 if lines else 0.8,
-        "columnspacing": 1.4,
-        "borderpad": 0,
-        "alignment": "left",
-    }
-    font = {"size": 9.5, "weight": "bold"}
-    most = 2 if len(handles) == 4 else 3
-    for columns in range(most, 0, -1):  # names are never cut: as many columns as there is room for
-        legend = figure.legend(
-            loc="outside upper left",
-            handles=handles,
-            ncols=columns,
-            title=title,
-            title_fontproperties=font,
-            **options,
-        )
+        joined = line if lines else "none"
+        handles.append(Line2D([], [], label=method, color=colour, marker=marker, linestyle=joined))
+    options: dict[str, Any] = {"loc": "outside upper left", "alignment": "left", "borderpad": 0}
+    options |= {"handlelength": 2.8 if lines else 0.8, "columnspacing": 1.4}
+    options |= {"title": title, "title_fontproperties": {"size": 9.5, "weight": "bold"}}
+    for columns in (3, 2, 1):  # names are never cut: as many columns as there is room for
+        legend = figure.legend(handles=handles, ncols=columns, **options)
         if columns == 1 or legend.get_window_extent().width < 0.97 * figure.bbox.width:
             break
         legend.remove()
     if evidence.missing:
         note += f"\nMissing: {'; '.join(evidence.missing)}."
-    text = "\n".join(
-        textwrap.fill(line, 84, max_lines=2, placeholder=" ...") for line in note.splitlines() if line
-    )
-    figure.supxlabel(text, x=0.012, ha="left", fontsize=6.5, color="0.3", linespacing=1.3)
+    wrapped = [textwrap.fill(text, 84, max_lines=2, placeholder=" ...") for text in note.splitlines() if text]
+    style = {"fontsize": 6.5, "color": "0.3", "linespacing": 1.3}
+    figure.supxlabel("\n".join(wrapped), x=0.012, ha="left", **style)
     return figure
 
 
@@ -2997,13 +2983,12 @@ def draw_by_ratio(evidence: Evidence, column: str) -> Figure | None:
         level = evidence.teacher.test_accuracy
     if column == "retention":
         title, level, most = "Share of the teacher's test accuracy (%)", 100.0, 1e4 / level
+    frame, ratios = evidence.frame, evidence.ratios
     rows: dict[tuple[str, str], Values] = {}
     for method in evidence.ranking():
-        rows[method, ""] = {
-            ratio: values_of(evidence.frame, ratio, method, column) for ratio in evidence.ratios
-        }
+        rows[method, ""] = {ratio: values_of(frame, ratio, method, column) for ratio in ratios}
     line = (level, f"teacher {level:.4g}%")
-    return draw_rows(evidence, rows, title, RUNS_NOTE, line, evidence.ratios, span=(0.0, most))
+    return draw_rows(evidence, rows, title, RUNS_NOTE, line, ratios, span=(0.0, most))
 
 
 def draw_rows(
@@ -3102,9 +3087,8 @@ def draw_learning(evidence: Evidence) -> Figure | None:
     figure, axes = new_figure(1.1 + 1.5 * math.ceil(count / 2), math.ceil(count / 2), min(2, count))
     for axis, ratio in zip(axes.flat, ratios, strict=False):
         for method in methods:
-            draw_curve(
-                axis, evidence.records("student", method, ratio), "val_accuracy", evidence.looks[method]
-            )
+            runs = evidence.records("student", method, ratio)
+            draw_curve(axis, runs, "val_accuracy", evidence.looks[method])
         fit_epochs(axis, f"students {ratio}", percent=True)
     note = f"{CURVES_NOTE}\n{evidence.shown_note}"
     if teaching:
@@ -3457,32 +3441,29 @@ def say_who_beats(control: str, others: Mapping[str, Mapping[str, Comparison]]) 
     return ", ".join(parts) or f"no other method beats {control}"
 
 
-def leads(evidence: Evidence) -> dict[tuple[str, str, str], Comparison]:
-    """(ratio, best method, another) -> the lead, the nearest other first; Holm-adjusted over all of them."""
+def leads(evidence: Evidence) -> dict[tuple[str, str], dict[str, Comparison]]:
+    """(ratio, best method) -> its lead over every other, the nearest first; Holm-adjusted over all."""
     raw = {}
     for ratio in evidence.ratios:
         ranking = evidence.ranking(ratio)
         for other in ranking[1:]:
             raw[ratio, ranking[0], other] = compare_cells(evidence.frame, ratio, ranking[0], other)
+    found: dict[tuple[str, str], dict[str, Comparison]] = {}
     adjusted = holm(c.t_p for c in raw.values())
-    return {key: replace(c, holm_p=p) for (key, c), p in zip(raw.items(), adjusted, strict=True)}
+    for ((ratio, best, other), c), p in zip(raw.items(), adjusted, strict=True):
+        found.setdefault((ratio, best), {})[other] = replace(c, holm_p=p)
+    return found
 
 
 def say_best(evidence: Evidence) -> str:
     """Whether one method beats all others, and where."""
-    beaten: dict[tuple[str, str], int] = {}
-    for (ratio, best, _), lead in leads(evidence).items():
-        beaten[best, ratio] = beaten.get((best, ratio), 0) + (verdict(lead) == "better")
     where: dict[str, list[str]] = {}
-    for (best, ratio), count in beaten.items():
-        if count == len(evidence.methods) - 1:
+    for (ratio, best), found in leads(evidence).items():
+        beaten = [other for other, lead in found.items() if verdict(lead) == "better"]
+        if len(beaten) == len(evidence.methods) - 1:
             where.setdefault(best, []).append(ratio)
-    if not where:
-        return "no method beats all others"
-    parts = [
-        f"{best} beats all others {say_place(ratios, evidence.ratios)}" for best, ratios in where.items()
-    ]
-    return listed(parts)
+    parts = [f"{best} beats all others {say_place(at, evidence.ratios)}" for best, at in where.items()]
+    return listed(parts) or "no method beats all others"
 
 
 def report_answer(evidence: Evidence) -> str:
@@ -3527,11 +3508,12 @@ def say_leads(evidence: Evidence) -> str:
     """How far the best of many is ahead of the second best; "" where the methods are not ranked."""
     if not evidence.ranked:
         return ""
-    nearest: dict[str, str] = {}
-    for (ratio, best, other), lead in leads(evidence).items():
-        nearest.setdefault(ratio, f"{best} over {other} {difference_text(lead)} pp at {ratio}")
+    nearest = []
+    for (ratio, best), found in leads(evidence).items():
+        other, lead = next(iter(found.items()))
+        nearest.append(f"{best} over {other} {difference_text(lead)} pp at {ratio}")
     return (
-        f"The lead of the best over the second: {listed(nearest.values())}. Whoever is best of "
+        f"The lead of the best over the second: {listed(nearest)}. Whoever is best of "
         f"{len(evidence.methods)} is so by luck too: its lead is flattered."
     )
 
@@ -3895,10 +3877,8 @@ linearly to zero; pad-4 crop and flip; precision {index.precision}; width
     for session in index.sessions:
         started, ended = (text[:16].replace("T", " ") for text in (session.started, session.ended))
         counts = [f"{session.devices.count(name)} x {name}" for name in dict.fromkeys(session.devices)]
-        row: dict[str, Any] = {
-            "Started (UTC)": started,
-            "ended": ended or "not recorded (killed, or still running)",
-        }
+        row: dict[str, Any] = {"Started (UTC)": started}
+        row["ended"] = ended or "not recorded (killed, or still running)"
         row |= {"devices": listed(counts), "workers": session.workers, "threads": session.threads}
         rows.append(row | {"stopped by": session.stopped})
     late = "; ".join(session.extended for session in index.sessions if session.extended)
