@@ -2699,7 +2699,7 @@ def outputs_seconds(run: Run, pages: Collection[tuple[str, int]]) -> float:
 
 
 # -- evidence: what figures and report are made from --------------------------------------------------------
-SIDE_BY_SIDE = 3  # of more methods, each is compared with the main ones only, and the best is looked for
+FEW_METHODS = 3  # of more, each is compared with the main ones only, and the best is looked for
 TOLD_BY_LOOK = 5  # methods in a figure that only colour and marker tell apart
 
 
@@ -2730,7 +2730,7 @@ class Evidence:
     @property
     def ranked(self) -> bool:
         """Whether there are so many methods that they are a ranking."""
-        return len(self.methods) > SIDE_BY_SIDE
+        return len(self.methods) > FEW_METHODS
 
     @property
     def teacher(self) -> Record | None:
@@ -2797,17 +2797,20 @@ def gather_evidence(run: Run) -> Evidence:
 def planned_pairs(
     frame: pd.DataFrame, methods: Sequence[str], ratios: Sequence[str]
 ) -> dict[tuple[str, str], dict[str, Comparison]]:
-    """Every method against those before it; of more than SIDE_BY_SIDE only against the experiment's own.
+    """Every method against those before it; of more than FEW_METHODS only against the experiment's own.
 
     Then all methods at all ratios that are compared with one control are one family for Holm.
     """
-    ranked = len(methods) > SIDE_BY_SIDE
+    ranked = len(methods) > FEW_METHODS
     own = [method for method in methods if method in MAIN_METHODS]
     controls = (own or methods[:1]) if ranked else methods
     pairs: dict[tuple[str, str], dict[str, Comparison]] = {}
     for control in controls:
         later = methods[methods.index(control) + 1 :]
-        for family in [later] if ranked else [[method] for method in later]:
+        families = [[method] for method in later]
+        if ranked:
+            families = [list(later)]
+        for family in families:
             pairs |= compare_family(frame, family, control, ratios)
     return pairs
 
@@ -3390,13 +3393,14 @@ def say_verdicts(evidence: Evidence) -> str:
         if has_verdict(by_ratio):
             clauses.append(say_comparison("it" if clauses else SUBJECT, control, by_ratio))
     for control in dict.fromkeys((controls[0], controls[-1])):
-        others = {method: by_ratio for (method, other), by_ratio in pairs.items() if other == control}
-        others = {method: others[method] for method in others if method not in (SUBJECT, *asked)}
-        judged = {method: by_ratio for method, by_ratio in others.items() if has_verdict(by_ratio)}
+        others = {}
+        for (method, other), by_ratio in pairs.items():
+            if other == control and method not in (SUBJECT, *asked) and has_verdict(by_ratio):
+                others[method] = by_ratio
         if len(others) == 1:
-            clauses += [say_comparison(method, control, by_ratio) for method, by_ratio in judged.items()]
-        elif judged:
-            clauses.append(say_who_beats(control, judged))
+            clauses += [say_comparison(method, control, by_ratio) for method, by_ratio in others.items()]
+        elif others:
+            clauses.append(say_who_beats(control, others))
     if clauses and evidence.ranked:
         clauses.append(say_best(evidence))
     if clauses:

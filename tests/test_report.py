@@ -66,6 +66,7 @@ CASES = {
     "no Direct": lambda path: fake_run(path, methods=("TraditionalKD", "HPM-KD")),
     "no TraditionalKD": lambda path: fake_run(path, methods=("Direct", "HPM-KD")),
     "a run short": lambda path: without(fake_run(path), "student_5x_HPM-KD_run2"),
+    "HPM-KD is not there yet": lambda path: without(fake_run(path), "_HPM-KD_"),
     "a ratio short": lambda path: without(fake_run(path), "student_7x"),
     "no pilot yet": lambda path: without(fake_run(path, ablation=True), "pilot", "_HPM-KD", "TunedKD"),
     "a failed teacher": lambda path: failed(
@@ -114,6 +115,10 @@ def test_the_answer_follows_the_verdicts(tmp_path, shift, rival, said):
     [
         ("nothing", "No student has been trained yet."),
         ("only the teacher", "No student has been trained yet."),
+        (
+            "HPM-KD is not there yet",
+            "So far, there is no verdict on HPM-KD: it needs 3 complete pairs of runs.",
+        ),
         ("one run", "there is no verdict on HPM-KD: it needs 3 complete pairs of runs."),
         (
             "one method",
@@ -315,6 +320,21 @@ def test_many_methods_in_every_state(tmp_path, monkeypatch, gone):
     assert not re.search(r"\bnan\b|\binf\b|None(?!\.)", report) and "\n\n\n" not in report
     for draw in exp.FIGURES.values():
         draw(exp.gather_evidence(run))
+
+
+def test_plugins_beside_the_baseline_are_in_the_answer(tmp_path, monkeypatch):
+    names = many_methods(monkeypatch, 6)[3:]
+    run = fake_run(tmp_path, methods=["Direct", *names], ratios=("5x", "7x"))
+    for scale, (name, gain) in enumerate(zip(names, (3.0, 6.0, -3.0), strict=True), start=1):
+        shifted(run, name, {"5x": gain, "7x": gain}, scale=scale)
+    assert exp.answer_sentence(exp.gather_evidence(run)) == (
+        f"HPM-KD is not among the methods of this run; {names[0]} and {names[1]} beat Direct at every ratio; "
+        f"{names[1]} beats all others at every ratio."
+    )
+    for name in names:
+        shifted(run, name, {"5x": -1.0, "7x": -1.0})
+    answer = exp.answer_sentence(exp.gather_evidence(run))
+    assert answer.endswith("; no other method beats Direct; Direct beats all others at every ratio.")
 
 
 def test_methods_without_the_main_ones_are_compared_with_the_first(tmp_path, monkeypatch):
@@ -541,6 +561,16 @@ def test_ablation_and_equal_cost(tmp_path):
     c = exp.compare_cells(evidence.frame, "5x", "HPM-KD-no-chain", "HPM-KD")
     assert f"| {c.mean:+.2f} [{c.low:+.2f}, {c.high:+.2f}] | {exp.p_text(c.t_p)} |" in arms
     assert "## Ablation" not in write(fake_run(tmp_path))
+
+
+@pytest.mark.parametrize("extension", [{}, {"beta": 2.0}, {"weight": 0.5}])
+def test_the_note_on_the_arms_holds_for_every_default(tmp_path, monkeypatch, extension):
+    default = replace(exp.HPMKD.default("5x"), **extension)
+    monkeypatch.setattr(exp.HPMKD, "default", classmethod(lambda cls, compression: default))
+    note = " ".join(section(write(fake_run(tmp_path, 1, ablation=True)), "## Ablation").split())
+    assert "HPM-KD-no-chain comes nearest, with all that HPM-KD has beside its chain and attention." in note
+    bare = exp.METHODS["HPM-KD-no-chain"].configure("5x", None)
+    assert bare == replace(default, teachers=("teacher",), attention=False) and bare.view_share < 1
 
 
 def test_late_runs_are_declared(tmp_path):
