@@ -2347,11 +2347,12 @@ def hypothesis(comparisons: Mapping[str, Comparison]) -> str:
 
 def unmet_premises(frame: pd.DataFrame, ratios: Iterable[str]) -> list[str]:
     """The ratios at which the teacher is no better than the baseline's students (mean test accuracy)."""
-    columns = ("teacher_accuracy", "test_accuracy")
-    means = {
-        ratio: [values_of(frame, ratio, BASELINE, column).mean() for column in columns] for ratio in ratios
-    }
-    return [ratio for ratio, (teacher, student) in means.items() if teacher <= student]
+    unmet = []
+    for ratio in ratios:
+        teacher = values_of(frame, ratio, BASELINE, "teacher_accuracy").mean()
+        if teacher <= values_of(frame, ratio, BASELINE).mean():
+            unmet.append(ratio)
+    return unmet
 
 
 # -- costs --------------------------------------------------------------------------------------------------
@@ -2436,7 +2437,7 @@ def outputs_seconds(run: Run, pages: Collection[tuple[str, int]]) -> float:
 
 
 # -- evidence: what figures and report are made from --------------------------------------------------------
-SIDE_BY_SIDE = 3  # methods that tables and figures show as columns; more than these are ranked, as rows
+FEW_METHODS = 3  # of more, each is compared with the main ones only, and the best is looked for
 TOLD_BY_LOOK = 5  # methods in a figure that only colour and marker tell apart
 
 
@@ -2466,8 +2467,8 @@ class Evidence:
 
     @property
     def ranked(self) -> bool:
-        """Whether there are too many methods to stand side by side."""
-        return len(self.methods) > SIDE_BY_SIDE
+        """Whether there are so many methods that they are a ranking."""
+        return len(self.methods) > FEW_METHODS
 
     @property
     def teacher(self) -> Record | None:
@@ -2479,10 +2480,8 @@ class Evidence:
         done = self.frame[self.frame.status == "done"]
         table = done.pivot_table(index="compression", columns="method", values="test_accuracy")
         table = table.reindex(index=[ratio] if ratio else self.ratios, columns=self.methods)
-        means = table.sub(
-            table.mean(axis=1), axis=0
-        ).mean()  # a ratio that a method lacks is not held against it
-        return list(means.dropna().sort_values(ascending=False, kind="stable").index)
+        above = table.sub(table.mean(axis=1), axis=0)  # a ratio that a method lacks is not held against it
+        return list(above.mean().dropna().sort_values(ascending=False, kind="stable").index)
 
     @cached_property
     def shown(self) -> list[str]:
@@ -2536,17 +2535,20 @@ def gather_evidence(run: Run) -> Evidence:
 def planned_pairs(
     frame: pd.DataFrame, methods: Sequence[str], ratios: Sequence[str]
 ) -> dict[tuple[str, str], dict[str, Comparison]]:
-    """Every method against those before it; of more than SIDE_BY_SIDE only against the experiment's own.
+    """Every method against those before it; of more than FEW_METHODS only against the experiment's own.
 
     Then all methods at all ratios that are compared with one control are one family for Holm.
     """
-    ranked = len(methods) > SIDE_BY_SIDE
+    ranked = len(methods) > FEW_METHODS
     own = [method for method in methods if method in MAIN_METHODS]
     controls = (own or methods[:1]) if ranked else methods
     pairs: dict[tuple[str, str], dict[str, Comparison]] = {}
     for control in controls:
         later = methods[methods.index(control) + 1 :]
-        for family in [later] if ranked else [[method] for method in later]:
+        families = [[method] for method in later]
+        if ranked:
+            families = [list(later)]
+        for family in families:
             pairs |= compare_family(frame, family, control, ratios)
     return pairs
 
@@ -2621,34 +2623,21 @@ def finish_figure(
     handles: list[Any] = []
     for method in in_order(methods):
         colour, marker, line = evidence.looks[method]
-        style = line if lines else "none"
-        handles.append(Line2D([], [], label=method, color=colour, marker=marker, linestyle=style))
-    options = {
-        "handlelength": 2.8 if lines else 0.8,
-        "columnspacing": 1.4,
-        "borderpad": 0,
-        "alignment": "left",
-    }
-    font = {"size": 9.5, "weight": "bold"}
-    most = 2 if len(handles) == 4 else 3
-    for columns in range(most, 0, -1):  # names are never cut: as many columns as there is room for
-        legend = figure.legend(
-            loc="outside upper left",
-            handles=handles,
-            ncols=columns,
-            title=title,
-            title_fontproperties=font,
-            **options,
-        )
+        joined = line if lines else "none"
+        handles.append(Line2D([], [], label=method, color=colour, marker=marker, linestyle=joined))
+    options: dict[str, Any] = {"loc": "outside upper left", "alignment": "left", "borderpad": 0}
+    options |= {"handlelength": 2.8 if lines else 0.8, "columnspacing": 1.4}
+    options |= {"title": title, "title_fontproperties": {"size": 9.5, "weight": "bold"}}
+    for columns in (3, 2, 1):  # names are never cut: as many columns as there is room for
+        legend = figure.legend(handles=handles, ncols=columns, **options)
         if columns == 1 or legend.get_window_extent().width < 0.97 * figure.bbox.width:
             break
         legend.remove()
     if evidence.missing:
         note += f"\nMissing: {'; '.join(evidence.missing)}."
-    text = "\n".join(
-        textwrap.fill(line, 84, max_lines=2, placeholder=" ...") for line in note.splitlines() if line
-    )
-    figure.supxlabel(text, x=0.012, ha="left", fontsize=6.5, color="0.3", linespacing=1.3)
+    wrapped = [textwrap.fill(text, 84, max_lines=2, placeholder=" ...") for text in note.splitlines() if text]
+    style = {"fontsize": 6.5, "color": "0.3", "linespacing": 1.3}
+    figure.supxlabel("\n".join(wrapped), x=0.012, ha="left", **style)
     return figure
 
 
@@ -2663,14 +2652,6 @@ class Marks:
         # Axis, place, colour, mean, low and high of each interval.
         self.bars: list[tuple[Axes, float, str, float, float, float]] = []
         self.methods: set[str] = set()  # that have been drawn
-
-    def draw_group(
-        self, axis: Axes, place: float, groups: Mapping[str, Iterable[float]], **span: Any
-    ) -> None:
-        """Draw the values of several methods side by side around a place."""
-        width = min(0.86 / len(groups), 0.45)
-        for number, (method, values) in enumerate(groups.items()):
-            self.draw(axis, place + width * (number - (len(groups) - 1) / 2), width, values, method, **span)
 
     def draw(
         self,
@@ -2733,136 +2714,84 @@ def limits(points: Sequence[float], percent: bool) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def label_ratios(axis: Axes, evidence: Evidence) -> None:
-    """One place per ratio on the horizontal axis."""
-    axis.set_xticks(range(len(evidence.ratios)), evidence.ratios)
-    axis.set(xlim=(-0.5, len(evidence.ratios) - 0.5), xlabel="compression ratio")
-    axis.set_xticks(np.arange(1, len(evidence.ratios)) - 0.5, minor=True)
-    axis.tick_params(axis="x", which="both", length=0)
-    axis.grid(visible=False, axis="x")
-    axis.grid(which="minor", axis="x")
+Values = Mapping[str, Sequence[float] | pd.Series]  # of one row of a figure, by ratio
 
 
 def draw_by_ratio(evidence: Evidence, column: str) -> Figure | None:
     """A column of the results, test_accuracy or retention, by ratio and method, and the teacher's value."""
-    title, label = f"Test accuracy on {evidence.run.settings.dataset}", "test accuracy (%)"
-    level = most = 100.0
-    if evidence.teacher is None:
-        level = math.nan
-    elif column == "retention":
-        most = 1e4 / evidence.teacher.test_accuracy
-    else:
+    title, level, most = f"Test accuracy on {evidence.run.settings.dataset} (%)", math.nan, 100.0
+    if evidence.teacher:
         level = evidence.teacher.test_accuracy
     if column == "retention":
-        title, label = "Share of the teacher's test accuracy", "student / teacher (%)"
-    values = {
-        (ratio, method): values_of(evidence.frame, ratio, method, column)
-        for ratio, method in itertools.product(evidence.ratios, evidence.methods)
-    }
-    if evidence.ranked:
-        note = RUNS_NOTE
-        if math.isfinite(level):
-            note += f"\nBest mean on top. Each panel has its own scale. Teacher: {level:.4g}%."
-        return draw_rows(evidence, evidence.ranking(), values, f"{title} (%)", note, span=(0.0, most))
-
-    figure, axes = new_figure(3.0)
-    axis, marks = axes[0, 0], Marks(evidence, level)
-    for place, ratio in enumerate(evidence.ratios):
-        group = {method: values[ratio, method] for method in evidence.methods}
-        marks.draw_group(axis, place, group, span=(0.0, most))
-    if not marks.methods:
-        return None
-    if math.isfinite(level):
-        axis.axhline(level, color="0.35", linestyle=(0, (1, 1.2)), zorder=1)
-        right = len(evidence.ratios) - 0.47
-        axis.text(right, level, f"teacher\n{level:.4g}%", va="center", color="0.35", fontsize=7.5)
-    label_ratios(axis, evidence)
-    axis.set_ylabel(label)
-    marks.fit(axis, percent=True)
-    return finish_figure(figure, evidence, title, RUNS_NOTE, marks.methods)
+        title, level, most = "Share of the teacher's test accuracy (%)", 100.0, 1e4 / level
+    frame, ratios = evidence.frame, evidence.ratios
+    rows: dict[tuple[str, str], Values] = {}
+    for method in evidence.ranking():
+        rows[method, ""] = {ratio: values_of(frame, ratio, method, column) for ratio in ratios}
+    line = (level, f"teacher {level:.4g}%")
+    return draw_rows(evidence, rows, title, RUNS_NOTE, line, ratios, span=(0.0, most))
 
 
 def draw_rows(
     evidence: Evidence,
-    methods: Sequence[str],
-    values: Mapping[tuple[str, str], Iterable[float]],
+    rows: Mapping[tuple[str, str], Values],
     title: str,
     note: str,
+    line: tuple[float, str],
+    headings: Iterable[str],
     span: tuple[float, float] | None = None,
     copies: Collection[tuple[str, str]] = (),
 ) -> Figure | None:
-    """Methods as rows, one panel per ratio, of `values` by (ratio, method).
+    """Methods as rows, one panel per ratio under its heading, on one scale.
 
-    `span`: the possible accuracies, each panel on a scale of its own; without it differences around zero, on
-    one scale. `copies`: those that have no values because they are the control itself, by construction.
+    `rows`: by method and what its label adds. `line`: a value that is marked in every panel, and its name.
+    `span`: the possible accuracies; without it the values are differences. `copies`: (ratio, method) of those
+    that are the control itself, by construction.
     """
-    ratios, percent = evidence.ratios, span is not None
-    methods = [method for method in methods if any(len(list(values[ratio, method])) for ratio in ratios)]
-    if not methods:
+    rows = {key: values for key, values in rows.items() if any(map(len, values.values()))}
+    if not rows:
         return None
-    figure, axes = new_figure(1.1 + 0.3 * len(methods), 1, len(ratios), sharex=not percent, sharey=True)
-    shared = Marks(evidence, 0.0, horizontal=True)
-    for axis, ratio in zip(axes[0], ratios, strict=True):
-        marks = Marks(evidence, horizontal=True) if percent else shared
-        for row, method in enumerate(methods):
+    ratios, labels = evidence.ratios, [textwrap.fill(" ".join(key).strip(), 22) for key in rows]
+    height = 0.8 + 0.2 * len(ratios) + min(0.25 * len(ratios) * len(rows), 7.0)
+    figure, axes = new_figure(height, len(ratios), sharex=True)
+    level, name = line
+    marks, style = Marks(evidence, level, horizontal=True), {"color": "black", "linewidth": 1.2}
+    if name:
+        style = {"color": "0.35", "linestyle": (0, (1, 1.2))}
+    for axis, ratio, heading in zip(axes[:, 0], ratios, headings, strict=True):
+        axis.axvline(level, zorder=1.5, **style)
+        for place, ((method, _), values) in enumerate(rows.items()):
             if (ratio, method) in copies:
-                style = {"ha": "center", "va": "center", "bbox": {"color": "white", "pad": 1}}
-                axis.text(0, row, "same by\nconstruction", fontsize=6, **style)
+                box = {"color": "white", "pad": 1}
+                axis.text(0, place, "same by construction", fontsize=6, ha="center", va="center", bbox=box)
             else:
-                marks.draw(axis, row, 1.0, values[ratio, method], method, span or (-math.inf, math.inf))
-        if not percent:
-            axis.axvline(0, color="black", linewidth=1.2, zorder=1.5)
-        elif marks.methods:
-            marks.fit(axis, percent=True)
-        axis.set_title(ratio)
-        axis.locator_params(axis="x", nbins=4, integer=percent)
-    if not percent:
-        shared.fit(axes[0, 0], percent=False)
-    letters = 16 if evidence.ranked else 22
-    labels = [textwrap.fill(method, letters) for method in methods]
-    axes[0, 0].set(yticks=range(len(methods)), yticklabels=labels, ylim=(len(methods) - 0.4, -0.6))
+                marks.draw(axis, place, 1.0, values[ratio], method, span or (-math.inf, math.inf))
+        axis.set_title(heading, loc="left")
+        axis.set(yticks=range(len(rows)), ylim=(len(rows) - 0.4, -0.6))
+        axis.set_yticklabels(labels, linespacing=0.9)
+    top = axes[0, 0]
+    marks.fit(top, percent=span is not None)
+    if math.isfinite(level):
+        above = {"transform": top.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+        top.text(level, 1.02, name, color="0.35", fontsize=7.5, **above)
     return finish_figure(figure, evidence, title, note)
 
 
 def draw_differences(evidence: Evidence) -> Figure | None:
-    """Paired differences by ratio, one panel per control, on one scale; of many methods from the first."""
-    title = "Paired differences of test accuracy"
-    if evidence.ranked:
-        first = evidence.controls[0]
-        others = [method for method in evidence.ranking() if method != first]
-        found = {
-            (ratio, method): evidence.pairs[method, first][ratio].differences
-            for ratio, method in itertools.product(evidence.ratios, others)
-        }
-        return draw_rows(evidence, others, found, f"Test accuracy minus {first}'s (pp)", PAIRS_NOTE)
-
-    controls = [control for control in evidence.controls if control in (BASELINE, RIVAL)] or evidence.controls
-    if not controls:
+    """Paired differences from the first control by ratio, and the subject's from its rival."""
+    if not evidence.pairs:
         return None
-    methods = {
-        control: [method for method, other in evidence.pairs if other == control] for control in controls
-    }
-    widths = [0.7 + len(methods[control]) for control in controls]
-    figure, axes = new_figure(3.0, 1, len(controls), sharey=True, width_ratios=widths)
-    marks = Marks(evidence, 0.0)
-    for axis, control in zip(axes[0], controls, strict=True):
-        axis.axhline(0, color="black", linewidth=1.2, zorder=1.5)
-        for place, ratio in enumerate(evidence.ratios):
-            group = {name: evidence.pairs[name, control][ratio].differences for name in methods[control]}
-            marks.draw_group(axis, place, group)
-        label_ratios(axis, evidence)
-        axis.set_title(f"minus {control}")
-    if not marks.methods:
-        return None
-    axes[0, 0].set_ylabel("difference (pp)")
-    marks.fit(axes[0, 0], percent=False)
-    note = PAIRS_NOTE
+    first, headings, note = evidence.controls[0], evidence.ratios, PAIRS_NOTE
+    wanted = {(method, ""): (method, first) for method in evidence.ranking() if method != first}
+    if first != RIVAL and (SUBJECT, RIVAL) in evidence.pairs:
+        wanted[SUBJECT, f"minus {RIVAL}"] = (SUBJECT, RIVAL)
+    rows: dict[tuple[str, str], Values] = {}
+    for key, pair in wanted.items():
+        rows[key] = {ratio: c.differences for ratio, c in evidence.pairs[pair].items()}
     if evidence.main and prediction_applies(evidence.run):
-        labels = [f"{ratio}\n({PREDICTION[ratio][2]:+.1f})" for ratio in evidence.ratios]
-        axes[0, 0].set_xticks(range(len(labels)), labels)
-        figure.align_xlabels()
+        headings = [f"{ratio} ({PREDICTION[ratio][2]:+.1f})" for ratio in headings]
         note += f"\nIn brackets: {SUBJECT} minus {BASELINE} as it was predicted."
-    return finish_figure(figure, evidence, title, note, marks.methods)
+    return draw_rows(evidence, rows, f"Test accuracy minus {first}'s (pp)", note, (0.0, ""), headings)
 
 
 def draw_curve(axis: Axes, records: Sequence[Record], column: str, look: Look) -> None:
@@ -2899,9 +2828,8 @@ def draw_learning(evidence: Evidence) -> Figure | None:
     figure, axes = new_figure(1.1 + 1.5 * math.ceil(count / 2), math.ceil(count / 2), min(2, count))
     for axis, ratio in zip(axes.flat, ratios, strict=False):
         for method in methods:
-            draw_curve(
-                axis, evidence.records("student", method, ratio), "val_accuracy", evidence.looks[method]
-            )
+            runs = evidence.records("student", method, ratio)
+            draw_curve(axis, runs, "val_accuracy", evidence.looks[method])
         fit_epochs(axis, f"students {ratio}", percent=True)
     note = f"{CURVES_NOTE}\n{evidence.shown_note}"
     if teaching:
@@ -3005,11 +2933,12 @@ def draw_temperature(evidence: Evidence) -> Figure | None:
 def draw_ablation(evidence: Evidence) -> Figure | None:
     """Paired differences of the extra methods from the subject, one panel per ratio."""
     copies = {key for key, twin in evidence.twins.items() if twin == SUBJECT}
-    differences: dict[tuple[str, str], tuple[float, ...]] = {}
-    for ratio, method in itertools.product(evidence.ratios, evidence.extra_methods):
-        differences[ratio, method] = compare_cells(evidence.frame, ratio, method, SUBJECT).differences
+    rows: dict[tuple[str, str], Values] = {}
+    for method in evidence.extra_methods:
+        found = {ratio: compare_cells(evidence.frame, ratio, method, SUBJECT) for ratio in evidence.ratios}
+        rows[method, ""] = {ratio: c.differences for ratio, c in found.items()}
     title = f"Other arms minus {SUBJECT}, test accuracy (pp)"
-    return draw_rows(evidence, evidence.extra_methods, differences, title, PAIRS_NOTE, copies=copies)
+    return draw_rows(evidence, rows, title, PAIRS_NOTE, (0.0, ""), evidence.ratios, copies=copies)
 
 
 FIGURES: dict[str, Callable[[Evidence], Figure | None]] = {
@@ -3061,13 +2990,14 @@ always goes on, and stays the choice unless the other finalist beats it by more 
 test accuracy is not."""
 ARMS_NOTE = f"""\
 Differences from {SUBJECT} over pairs of runs: below zero, {SUBJECT} is ahead. The p is not adjusted: it only
-describes. {RIVAL} with averaged views is not among the arms; it would be HPM-KD-no-chain at a constant T."""
+describes. {RIVAL} with averaged views is not among the arms: HPM-KD-no-chain comes nearest, with all that
+{SUBJECT} has beside its chain and attention."""
 LIMITATIONS = """\
 - One teacher, one chain of assistants, one pilot per ratio: what others would change is not measured.
 - One family of networks (CIFAR ResNets), one data set. Depth changes with the ratio (ResNet-18 at 2.3x,
   ResNet-10 at 5x and 7x): a trend that includes 2.3x may be one over depth.
 - HPM-KD alone uses the labels of held-out images (attention, pilots); Direct and TraditionalKD do not."""
-Rows = list[list[Any]]  # of a table
+Rows = list[dict[str, Any]]  # of a table: each has the same titles
 
 
 def paragraphs(*texts: str) -> str:
@@ -3080,26 +3010,26 @@ def bullets(items: Iterable[str]) -> str:
     return "\n".join(f"- {item}" for item in items if item)
 
 
-def filled_columns(titles: Sequence[str], rows: Rows) -> list[tuple[str, list[str]]]:
-    """Title and texts of the columns of a table, without those that have no value in any row."""
-    columns = []
-    for title, values in zip(titles, zip(*rows, strict=True), strict=False):
-        texts = [" ".join(str(value).split()) for value in values]
+def filled_columns(rows: Rows) -> dict[str, list[str]]:
+    """The texts of a table's columns by title, without the columns that have no value in any row."""
+    columns = {}
+    for title in rows[0] if rows else ():
+        texts = [" ".join(str(row[title]).split()) for row in rows]
         if set(texts) - {"", "n/a"}:
-            columns.append((title, texts))
+            columns[title] = texts
     return columns
 
 
-def markdown_table(titles: Sequence[str], rows: Rows) -> str:
+def markdown_table(rows: Rows) -> str:
     """A Markdown table; "" where there is nothing but the first column."""
-    columns = filled_columns(titles, rows)
+    columns = filled_columns(rows)
     if len(columns) < 2:
         return ""
     rule = []
-    for _, texts in columns:
+    for texts in columns.values():
         numbers = all(re.match(r"[-+<\[]*\s?\d|n/a$|$", text) for text in texts)
         rule.append("--:" if numbers else ":--")
-    lines = [[title for title, _ in columns], rule, *zip(*(texts for _, texts in columns), strict=True)]
+    lines = [list(columns), rule, *zip(*columns.values(), strict=True)]
     return "\n".join(f"| {' | '.join(text.replace('|', '&#124;') for text in line)} |" for line in lines)
 
 
@@ -3147,18 +3077,6 @@ def mean_sd_text(
     return text
 
 
-def method_table(evidence: Evidence, column: str) -> tuple[list[str], Rows]:
-    """Titles and rows, mean ± sd of a column of the results: methods are columns, or rows where ranked."""
-    ratios, methods = evidence.ratios, evidence.methods
-    if evidence.ranked:
-        below = [
-            [name, *(mean_sd_text(evidence, ratio, name, column) for ratio in ratios)] for name in methods
-        ]
-        return ["Method", *ratios], below
-    beside = [[ratio, *(mean_sd_text(evidence, ratio, name, column) for name in methods)] for ratio in ratios]
-    return ["Ratio", *methods], beside
-
-
 def say_config(config: Distillation) -> str:
     """A configuration in words: "alpha 0.5, T 4 (loss), attention, averaged views, from teacher + 1.5x"."""
     parts = [f"alpha {config.alpha:g}"]
@@ -3184,17 +3102,9 @@ OUTCOMES = {
 }
 
 
-def headline_pairs(evidence: Evidence) -> dict[tuple[str, str], dict[str, Comparison]]:
-    """The comparisons that answer the question: of the subject, and of a plugin's methods with it."""
-    if evidence.ranked or SUBJECT not in evidence.methods:
-        return evidence.pairs
-    return {pair: by_ratio for pair, by_ratio in evidence.pairs.items() if SUBJECT in pair}
-
-
-def has_verdict(evidence: Evidence) -> bool:
-    """Whether the main table has a verdict at all."""
-    found = [c for by_ratio in headline_pairs(evidence).values() for c in by_ratio.values()]
-    return any(short_verdict(c) != "n/a" for c in found)
+def has_verdict(*found: Mapping[str, Comparison]) -> bool:
+    """Whether comparisons of methods have a verdict at any ratio."""
+    return any(short_verdict(c) != "n/a" for by_ratio in found for c in by_ratio.values())
 
 
 def answer_sentence(evidence: Evidence) -> str:
@@ -3211,24 +3121,33 @@ def answer_sentence(evidence: Evidence) -> str:
 
 
 def say_verdicts(evidence: Evidence) -> str:
-    """What the comparisons of the first screen have shown."""
-    pairs = headline_pairs(evidence)
+    """What the subject's comparisons have shown, then those of the methods that it was not compared with."""
+    pairs, controls = evidence.pairs, evidence.controls
     if not pairs:
         return f"{listed(evidence.methods)} is the only method, so that there is nothing to compare"
-    if not has_verdict(evidence):
-        about = "the methods" if evidence.ranked else next(iter(pairs))[0]
-        few = all(c.n < LEAST_PAIRS for by_ratio in pairs.values() for c in by_ratio.values())
-        reason = f"it needs {LEAST_PAIRS} complete pairs of runs" if few else "all differences are equal"
-        return f"there is no verdict on {about}: {reason}"
-    if evidence.ranked:
-        controls = [name for name in evidence.controls if name != SUBJECT] or evidence.controls
-        return "; ".join([*(say_who_beats(evidence, control) for control in controls), say_best(evidence)])
-    clauses, subject = [], ""
-    for (treatment, control), by_ratio in pairs.items():
-        if any(short_verdict(c) != "n/a" for c in by_ratio.values()):
-            clauses.append(say_comparison("it" if treatment == subject else treatment, control, by_ratio))
-            subject = treatment
-    return "; ".join(clauses)
+    asked = {control: by_ratio for (method, control), by_ratio in pairs.items() if method == SUBJECT}
+    clauses: list[str] = []
+    for control, by_ratio in asked.items():
+        if has_verdict(by_ratio):
+            clauses.append(say_comparison("it" if clauses else SUBJECT, control, by_ratio))
+    for control in dict.fromkeys((controls[0], controls[-1])):
+        others = {}
+        for (method, other), by_ratio in pairs.items():
+            if other == control and method not in (SUBJECT, *asked) and has_verdict(by_ratio):
+                others[method] = by_ratio
+        if len(others) == 1:
+            clauses += [say_comparison(method, control, by_ratio) for method, by_ratio in others.items()]
+        elif others:
+            clauses.append(say_who_beats(control, others))
+    if clauses and evidence.ranked:
+        clauses.append(say_best(evidence))
+    if clauses:
+        return "; ".join(clauses)
+    about = SUBJECT if SUBJECT in evidence.methods else "the methods"
+    found = [c for by_ratio in (asked or pairs).values() for c in by_ratio.values()]
+    few = all(c.n < LEAST_PAIRS for c in found)
+    reason = f"it needs {LEAST_PAIRS} complete pairs of runs" if few else "all differences are equal"
+    return f"there is no verdict on {about}: {reason}"
 
 
 def say_place(ratios: Sequence[str], planned: Collection[str]) -> str:
@@ -3249,64 +3168,57 @@ def say_comparison(treatment: str, control: str, by_ratio: Mapping[str, Comparis
     return f"{treatment} {listed(parts)}"
 
 
-def say_who_beats(evidence: Evidence, control: str) -> str:
+def say_who_beats(control: str, others: Mapping[str, Mapping[str, Comparison]]) -> str:
     """Which methods beat a control, such as "A and B beat Direct at every ratio, C at 7x"."""
     found: dict[tuple[str, ...], list[str]] = {}
-    for (method, other), by_ratio in evidence.pairs.items():
+    for method, by_ratio in others.items():
         ratios = tuple(ratio for ratio, c in by_ratio.items() if verdict(c) == "better")
-        if other == control and ratios:
+        if ratios:
             found.setdefault(ratios, []).append(method)
-    if not found:
-        return f"no method beats {control}"
-    groups = sorted(found.items(), key=lambda group: -len(group[0]))
-    parts = [f"{listed(methods)} {say_place(ratios, evidence.ratios)}" for ratios, methods in groups]
-    first = groups[0][1]
-    verb = "beats" if len(first) == 1 else "beat"
-    parts[0] = f"{listed(first)} {verb} {control} {say_place(groups[0][0], evidence.ratios)}"
-    return ", ".join(parts)
+    parts: list[str] = []
+    for ratios, methods in sorted(found.items(), key=lambda group: -len(group[0])):
+        verb = "beats" if len(methods) == 1 else "beat"
+        what = "" if parts else f" {verb} {control}"
+        parts.append(f"{listed(methods)}{what} {say_place(ratios, others[methods[0]])}")
+    return ", ".join(parts) or f"no other method beats {control}"
 
 
-def leads(evidence: Evidence) -> dict[tuple[str, str, str], Comparison]:
-    """(ratio, best method, another) -> the lead, the nearest other first; Holm-adjusted over all of them."""
+def leads(evidence: Evidence) -> dict[tuple[str, str], dict[str, Comparison]]:
+    """(ratio, best method) -> its lead over every other, the nearest first; Holm-adjusted over all."""
     raw = {}
     for ratio in evidence.ratios:
         ranking = evidence.ranking(ratio)
         for other in ranking[1:]:
             raw[ratio, ranking[0], other] = compare_cells(evidence.frame, ratio, ranking[0], other)
+    found: dict[tuple[str, str], dict[str, Comparison]] = {}
     adjusted = holm(c.t_p for c in raw.values())
-    return {key: replace(c, holm_p=p) for (key, c), p in zip(raw.items(), adjusted, strict=True)}
+    for ((ratio, best, other), c), p in zip(raw.items(), adjusted, strict=True):
+        found.setdefault((ratio, best), {})[other] = replace(c, holm_p=p)
+    return found
 
 
 def say_best(evidence: Evidence) -> str:
     """Whether one method beats all others, and where."""
-    beaten: dict[tuple[str, str], int] = {}
-    for (ratio, best, _), lead in leads(evidence).items():
-        beaten[best, ratio] = beaten.get((best, ratio), 0) + (verdict(lead) == "better")
     where: dict[str, list[str]] = {}
-    for (best, ratio), count in beaten.items():
-        if count == len(evidence.methods) - 1:
+    for (ratio, best), found in leads(evidence).items():
+        beaten = [other for other, lead in found.items() if verdict(lead) == "better"]
+        if len(beaten) == len(evidence.methods) - 1:
             where.setdefault(best, []).append(ratio)
-    if not where:
-        return "no method beats all others"
-    parts = [
-        f"{best} beats all others {say_place(ratios, evidence.ratios)}" for best, ratios in where.items()
-    ]
-    return listed(parts)
+    parts = [f"{best} beats all others {say_place(at, evidence.ratios)}" for best, at in where.items()]
+    return listed(parts) or "no method beats all others"
 
 
 def report_answer(evidence: Evidence) -> str:
     """The first screen: title, answer, table, main figure, remarks."""
-    run, table = evidence.run, markdown_table(*main_table(evidence))
-    caption, remarks = "Test accuracy (%)", []
+    run, table = evidence.run, markdown_table(main_table(evidence))
+    caption, remarks = "Test accuracy (%), the best mean first", []
     if run.settings.runs > 1:
-        caption = f"Test accuracy (%, mean ± sd over {run.settings.runs} runs)"
-    if evidence.ranked:
-        caption += ", the best mean first,"
-    if headline_pairs(evidence):
-        caption += " and differences between paired runs (percentage points, pp)"
+        caption = f"Test accuracy (%, mean ± sd over {run.settings.runs} runs), the best mean first"
+    if evidence.pairs:
+        caption += ", and differences between paired runs (percentage points, pp)"
     if evidence.teacher:
         remarks.append(f"The teacher (ResNet-50) reaches {evidence.teacher.test_accuracy:.2f}%.")
-    if has_verdict(evidence):
+    if has_verdict(*evidence.pairs.values()):
         caption += " with 95% intervals"
         remarks += [say_rule(evidence), say_leads(evidence)]
     return paragraphs(
@@ -3338,37 +3250,28 @@ def say_leads(evidence: Evidence) -> str:
     """How far the best of many is ahead of the second best; "" where the methods are not ranked."""
     if not evidence.ranked:
         return ""
-    nearest: dict[str, str] = {}
-    for (ratio, best, other), lead in leads(evidence).items():
-        nearest.setdefault(ratio, f"{best} over {other} {difference_text(lead)} pp at {ratio}")
+    nearest = []
+    for (ratio, best), found in leads(evidence).items():
+        other, lead = next(iter(found.items()))
+        nearest.append(f"{best} over {other} {difference_text(lead)} pp at {ratio}")
     return (
-        f"The lead of the best over the second: {listed(nearest.values())}. Whoever is best of "
+        f"The lead of the best over the second: {listed(nearest)}. Whoever is best of "
         f"{len(evidence.methods)} is so by luck too: its lead is flattered."
     )
 
 
-def main_table(evidence: Evidence) -> tuple[list[str], Rows]:
-    """Titles and rows of the main table, also in LaTeX: accuracies, differences with verdicts.
-
-    A row per ratio; of more than SIDE_BY_SIDE methods one per ratio and method, the best mean first.
-    """
-    if not evidence.ranked:
-        titles, rows = method_table(evidence, "test_accuracy")
-        for (treatment, control), by_ratio in headline_pairs(evidence).items():
-            titles += [f"{treatment} minus {control}", "verdict"]
-            for row, ratio in zip(rows, evidence.ratios, strict=True):
-                row += [difference_text(by_ratio[ratio]), short_verdict(by_ratio[ratio])]
-        return titles, rows
-    titles, rows = ["Ratio", "method", "accuracy"], []
-    titles += [f"minus {control}" for control in evidence.controls]
+def main_table(evidence: Evidence) -> Rows:
+    """The main table, also in LaTeX: a row per ratio and method, with its differences from the controls."""
+    rows: Rows = []
     for ratio in evidence.ratios:
         for method in evidence.ranking(ratio):
-            row = [ratio, method, mean_sd_text(evidence, ratio, method)]
+            row = {"Ratio": ratio, "method": method, "accuracy": mean_sd_text(evidence, ratio, method)}
             for control in evidence.controls:
                 c = evidence.pairs.get((method, control), {}).get(ratio, Comparison())
-                row.append(f"{difference_text(c)} {short_verdict(c)}".replace("n/a", "").strip())
+                text = f"{difference_text(c)} {short_verdict(c)}"
+                row[f"minus {control}"] = text.replace("n/a", "").strip()
             rows.append(row)
-    return titles, rows
+    return rows
 
 
 def say_subject(evidence: Evidence) -> str:
@@ -3429,10 +3332,14 @@ def report_results(evidence: Evidence) -> str:
     """Retention and networks, with their figures."""
     if not evidence.records("student"):
         return ""
+    rows: Rows = []
+    for method in evidence.methods:
+        kept = {ratio: mean_sd_text(evidence, ratio, method, "retention") for ratio in evidence.ratios}
+        rows.append({"Method": method, **kept})
     return paragraphs(
         "## Results",
         "The share of the teacher's test accuracy that the students keep (%):",
-        markdown_table(*method_table(evidence, "retention")),
+        markdown_table(rows),
         embed(evidence, "retention_analysis"),
         "The networks (assistants teach beside the teacher). Ratios are counted: parameters of the teacher / "
         "those of the network. Latency is rough: the median of a few passes on the device that trained them.",
@@ -3446,18 +3353,18 @@ def network_table(evidence: Evidence) -> str:
     for record in [*teaching_networks(evidence).values(), *evidence.records("student")]:
         groups.setdefault(record.network, []).append(record)
     largest = groups["teacher"][0].params if "teacher" in groups else math.nan
-    titles = ["Network", "counted ratio", "parameters", "MACs (millions)", "ms, batch 1"]
-    titles += ["ms per image, batch 256", "accuracy (%) as teacher or assistant"]
     rows: Rows = []
     for name, group in sorted(groups.items(), key=lambda item: -item[1][0].params):
-        params, macs = group[0].params, group[0].macs
+        params = group[0].params
         measured = [record.latency_ms for record in group if record.latency_ms]  # the first runs
         latency = pd.DataFrame(measured, columns=["1", "256"], dtype=float).median()
         accuracies = [number_text(record.test_accuracy) for record in group if record.kind != "student"]
-        row = [name, number_text(largest / params, ".3f"), f"{params:,}", f"{macs / 1e6:,.0f}"]
-        row += [number_text(latency["1"]), number_text(latency["256"], ".3f"), listed(accuracies)]
-        rows.append(row)
-    return markdown_table(titles, rows)
+        row = {"Network": name, "counted ratio": number_text(largest / params, ".3f")}
+        row |= {"parameters": f"{params:,}", "MACs (millions)": f"{group[0].macs / 1e6:,.0f}"}
+        row |= {"ms, batch 1": number_text(latency["1"])}
+        row |= {"ms per image, batch 256": number_text(latency["256"], ".3f")}
+        rows.append(row | {"accuracy (%) as teacher or assistant": listed(accuracies)})
+    return markdown_table(rows)
 
 
 def report_statistics(evidence: Evidence) -> str:
@@ -3466,36 +3373,22 @@ def report_statistics(evidence: Evidence) -> str:
     unmatched, claims = [], []
     for (treatment, control), by_ratio in evidence.pairs.items():
         for ratio, c in by_ratio.items():
-            name, tested = f"{treatment} minus {control}", ["n/a"] * 4
-            if interval_text(c):
-                tested = [interval_text(c), p_text(c.t_p), p_text(c.holm_p), number_text(c.detectable)]
+            name = f"{treatment} minus {control}"
             if c.n:
-                rows.append([name, ratio, c.n, number_text(c.mean, "+.2f"), *tested, short_verdict(c)])
+                rows.append(comparison_row(name, ratio, c))
             if c.unmatched:
                 unmatched.append(f"{name} at {ratio}: run {listed(c.unmatched)}")
     if not rows:
         return ""
-    if evidence.main and has_verdict(evidence):
+    if evidence.main and has_verdict(*evidence.pairs.values()):
         claims = [
             f"Detectable: the true difference that so many pairs find with probability {POWER:g}.",
             f"The hypothesis that {SUBJECT} beats {BASELINE} at 5x and above {hypothesis(evidence.main)}.",
             f"{SUBJECT}'s advantage over {BASELINE} {say_trend(trend_test(evidence.frame))}.",
         ]
-    titles = [
-        "Comparison",
-        "ratio",
-        "pairs",
-        "mean",
-        "95% interval",
-        "p",
-        "p (Holm)",
-        "detectable",
-        "verdict",
-    ]
-    table = [markdown_table(titles, rows)]
+    table = [markdown_table(rows)]
     if evidence.ranked:
-        summary = f"<details><summary>All {len(rows)} comparisons</summary>"
-        table = [summary, *table, "</details>"]
+        table = [f"<details><summary>All {len(rows)} comparisons</summary>", *table, "</details>"]
     return paragraphs(
         "## Statistics",
         "Differences of test accuracy (pp) between runs of the same number, taken before rounding:",
@@ -3504,6 +3397,16 @@ def report_statistics(evidence: Evidence) -> str:
         *claims,
         embed(evidence, "hpmkd_vs_direct"),
     )
+
+
+def comparison_row(name: str, ratio: str, c: Comparison) -> dict[str, Any]:
+    """What the table of comparisons says about one."""
+    row = {"Comparison": name, "ratio": ratio, "pairs": c.n, "mean": number_text(c.mean, "+.2f")}
+    tested = {"95% interval": "n/a", "p": "n/a", "p (Holm)": "n/a", "detectable": "n/a"}
+    if interval_text(c):
+        tested = {"95% interval": interval_text(c), "p": p_text(c.t_p), "p (Holm)": p_text(c.holm_p)}
+        tested["detectable"] = number_text(c.detectable)
+    return row | tested | {"verdict": short_verdict(c)}
 
 
 def say_trend(trend: Comparison) -> str:
@@ -3520,19 +3423,20 @@ def report_prediction(evidence: Evidence) -> str:
     """The original prediction beside the measurement, where it applies."""
     if not prediction_applies(evidence.run) or not any(c.n for c in evidence.main.values()):
         return ""
-    titles = ["Ratio", f"predicted {BASELINE}", f"predicted {SUBJECT}", "predicted difference"]
-    titles += ["measured difference", "interval contains the prediction"]
     rows: Rows = []
     for ratio, c in evidence.main.items():
         baseline, subject, gain = PREDICTION[ratio]
         inside = "n/a"
         if interval_text(c):
             inside = "yes" if c.low <= gain <= c.high else "no"
-        rows.append([ratio, f"{baseline:.1f}", f"{subject:.1f}", f"{gain:+.1f}", difference_text(c), inside])
+        row = {"Ratio": ratio, f"predicted {BASELINE}": f"{baseline:.1f}"}
+        row |= {f"predicted {SUBJECT}": f"{subject:.1f}"}
+        row |= {"predicted difference": f"{gain:+.1f}", "measured difference": difference_text(c)}
+        rows.append(row | {"interval contains the prediction": inside})
     return paragraphs(
         "## Original prediction",
         "What was expected before anything was measured (%, pp), beside what was found:",
-        markdown_table(titles, rows),
+        markdown_table(rows),
     )
 
 
@@ -3542,13 +3446,15 @@ def report_beyond_accuracy(evidence: Evidence) -> str:
         return ""
     rows: Rows = []
     for ratio, method in itertools.product(evidence.ratios, evidence.methods):
-        measured = [mean_sd_text(evidence, ratio, method, name, ".3f") for name in ("test_nll", "test_ece")]
-        rows.append([ratio, method, *measured])
+        row = {"Ratio": ratio, "method": method}
+        row["NLL (nats)"] = mean_sd_text(evidence, ratio, method, "test_nll", ".3f")
+        row["ECE (fraction)"] = mean_sd_text(evidence, ratio, method, "test_ece", ".3f")
+        rows.append(row)
     return paragraphs(
         "## Beyond accuracy",
         "How good the predicted probabilities are: negative log-likelihood (NLL) and expected calibration "
         "error (ECE, 15 equal-width bins) on the test images; lower is better.",
-        markdown_table(["Ratio", "method", "NLL (nats)", "ECE (fraction)"], rows),
+        markdown_table(rows),
         embed(evidence, "calibration"),
         "Validation accuracies are those of `select`, held-out training images.",
         embed(evidence, "learning_curves"),
@@ -3569,10 +3475,13 @@ def report_classes(evidence: Evidence) -> str:
     table = pd.DataFrame({method: np.mean(values, axis=0) for method, values in means.items()})
     classes = evidence.run.index.data.classes
     shown = (table.max(axis=1) - table.min(axis=1)).nlargest(CLASSES_SHOWN).sort_index().index
-    rows = [[classes[i], *(number_text(value, ".1f") for value in table.loc[i])] for i in shown]
+    rows: Rows = []
+    for number in shown:
+        accuracies = {method: number_text(value, ".1f") for method, value in table.loc[number].items()}
+        rows.append({"Class": classes[number], **accuracies})
     which = f", the {len(rows)} of {len(classes)} that differ most" if len(rows) < len(classes) else ""
     title = f"### Accuracy per class (%, mean over ratios and runs{which})"
-    return paragraphs(title, evidence.shown_note, markdown_table(["Class", *table], rows))
+    return paragraphs(title, evidence.shown_note, markdown_table(rows))
 
 
 def report_costs(evidence: Evidence) -> str:
@@ -3582,9 +3491,9 @@ def report_costs(evidence: Evidence) -> str:
         return ""
     rows: Rows = []
     for method, cost in costs.iterrows():
-        times = [say_time(cost[name]) if cost[name] else "" for name in COST_COLUMNS[1:-1]]
-        rows.append([method, f"{cost.students:.0f}", *times])
-    titles = ["Method", *(name.replace("_", " ") for name in COST_COLUMNS[:-1])]
+        times = cost[COST_COLUMNS[1:-1]].rename(lambda name: name.replace("_", " "))
+        row = {"Method": method, "students": f"{cost.students:.0f}"}
+        rows.append(row | {name: say_time(time) if time else "" for name, time in times.items()})
     saved, caveat = costs.unshared - costs.teacher_outputs, ""
     if "equal_cost" not in {METHODS[method].option for method in evidence.extra_methods}:
         caveat = f"{BASELINE} for as long as {SUBJECT} takes was not trained (`--equal-cost`): "
@@ -3593,7 +3502,7 @@ def report_costs(evidence: Evidence) -> str:
         "## Costs",
         "Device time of all of a method's students as if the method had been run alone. A *page* is one view "
         "(crop and flip) of every training image; a teacher's outputs for it are computed once for all jobs.",
-        markdown_table(titles, rows),
+        markdown_table(rows),
         f"Sharing the pages saves {saved.idxmax()} {say_time(saved.max())}." if saved.max() >= 1 else "",
         caveat,
         embed(evidence, "cost_vs_accuracy"),
@@ -3617,24 +3526,25 @@ def report_choices(evidence: Evidence) -> str:
 def candidate_table(pilot: Record) -> str:
     """All candidates of a pilot; beta and gamma where one has them."""
     rungs = max(len(candidate.accuracies) for candidate in pilot.candidates)
-    titles = ["#", "alpha", "beta", "gamma", "T0", "schedule", "teachers", "% by rung"]
-    titles += ["minus # 1 (pp ± se)", "outcome"]
     rows: Rows = []
     for number, candidate in enumerate(pilot.candidates):
         config, lead, outcome = candidate.config, "", "dropped"
-        weights = [f"{value:g}" if value else "" for value in (config.alpha, config.beta, config.weight)]
-        if config.beta > 0:
-            weights[0] = ""  # not used
         if number:
             lead = f"{candidate.difference:+.2f} ± {candidate.standard_error:.2f}"
         if len(candidate.accuracies) == rungs:
             outcome = "lost the final"
         if number == pilot.chosen:
             outcome = "chosen"
-        row = [number + 1, *weights, f"{config.temperature:g}", config.schedule, " + ".join(config.teachers)]
-        row += [", ".join(f"{accuracy:.2f}" for accuracy in candidate.accuracies), lead, outcome]
-        rows.append(row)
-    return markdown_table(titles, rows)
+        row = {"#": number + 1, "alpha": f"{config.alpha:g}", "beta": "", "gamma": ""}
+        if config.beta > 0:  # then alpha is not used
+            row |= {"alpha": "", "beta": f"{config.beta:g}"}
+        if config.weight > 0:
+            row["gamma"] = f"{config.weight:g}"
+        row |= {"T0": f"{config.temperature:g}", "schedule": config.schedule}
+        row |= {"teachers": " + ".join(config.teachers)}
+        row |= {"% by rung": ", ".join(f"{accuracy:.2f}" for accuracy in candidate.accuracies)}
+        rows.append(row | {"minus # 1 (pp ± se)": lead, "outcome": outcome})
+    return markdown_table(rows)
 
 
 def report_attention(evidence: Evidence) -> str:
@@ -3644,10 +3554,10 @@ def report_attention(evidence: Evidence) -> str:
     for ratio in evidence.ratios:
         for student in evidence.records("student", SUBJECT, ratio)[:1]:  # fitted once for all runs of a ratio
             for part, a in student.attention.items():
-                row = [ratio, part, say_weights(student, part)]
-                row.append(f"{a.nll_mixture:.3f} ({a.accuracy_mixture:.2f}%)")
-                row.append(f"{a.nll_uniform:.3f} ({a.accuracy_uniform:.2f}%)")
-                row.append(f"{a.nll_best_single:.3f} ({a.accuracy_best_single:.2f}%)")
+                row = {"Ratio": ratio, "images": part, "mean weights": say_weights(student, part)}
+                row["attention"] = f"{a.nll_mixture:.3f} ({a.accuracy_mixture:.2f}%)"
+                row["uniform"] = f"{a.nll_uniform:.3f} ({a.accuracy_uniform:.2f}%)"
+                row["best single"] = f"{a.nll_best_single:.3f} ({a.accuracy_best_single:.2f}%)"
                 rows.append(row)
             select = student.attention.get("select")
             if select and select.nll_mixture < select.nll_uniform:
@@ -3663,7 +3573,7 @@ def report_attention(evidence: Evidence) -> str:
         "helps: it was not fitted on these images; the teachers have memorised those of `train`.",
         f"On `select` its mixture beats (has a lower NLL than) {found}.",
         "NLL in nats (and accuracy) of the mixtures and of the best single teacher:",
-        markdown_table(["Ratio", "images", "mean weights", "attention", "uniform", "best single"], rows),
+        markdown_table(rows),
     )
 
 
@@ -3674,21 +3584,20 @@ def report_arms(evidence: Evidence) -> str:
         c = compare_cells(evidence.frame, ratio, method, SUBJECT)
         twin = evidence.twins.get((ratio, method))
         epochs = values_of(evidence.frame, ratio, method, "epochs").mean()
-        row = [method, ratio, mean_sd_text(evidence, ratio, method), number_text(epochs, ".0f")]
-        row.append(difference_text(c))
-        row.append(p_text(c.t_p) if interval_text(c) else "n/a")
-        row.append(f"copy of {twin}" if twin else "")
+        row = {"Arm": method, "ratio": ratio, "accuracy (%)": mean_sd_text(evidence, ratio, method)}
+        row |= {"epochs": number_text(epochs, ".0f"), f"minus {SUBJECT} (pp)": difference_text(c)}
+        row["p"] = p_text(c.t_p) if interval_text(c) else "n/a"
+        row["remark"] = f"copy of {twin}" if twin else ""
         rows.append(row)
     if not rows:
         return ""
-    titles = ["Arm", "ratio", "accuracy (%)", "epochs", f"minus {SUBJECT} (pp)", "p", "remark"]
     copies = "A copy has the same configuration, weights and views by construction: it was not trained twice."
     return paragraphs(
         "## Ablation and equal cost",
         f"What {SUBJECT} is without each of its parts, and what its controls reach.",
         bullets(f"{method}: {METHODS[method].about}." for method in evidence.extra_methods),
         ARMS_NOTE,
-        markdown_table(titles, rows),
+        markdown_table(rows),
         copies if evidence.twins else "",
         embed(evidence, "ablation"),
     )
@@ -3706,13 +3615,14 @@ the same initial weights (per ratio), batches and views in every method. One rec
 momentum 0.9, weight decay 5e-4, batch {s.batch_size}, learning rate {s.lr:g} after a linear warm-up, then
 linearly to zero; pad-4 crop and flip; precision {index.precision}; width
 {s.width} ({FULL_WIDTH} is the full one)."""
-    titles = ["Started (UTC)", "ended", "devices", "workers", "threads", "stopped by"]
     rows: Rows = []
     for session in index.sessions:
-        times = [text[:16].replace("T", " ") for text in (session.started, session.ended)]
+        started, ended = (text[:16].replace("T", " ") for text in (session.started, session.ended))
         counts = [f"{session.devices.count(name)} x {name}" for name in dict.fromkeys(session.devices)]
-        row = [times[0], times[1] or "not recorded (killed, or still running)", listed(counts)]
-        rows.append([*row, session.workers, session.threads, session.stopped])
+        row: dict[str, Any] = {"Started (UTC)": started}
+        row["ended"] = ended or "not recorded (killed, or still running)"
+        row |= {"devices": listed(counts), "workers": session.workers, "threads": session.threads}
+        rows.append(row | {"stopped by": session.stopped})
     late = "; ".join(session.extended for session in index.sessions if session.extended)
     warning = f"**The experiment was extended after results were seen** ({late}): no p-value allows for that."
     return paragraphs(
@@ -3721,7 +3631,7 @@ linearly to zero; pad-4 crop and flip; precision {index.precision}; width
         text,
         "## Sessions",
         "When and where the networks were trained:",
-        markdown_table(titles, rows),
+        markdown_table(rows),
         warning if late else "",
     )
 
@@ -3846,12 +3756,10 @@ def summary_table(evidence: Evidence) -> pd.DataFrame:
 
 def latex_table(evidence: Evidence) -> str:
     """The main table for LaTeX (booktabs), with a comment that says what it shows and what is missing."""
-    columns = filled_columns(*main_table(evidence))
-    titles = [title for title, _ in columns]
-    rows = []
-    for texts in zip(*(texts for _, texts in columns), strict=True):
-        signed = [re.sub(r"[-+](?=\d)", r"$\g<0>$", text) for text in texts[1:]]
-        rows.append([texts[0], *(text.replace("±", r"$\pm$") for text in signed)])
+    table = pd.DataFrame(filled_columns(main_table(evidence)))
+    for title in table.columns[2:]:
+        signed = table[title].str.replace(r"[-+](?=\d)", r"$\g<0>$", regex=True)
+        table[title] = signed.str.replace("±", r"$\pm$")
     teacher = f"{evidence.teacher.test_accuracy:.2f}" if evidence.teacher else "n/a"
     scope = f"PARTIAL, missing: {'; '.join(evidence.missing)}" if evidence.missing else "Complete"
     runs = say_count(evidence.run.settings.runs, "run")
@@ -3860,11 +3768,8 @@ def latex_table(evidence: Evidence) -> str:
 % paired differences (pp) with 95% t-intervals; verdicts by the paired t-test after Holm's adjustment.
 % Teacher (ResNet-50): {teacher}. {scope}.
 """
-    words = 2 if evidence.ranked else 1  # columns
-    alignment = "l" * words + "r" * (len(titles) - words)
-    return head + pd.DataFrame(rows, columns=titles).to_latex(
-        index=False, escape=False, column_format=alignment
-    )
+    alignment = "ll" + "r" * (len(table.columns) - 2)
+    return head + table.to_latex(index=False, escape=False, column_format=alignment)
 
 
 def write_archive(run: Run) -> None:
