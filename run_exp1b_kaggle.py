@@ -85,7 +85,6 @@ import zipfile
 import zlib
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from multiprocessing import connection, resource_tracker
@@ -5074,9 +5073,10 @@ def report_progress(run: Run, progress: Progress, fresh: Sequence[Job]) -> None:
 def make_experiment(
     run: Run, device: Device, devices: Sequence[Device], data: RawData, session: Session, progress: Progress
 ) -> Experiment:
-    """The experiment on one device of this process."""
+    """The experiment on one device of this process. Raises `UsageError` where the device does not work."""
     if device.kind == "cuda":
         torch.cuda.set_device(device.torch)
+    probe(device)
     configure_torch(thread_count(run.settings, devices), run.settings.deterministic)
     return Experiment(run, device, Images(data, run.settings.seed, device.torch), session, progress)
 
@@ -5096,7 +5096,6 @@ def work(experiment: Experiment, writes: bool, prepared: Callable[[], object]) -
     `prepared` is called when the speeds are known, before anything is trained.
     """
     try:
-        probe(experiment.device)
         experiment.run.refresh()
         experiment.progress.estimate.speeds = measure_speeds(experiment)
         prepared()
@@ -5471,22 +5470,24 @@ class Device:
 
 
 def find_devices(wanted: str, kaggle: bool, allow_cpu: bool) -> list[Device]:
-    """The devices to use: every GPU, or the CPU. Raises `UsageError` with the remedy where a GPU is missing.
+    """Every GPU, or else the CPU; whether they work is not tried. Raises `UsageError` if there is none.
 
     On Kaggle a session without a GPU would silently burn hours: there the CPU must be asked for.
     """
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        if wanted == "auto" and kaggle and not allow_cpu:
-            raise UsageError(
-                "this Kaggle session has no GPU: choose Settings > Accelerator > GPU T4 x2 and "
-                "run again (or add --device cpu)"
-            )
-        return [Device("cpu", 0, f"CPU: {processor_name()}")]
-    if not torch.cuda.is_available():
+    has_gpu = torch.cuda.is_available()
+    if wanted == "auto" and kaggle and not (has_gpu or allow_cpu):
+        raise UsageError(
+            "this Kaggle session has no GPU: choose Settings > Accelerator > GPU T4 x2 and run again (or add "
+            "--device cpu)"
+        )
+    if wanted == "cuda" and not has_gpu:
         raise UsageError("--device cuda, but torch sees no GPU: attach one, or use --device cpu")
+    if wanted == "cpu" or not has_gpu:
+        return [Device("cpu", 0, f"CPU: {processor_name()}")]
+    cuda = torch.cuda
     return [
-        Device("cuda", index, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
-        for index in range(torch.cuda.device_count())
+        Device("cuda", number, cuda.get_device_name(number), cuda.get_device_capability(number))
+        for number in range(cuda.device_count())
     ]
 
 
@@ -5510,25 +5511,6 @@ def probe(device: Device) -> None:
             )
         reason = f"{device.name} fails at the first convolution ({first_line(error)})"
         raise UsageError(f"{reason}: {remedy}") from None
-
-
-def check_devices(devices: Sequence[Device], workers: int) -> None:
-    """Raise `UsageError` unless one of the devices works, before anything is downloaded.
-
-    Where several workers will start, another process asks: what holds memory on a GPU should be the worker
-    that trains there. A device that is merely busy is that worker's affair.
-    """
-    if devices[0].kind == "cpu":
-        return
-    if workers == 1:
-        probe(devices[0])
-        return
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        problems = [pool.submit(probe, device).exception() for device in devices]
-    for problem in filter(None, problems):
-        log.warning("%s", problem)
-    if all(problems):
-        raise UsageError(str(problems[0]))
 
 
 def processor_name() -> str:
@@ -6383,9 +6365,13 @@ def continued_settings(index: Index, given: Mapping[str, Any]) -> Settings:
 
 
 def choose_devices(settings: Settings, platform: Platform) -> list[Device]:
-    """The devices of a run, of which at least one works."""
+    """The devices of a run. A single worker's is tried before anything is downloaded.
+
+    Several workers try their own: this process, which trains nothing then, would take memory on each GPU.
+    """
     devices = find_devices(settings.device, platform.kaggle, settings.mode == "smoke")
-    check_devices(devices, worker_count(settings, devices))
+    if devices[0].kind == "cuda" and worker_count(settings, devices) == 1:
+        probe(devices[0])
     return devices
 
 
