@@ -5644,8 +5644,7 @@ ATTACHABLE = {"CIFAR10": "pankrzysiu/cifar10-python", "CIFAR100": "fedesoriano/c
 MIRROR_SECONDS, HOME_SECONDS = 900.0, 4_500.0  # time limit per source: 170 MB at 190 and at 38 kB/s
 NUMPY_WARNING = r"dtype\(\): align should be passed"  # numpy 2.4, about what numpy 1 wrote into the files
 STALL_SECONDS = 20.0  # a source that sends nothing for this long is given up
-FILE_LIMIT = 200_000_000  # bytes; the archives have 170 MB, the largest file in them 155
-SEARCH_DEPTH, SEARCH_FOLDERS = 10, 20_000  # bounds of a search, per root
+FILE_LIMIT = 200_000_000  # bytes of a download; the archives have 170 MB
 
 
 def load_data(
@@ -5663,65 +5662,52 @@ def load_data(
     where there is no data.
     """
     if name == "SYNTHETIC":
-        size = DATASETS[name][1] if size is None else size
-        return synthetic(size, seed)
+        return synthetic(DATASETS[name][1] if size is None else size, seed)
     problems: list[str] = []
-    data = read_first(name, find_sources(name, folders, problems), problems)
-    if data is None and download_to is not None:
-        data = read_first(name, download_sources(name, download_to, problems, check), problems)
-    if data is None:
-        reason = "; ".join(problems[:3]) or f"no such file in {listed(folders) or 'any input'}"
+    sources = find_sources(name, folders, problems)
+    if download_to is not None:
+        sources = itertools.chain(sources, download_sources(name, download_to, problems, check))
+    for source in sources:
+        try:
+            data = read_source(name, source)
+        except (Damaged, OSError) as error:
+            log.warning("Data not used: %s", error)
+            problems.append(str(error))
+        else:
+            return data if size is None else keep_stratified(data, size, seed)
+    reason = "; ".join(problems[:3]) or f"no such file in {listed(folders) or 'any input'}"
+    remedy = "Give the --data-dir that holds it, or leave --data-dir out: then it is looked for"
+    if download_to is not None:
         remedy = (
             f"On Kaggle attach it as input (Add Input, such as {ATTACHABLE[name]}) or switch Internet on; "
             "elsewhere give --data-dir DIR"
         )
-        if download_to is None:
-            remedy = "Give the --data-dir that holds it, or leave --data-dir out: then it is looked for"
-        raise UsageError(
-            f"{name} was not found ({reason}). Needed, at any depth: a folder with "
-            f"{', '.join(batch_files(name))}, or {READERS[name].filename}. {remedy}"
-        )
-    return data if size is None else keep_stratified(data, size, seed)
+    needed = f"a folder with {', '.join(md5s_of(name))}, or {READERS[name].filename}"
+    raise UsageError(f"{name} was not found ({reason}). Needed, at any depth: {needed}. {remedy}")
 
 
-def batch_files(name: str) -> list[str]:
-    """Names of the files that are read of a data set."""
+def md5s_of(name: str) -> dict[str, str]:
+    """The files that are read of a data set, with their md5s (hex)."""
     reader = READERS[name]
-    return [*dict(reader.train_list), *dict(reader.test_list), reader.meta["filename"]]
-
-
-def read_first(name: str, sources: Iterable[Path], problems: list[str]) -> RawData | None:
-    """The data of the first readable source, or None. What is wrong with others goes to `problems`."""
-    for source in sources:
-        try:
-            return read_source(name, source)
-        except (Damaged, OSError) as error:
-            log.warning("Data not used: %s", error)
-            problems.append(str(error))
-    return None
+    return {**dict(reader.train_list + reader.test_list), reader.meta["filename"]: reader.meta["md5"]}
 
 
 def walk(root: Path) -> Iterator[tuple[Path, set[str]]]:
-    """(folder, names of its files) below `root`, in a fixed order; bounded, and every folder only once."""
+    """(folder, names of its files) below `root`, in a fixed order, links followed, every folder only once."""
     seen: set[str] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        deep = len(Path(folder).relative_to(root).parts) >= SEARCH_DEPTH
-        if real in seen or deep:
-            subfolders.clear()
         if real in seen:
+            subfolders.clear()
             continue
         seen.add(real)
-        if len(seen) > SEARCH_FOLDERS:
-            log.warning("the search in %s ended after %d folders", root, SEARCH_FOLDERS)
-            return
         subfolders.sort()
         yield Path(folder), set(files)
 
 
 def find_sources(name: str, folders: Iterable[Path], problems: list[str]) -> Iterator[Path]:
-    """Folders with all batch files of a data set, and its archives. What lacks a file goes to `problems`."""
-    wanted, archive = set(batch_files(name)), READERS[name].filename
+    """Folders with all files of a data set, and its archives. What lacks some of them goes to `problems`."""
+    wanted, archive = set(md5s_of(name)), READERS[name].filename
     for root in dict.fromkeys(folders):
         if not root.is_dir():
             problems.append(f"there is no folder {root}")
@@ -5737,45 +5723,31 @@ def find_sources(name: str, folders: Iterable[Path], problems: list[str]) -> Ite
 
 def read_source(name: str, source: Path) -> RawData:
     """Read a folder of batch files, or their archive. Nothing is unpickled before its md5 is right."""
-    reader = READERS[name]
-    archive: Any = None
+    reader, md5s = READERS[name], md5s_of(name)
     if source.is_file():
-        archive = tarfile.open(fileobj=io.BytesIO(read_checked(source, reader.tgz_md5)))  # noqa: SIM115 (in memory: nothing to close)
+        with tarfile.open(fileobj=io.BytesIO(read_checked(source, reader.tgz_md5))) as opened:
+            archive: Any = opened  # with the right md5 it lacks no file
+            payloads = {file: archive.extractfile(f"{reader.base_folder}/{file}").read() for file in md5s}
+    else:
+        payloads = {file: read_checked(source / file, md5) for file, md5 in md5s.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", NUMPY_WARNING)
+        contents = {file: pickle.loads(payload, encoding="latin1") for file, payload in payloads.items()}
 
-    def unpickle(file: str, md5: str) -> dict[str, Any]:
-        if archive is None:
-            payload = read_checked(source / file, md5)
-        else:
-            try:
-                payload = archive.extractfile(f"{reader.base_folder}/{file}").read()
-            except (KeyError, AttributeError):  # no such member, or a folder
-                raise Damaged(f"{source}: the archive lacks {file}") from None
-            check_md5(source / file, payload, md5)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", NUMPY_WARNING)
-            return cast("dict[str, Any]", pickle.loads(payload, encoding="latin1"))
-
-    def part(batches: Iterable[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-        contents = [unpickle(file, md5) for file, md5 in batches]
-        pixels = np.concatenate([content["data"] for content in contents])
-        pixels = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        labels = np.concatenate([content.get("labels") or content["fine_labels"] for content in contents])
-        return np.ascontiguousarray(pixels), labels.astype(np.int64)
-
-    classes = unpickle(reader.meta["filename"], reader.meta["md5"])[reader.meta["key"]]
-    train, test = part(reader.train_list), part(reader.test_list)
-    return RawData(name, tuple(classes), *train, *test, f"{source}, md5 verified")
+    arrays: Any = []
+    for batches in (reader.train_list, reader.test_list):
+        parts = [contents[file] for file, _ in batches]
+        pixels = np.concatenate([part["data"] for part in parts])
+        labels = np.concatenate([part.get("labels") or part["fine_labels"] for part in parts])
+        arrays.append(np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)))
+        arrays.append(labels.astype(np.int64))
+    classes = contents[reader.meta["filename"]][reader.meta["key"]]
+    return RawData(name, tuple(classes), *arrays, f"{source}, md5 verified")
 
 
 def read_checked(path: Path, md5: str) -> bytes:
     """A file's bytes. Raises `Damaged` unless their md5 is right."""
-    if path.stat().st_size > FILE_LIMIT:
-        raise Damaged(f"{path} is far larger than it should be")
-    return check_md5(path, path.read_bytes(), md5)
-
-
-def check_md5(path: Path, payload: bytes, md5: str) -> bytes:
-    """The payload that was read from a path. Raises `Damaged` unless its md5 is right."""
+    payload = path.read_bytes()
     found = hashlib.md5(payload).hexdigest()
     if found != md5:
         raise Damaged(f"{path} ({len(payload):,} bytes) has the wrong md5 ({found} instead of {md5})")
