@@ -5734,15 +5734,16 @@ def read_source(name: str, source: Path) -> RawData:
         warnings.filterwarnings("ignore", NUMPY_WARNING)
         contents = {file: pickle.loads(payload, encoding="latin1") for file, payload in payloads.items()}
 
-    arrays: Any = []
-    for batches in (reader.train_list, reader.test_list):
-        parts = [contents[file] for file, _ in batches]
-        pixels = np.concatenate([part["data"] for part in parts])
-        labels = np.concatenate([part.get("labels") or part["fine_labels"] for part in parts])
-        arrays.append(np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)))
-        arrays.append(labels.astype(np.int64))
+    def part(batches: Iterable[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+        found = [contents[file] for file, _ in batches]
+        pixels = np.concatenate([content["data"] for content in found])
+        pixels = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels = np.concatenate([content.get("labels") or content["fine_labels"] for content in found])
+        return np.ascontiguousarray(pixels), labels.astype(np.int64)
+
     classes = contents[reader.meta["filename"]][reader.meta["key"]]
-    return RawData(name, tuple(classes), *arrays, f"{source}, md5 verified")
+    train, test = part(reader.train_list), part(reader.test_list)
+    return RawData(name, tuple(classes), *train, *test, f"{source}, md5 verified")
 
 
 def read_checked(path: Path, md5: str) -> bytes:
