@@ -5819,9 +5819,7 @@ def load_plugins(paths: Sequence[Path]) -> dict[str, str]:
             found[path.name] = source_sha256(path, source)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = getattr(error, "strerror", None) or error
-            raise UsageError(
-                f"--plugin {path} cannot be read ({reason}): give the path of a Python file"
-            ) from None
+            raise UsageError(f"--plugin {path} cannot be read ({reason}): give a Python file") from None
     return found
 
 
@@ -5838,55 +5836,54 @@ def import_plugin(path: Path, source: bytes) -> None:
 
     It may import modules that lie beside it or below: each plugin gets its own, whatever others are called.
     """
-    others = {name: sys.modules.pop(name, None) for helpers in HELPERS.values() for name in helpers}
-    methods, modules = dict(METHODS), set(sys.modules)
+    folder, methods = str(path.parent), dict(METHODS)
+    others = {name: sys.modules[name] for helpers in HELPERS.values() for name in helpers}
+    for name in others:
+        del sys.modules[name]
     module = types.ModuleType(f"exp1b_plugin_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
-    sys.path.insert(0, str(path.parent))
+    before = set(sys.modules)
+    sys.path.insert(0, folder)
     importlib.invalidate_caches()
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
-        added = [method for name, method in METHODS.items() if name not in methods]
-        if not added:
+        if len(METHODS) == len(methods):
             raise UsageError('it registers no method: decorate a class with @register("Name")')
     except (Exception, SystemExit) as error:
         METHODS.clear()
         METHODS.update(methods)
         kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
-        place = place_in_plugin(error, path)
-        what = ", ".join(filter(None, [kind + first_line(error), place]))
+        what = ", ".join(filter(None, [kind + first_line(error), place_in_plugin(error, path)]))
         raise UsageError(f"--plugin {path} cannot be used ({what})") from None
     finally:
-        sys.path.remove(str(path.parent))
-        HELPERS[path] = modules_below(path.parent, set(sys.modules) - modules - {module.__name__})
-        sys.modules.update(
-            {name: other for name, other in others.items() if other and name not in sys.modules}
-        )
-    for method in added:
-        method.source_sha256 = source_sha256(path, source)
+        sys.path.remove(folder)
+        HELPERS[path] = modules_below(path.parent, set(sys.modules) - before)
+        for name, other in others.items():
+            sys.modules.setdefault(name, other)
+    for name in METHODS.keys() - methods.keys():
+        METHODS[name].source_sha256 = source_sha256(path, source)
 
 
 def modules_below(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     """Which of these modules lie in a folder or below, with their files; not what is installed there."""
-    files = {name: Path(getattr(sys.modules[name], "__file__", None) or "") for name in names}
-    own = {name: file for name, file in files.items() if file.is_relative_to(folder)}
-    installed = {"site-packages", "dist-packages", "lib-dynload"}
-    return {
-        name: file
-        for name, file in own.items()
-        if name.partition(".")[0] not in sys.stdlib_module_names and not installed & set(file.parts)
-    }
+    found, installed = {}, {"site-packages", "dist-packages", "lib-dynload"}
+    for name in names:
+        file = Path(getattr(sys.modules[name], "__file__", None) or "")
+        standard = name.partition(".")[0] in sys.stdlib_module_names
+        if file.is_relative_to(folder) and not standard and not installed & set(file.parts):
+            found[name] = file
+    return found
 
 
 def place_in_plugin(error: BaseException, path: Path) -> str:
     """Where in a plugin, or in a module beside it, an error arose: "mine.py, line 3"; "" if nowhere."""
-    if isinstance(error, SyntaxError):
-        return ""  # its message says it
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename).is_relative_to(path.parent)]
-    own = [frame for frame in own if frame.filename != import_plugin.__code__.co_filename]
-    return f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
+    place = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        own = Path(frame.filename).is_relative_to(path.parent)
+        if own and frame.filename != import_plugin.__code__.co_filename:
+            place = f"{Path(frame.filename).name}, line {frame.lineno}"
+    return "" if isinstance(error, SyntaxError) else place  # its message says it
 
 
 def adapt_plugin(method: type[Method]) -> None:
@@ -5910,30 +5907,23 @@ def adapt_plugin(method: type[Method]) -> None:
         Line2D([], [], color=colour, marker=marker, linestyle=line)
     except (TypeError, ValueError) as error:
         check(False, f"look {method.look!r} is no colour, marker and line ({first_line(error)})")
-    unknown = [stage for stage in method.stages if stage not in STAGES]
-    check(not unknown and not isinstance(method.stages, str), f"stages are a tuple of {', '.join(STAGES)}")
+    known = not isinstance(method.stages, str) and set(method.stages) <= set(STAGES)
+    check(known, f"stages are a tuple of {', '.join(STAGES)}")
     pilots = [known.name for known in METHODS.values() if known.pilot == known.name]
     check(method.pilot in ("", method.name, *pilots), f"there is no pilot {method.pilot!r}: {listed(pilots)}")
     for ratio in RATIOS:
-        known = ("teacher", *ladder_above(ratio))
+        names = ("teacher", *ladder_above(ratio))
         teachers, candidates = method.teachers(ratio), method.candidates(ratio)
-        check(
-            isinstance(teachers, tuple) and set(teachers) <= set(known),
-            f"teachers({ratio!r}) is not of {known}",
-        )
+        known = isinstance(teachers, tuple) and set(teachers) <= set(names)
+        check(known, f"teachers({ratio!r}) is not of {names}")
         check(bool(teachers) or not method.stages, "it names stages, but no teachers")
         if method.pilot == method.name:
             whole = len(candidates) >= 2 and all(isinstance(c, Distillation) for c in candidates)
             check(whole, f"candidates({ratio!r}) must be a list of at least two Distillation")
-        for config in [method.configure(ratio, None), *candidates]:
-            check(
-                config is None or isinstance(config, Distillation), f"configure({ratio!r}) is no Distillation"
-            )
-            used = config.teachers if config else ()
-            check(
-                set(used) <= set(teachers) or not teachers,
-                f"a configuration at {ratio} has other teachers than teachers({ratio!r})",
-            )
+        for config in filter(None, [method.configure(ratio, None), *candidates]):
+            check(isinstance(config, Distillation), f"configure({ratio!r}) is no Distillation")
+            other = bool(teachers) and not set(config.teachers) <= set(teachers)
+            check(not other, f"a configuration at {ratio} has other teachers than teachers({ratio!r})")
 
 
 @contextlib.contextmanager
@@ -5965,26 +5955,24 @@ def defined_at(method: type[Method], what: str) -> str:
 
 def parameters_outside(method: Method) -> list[str]:
     """Names of trainable parameters that a method holds outside `module`: nothing would train them."""
-    known = {id(parameter) for parameter in method.module.parameters()} if method.module else set()
+    inside = {id(parameter) for parameter in method.module.parameters()} if method.module else set()
     plugin = vars(sys.modules[type(method).__module__])
     classes = [vars(base) for base in type(method).__mro__ if is_plugin(base)]
-    found = []
+    found = set()
     for name, value in itertools.chain(*(held.items() for held in (vars(method), *classes, plugin))):
         items = list(value.values()) if isinstance(value, dict) else value
         for item in items if isinstance(items, list | tuple) else [items]:
             own = item.parameters() if isinstance(item, nn.Module) else [item]
             leaves = [p for p in own if isinstance(p, torch.Tensor) and p.is_leaf and p.requires_grad]
-            if any(id(leaf) not in known for leaf in leaves):
-                found.append(name)
-    return sorted(set(found))
+            if any(id(leaf) not in inside for leaf in leaves):
+                found.add(name)
+    return sorted(found)
 
 
 def marks_of(method: Method) -> dict[str, Any]:
     """By attribute of a method, something that changes when it is set or changed in place."""
     marks: dict[str, Any] = {}
     for name, value in vars(method).items():
-        if name in ("features", "descriptions"):  # they are the training's
-            continue
         if isinstance(value, torch.Tensor):
             marks[name] = (id(value), value._version)
         elif isinstance(value, np.ndarray):
@@ -5993,7 +5981,7 @@ def marks_of(method: Method) -> dict[str, Any]:
             marks[name] = value
         else:
             marks[name] = (id(value), len(value) if hasattr(value, "__len__") else 0)
-    return marks
+    return {name: mark for name, mark in marks.items() if name not in ("features", "descriptions")}
 
 
 # -- command line -------------------------------------------------------------------------------------------
