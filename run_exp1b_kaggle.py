@@ -5986,11 +5986,10 @@ def marks_of(method: Method) -> dict[str, Any]:
 
 # -- command line -------------------------------------------------------------------------------------------
 OWN_NAMES = {"checkpoints", "figures", "data", "experiment.log", "run.lock", ".pages"}
-ACTIONS = {  # option -> which settings it takes beside it (None: all)
+TAKEN = {  # by action: the settings that it takes; the others take all
     "status": ("mode", "dataset", "output_dir", "plugin"),
     "report_only": ("mode", "dataset", "output_dir", "data_dir", "plugin"),
     "merge": ("output_dir", "data_dir", "plugin"),
-    "plan": None,
 }
 EXAMPLES = """\
 examples, each after python run_exp1b_kaggle.py:
@@ -6031,24 +6030,19 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=80),
     )
     actions = parser.add_argument_group("what to do instead of starting a new run")
-    actions.add_argument(
-        "--resume",
-        nargs="?",
-        const=True,
-        default=False,
-        choices=("auto",),
-        help="continue --output-dir, or else the newest matching run; auto: or start one",
-    )
+    text = "continue --output-dir, or else the newest matching run; auto: or start one"
+    actions.add_argument("--resume", nargs="?", const=True, default=False, choices=("auto",), help=text)
+    instead = actions.add_mutually_exclusive_group()
     for option, text in {
         "--join": "help with the run in --output-dir, which another process leads",
         "--status": "what is done and what is left; trains nothing",
         "--plan": "jobs, measured speed, hours and disk; trains nothing",
         "--report-only": "figures and report again; trains nothing",
     }.items():
-        actions.add_argument(option, action="store_true", help=text)
-    actions.add_argument(
-        "--merge", nargs="+", type=home_path, metavar="RUN_DIR", help="make one run and one report of several"
-    )
+        instead.add_argument(option, action="store_true", help=text)
+    text = "make one run and one report of several"
+    instead.add_argument("--merge", nargs="+", default=[], type=home_path, metavar="RUN_DIR", help=text)
+
     titles = {
         "experiment": "the experiment (fixed once a run exists)",
         "scope": "how much of it (may grow with --resume)",
@@ -6089,18 +6083,19 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     if any(re.fullmatch(r"(--[a-z-]+=)?", argument) for argument in argv):
         raise UsageError("an argument is empty (an unset variable?): give it a value, or leave it out")
     parsed = vars(build_parser().parse_args(argv))
-    chosen = [name for name in ACTIONS if parsed.get(name)]
-    if len(chosen) > 1:
-        raise UsageError(f"{listed(flag(name) for name in chosen)} exclude each other: give one of them")
-    if parsed["join"] and (chosen or parsed["resume"]):
-        raise UsageError("--join excludes --resume and whatever trains nothing: leave one of them out")
-    args = Namespace(action="".join(chosen) or "run", merge=parsed["merge"] or [])
-    args.resume, args.join = parsed["resume"], parsed["join"]
-    args.given = {name: value for name, value in parsed.items() if name not in (*ACTIONS, "resume", "join")}
-    args.command = shlex.join([*script_command(), *argv])
+    args = Namespace(action="run", command=shlex.join([*script_command(), *argv]))
+    args.resume, args.join, args.merge = (parsed.pop(name) for name in ("resume", "join", "merge"))
+    if args.join and args.resume:
+        raise UsageError("--join excludes --resume: leave one of them out")
+    for action in ("status", "report_only", "plan"):
+        if parsed.pop(action):
+            args.action = action
+    if args.merge:
+        args.action = "merge"
+    args.given = parsed
 
-    taken = ACTIONS.get(args.action)
-    ignored = [flag(name) for name in args.given if taken is not None and name not in taken]
+    taken = TAKEN.get(args.action, parsed)
+    ignored = [flag(name) for name in parsed if name not in taken]
     if ignored:
         raise UsageError(f"{flag(args.action)} takes no {listed(ignored)}: leave that out")
     args.given["plugin"] = tuple(args.given.get("plugin", ()))
@@ -6153,11 +6148,10 @@ def find_run(args: Namespace, platform: Platform) -> Path:
         return path
     given = args.given.get("output_dir")
     if given is not None:
-        remedy = "check the path, or start one without --resume" if args.resume else "check the path"
-        raise UsageError(f"--output-dir {given} holds no run to continue: {remedy}")
-    searched = ", ".join(map(str, (platform.output_root, *platform.inputs)))
+        raise UsageError(f"--output-dir {given} holds no run to continue: check the path")
     what = " ".join([*wanted.values(), "run"])
-    raise UsageError(f"found no {what} in {searched}: attach its output as input, or give --output-dir")
+    places = ", ".join(map(str, (platform.output_root, *platform.inputs)))
+    raise UsageError(f"found no {what} in {places}: attach its output as input, or give --output-dir")
 
 
 def newest_run(args: Namespace, platform: Platform, wanted: Mapping[str, Any]) -> Path | None:
@@ -6209,21 +6203,16 @@ def adopt(path: Path, args: Namespace, platform: Platform) -> Path:
     target = Path(args.given.get("output_dir") or platform.output_root / path.name)
     if target.exists():
         raise UsageError(f"{target} exists already: remove it or give another --output-dir")
-    partial_copy = target.with_name(f".{target.name}.partial")
+    copied = target.with_name(f".{target.name}.partial")
     log.info("copying the run %s to %s", path, target)
-    shutil.rmtree(partial_copy, ignore_errors=True)
+    shutil.rmtree(copied, ignore_errors=True)
     try:
-        shutil.copytree(
-            path,
-            partial_copy,
-            ignore=left_out_of_copies,
-            copy_function=lambda one, other: write_atomic(Path(other), Path(one).read_bytes()),
-        )
-        for folder in (partial_copy, *partial_copy.glob("**/")):
+        shutil.copytree(path, copied, ignore=left_out_of_copies, copy_function=shutil.copyfile)
+        for folder in (copied, *copied.glob("**/")):
             folder.chmod(0o755)  # the mount's are read-only
     except OSError as error:
         raise UsageError(f"cannot copy {path} to {target} ({first_line(error)}): give --output-dir") from None
-    rename(partial_copy, target)
+    rename(copied, target)
     return target
 
 
@@ -6278,9 +6267,7 @@ def choose_folder(args: Namespace, platform: Platform) -> tuple[Path, bool]:
     if path is None:
         return new_run_folder(platform.output_root, settings.mode), True
     if is_run(path):
-        raise UsageError(
-            f"{path} holds a run already: add --resume to continue it, or choose another --output-dir"
-        )
+        raise UsageError(f"{path} holds a run already: add --resume, or choose another --output-dir")
     others = sorted({*os.listdir(path)} - OWN_NAMES) if os.path.isdir(path) else []
     if others:
         raise UsageError(f"{path} holds other files ({others[0]}): choose a new or empty --output-dir")
@@ -6304,16 +6291,15 @@ def make_run_folder(path: Path, exist_ok: bool = True) -> None:
     """Make the folders of a run. Raises `UsageError` where that is impossible."""
     try:
         path.mkdir(parents=True, exist_ok=exist_ok)
-        for folder in (path / "checkpoints", path / "figures"):
-            folder.mkdir(exist_ok=True)
+        (path / "checkpoints").mkdir(exist_ok=True)
+        (path / "figures").mkdir(exist_ok=True)
     except OSError as error:
         if isinstance(error, FileExistsError) and not exist_ok:
             raise
         if error.errno in NO_ROOM:
             raise DiskFull(f"no room to make {path}") from None
-        raise UsageError(
-            f"cannot create {error.filename}: {error.strerror}; choose another --output-dir"
-        ) from None
+        what = f"cannot create {error.filename}: {error.strerror}"
+        raise UsageError(f"{what}; choose another --output-dir") from None
 
 
 def continued_settings(index: Index, given: Mapping[str, Any]) -> Settings:
@@ -6338,15 +6324,14 @@ def choose_devices(settings: Settings, platform: Platform) -> list[Device]:
 
 def announce_devices(devices: Sequence[Device], precision: str, settings: Settings) -> None:
     """Say what will compute, and in which precision. Raises `UsageError` where that does not work."""
-    if precision == "fp16" and devices[0].kind == "cpu":
-        raise UsageError(
-            "this run computes in fp16, which needs a GPU: attach one, or start a new run for the CPU"
-        )
+    kind = devices[0].kind
+    if precision == "fp16" and kind == "cpu":
+        raise UsageError("this run computes in fp16, which needs a GPU: attach one, or start a new run")
     names = listed(dict.fromkeys(device.name for device in devices))
     workers = say_count(worker_count(settings, devices), "worker")
     threads = say_count(thread_count(settings, devices), "thread")
     log.info("device: %s; %s, %s of %s", names, precision, workers, threads)
-    if devices[0].kind == "cpu" and torch.accelerator.is_available():
+    if kind == "cpu" and torch.accelerator.is_available():
         other = str(torch.accelerator.current_accelerator())
         if other != "cuda":
             log.info("torch also offers %s: not used, because this script knows CUDA, ROCm and CPUs", other)
@@ -6358,13 +6343,13 @@ def load_run_data(
     settings: Settings, path: Path, platform: Platform, session: Session, download: bool = True
 ) -> RawData:
     """The data set of a run, from the first source that has it."""
-    own = path / "data"
-    folders = [*platform.inputs, own, *sorted(platform.output_root.glob("exp1b_*/data"))]
+    check, size, seed = session.check, settings.train_size, settings.seed
     if settings.data_dir is not None:
-        folders, download = [settings.data_dir], False
-    folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir() or folder == settings.data_dir]
-    target = own if download else None
-    return load_data(settings.dataset, folders, target, settings.train_size, settings.seed, session.check)
+        return load_data(settings.dataset, [settings.data_dir], None, size, seed, check)
+    own = path / "data"
+    folders = dict.fromkeys([*platform.inputs, own, *sorted(platform.output_root.glob("exp1b_*/data"))])
+    there = [folder for folder in folders if folder.is_dir()]
+    return load_data(settings.dataset, there, own if download else None, size, seed, check)
 
 
 def describe_data(data: RawData, seed: int) -> DataDescription:
@@ -6436,10 +6421,10 @@ def check_disk(path: Path, needed: int, platform: Platform) -> None:
             if file.is_file() and not file.is_relative_to(path):
                 others += file.stat().st_size
     if needed + others > KAGGLE_DISK_BYTES:
+        need, used, limit = map(say_bytes, (needed, others, KAGGLE_DISK_BYTES))
         raise UsageError(
-            f"this run needs about {say_bytes(needed)} and {root} holds {say_bytes(others)} of other files, "
-            f"Kaggle keeps {say_bytes(KAGGLE_DISK_BYTES)}: remove what is not needed, use fewer --runs, or "
-            "parts by --compression"
+            f"this run needs about {need}, {root} holds {used} of other files, and Kaggle keeps {limit}: "
+            "remove what is not needed, use fewer --runs, or parts by --compression"
         )
 
 
@@ -6491,18 +6476,18 @@ def note_changes(index: Index, last: SessionRecord, session: SessionRecord) -> N
 
 def reuse_finished(run: Run, platform: Platform) -> None:
     """Copy the teachers and pilots that an earlier run has finished with identical settings and data."""
-    jobs = {run.file(job).name: job for job in run.jobs if job.kind != "student"}
-    wanted = {name for name, job in jobs.items() if not run.file(job).exists()}
+    jobs = [job for job in run.jobs if job.kind != "student"]
+    wanted = [job for job in jobs if not run.file(job).exists()]
     if not wanted:
         return
-    folders = [*runs_in([run.path.parent]), *itertools.chain(*run_folders(platform))]
-    for name, job in jobs.items():  # in the order of learning: what teaches comes first
+    folders = dict.fromkeys([*runs_in([run.path.parent]), *itertools.chain(*run_folders(platform))])
+    for job in wanted:  # in the order of learning: what teaches comes first
         run.refresh()
-        if name not in wanted or any(teacher.name not in run.records for teacher in teachers_of(job)):
+        if any(teacher.name not in run.records for teacher in teachers_of(job)):
             continue
-        for folder in dict.fromkeys(folders):
+        for folder in folders:
             with contextlib.suppress(FileNotFoundError, Damaged, UsageError):
-                record, tensors = run.load(job, folder / "checkpoints" / name)
+                record, tensors = run.load(job, folder / "checkpoints" / run.file(job).name)
                 if record.taught_by != taught_by(run, job):
                     continue
                 run.save_result(job, record, tensors)
