@@ -6222,10 +6222,11 @@ def left_out_of_copies(folder: str, names: list[str]) -> set[str]:
     return rubbish(folder, names) | {name for name in names if os.path.islink(os.path.join(folder, name))}
 
 
+Opened = tuple[Run, list[Device], RawData]  # a run, what computes it, and its data
+
+
 @contextlib.contextmanager
-def open_run(
-    args: Namespace, platform: Platform, session: Session
-) -> Iterator[tuple[Run, list[Device], RawData]]:
+def open_run(args: Namespace, platform: Platform, session: Session) -> Iterator[Opened]:
     """Find or create the run, take its lock, check device and data, and enter this session into the index."""
     path, is_new = choose_folder(args, platform)
     make_run_folder(path)
@@ -6250,9 +6251,8 @@ def open_run(
             run.save_index()
             yield run, devices, data
     finally:
-        if (
-            is_new and not is_run(path) and not is_held(path / "run.lock")
-        ):  # refused: leave no empty folder behind
+        # Refused: leave no empty folder behind.
+        if is_new and not is_run(path) and not is_held(path / "run.lock"):
             start_logging(None)
             shutil.rmtree(path, ignore_errors=True)
 
@@ -6508,51 +6508,36 @@ def run_experiment(args: Namespace, platform: Platform) -> int:
     session, group = Session(), Group.find()
     with session.listening():
         session.limit(args.given.get("max_hours"), platform.kaggle)
-        if args.join or group.size > 1:
-            if "output_dir" not in args.given:
-                raise UsageError(
-                    "several processes that share a run (--join, torchrun, srun) need --output-dir DIR, "
-                    "a folder that all of them see"
-                )
+        if (args.join or group.size > 1) and "output_dir" not in args.given:
+            raise UsageError("--join, torchrun and srun need --output-dir DIR, a folder that all see")
         if args.join or group.rank > 0:
             return join_run(args, platform, session)
-        with open_run(args, platform, session) as (run, devices, data):
-            try:
-                reason = do_share(args, run, devices, data, platform, session, leads=True)
-            except Stopped as stop:
-                reason = str(stop)
-            return conclude(args, run, session, reason)
+        with open_run(args, platform, session) as opened:
+            reason = do_share(args, opened, platform, session, leads=True)
+            return conclude(args, opened[0], session, reason)
 
 
-def do_share(
-    args: Namespace,
-    run: Run,
-    devices: Sequence[Device],
-    data: RawData,
-    platform: Platform,
-    session: Session,
-    leads: bool,
-) -> str:
+def do_share(args: Namespace, opened: Opened, platform: Platform, session: Session, leads: bool) -> str:
     """Do what this machine can do of a run; returns why it stopped early ("" if nothing is left to do here).
 
     One worker works in this process. Several are processes of their own, one per device; under torchrun or
     srun each process is one of them already.
     """
+    run, devices, data = opened
     group, workers = Group.find(), worker_count(run.settings, devices)
-    if group.size == 1 and workers > 1:
-        if has_locks(run.path):
-            return launch(args, run, devices, platform, session, leads)
-        log.warning("the file system of %s has no locks, which several workers need: one worker", run.path)
-    progress = make_progress(run, devices, platform.watched)
-    experiment = make_experiment(run, own_device(devices, group.local_rank), devices, data, session, progress)
-    if leads:
-        return work(experiment, True, partial(progress.announce, session))
-    return work(experiment, False, lambda: None)
-
-
-def own_device(devices: Sequence[Device], number: int) -> Device:
-    """The device of a process that was started with others, by its number on this machine."""
-    return devices[number % len(devices)]
+    try:
+        if group.size == 1 and workers > 1:
+            if has_locks(run.path):
+                return launch(args, run, devices, platform, session, leads)
+            log.warning("%s: its file system has no locks, which several workers need: one worker", run.path)
+        progress = make_progress(run, devices, platform.watched)
+        device = devices[group.local_rank % len(devices)]
+        experiment = make_experiment(run, device, devices, data, session, progress)
+        if leads:
+            return work(experiment, True, partial(progress.announce, session))
+        return work(experiment, False, lambda: None)
+    except Stopped as stop:
+        return str(stop)
 
 
 # -- workers of our own: processes that only their parent knows
@@ -6590,10 +6575,8 @@ class Crew:
             process.start()
         except (OSError, RuntimeError) as error:
             self.kill()
-            raise UsageError(
-                f"several workers cannot be started ({first_line(error)}): they need memory and open files "
-                "(ulimit -n); --workers 1 needs no other process"
-            ) from None
+            reason = f"several workers cannot be started ({first_line(error)})"
+            raise UsageError(f"{reason}: free memory or raise ulimit -n, or give --workers 1") from None
         finally:
             hold_signals(False)
             there.close()
@@ -6709,7 +6692,8 @@ def worker_main(
             run, data = open_prepared(args, platform, session)
             devices = find_devices(run.settings.device, platform.kaggle, allow_cpu=True)
             publish = partial(tell, pipe, "text") if platform.watched else None
-            progress, device = make_progress(run, devices, False, publish), own_device(devices, number)
+            progress = make_progress(run, devices, False, publish)
+            device = devices[number % len(devices)]
             experiment = make_experiment(run, device, devices, data, session, progress)
             outcome = work(experiment, False, lambda: tell(pipe, "speeds", progress.estimate.speeds))
         except DeviceLost as lost:
@@ -6762,21 +6746,13 @@ def join_run(args: Namespace, platform: Platform, session: Session) -> int:
     devices = choose_devices(run.settings, platform)
     announce_devices(devices, run.index.precision, run.settings)
     log.info("joined the run in %s", path)
-    try:
-        reason = do_share(args, run, devices, data, platform, session, leads=False)
-    except Stopped as stop:
-        reason = str(stop)
+    reason = do_share(args, (run, devices, data), platform, session, leads=False)
     ended = f"stopped by {reason}" if reason else "nothing is left to do here"
     writer = "the process that leads it writes the report"
     if not is_held(path / "run.lock"):
         writer = f"nobody leads it any more, so continue with: {continue_command(args, path)}"
-    log.info(
-        "%s: %d of %d jobs of the run done; %s",
-        ended,
-        len(run.records) - len(run.failed),
-        len(run.jobs),
-        writer,
-    )
+    done = len(run.records) - len(run.failed)
+    log.info("%s: %d of %d jobs of the run done; %s", ended, done, len(run.jobs), writer)
     if session.signal:
         return 128 + session.signal
     return 0 if reason in ("", "session clock") else 1
@@ -6799,7 +6775,8 @@ def open_prepared(args: Namespace, platform: Platform, session: Session) -> tupl
 def await_leader(path: Path, session: Session) -> None:
     """Wait for a process that leads the run and has prepared it; `UsageError` where none comes."""
     lock, state = path / "run.lock", path / "checkpoints" / STATE_NAME
-    said, waited = False, 0.0
+    log.info("waiting until a process leads the run in %s and has prepared it", path)
+    waited = 0.0
     while True:
         session.check()
         if lock.exists() and not has_locks(path):
@@ -6809,15 +6786,10 @@ def await_leader(path: Path, session: Session) -> None:
             # The lock's file is written when it is taken, the index when all is prepared.
             if led and state.stat().st_mtime >= lock.stat().st_mtime:
                 return
-        if not said:
-            log.info("waiting for the process that leads the run in %s", path)
-            said = True
         waited = 0.0 if led else waited + 1.0
         if waited > JOIN_SECONDS:
-            raise UsageError(
-                f"no process leads a run in {path}: start one there without --join, or check the path "
-                f"(waited {say_time(JOIN_SECONDS)})"
-            )
+            none = f"no process leads a run in {path} (waited {say_time(JOIN_SECONDS)})"
+            raise UsageError(f"{none}: start one there without --join, or check the path")
         time.sleep(1.0)
 
 
@@ -6830,7 +6802,8 @@ def conclude(args: Namespace, run: Run, session: Session, reason: str) -> int:
     failed, left = run.failed, len(run.left)
     done = len(run.records) - len(failed)
 
-    parts = [f"{f'stopped by {reason}' if reason else 'finished'}: {done} of {len(run.jobs)} jobs done"]
+    outcome = f"stopped by {reason}" if reason else "finished"
+    parts = [f"{outcome}: {done} of {len(run.jobs)} jobs done"]
     if failed:
         names = ", ".join(failed[:3]) + (" ..." if len(failed) > 3 else "")
         parts.append(f"{len(failed)} failed ({names})")
@@ -6839,7 +6812,7 @@ def conclude(args: Namespace, run: Run, session: Session, reason: str) -> int:
     if left or failed:
         parts.append(f"continue with: {continue_command(args, run.path)}")
     parts += [say_answer(run), f"report: {run.path / REPORT_NAME}"]
-    log.info("%s", "; ".join(part for part in parts if part))
+    log.info("%s", "; ".join(filter(None, parts)))
     write_archive(run)
     if session.signal:
         return 128 + session.signal
@@ -6863,11 +6836,10 @@ def show_status(args: Namespace, platform: Platform) -> int:
     run.refresh(touch=False)
     settings, left, failed = run.settings, run.left, run.failed
     spent = sum(record.train_seconds for record in run.records.values() if not record.same_as)
-    done = len(run.records) - len(failed)
-    print(path)
-    print(f"{settings.mode}, {settings.dataset}, width {settings.width}, {run.index.precision}", end=", ")
-    print(f"last session {run.index.last_activity}")
-    print(f"{done} of {len(run.jobs)} jobs done, {len(failed)} failed, {len(left)} left", end="; ")
+    done, jobs = len(run.records) - len(failed), len(run.jobs)
+    what = f"{settings.mode}, {settings.dataset}, width {settings.width}, {run.index.precision}"
+    print(f"{path}\n{what}, last session {run.index.last_activity}")
+    print(f"{done} of {jobs} jobs done, {len(failed)} failed, {len(left)} left", end="; ")
     print(f"{say_time(spent)} of training so far")
     finished = [record for record in run.records.values() if record.done]
     for ratio, arm in itertools.product(settings.compression, student_arms(settings)):
@@ -6967,31 +6939,31 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
     if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists already: choose another --output-dir for the merged run")
 
+    names = [run.path.name for run in runs]
+    notes = [note for run in runs for note in run.index.notes] + [f"Merged from {listed(names)}."]
     index = replace(
         runs[0].index,
         settings=settings,
         jobs={},
-        merged_from=[run.path.name for run in runs],
+        merged_from=names,
         sessions=[session for run in runs for session in run.index.sessions],
-        notes=list(dict.fromkeys(note for run in runs for note in run.index.notes)),
+        notes=list(dict.fromkeys(notes)),
         plugins={name: sha256 for run in runs for name, sha256 in run.index.plugins.items()},
         equal_cost_epochs=merged_epochs(runs, settings),
     )
-    index.notes.append(f"Merged from {listed(index.merged_from)}.")
     files = merged_files(runs, settings)
-
     if target is None:
         target = new_run_folder(platform.output_root, "merged")
-    partial_run = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial_run, ignore_errors=True)
-    make_run_folder(partial_run)
+    whole = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(whole, ignore_errors=True)
+    make_run_folder(whole)
     for source in files:
-        write_atomic(partial_run / "checkpoints" / source.name, source.read_bytes())
-    Run(partial_run, index).save_index()
+        write_atomic(whole / "checkpoints" / source.name, source.read_bytes())
+    Run(whole, index).save_index()
     for folder in (target / "checkpoints", target / "figures", target):
         if folder.is_dir():
             folder.rmdir()  # empty, or this is an error
-    rename(partial_run, target)  # from here on it is a run, and --report-only can write its report
+    rename(whole, target)  # from here on it is a run, and --report-only can write its report
     with hold_folder(target):
         start_logging(target / "experiment.log")
         log.info("merged %d jobs of %d runs into %s", len(files), len(runs), target)
@@ -7002,17 +6974,16 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
 def merged_settings(runs: Sequence[Run]) -> Settings:
     """The common settings, with the union of the scopes. Raises `UsageError` naming differences."""
     first, settings = runs[0], runs[0].settings
+    names = [name for name in setting_names("experiment") if name not in ("mode", "precision")]
     for other in runs[1:]:
-        names = [name for name in setting_names("experiment") if name not in ("mode", "precision")]
         compared = {name: [getattr(run.settings, name) for run in (first, other)] for name in names}
         compared["precision"] = [first.index.precision, other.index.precision]
         differing = [f"{name} {one} / {two}" for name, (one, two) in compared.items() if one != two]
         if first.index.data.sha256 != other.index.data.sha256:
             differing.append("the data differ")
         if differing:
-            raise UsageError(
-                f"{first.path.name} and {other.path.name} have different settings: {'; '.join(differing)}"
-            )
+            both = f"{first.path.name} and {other.path.name}"
+            raise UsageError(f"{both} have different settings: {'; '.join(differing)}")
         scope = {name: getattr(other.settings, name) for name in setting_names("scope")}
         settings = extended_settings(settings, scope)
     return settings
@@ -7023,11 +6994,10 @@ def merged_epochs(runs: Sequence[Run], settings: Settings) -> dict[str, int]:
     epochs: dict[str, int] = {}
     for run in runs:
         for ratio, count in run.index.equal_cost_epochs.items():
-            if epochs.setdefault(ratio, count) != count:
-                raise UsageError(
-                    f"{run.path} plans {count} epochs of Direct-equal-cost at {ratio}, another part plans "
-                    f"{epochs[ratio]}: merge parts that were started with the same scope"
-                )
+            other = epochs.setdefault(ratio, count)
+            if other != count:
+                what = f"{run.path} plans {count} epochs of Direct-equal-cost at {ratio}, another {other}"
+                raise UsageError(f"{what}: merge parts that were started with the same scope")
     return {**equal_cost_epochs(settings), **epochs}
 
 
@@ -7037,29 +7007,27 @@ def merged_files(runs: Sequence[Run], settings: Settings) -> list[Path]:
     for run in runs:
         run.jobs = planned_jobs(settings)
         for job in run.jobs:
+            file = run.file(job)
             try:
-                record, _ = run.load(job)
+                run.records[job.name], _ = run.load(job)
             except FileNotFoundError:
                 continue
             except Damaged as error:
-                raise UsageError(f"{run.file(job)} {error}: repair that run with --resume first") from None
-            run.records[job.name] = record
-            path, known = chosen.setdefault(job.name, (run.file(job), record))
+                raise UsageError(f"{file} {error}: repair that run with --resume first") from None
+            record = run.records[job.name]
+            other, known = chosen.setdefault(job.name, (file, record))
             if (known.weights_sha256, known.config) != (record.weights_sha256, record.config):
-                both = f"{path.parent.parent} and {run.path}"
+                both = f"{other.parent.parent} and {run.path}"
                 if job.kind in ("teacher", "assistant"):
-                    raise UsageError(
-                        f"{both} learned from different teachers ({job.name}): merge runs that share one"
-                    )
+                    what = f"{both} learned from different teachers ({job.name})"
+                    raise UsageError(f"{what}: merge runs that share one")
                 raise UsageError(f"{both} both hold {job.name}, trained differently: merge only one of them")
-    for path, record in chosen.values():
+    for file, record in chosen.values():
         for name, sha256 in record.taught_by.items():
             if name not in chosen or chosen[name][1].weights_sha256 != sha256:
-                raise UsageError(
-                    f"{path} was distilled from a {name} that none of these runs holds: repair its run with "
-                    "--resume first, or merge runs that share one teacher"
-                )
-    return [path for path, _ in chosen.values()]
+                what = f"{file} was distilled from a {name} that none of these runs holds"
+                raise UsageError(f"{what}: repair its run with --resume first, or merge runs that share one")
+    return [file for file, _ in chosen.values()]
 
 
 def last_activity(path: Path) -> str:
@@ -7115,11 +7083,8 @@ def main(argv: Sequence[str] | None = None, root: Path = Path("/")) -> int:
         log.error("error: %s", error)
         return 2
     except DiskFull as error:
-        log.error(
-            "error: %s: free some space, then continue with --resume, or start again if nothing was "
-            "saved yet; what was saved is intact",
-            error,
-        )
+        remedy = "free some space, then continue with --resume, or start again if nothing was saved yet"
+        log.error("error: %s: %s; what was saved is intact", error, remedy)
         return 1
     except KeyboardInterrupt:  # of a command that only reads, reports or merges
         log.info("stopped by SIGINT: the same command does it again")
