@@ -42,8 +42,8 @@ if sys.version_info < (3, 11):  # noqa: UP036 (an older one would only say that 
     found = sys.version.split()[0]
     print(f"error: run_exp1b_kaggle.py needs Python 3.11 or later, this is {found}", file=sys.stderr)
     sys.exit(2)
-if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads take other programs' cores
+if __name__ == "__main__" and not os.environ.get("OMP_WAIT_POLICY"):
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # spinning threads take other programs' cores
 
 import argparse
 import contextlib
@@ -5474,21 +5474,17 @@ def find_devices(wanted: str, kaggle: bool, allow_cpu: bool) -> list[Device]:
 
     On Kaggle a session without a GPU would silently burn hours: there the CPU must be asked for.
     """
-    has_gpu = torch.cuda.is_available()
-    if wanted == "auto" and kaggle and not (has_gpu or allow_cpu):
-        raise UsageError(
-            "this Kaggle session has no GPU: choose Settings > Accelerator > GPU T4 x2 and run again (or add "
-            "--device cpu)"
-        )
-    if wanted == "cuda" and not has_gpu:
-        raise UsageError("--device cuda, but torch sees no GPU: attach one, or use --device cpu")
-    if wanted == "cpu" or not has_gpu:
-        return [Device("cpu", 0, f"CPU: {processor_name()}")]
     cuda = torch.cuda
-    return [
-        Device("cuda", number, cuda.get_device_name(number), cuda.get_device_capability(number))
-        for number in range(cuda.device_count())
-    ]
+    count = cuda.device_count() if cuda.is_available() else 0
+    if wanted == "auto" and kaggle and not (count or allow_cpu):
+        remedy = "choose Settings > Accelerator > GPU T4 x2 and run again (or add --device cpu)"
+        raise UsageError(f"this Kaggle session has no GPU: {remedy}")
+    if wanted == "cuda" and not count:
+        raise UsageError("--device cuda, but torch sees no GPU: attach one, or use --device cpu")
+    if wanted == "cpu" or not count:
+        return [Device("cpu", 0, f"CPU: {processor_name()}")]
+    found = [(cuda.get_device_name(number), cuda.get_device_capability(number)) for number in range(count)]
+    return [Device("cuda", number, *about) for number, about in enumerate(found)]
 
 
 def probe(device: Device) -> None:
@@ -6243,7 +6239,9 @@ def open_run(args: Namespace, platform: Platform, session: Session) -> Iterator[
             count = f"{len(data.train_labels):,}"
             log.info("data: %s, %s training images (%s)", data.name, count, data.source)
             run = Run(path, make_index(index, settings, precision, data, args), data.test_labels)
-            prepare_run(run, platform)
+            run.clean()
+            run.forget_failures()
+            check_fits(run, platform)
             enter_session(run, settings, args, devices)
             if not settings.fresh_teacher:
                 reuse_finished(run, platform)
@@ -6372,20 +6370,33 @@ def make_index(
     return replace(index, plugins={**index.plugins, **args.plugins}, equal_cost_epochs=epochs)
 
 
-def prepare_run(run: Run, platform: Platform) -> None:
-    """Clean up after killed processes and check that the run fits. Raises `UsageError`."""
-    run.clean()
-    run.forget_failures()
-    batch, train = run.settings.batch_size, run.index.data.train
+def check_fits(run: Run, platform: Platform) -> None:
+    """Raise `UsageError` if the data are too few for a batch, or if Kaggle's output folder is too small.
+
+    Its files are counted: the host's disk usage says nothing about Kaggle's limit.
+    """
+    batch, train, path = run.settings.batch_size, run.index.data.train, run.path
     if batch > train:
         raise UsageError(f"--batch-size {batch} is larger than the {train} training images: make it smaller")
-    if platform.kaggle:
-        needed, pages = disk_bytes(run.settings), page_bytes(run.settings)
-        place = PageStore(run.path).places[0]
-        root = place if place.exists() else place.parent
-        if not (root.is_dir() and os.access(root, os.W_OK) and shutil.disk_usage(root).free > pages):
-            needed += pages  # they will fall into the run folder
-        check_disk(run.path, needed, platform)
+    if not platform.kaggle:
+        return
+    needed, pages = disk_bytes(run.settings), page_bytes(run.settings)
+    place = PageStore(path).places[0]
+    cache = place if place.exists() else place.parent
+    if not (cache.is_dir() and os.access(cache, os.W_OK) and shutil.disk_usage(cache).free > pages):
+        needed += pages  # they will fall into the run folder
+    inside = path.resolve().is_relative_to(platform.output_root.resolve())
+    root, others = platform.output_root if inside else path.parent, 0
+    for file in root.rglob("*"):
+        with contextlib.suppress(OSError):
+            if file.is_file() and not file.is_relative_to(path):
+                others += file.stat().st_size
+    if needed + others > KAGGLE_DISK_BYTES:
+        need, used, limit = map(say_bytes, (needed, others, KAGGLE_DISK_BYTES))
+        raise UsageError(
+            f"this run needs about {need}, {root} holds {used} of other files, and Kaggle keeps {limit}: "
+            "remove what is not needed, use fewer --runs, or parts by --compression"
+        )
 
 
 def disk_bytes(settings: Settings) -> int:
@@ -6407,25 +6418,6 @@ def page_bytes(settings: Settings) -> int:
         numbers[name] = classes + sum(sizes)
     images = settings.train_size or images
     return sum(2 * images * numbers[name] for name, _ in pages_used(jobs, settings))
-
-
-def check_disk(path: Path, needed: int, platform: Platform) -> None:
-    """Raise `UsageError` if a run of `needed` bytes does not fit beside what Kaggle's output folder holds.
-
-    The files are counted: the host's disk usage says nothing about Kaggle's limit.
-    """
-    inside = path.resolve().is_relative_to(platform.output_root.resolve())
-    root, others = platform.output_root if inside else path.parent, 0
-    for file in root.rglob("*"):
-        with contextlib.suppress(OSError):
-            if file.is_file() and not file.is_relative_to(path):
-                others += file.stat().st_size
-    if needed + others > KAGGLE_DISK_BYTES:
-        need, used, limit = map(say_bytes, (needed, others, KAGGLE_DISK_BYTES))
-        raise UsageError(
-            f"this run needs about {need}, {root} holds {used} of other files, and Kaggle keeps {limit}: "
-            "remove what is not needed, use fewer --runs, or parts by --compression"
-        )
 
 
 def enter_session(run: Run, settings: Settings, args: Namespace, devices: Sequence[Device]) -> None:
@@ -6459,14 +6451,12 @@ def enter_session(run: Run, settings: Settings, args: Namespace, devices: Sequen
 
 def note_changes(index: Index, last: SessionRecord, session: SessionRecord) -> None:
     """Note what differs between two sessions and could change a result."""
+    names = ("devices", "processor", "threads", "script_sha256")
+    before, after = ({**{n: getattr(s, n) for n in names}, **s.versions} for s in (last, session))
     changed = []
-    for name in ("devices", "processor", "threads", "script_sha256"):
-        old, new = getattr(last, name), getattr(session, name)
-        if old != new:
-            changed.append(f"{name.replace('_', ' ')} {old} -> {new}")
-    for package, version in session.versions.items():
-        if last.versions.get(package) != version:
-            changed.append(f"{package} {last.versions.get(package)} -> {version}")
+    for name, value in after.items():
+        if before.get(name) != value:
+            changed.append(f"{name.replace('_', ' ')} {before.get(name)} -> {value}")
     if changed:
         note = f"The session of {session.started} differs from the one before ({'; '.join(changed)}): "
         note += "bit-equality is no longer promised."
@@ -6939,19 +6929,18 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
     if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists already: choose another --output-dir for the merged run")
 
-    names = [run.path.name for run in runs]
+    names = [path.name for path in paths]
     notes = [note for run in runs for note in run.index.notes] + [f"Merged from {listed(names)}."]
     index = replace(
         runs[0].index,
         settings=settings,
-        jobs={},
         merged_from=names,
         sessions=[session for run in runs for session in run.index.sessions],
         notes=list(dict.fromkeys(notes)),
         plugins={name: sha256 for run in runs for name, sha256 in run.index.plugins.items()},
         equal_cost_epochs=merged_epochs(runs, settings),
     )
-    files = merged_files(runs, settings)
+    files = merged_files(Run(paths[0], index), paths)
     if target is None:
         target = new_run_folder(platform.output_root, "merged")
     whole = target.with_name(f".{target.name}.partial")
@@ -7001,33 +6990,27 @@ def merged_epochs(runs: Sequence[Run], settings: Settings) -> dict[str, int]:
     return {**equal_cost_epochs(settings), **epochs}
 
 
-def merged_files(runs: Sequence[Run], settings: Settings) -> list[Path]:
+def merged_files(run: Run, sources: Sequence[Path]) -> list[Path]:
     """The finished files of a merged run. Raises `UsageError` unless all was learned from one teacher."""
-    chosen: dict[str, tuple[Path, Record]] = {}
-    for run in runs:
-        run.jobs = planned_jobs(settings)
-        for job in run.jobs:
-            file = run.file(job)
-            try:
-                run.records[job.name], _ = run.load(job)
-            except FileNotFoundError:
-                continue
-            except Damaged as error:
-                raise UsageError(f"{file} {error}: repair that run with --resume first") from None
-            record = run.records[job.name]
-            other, known = chosen.setdefault(job.name, (file, record))
-            if (known.weights_sha256, known.config) != (record.weights_sha256, record.config):
-                both = f"{other.parent.parent} and {run.path}"
-                if job.kind in ("teacher", "assistant"):
-                    what = f"{both} learned from different teachers ({job.name})"
-                    raise UsageError(f"{what}: merge runs that share one")
-                raise UsageError(f"{both} both hold {job.name}, trained differently: merge only one of them")
-    for file, record in chosen.values():
-        for name, sha256 in record.taught_by.items():
-            if name not in chosen or chosen[name][1].weights_sha256 != sha256:
+    files: dict[str, Path] = {}
+    for job, source in itertools.product(run.jobs, sources):  # what teaches comes first
+        file = source / "checkpoints" / run.file(job).name
+        try:
+            record, _ = run.load(job, file)
+        except FileNotFoundError:
+            continue
+        except Damaged as error:
+            what = f"{file} {error}"
+            raise UsageError(f"{what}: merge runs with one teacher, each repaired with --resume") from None
+        for name in record.taught_by:
+            if name not in files:
                 what = f"{file} was distilled from a {name} that none of these runs holds"
-                raise UsageError(f"{what}: repair its run with --resume first, or merge runs that share one")
-    return [file for file, _ in chosen.values()]
+                raise UsageError(f"{what}: repair its run with --resume first")
+        known, other = run.records.setdefault(job.name, record), files.setdefault(job.name, file)
+        if (known.weights_sha256, known.config) != (record.weights_sha256, record.config):
+            what = "the runs learned from different teachers, or trained this one twice"
+            raise UsageError(f"{other} and {file} differ ({what}): merge only one of them")
+    return list(files.values())
 
 
 def last_activity(path: Path) -> str:
