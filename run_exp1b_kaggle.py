@@ -6994,8 +6994,8 @@ def merged_files(run: Run, sources: Sequence[Path]) -> list[Path]:
         except FileNotFoundError:
             continue
         except Damaged as error:
-            what = f"{file} {error}"
-            raise UsageError(f"{what}: merge runs with one teacher, each repaired with --resume") from None
+            remedy = "repair its run with --resume first, and merge only runs that share one teacher"
+            raise UsageError(f"{file} {error}: {remedy}") from None
         for name in record.taught_by:
             if name not in files:
                 what = f"{file} was distilled from a {name} that none of these runs holds"

@@ -150,7 +150,7 @@ def test_students_without_their_teacher_are_refused(
             if not path.name.startswith(kept):
                 path.unlink()
     said = refused(merge, capsys, toy, toy / "exp1b_five", toy / "exp1b_other")
-    assert f"was distilled from another {TEACHER} than this run's: merge runs with one teacher" in said
+    assert f"was distilled from another {TEACHER} than this run's: repair" in said
     (toy / "exp1b_five/checkpoints" / f"{TEACHER}.pt").unlink()
     said = refused(merge, capsys, toy, toy / "exp1b_five", toy / "exp1b_other")
     assert f"was distilled from a {TEACHER} that none of these runs holds" in said
