@@ -5512,9 +5512,8 @@ def script_sha256() -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is torch's OutOfMemoryError, or cuDNN's, cuBLAS's or the CPU allocator's like it."""
     texts = ("unable to find an engine", "out of memory", "ALLOC_FAILED", "can't allocate memory")
-    return isinstance(error, RuntimeError) and (
-        isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
-    )
+    alike = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return alike or isinstance(error, torch.OutOfMemoryError)
 
 
 @contextlib.contextmanager
@@ -5544,15 +5543,11 @@ MIRROR_SECONDS, HOME_SECONDS = 900.0, 4_500.0  # time limit per source: 170 MB a
 NUMPY_WARNING = r"dtype\(\): align should be passed"  # numpy 2.4, about what numpy 1 wrote into the files
 STALL_SECONDS = 20.0  # a source that sends nothing for this long is given up
 FILE_LIMIT = 200_000_000  # bytes of a download; the archives have 170 MB
+Check = Callable[[], None]  # is called now and then, and raises when the session ends
 
 
 def load_data(
-    name: str,
-    folders: Sequence[Path],
-    download_to: Path | None,
-    size: int | None,
-    seed: int,
-    check: Callable[[], None],
+    name: str, folders: Sequence[Path], download_to: Path | None, size: int | None, seed: int, check: Check
 ) -> RawData:
     """The data set from the first of `folders` that holds it intact, at any depth; else from the network.
 
@@ -5654,9 +5649,7 @@ def read_checked(path: Path, md5: str) -> bytes:
     return payload
 
 
-def download_sources(
-    name: str, folder: Path, problems: list[str], check: Callable[[], None]
-) -> Iterator[Path]:
+def download_sources(name: str, folder: Path, problems: list[str], check: Check) -> Iterator[Path]:
     """The archive of a data set, downloaded into `folder` from one source after the other."""
     reader, path = READERS[name], folder / READERS[name].filename
     sources = [(url, MIRROR_SECONDS) for url in MIRRORS[name]] + [(reader.url, HOME_SECONDS)]
@@ -5678,7 +5671,7 @@ def download_sources(
         path.unlink(missing_ok=True)  # it was not what it should be: the next source is wanted
 
 
-def fetch(url: str, limit_seconds: float, check: Callable[[], None]) -> bytes:
+def fetch(url: str, limit_seconds: float, check: Check) -> bytes:
     """The body of `url`. Raises OSError where it is slow, silent or far too long."""
     begun, body = time.monotonic(), io.BytesIO()
     request = urllib.request.Request(url, headers={"User-Agent": "run_exp1b_kaggle"})
@@ -6062,9 +6055,8 @@ def extended_settings(stored: Settings, given: Mapping[str, Any]) -> Settings:
         if not unchanged and (name, given[name]) != ("precision", "auto"):
             differing.append(f"{flag(name)}: the run has {getattr(stored, name)}, you gave {given[name]}")
     if differing:
-        raise UsageError(
-            f"a run cannot change its settings ({'; '.join(differing)}): leave them out, or start a new run"
-        )
+        what = "; ".join(differing)
+        raise UsageError(f"a run cannot change its settings ({what}): leave them out, or start a new run")
     ratios = {*stored.compression, *given.get("compression", ())}
     session = {name: given[name] for name in setting_names("session") if name in given}
     settings = replace(
@@ -6089,9 +6081,8 @@ def choose_from(option: str, values: Sequence[str], known: Sequence[str]) -> tup
     if "all" in unknown:
         raise UsageError(f"{option}: give either all or a list, not both")
     if unknown or not wanted:
-        raise UsageError(
-            f"{option} knows {', '.join(known)} and all, not {', '.join(unknown) or 'an empty list'}"
-        )
+        given = ", ".join(unknown) or "an empty list"
+        raise UsageError(f"{option} knows {', '.join(known)} and all, not {given}")
     return tuple(name for name in known if name in wanted)
 
 
@@ -6523,6 +6514,7 @@ class Member:
     process: multiprocessing.process.BaseProcess
     pipe: connection.Connection
     text: str = "starting"  # what it is doing
+    speeds: dict[str, Any] = field(default_factory=dict)  # of the networks, once it has measured them
     outcome: str | Exception | None = None  # why it ended; None: it has not said so
 
 
@@ -6532,7 +6524,6 @@ class Crew:
     def __init__(self, count: int, *mandate: Any) -> None:
         """`mandate`: further arguments of `worker_main`."""
         self.mandate, self.restarts, self.ending = mandate, 0, 0.0
-        self.speeds: dict[str, Any] = {}  # of the networks, as the first worker has measured them
         self.members: list[Member] = []
         for number in range(count):
             self.members.append(self.start(number))
@@ -6569,7 +6560,7 @@ class Crew:
             if member.outcome is None and member.pipe in heard:
                 try:
                     kind, value = member.pipe.recv()
-                    setattr(self if kind == "speeds" else member, kind, value)
+                    setattr(member, kind, value)
                 except (EOFError, OSError):
                     member.process.join()
                     self._died(number, member)
@@ -6626,8 +6617,9 @@ def launch(
     try:
         while crew.working:
             crew.listen(Worker.POLL_SECONDS)
-            if crew.speeds and not progress.estimate.speeds:
-                progress.estimate.speeds = crew.speeds
+            measured = [member.speeds for member in crew.members if member.speeds]
+            if measured and not progress.estimate.speeds:
+                progress.estimate.speeds = measured[0]
                 if leads:
                     progress.announce(session)
             progress.show([member.text for member in crew.members])
