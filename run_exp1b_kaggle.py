@@ -5358,14 +5358,15 @@ def find_devices(wanted: str, kaggle: bool, allow_cpu: bool) -> list[Device]:
 
     On Kaggle a session without a GPU would silently burn hours: there the CPU must be asked for.
     """
-    cuda = torch.cuda
-    count = cuda.device_count() if cuda.is_available() else 0
+    cuda, count = torch.cuda, 0
+    if wanted != "cpu" and cuda.is_available():
+        count = cuda.device_count()
     if wanted == "auto" and kaggle and not (count or allow_cpu):
         remedy = "choose Settings > Accelerator > GPU T4 x2 and run again (or add --device cpu)"
         raise UsageError(f"this Kaggle session has no GPU: {remedy}")
     if wanted == "cuda" and not count:
         raise UsageError("--device cuda, but torch sees no GPU: attach one, or use --device cpu")
-    if wanted == "cpu" or not count:
+    if not count:
         return [Device("cpu", 0, f"CPU: {processor_name()}")]
     found = [(cuda.get_device_name(number), cuda.get_device_capability(number)) for number in range(count)]
     return [Device("cuda", number, *about) for number, about in enumerate(found)]
