@@ -6320,9 +6320,8 @@ def load_run_data(
 def describe_data(data: RawData, seed: int) -> DataDescription:
     """What the index says about the data."""
     train, fit, select = (len(part) for part in held_out_indices(data.train_labels, seed))
-    return DataDescription(
-        data.name, list(data.classes), train, fit, select, len(data.test_labels), data.source, data.sha256
-    )
+    names, test = list(data.classes), len(data.test_labels)
+    return DataDescription(data.name, names, train, fit, select, test, data.source, data.sha256)
 
 
 def make_index(

@@ -99,6 +99,12 @@ def test_looking_for_devices_takes_no_memory_on_them(
     exp.find_devices("auto", kaggle=True, allow_cpu=False)
 
 
+def test_a_run_on_the_cpu_does_not_ask_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broken driver does not concern it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
+    assert [d.kind for d in exp.find_devices("cpu", kaggle=True, allow_cpu=False)] == ["cpu"]
+
+
 def test_a_gpu_without_kernels_is_refused_with_the_remedy(
     gpus: Callable[..., None],
     failing: Callable[..., None],
