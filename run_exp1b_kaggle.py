@@ -42,8 +42,8 @@ if sys.version_info < (3, 11):  # noqa: UP036 (an older one would only say that 
     found = sys.version.split()[0]
     print(f"error: run_exp1b_kaggle.py needs Python 3.11 or later, this is {found}", file=sys.stderr)
     sys.exit(2)
-if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads take other programs' cores
+if __name__ == "__main__" and not os.environ.get("OMP_WAIT_POLICY"):
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # spinning threads take other programs' cores
 
 import argparse
 import contextlib
@@ -85,7 +85,6 @@ import zipfile
 import zlib
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from multiprocessing import connection, resource_tracker
@@ -4754,9 +4753,10 @@ def report_progress(run: Run, progress: Progress, fresh: Sequence[Job]) -> None:
 def make_experiment(
     run: Run, device: Device, devices: Sequence[Device], data: RawData, session: Session, progress: Progress
 ) -> Experiment:
-    """The experiment on one device of this process."""
+    """The experiment on one device of this process. Raises `UsageError` where the device does not work."""
     if device.kind == "cuda":
         torch.cuda.set_device(device.torch)
+    probe(device)
     configure_torch(thread_count(run.settings, devices), run.settings.deterministic)
     return Experiment(run, device, Images(data, run.settings.seed, device.torch), session, progress)
 
@@ -4776,7 +4776,6 @@ def work(experiment: Experiment, writes: bool, prepared: Callable[[], object]) -
     `prepared` is called when the speeds are known, before anything is trained.
     """
     try:
-        probe(experiment.device)
         experiment.run.refresh()
         experiment.progress.estimate.speeds = measure_speeds(experiment)
         prepared()
@@ -5195,23 +5194,22 @@ class Device:
 
 
 def find_devices(wanted: str, kaggle: bool, allow_cpu: bool) -> list[Device]:
-    """The devices to use: every GPU, or the CPU. Raises `UsageError` with the remedy where a GPU is missing.
+    """Every GPU, or else the CPU; whether they work is not tried. Raises `UsageError` if there is none.
 
     On Kaggle a session without a GPU would silently burn hours: there the CPU must be asked for.
     """
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        if wanted == "auto" and kaggle and not allow_cpu:
-            raise UsageError(
-                "this Kaggle session has no GPU: choose Settings > Accelerator > GPU T4 x2 and "
-                "run again (or add --device cpu)"
-            )
-        return [Device("cpu", 0, f"CPU: {processor_name()}")]
-    if not torch.cuda.is_available():
+    cuda, count = torch.cuda, 0
+    if wanted != "cpu" and cuda.is_available():
+        count = cuda.device_count()
+    if wanted == "auto" and kaggle and not (count or allow_cpu):
+        remedy = "choose Settings > Accelerator > GPU T4 x2 and run again (or add --device cpu)"
+        raise UsageError(f"this Kaggle session has no GPU: {remedy}")
+    if wanted == "cuda" and not count:
         raise UsageError("--device cuda, but torch sees no GPU: attach one, or use --device cpu")
-    return [
-        Device("cuda", index, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
-        for index in range(torch.cuda.device_count())
-    ]
+    if not count:
+        return [Device("cpu", 0, f"CPU: {processor_name()}")]
+    found = [(cuda.get_device_name(number), cuda.get_device_capability(number)) for number in range(count)]
+    return [Device("cuda", number, *about) for number, about in enumerate(found)]
 
 
 def probe(device: Device) -> None:
@@ -5234,25 +5232,6 @@ def probe(device: Device) -> None:
             )
         reason = f"{device.name} fails at the first convolution ({first_line(error)})"
         raise UsageError(f"{reason}: {remedy}") from None
-
-
-def check_devices(devices: Sequence[Device], workers: int) -> None:
-    """Raise `UsageError` unless one of the devices works, before anything is downloaded.
-
-    Where several workers will start, another process asks: what holds memory on a GPU should be the worker
-    that trains there. A device that is merely busy is that worker's affair.
-    """
-    if devices[0].kind == "cpu":
-        return
-    if workers == 1:
-        probe(devices[0])
-        return
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        problems = [pool.submit(probe, device).exception() for device in devices]
-    for problem in filter(None, problems):
-        log.warning("%s", problem)
-    if all(problems):
-        raise UsageError(str(problems[0]))
 
 
 def processor_name() -> str:
@@ -5374,9 +5353,8 @@ def script_sha256() -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is torch's OutOfMemoryError, or cuDNN's, cuBLAS's or the CPU allocator's like it."""
     texts = ("unable to find an engine", "out of memory", "ALLOC_FAILED", "can't allocate memory")
-    return isinstance(error, RuntimeError) and (
-        isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
-    )
+    alike = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return alike or isinstance(error, torch.OutOfMemoryError)
 
 
 @contextlib.contextmanager
@@ -5405,17 +5383,12 @@ ATTACHABLE = {"CIFAR10": "pankrzysiu/cifar10-python", "CIFAR100": "fedesoriano/c
 MIRROR_SECONDS, HOME_SECONDS = 900.0, 4_500.0  # time limit per source: 170 MB at 190 and at 38 kB/s
 NUMPY_WARNING = r"dtype\(\): align should be passed"  # numpy 2.4, about what numpy 1 wrote into the files
 STALL_SECONDS = 20.0  # a source that sends nothing for this long is given up
-FILE_LIMIT = 200_000_000  # bytes; the archives have 170 MB, the largest file in them 155
-SEARCH_DEPTH, SEARCH_FOLDERS = 10, 20_000  # bounds of a search, per root
+FILE_LIMIT = 200_000_000  # bytes of a download; the archives have 170 MB
+Check = Callable[[], None]  # is called now and then, and raises when the session ends
 
 
 def load_data(
-    name: str,
-    folders: Sequence[Path],
-    download_to: Path | None,
-    size: int | None,
-    seed: int,
-    check: Callable[[], None],
+    name: str, folders: Sequence[Path], download_to: Path | None, size: int | None, seed: int, check: Check
 ) -> RawData:
     """The data set from the first of `folders` that holds it intact, at any depth; else from the network.
 
@@ -5424,65 +5397,52 @@ def load_data(
     where there is no data.
     """
     if name == "SYNTHETIC":
-        size = DATASETS[name][1] if size is None else size
-        return synthetic(size, seed)
+        return synthetic(DATASETS[name][1] if size is None else size, seed)
     problems: list[str] = []
-    data = read_first(name, find_sources(name, folders, problems), problems)
-    if data is None and download_to is not None:
-        data = read_first(name, download_sources(name, download_to, problems, check), problems)
-    if data is None:
-        reason = "; ".join(problems[:3]) or f"no such file in {listed(folders) or 'any input'}"
+    sources = find_sources(name, folders, problems)
+    if download_to is not None:
+        sources = itertools.chain(sources, download_sources(name, download_to, problems, check))
+    for source in sources:
+        try:
+            data = read_source(name, source)
+        except (Damaged, OSError) as error:
+            log.warning("Data not used: %s", error)
+            problems.append(str(error))
+        else:
+            return data if size is None else keep_stratified(data, size, seed)
+    reason = "; ".join(problems[:3]) or f"no such file in {listed(folders) or 'any input'}"
+    remedy = "Give the --data-dir that holds it, or leave --data-dir out: then it is looked for"
+    if download_to is not None:
         remedy = (
             f"On Kaggle attach it as input (Add Input, such as {ATTACHABLE[name]}) or switch Internet on; "
             "elsewhere give --data-dir DIR"
         )
-        if download_to is None:
-            remedy = "Give the --data-dir that holds it, or leave --data-dir out: then it is looked for"
-        raise UsageError(
-            f"{name} was not found ({reason}). Needed, at any depth: a folder with "
-            f"{', '.join(batch_files(name))}, or {READERS[name].filename}. {remedy}"
-        )
-    return data if size is None else keep_stratified(data, size, seed)
+    needed = f"a folder with {', '.join(md5s_of(name))}, or {READERS[name].filename}"
+    raise UsageError(f"{name} was not found ({reason}). Needed, at any depth: {needed}. {remedy}")
 
 
-def batch_files(name: str) -> list[str]:
-    """Names of the files that are read of a data set."""
+def md5s_of(name: str) -> dict[str, str]:
+    """The files that are read of a data set, with their md5s (hex)."""
     reader = READERS[name]
-    return [*dict(reader.train_list), *dict(reader.test_list), reader.meta["filename"]]
-
-
-def read_first(name: str, sources: Iterable[Path], problems: list[str]) -> RawData | None:
-    """The data of the first readable source, or None. What is wrong with others goes to `problems`."""
-    for source in sources:
-        try:
-            return read_source(name, source)
-        except (Damaged, OSError) as error:
-            log.warning("Data not used: %s", error)
-            problems.append(str(error))
-    return None
+    return {**dict(reader.train_list + reader.test_list), reader.meta["filename"]: reader.meta["md5"]}
 
 
 def walk(root: Path) -> Iterator[tuple[Path, set[str]]]:
-    """(folder, names of its files) below `root`, in a fixed order; bounded, and every folder only once."""
+    """(folder, names of its files) below `root`, in a fixed order, links followed, every folder only once."""
     seen: set[str] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        deep = len(Path(folder).relative_to(root).parts) >= SEARCH_DEPTH
-        if real in seen or deep:
-            subfolders.clear()
         if real in seen:
+            subfolders.clear()
             continue
         seen.add(real)
-        if len(seen) > SEARCH_FOLDERS:
-            log.warning("the search in %s ended after %d folders", root, SEARCH_FOLDERS)
-            return
         subfolders.sort()
         yield Path(folder), set(files)
 
 
 def find_sources(name: str, folders: Iterable[Path], problems: list[str]) -> Iterator[Path]:
-    """Folders with all batch files of a data set, and its archives. What lacks a file goes to `problems`."""
-    wanted, archive = set(batch_files(name)), READERS[name].filename
+    """Folders with all files of a data set, and its archives. What lacks some of them goes to `problems`."""
+    wanted, archive = set(md5s_of(name)), READERS[name].filename
     for root in dict.fromkeys(folders):
         if not root.is_dir():
             problems.append(f"there is no folder {root}")
@@ -5498,54 +5458,39 @@ def find_sources(name: str, folders: Iterable[Path], problems: list[str]) -> Ite
 
 def read_source(name: str, source: Path) -> RawData:
     """Read a folder of batch files, or their archive. Nothing is unpickled before its md5 is right."""
-    reader = READERS[name]
-    archive: Any = None
+    reader, md5s = READERS[name], md5s_of(name)
     if source.is_file():
-        archive = tarfile.open(fileobj=io.BytesIO(read_checked(source, reader.tgz_md5)))  # noqa: SIM115 (in memory: nothing to close)
-
-    def unpickle(file: str, md5: str) -> dict[str, Any]:
-        if archive is None:
-            payload = read_checked(source / file, md5)
-        else:
-            try:
-                payload = archive.extractfile(f"{reader.base_folder}/{file}").read()
-            except (KeyError, AttributeError):  # no such member, or a folder
-                raise Damaged(f"{source}: the archive lacks {file}") from None
-            check_md5(source / file, payload, md5)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", NUMPY_WARNING)
-            return cast("dict[str, Any]", pickle.loads(payload, encoding="latin1"))
+        with tarfile.open(fileobj=io.BytesIO(read_checked(source, reader.tgz_md5))) as opened:
+            archive: Any = opened  # with the right md5 it lacks no file
+            payloads = {file: archive.extractfile(f"{reader.base_folder}/{file}").read() for file in md5s}
+    else:
+        payloads = {file: read_checked(source / file, md5) for file, md5 in md5s.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", NUMPY_WARNING)
+        contents = {file: pickle.loads(payload, encoding="latin1") for file, payload in payloads.items()}
 
     def part(batches: Iterable[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-        contents = [unpickle(file, md5) for file, md5 in batches]
-        pixels = np.concatenate([content["data"] for content in contents])
+        found = [contents[file] for file, _ in batches]
+        pixels = np.concatenate([content["data"] for content in found])
         pixels = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        labels = np.concatenate([content.get("labels") or content["fine_labels"] for content in contents])
+        labels = np.concatenate([content.get("labels") or content["fine_labels"] for content in found])
         return np.ascontiguousarray(pixels), labels.astype(np.int64)
 
-    classes = unpickle(reader.meta["filename"], reader.meta["md5"])[reader.meta["key"]]
+    classes = contents[reader.meta["filename"]][reader.meta["key"]]
     train, test = part(reader.train_list), part(reader.test_list)
     return RawData(name, tuple(classes), *train, *test, f"{source}, md5 verified")
 
 
 def read_checked(path: Path, md5: str) -> bytes:
     """A file's bytes. Raises `Damaged` unless their md5 is right."""
-    if path.stat().st_size > FILE_LIMIT:
-        raise Damaged(f"{path} is far larger than it should be")
-    return check_md5(path, path.read_bytes(), md5)
-
-
-def check_md5(path: Path, payload: bytes, md5: str) -> bytes:
-    """The payload that was read from a path. Raises `Damaged` unless its md5 is right."""
+    payload = path.read_bytes()
     found = hashlib.md5(payload).hexdigest()
     if found != md5:
         raise Damaged(f"{path} ({len(payload):,} bytes) has the wrong md5 ({found} instead of {md5})")
     return payload
 
 
-def download_sources(
-    name: str, folder: Path, problems: list[str], check: Callable[[], None]
-) -> Iterator[Path]:
+def download_sources(name: str, folder: Path, problems: list[str], check: Check) -> Iterator[Path]:
     """The archive of a data set, downloaded into `folder` from one source after the other."""
     reader, path = READERS[name], folder / READERS[name].filename
     sources = [(url, MIRROR_SECONDS) for url in MIRRORS[name]] + [(reader.url, HOME_SECONDS)]
@@ -5567,7 +5512,7 @@ def download_sources(
         path.unlink(missing_ok=True)  # it was not what it should be: the next source is wanted
 
 
-def fetch(url: str, limit_seconds: float, check: Callable[[], None]) -> bytes:
+def fetch(url: str, limit_seconds: float, check: Check) -> bytes:
     """The body of `url`. Raises OSError where it is slow, silent or far too long."""
     begun, body = time.monotonic(), io.BytesIO()
     request = urllib.request.Request(url, headers={"User-Agent": "run_exp1b_kaggle"})
@@ -5635,9 +5580,7 @@ def load_plugins(paths: Sequence[Path]) -> dict[str, str]:
             found[path.name] = source_sha256(path, source)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = getattr(error, "strerror", None) or error
-            raise UsageError(
-                f"--plugin {path} cannot be read ({reason}): give the path of a Python file"
-            ) from None
+            raise UsageError(f"--plugin {path} cannot be read ({reason}): give a Python file") from None
     return found
 
 
@@ -5654,55 +5597,54 @@ def import_plugin(path: Path, source: bytes) -> None:
 
     It may import modules that lie beside it or below: each plugin gets its own, whatever others are called.
     """
-    others = {name: sys.modules.pop(name, None) for helpers in HELPERS.values() for name in helpers}
-    methods, modules = dict(METHODS), set(sys.modules)
+    folder, methods = str(path.parent), dict(METHODS)
+    others = {name: sys.modules[name] for helpers in HELPERS.values() for name in helpers}
+    for name in others:
+        del sys.modules[name]
     module = types.ModuleType(f"exp1b_plugin_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
-    sys.path.insert(0, str(path.parent))
+    before = set(sys.modules)
+    sys.path.insert(0, folder)
     importlib.invalidate_caches()
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
-        added = [method for name, method in METHODS.items() if name not in methods]
-        if not added:
+        if len(METHODS) == len(methods):
             raise UsageError('it registers no method: decorate a class with @register("Name")')
     except (Exception, SystemExit) as error:
         METHODS.clear()
         METHODS.update(methods)
         kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
-        place = place_in_plugin(error, path)
-        what = ", ".join(filter(None, [kind + first_line(error), place]))
+        what = ", ".join(filter(None, [kind + first_line(error), place_in_plugin(error, path)]))
         raise UsageError(f"--plugin {path} cannot be used ({what})") from None
     finally:
-        sys.path.remove(str(path.parent))
-        HELPERS[path] = modules_below(path.parent, set(sys.modules) - modules - {module.__name__})
-        sys.modules.update(
-            {name: other for name, other in others.items() if other and name not in sys.modules}
-        )
-    for method in added:
-        method.source_sha256 = source_sha256(path, source)
+        sys.path.remove(folder)
+        HELPERS[path] = modules_below(path.parent, set(sys.modules) - before)
+        for name, other in others.items():
+            sys.modules.setdefault(name, other)
+    for name in METHODS.keys() - methods.keys():
+        METHODS[name].source_sha256 = source_sha256(path, source)
 
 
 def modules_below(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     """Which of these modules lie in a folder or below, with their files; not what is installed there."""
-    files = {name: Path(getattr(sys.modules[name], "__file__", None) or "") for name in names}
-    own = {name: file for name, file in files.items() if file.is_relative_to(folder)}
-    installed = {"site-packages", "dist-packages", "lib-dynload"}
-    return {
-        name: file
-        for name, file in own.items()
-        if name.partition(".")[0] not in sys.stdlib_module_names and not installed & set(file.parts)
-    }
+    found, installed = {}, {"site-packages", "dist-packages", "lib-dynload"}
+    for name in names:
+        file = Path(getattr(sys.modules[name], "__file__", None) or "")
+        standard = name.partition(".")[0] in sys.stdlib_module_names
+        if file.is_relative_to(folder) and not standard and not installed & set(file.parts):
+            found[name] = file
+    return found
 
 
 def place_in_plugin(error: BaseException, path: Path) -> str:
     """Where in a plugin, or in a module beside it, an error arose: "mine.py, line 3"; "" if nowhere."""
-    if isinstance(error, SyntaxError):
-        return ""  # its message says it
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename).is_relative_to(path.parent)]
-    own = [frame for frame in own if frame.filename != import_plugin.__code__.co_filename]
-    return f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
+    place = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        own = Path(frame.filename).is_relative_to(path.parent)
+        if own and frame.filename != import_plugin.__code__.co_filename:
+            place = f"{Path(frame.filename).name}, line {frame.lineno}"
+    return "" if isinstance(error, SyntaxError) else place  # its message says it
 
 
 def adapt_plugin(method: type[Method]) -> None:
@@ -5726,30 +5668,23 @@ def adapt_plugin(method: type[Method]) -> None:
         Line2D([], [], color=colour, marker=marker, linestyle=line)
     except (TypeError, ValueError) as error:
         check(False, f"look {method.look!r} is no colour, marker and line ({first_line(error)})")
-    unknown = [stage for stage in method.stages if stage not in STAGES]
-    check(not unknown and not isinstance(method.stages, str), f"stages are a tuple of {', '.join(STAGES)}")
+    known = not isinstance(method.stages, str) and set(method.stages) <= set(STAGES)
+    check(known, f"stages are a tuple of {', '.join(STAGES)}")
     pilots = [known.name for known in METHODS.values() if known.pilot == known.name]
     check(method.pilot in ("", method.name, *pilots), f"there is no pilot {method.pilot!r}: {listed(pilots)}")
     for ratio in RATIOS:
-        known = ("teacher", *ladder_above(ratio))
+        names = ("teacher", *ladder_above(ratio))
         teachers, candidates = method.teachers(ratio), method.candidates(ratio)
-        check(
-            isinstance(teachers, tuple) and set(teachers) <= set(known),
-            f"teachers({ratio!r}) is not of {known}",
-        )
+        known = isinstance(teachers, tuple) and set(teachers) <= set(names)
+        check(known, f"teachers({ratio!r}) is not of {names}")
         check(bool(teachers) or not method.stages, "it names stages, but no teachers")
         if method.pilot == method.name:
             whole = len(candidates) >= 2 and all(isinstance(c, Distillation) for c in candidates)
             check(whole, f"candidates({ratio!r}) must be a list of at least two Distillation")
-        for config in [method.configure(ratio, None), *candidates]:
-            check(
-                config is None or isinstance(config, Distillation), f"configure({ratio!r}) is no Distillation"
-            )
-            used = config.teachers if config else ()
-            check(
-                set(used) <= set(teachers) or not teachers,
-                f"a configuration at {ratio} has other teachers than teachers({ratio!r})",
-            )
+        for config in filter(None, [method.configure(ratio, None), *candidates]):
+            check(isinstance(config, Distillation), f"configure({ratio!r}) is no Distillation")
+            other = bool(teachers) and not set(config.teachers) <= set(teachers)
+            check(not other, f"a configuration at {ratio} has other teachers than teachers({ratio!r})")
 
 
 @contextlib.contextmanager
@@ -5781,26 +5716,24 @@ def defined_at(method: type[Method], what: str) -> str:
 
 def parameters_outside(method: Method) -> list[str]:
     """Names of trainable parameters that a method holds outside `module`: nothing would train them."""
-    known = {id(parameter) for parameter in method.module.parameters()} if method.module else set()
+    inside = {id(parameter) for parameter in method.module.parameters()} if method.module else set()
     plugin = vars(sys.modules[type(method).__module__])
     classes = [vars(base) for base in type(method).__mro__ if is_plugin(base)]
-    found = []
+    found = set()
     for name, value in itertools.chain(*(held.items() for held in (vars(method), *classes, plugin))):
         items = list(value.values()) if isinstance(value, dict) else value
         for item in items if isinstance(items, list | tuple) else [items]:
             own = item.parameters() if isinstance(item, nn.Module) else [item]
             leaves = [p for p in own if isinstance(p, torch.Tensor) and p.is_leaf and p.requires_grad]
-            if any(id(leaf) not in known for leaf in leaves):
-                found.append(name)
-    return sorted(set(found))
+            if any(id(leaf) not in inside for leaf in leaves):
+                found.add(name)
+    return sorted(found)
 
 
 def marks_of(method: Method) -> dict[str, Any]:
     """By attribute of a method, something that changes when it is set or changed in place."""
     marks: dict[str, Any] = {}
     for name, value in vars(method).items():
-        if name in ("features", "descriptions"):  # they are the training's
-            continue
         if isinstance(value, torch.Tensor):
             marks[name] = (id(value), value._version)
         elif isinstance(value, np.ndarray):
@@ -5809,16 +5742,15 @@ def marks_of(method: Method) -> dict[str, Any]:
             marks[name] = value
         else:
             marks[name] = (id(value), len(value) if hasattr(value, "__len__") else 0)
-    return marks
+    return {name: mark for name, mark in marks.items() if name not in ("features", "descriptions")}
 
 
 # -- command line -------------------------------------------------------------------------------------------
 OWN_NAMES = {"checkpoints", "figures", "data", "experiment.log", "run.lock", ".pages"}
-ACTIONS = {  # option -> which settings it takes beside it (None: all)
+TAKEN = {  # by action: the settings that it takes; the others take all
     "status": ("mode", "dataset", "output_dir", "plugin"),
     "report_only": ("mode", "dataset", "output_dir", "data_dir", "plugin"),
     "merge": ("output_dir", "data_dir", "plugin"),
-    "plan": None,
 }
 EXAMPLES = """\
 examples, each after python run_exp1b_kaggle.py:
@@ -5859,24 +5791,19 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=80),
     )
     actions = parser.add_argument_group("what to do instead of starting a new run")
-    actions.add_argument(
-        "--resume",
-        nargs="?",
-        const=True,
-        default=False,
-        choices=("auto",),
-        help="continue --output-dir, or else the newest matching run; auto: or start one",
-    )
+    text = "continue --output-dir, or else the newest matching run; auto: or start one"
+    actions.add_argument("--resume", nargs="?", const=True, default=False, choices=("auto",), help=text)
+    instead = actions.add_mutually_exclusive_group()
     for option, text in {
         "--join": "help with the run in --output-dir, which another process leads",
         "--status": "what is done and what is left; trains nothing",
         "--plan": "jobs, measured speed, hours and disk; trains nothing",
         "--report-only": "figures and report again; trains nothing",
     }.items():
-        actions.add_argument(option, action="store_true", help=text)
-    actions.add_argument(
-        "--merge", nargs="+", type=home_path, metavar="RUN_DIR", help="make one run and one report of several"
-    )
+        instead.add_argument(option, action="store_true", help=text)
+    text = "make one run and one report of several"
+    instead.add_argument("--merge", nargs="+", default=[], type=home_path, metavar="RUN_DIR", help=text)
+
     titles = {
         "experiment": "the experiment (fixed once a run exists)",
         "scope": "how much of it (may grow with --resume)",
@@ -5917,18 +5844,19 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     if any(re.fullmatch(r"(--[a-z-]+=)?", argument) for argument in argv):
         raise UsageError("an argument is empty (an unset variable?): give it a value, or leave it out")
     parsed = vars(build_parser().parse_args(argv))
-    chosen = [name for name in ACTIONS if parsed.get(name)]
-    if len(chosen) > 1:
-        raise UsageError(f"{listed(flag(name) for name in chosen)} exclude each other: give one of them")
-    if parsed["join"] and (chosen or parsed["resume"]):
-        raise UsageError("--join excludes --resume and whatever trains nothing: leave one of them out")
-    args = Namespace(action="".join(chosen) or "run", merge=parsed["merge"] or [])
-    args.resume, args.join = parsed["resume"], parsed["join"]
-    args.given = {name: value for name, value in parsed.items() if name not in (*ACTIONS, "resume", "join")}
-    args.command = shlex.join([*script_command(), *argv])
+    args = Namespace(action="run", command=shlex.join([*script_command(), *argv]))
+    args.resume, args.join, args.merge = (parsed.pop(name) for name in ("resume", "join", "merge"))
+    if args.join and args.resume:
+        raise UsageError("--join excludes --resume: leave one of them out")
+    for action in ("status", "report_only", "plan"):
+        if parsed.pop(action):
+            args.action = action
+    if args.merge:
+        args.action = "merge"
+    args.given = parsed
 
-    taken = ACTIONS.get(args.action)
-    ignored = [flag(name) for name in args.given if taken is not None and name not in taken]
+    taken = TAKEN.get(args.action, parsed)
+    ignored = [flag(name) for name in parsed if name not in taken]
     if ignored:
         raise UsageError(f"{flag(args.action)} takes no {listed(ignored)}: leave that out")
     args.given["plugin"] = tuple(args.given.get("plugin", ()))
@@ -5968,9 +5896,8 @@ def extended_settings(stored: Settings, given: Mapping[str, Any]) -> Settings:
         if not unchanged and (name, given[name]) != ("precision", "auto"):
             differing.append(f"{flag(name)}: the run has {getattr(stored, name)}, you gave {given[name]}")
     if differing:
-        raise UsageError(
-            f"a run cannot change its settings ({'; '.join(differing)}): leave them out, or start a new run"
-        )
+        what = "; ".join(differing)
+        raise UsageError(f"a run cannot change its settings ({what}): leave them out, or start a new run")
     ratios = {*stored.compression, *given.get("compression", ())}
     session = {name: given[name] for name in setting_names("session") if name in given}
     settings = replace(
@@ -5995,9 +5922,8 @@ def choose_from(option: str, values: Sequence[str], known: Sequence[str]) -> tup
     if "all" in unknown:
         raise UsageError(f"{option}: give either all or a list, not both")
     if unknown or not wanted:
-        raise UsageError(
-            f"{option} knows {', '.join(known)} and all, not {', '.join(unknown) or 'an empty list'}"
-        )
+        given = ", ".join(unknown) or "an empty list"
+        raise UsageError(f"{option} knows {', '.join(known)} and all, not {given}")
     return tuple(name for name in known if name in wanted)
 
 
@@ -6025,11 +5951,10 @@ def find_run(args: Namespace, platform: Platform) -> Path:
         return path
     given = args.given.get("output_dir")
     if given is not None:
-        remedy = "check the path, or start one without --resume" if args.resume else "check the path"
-        raise UsageError(f"--output-dir {given} holds no run to continue: {remedy}")
-    searched = ", ".join(map(str, (platform.output_root, *platform.inputs)))
+        raise UsageError(f"--output-dir {given} holds no run to continue: check the path")
     what = " ".join([*wanted.values(), "run"])
-    raise UsageError(f"found no {what} in {searched}: attach its output as input, or give --output-dir")
+    places = ", ".join(map(str, (platform.output_root, *platform.inputs)))
+    raise UsageError(f"found no {what} in {places}: attach its output as input, or give --output-dir")
 
 
 def newest_run(args: Namespace, platform: Platform, wanted: Mapping[str, Any]) -> Path | None:
@@ -6081,21 +6006,16 @@ def adopt(path: Path, args: Namespace, platform: Platform) -> Path:
     target = Path(args.given.get("output_dir") or platform.output_root / path.name)
     if target.exists():
         raise UsageError(f"{target} exists already: remove it or give another --output-dir")
-    partial_copy = target.with_name(f".{target.name}.partial")
+    copied = target.with_name(f".{target.name}.partial")
     log.info("copying the run %s to %s", path, target)
-    shutil.rmtree(partial_copy, ignore_errors=True)
+    shutil.rmtree(copied, ignore_errors=True)
     try:
-        shutil.copytree(
-            path,
-            partial_copy,
-            ignore=left_out_of_copies,
-            copy_function=lambda one, other: write_atomic(Path(other), Path(one).read_bytes()),
-        )
-        for folder in (partial_copy, *partial_copy.glob("**/")):
+        shutil.copytree(path, copied, ignore=left_out_of_copies, copy_function=shutil.copyfile)
+        for folder in (copied, *copied.glob("**/")):
             folder.chmod(0o755)  # the mount's are read-only
     except OSError as error:
         raise UsageError(f"cannot copy {path} to {target} ({first_line(error)}): give --output-dir") from None
-    rename(partial_copy, target)
+    rename(copied, target)
     return target
 
 
@@ -6105,10 +6025,11 @@ def left_out_of_copies(folder: str, names: list[str]) -> set[str]:
     return rubbish(folder, names) | {name for name in names if os.path.islink(os.path.join(folder, name))}
 
 
+Opened = tuple[Run, list[Device], RawData]  # a run, what computes it, and its data
+
+
 @contextlib.contextmanager
-def open_run(
-    args: Namespace, platform: Platform, session: Session
-) -> Iterator[tuple[Run, list[Device], RawData]]:
+def open_run(args: Namespace, platform: Platform, session: Session) -> Iterator[Opened]:
     """Find or create the run, take its lock, check device and data, and enter this session into the index."""
     path, is_new = choose_folder(args, platform)
     make_run_folder(path)
@@ -6125,7 +6046,9 @@ def open_run(
             count = f"{len(data.train_labels):,}"
             log.info("data: %s, %s training images (%s)", data.name, count, data.source)
             run = Run(path, make_index(index, settings, precision, data, args), data.test_labels)
-            prepare_run(run, platform)
+            run.clean()
+            run.forget_failures()
+            check_fits(run, platform)
             enter_session(run, settings, args, devices)
             if not settings.fresh_teacher:
                 reuse_finished(run, platform)
@@ -6133,9 +6056,8 @@ def open_run(
             run.save_index()
             yield run, devices, data
     finally:
-        if (
-            is_new and not is_run(path) and not is_held(path / "run.lock")
-        ):  # refused: leave no empty folder behind
+        # Refused: leave no empty folder behind.
+        if is_new and not is_run(path) and not is_held(path / "run.lock"):
             start_logging(None)
             shutil.rmtree(path, ignore_errors=True)
 
@@ -6150,9 +6072,7 @@ def choose_folder(args: Namespace, platform: Platform) -> tuple[Path, bool]:
     if path is None:
         return new_run_folder(platform.output_root, settings.mode), True
     if is_run(path):
-        raise UsageError(
-            f"{path} holds a run already: add --resume to continue it, or choose another --output-dir"
-        )
+        raise UsageError(f"{path} holds a run already: add --resume, or choose another --output-dir")
     others = sorted({*os.listdir(path)} - OWN_NAMES) if os.path.isdir(path) else []
     if others:
         raise UsageError(f"{path} holds other files ({others[0]}): choose a new or empty --output-dir")
@@ -6176,16 +6096,15 @@ def make_run_folder(path: Path, exist_ok: bool = True) -> None:
     """Make the folders of a run. Raises `UsageError` where that is impossible."""
     try:
         path.mkdir(parents=True, exist_ok=exist_ok)
-        for folder in (path / "checkpoints", path / "figures"):
-            folder.mkdir(exist_ok=True)
+        (path / "checkpoints").mkdir(exist_ok=True)
+        (path / "figures").mkdir(exist_ok=True)
     except OSError as error:
         if isinstance(error, FileExistsError) and not exist_ok:
             raise
         if error.errno in NO_ROOM:
             raise DiskFull(f"no room to make {path}") from None
-        raise UsageError(
-            f"cannot create {error.filename}: {error.strerror}; choose another --output-dir"
-        ) from None
+        what = f"cannot create {error.filename}: {error.strerror}"
+        raise UsageError(f"{what}; choose another --output-dir") from None
 
 
 def continued_settings(index: Index, given: Mapping[str, Any]) -> Settings:
@@ -6198,23 +6117,26 @@ def continued_settings(index: Index, given: Mapping[str, Any]) -> Settings:
 
 
 def choose_devices(settings: Settings, platform: Platform) -> list[Device]:
-    """The devices of a run, of which at least one works."""
+    """The devices of a run. A single worker's is tried before anything is downloaded.
+
+    Several workers try their own: this process, which trains nothing then, would take memory on each GPU.
+    """
     devices = find_devices(settings.device, platform.kaggle, settings.mode == "smoke")
-    check_devices(devices, worker_count(settings, devices))
+    if devices[0].kind == "cuda" and worker_count(settings, devices) == 1:
+        probe(devices[0])
     return devices
 
 
 def announce_devices(devices: Sequence[Device], precision: str, settings: Settings) -> None:
     """Say what will compute, and in which precision. Raises `UsageError` where that does not work."""
-    if precision == "fp16" and devices[0].kind == "cpu":
-        raise UsageError(
-            "this run computes in fp16, which needs a GPU: attach one, or start a new run for the CPU"
-        )
+    kind = devices[0].kind
+    if precision == "fp16" and kind == "cpu":
+        raise UsageError("this run computes in fp16, which needs a GPU: attach one, or start a new run")
     names = listed(dict.fromkeys(device.name for device in devices))
     workers = say_count(worker_count(settings, devices), "worker")
     threads = say_count(thread_count(settings, devices), "thread")
     log.info("device: %s; %s, %s of %s", names, precision, workers, threads)
-    if devices[0].kind == "cpu" and torch.accelerator.is_available():
+    if kind == "cpu" and torch.accelerator.is_available():
         other = str(torch.accelerator.current_accelerator())
         if other != "cuda":
             log.info("torch also offers %s: not used, because this script knows CUDA, ROCm and CPUs", other)
@@ -6226,21 +6148,20 @@ def load_run_data(
     settings: Settings, path: Path, platform: Platform, session: Session, download: bool = True
 ) -> RawData:
     """The data set of a run, from the first source that has it."""
-    own = path / "data"
-    folders = [*platform.inputs, own, *sorted(platform.output_root.glob("exp1b_*/data"))]
+    check, size, seed = session.check, settings.train_size, settings.seed
     if settings.data_dir is not None:
-        folders, download = [settings.data_dir], False
-    folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir() or folder == settings.data_dir]
-    target = own if download else None
-    return load_data(settings.dataset, folders, target, settings.train_size, settings.seed, session.check)
+        return load_data(settings.dataset, [settings.data_dir], None, size, seed, check)
+    own = path / "data"
+    folders = dict.fromkeys([*platform.inputs, own, *sorted(platform.output_root.glob("exp1b_*/data"))])
+    there = [folder for folder in folders if folder.is_dir()]
+    return load_data(settings.dataset, there, own if download else None, size, seed, check)
 
 
 def describe_data(data: RawData, seed: int) -> DataDescription:
     """What the index says about the data."""
     train, fit, select = (len(part) for part in held_out_indices(data.train_labels, seed))
-    return DataDescription(
-        data.name, list(data.classes), train, fit, select, len(data.test_labels), data.source, data.sha256
-    )
+    names, test = list(data.classes), len(data.test_labels)
+    return DataDescription(data.name, names, train, fit, select, test, data.source, data.sha256)
 
 
 def make_index(
@@ -6255,20 +6176,33 @@ def make_index(
     return replace(index, plugins={**index.plugins, **args.plugins}, equal_cost_epochs=epochs)
 
 
-def prepare_run(run: Run, platform: Platform) -> None:
-    """Clean up after killed processes and check that the run fits. Raises `UsageError`."""
-    run.clean()
-    run.forget_failures()
-    batch, train = run.settings.batch_size, run.index.data.train
+def check_fits(run: Run, platform: Platform) -> None:
+    """Raise `UsageError` if the data are too few for a batch, or if Kaggle's output folder is too small.
+
+    Its files are counted: the host's disk usage says nothing about Kaggle's limit.
+    """
+    batch, train, path = run.settings.batch_size, run.index.data.train, run.path
     if batch > train:
         raise UsageError(f"--batch-size {batch} is larger than the {train} training images: make it smaller")
-    if platform.kaggle:
-        needed, pages = disk_bytes(run.settings), page_bytes(run.settings)
-        place = PageStore(run.path).places[0]
-        root = place if place.exists() else place.parent
-        if not (root.is_dir() and os.access(root, os.W_OK) and shutil.disk_usage(root).free > pages):
-            needed += pages  # they will fall into the run folder
-        check_disk(run.path, needed, platform)
+    if not platform.kaggle:
+        return
+    needed, pages = disk_bytes(run.settings), page_bytes(run.settings)
+    place = PageStore(path).places[0]
+    cache = place if place.exists() else place.parent
+    if not (cache.is_dir() and os.access(cache, os.W_OK) and shutil.disk_usage(cache).free > pages):
+        needed += pages  # they will fall into the run folder
+    inside = path.resolve().is_relative_to(platform.output_root.resolve())
+    root, others = platform.output_root if inside else path.parent, 0
+    for file in root.rglob("*"):
+        with contextlib.suppress(OSError):
+            if file.is_file() and not file.is_relative_to(path):
+                others += file.stat().st_size
+    if needed + others > KAGGLE_DISK_BYTES:
+        need, used, limit = map(say_bytes, (needed, others, KAGGLE_DISK_BYTES))
+        raise UsageError(
+            f"this run needs about {need}, {root} holds {used} of other files, and Kaggle keeps {limit}: "
+            "remove what is not needed, use fewer --runs, or parts by --compression"
+        )
 
 
 def disk_bytes(settings: Settings) -> int:
@@ -6302,25 +6236,6 @@ def description_size(method: type[Method], network: str, width: int) -> int:
     return 0
 
 
-def check_disk(path: Path, needed: int, platform: Platform) -> None:
-    """Raise `UsageError` if a run of `needed` bytes does not fit beside what Kaggle's output folder holds.
-
-    The files are counted: the host's disk usage says nothing about Kaggle's limit.
-    """
-    inside = path.resolve().is_relative_to(platform.output_root.resolve())
-    root, others = platform.output_root if inside else path.parent, 0
-    for file in root.rglob("*"):
-        with contextlib.suppress(OSError):
-            if file.is_file() and not file.is_relative_to(path):
-                others += file.stat().st_size
-    if needed + others > KAGGLE_DISK_BYTES:
-        raise UsageError(
-            f"this run needs about {say_bytes(needed)} and {root} holds {say_bytes(others)} of other files, "
-            f"Kaggle keeps {say_bytes(KAGGLE_DISK_BYTES)}: remove what is not needed, use fewer --runs, or "
-            "parts by --compression"
-        )
-
-
 def enter_session(run: Run, settings: Settings, args: Namespace, devices: Sequence[Device]) -> None:
     """Enter this session into the index, with a note of what has changed since the last one."""
     index, before = run.index, run.index.settings
@@ -6352,14 +6267,12 @@ def enter_session(run: Run, settings: Settings, args: Namespace, devices: Sequen
 
 def note_changes(index: Index, last: SessionRecord, session: SessionRecord) -> None:
     """Note what differs between two sessions and could change a result."""
+    names = ("devices", "processor", "threads", "script_sha256")
+    before, after = ({**{n: getattr(s, n) for n in names}, **s.versions} for s in (last, session))
     changed = []
-    for name in ("devices", "processor", "threads", "script_sha256"):
-        old, new = getattr(last, name), getattr(session, name)
-        if old != new:
-            changed.append(f"{name.replace('_', ' ')} {old} -> {new}")
-    for package, version in session.versions.items():
-        if last.versions.get(package) != version:
-            changed.append(f"{package} {last.versions.get(package)} -> {version}")
+    for name, value in after.items():
+        if before.get(name) != value:
+            changed.append(f"{name.replace('_', ' ')} {before.get(name)} -> {value}")
     if changed:
         note = f"The session of {session.started} differs from the one before ({'; '.join(changed)}): "
         note += "bit-equality is no longer promised."
@@ -6369,18 +6282,18 @@ def note_changes(index: Index, last: SessionRecord, session: SessionRecord) -> N
 
 def reuse_finished(run: Run, platform: Platform) -> None:
     """Copy the teachers and pilots that an earlier run has finished with identical settings and data."""
-    jobs = {run.file(job).name: job for job in run.jobs if job.kind != "student"}
-    wanted = {name for name, job in jobs.items() if not run.file(job).exists()}
+    jobs = [job for job in run.jobs if job.kind != "student"]
+    wanted = [job for job in jobs if not run.file(job).exists()]
     if not wanted:
         return
-    folders = [*runs_in([run.path.parent]), *itertools.chain(*run_folders(platform))]
-    for name, job in jobs.items():  # in the order of learning: what teaches comes first
+    folders = dict.fromkeys([*runs_in([run.path.parent]), *itertools.chain(*run_folders(platform))])
+    for job in wanted:  # in the order of learning: what teaches comes first
         run.refresh()
-        if name not in wanted or any(teacher.name not in run.records for teacher in teachers_of(job)):
+        if any(teacher.name not in run.records for teacher in teachers_of(job)):
             continue
-        for folder in dict.fromkeys(folders):
+        for folder in folders:
             with contextlib.suppress(FileNotFoundError, Damaged, UsageError):
-                record, tensors = run.load(job, folder / "checkpoints" / name)
+                record, tensors = run.load(job, folder / "checkpoints" / run.file(job).name)
                 if record.taught_by != teacher_checksums(run, job):
                     continue
                 run.save_result(job, record, tensors)
@@ -6401,51 +6314,36 @@ def run_experiment(args: Namespace, platform: Platform) -> int:
     session, group = Session(), Group.find()
     with session.listening():
         session.limit(args.given.get("max_hours"), platform.kaggle)
-        if args.join or group.size > 1:
-            if "output_dir" not in args.given:
-                raise UsageError(
-                    "several processes that share a run (--join, torchrun, srun) need --output-dir DIR, "
-                    "a folder that all of them see"
-                )
+        if (args.join or group.size > 1) and "output_dir" not in args.given:
+            raise UsageError("--join, torchrun and srun need --output-dir DIR, a folder that all see")
         if args.join or group.rank > 0:
             return join_run(args, platform, session)
-        with open_run(args, platform, session) as (run, devices, data):
-            try:
-                reason = do_share(args, run, devices, data, platform, session, leads=True)
-            except Stopped as stop:
-                reason = str(stop)
-            return conclude(args, run, session, reason)
+        with open_run(args, platform, session) as opened:
+            reason = do_share(args, opened, platform, session, leads=True)
+            return conclude(args, opened[0], session, reason)
 
 
-def do_share(
-    args: Namespace,
-    run: Run,
-    devices: Sequence[Device],
-    data: RawData,
-    platform: Platform,
-    session: Session,
-    leads: bool,
-) -> str:
+def do_share(args: Namespace, opened: Opened, platform: Platform, session: Session, leads: bool) -> str:
     """Do what this machine can do of a run; returns why it stopped early ("" if nothing is left to do here).
 
     One worker works in this process. Several are processes of their own, one per device; under torchrun or
     srun each process is one of them already.
     """
+    run, devices, data = opened
     group, workers = Group.find(), worker_count(run.settings, devices)
-    if group.size == 1 and workers > 1:
-        if has_locks(run.path):
-            return launch(args, run, devices, platform, session, leads)
-        log.warning("the file system of %s has no locks, which several workers need: one worker", run.path)
-    progress = make_progress(run, devices, platform.watched)
-    experiment = make_experiment(run, own_device(devices, group.local_rank), devices, data, session, progress)
-    if leads:
-        return work(experiment, True, partial(progress.announce, session))
-    return work(experiment, False, lambda: None)
-
-
-def own_device(devices: Sequence[Device], number: int) -> Device:
-    """The device of a process that was started with others, by its number on this machine."""
-    return devices[number % len(devices)]
+    try:
+        if group.size == 1 and workers > 1:
+            if has_locks(run.path):
+                return launch(args, run, devices, platform, session, leads)
+            log.warning("%s: its file system has no locks, which several workers need: one worker", run.path)
+        progress = make_progress(run, devices, platform.watched)
+        device = devices[group.local_rank % len(devices)]
+        experiment = make_experiment(run, device, devices, data, session, progress)
+        if leads:
+            return work(experiment, True, partial(progress.announce, session))
+        return work(experiment, False, lambda: None)
+    except Stopped as stop:
+        return str(stop)
 
 
 # -- workers of our own: processes that only their parent knows
@@ -6456,6 +6354,7 @@ class Member:
     process: multiprocessing.process.BaseProcess
     pipe: connection.Connection
     text: str = "starting"  # what it is doing
+    speeds: dict[str, Any] = field(default_factory=dict)  # of the networks, once it has measured them
     outcome: str | Exception | None = None  # why it ended; None: it has not said so
 
 
@@ -6465,7 +6364,6 @@ class Crew:
     def __init__(self, count: int, *mandate: Any) -> None:
         """`mandate`: further arguments of `worker_main`."""
         self.mandate, self.restarts, self.ending = mandate, 0, 0.0
-        self.speeds: dict[str, Any] = {}  # of the networks, as the first worker has measured them
         self.members: list[Member] = []
         for number in range(count):
             self.members.append(self.start(number))
@@ -6483,10 +6381,8 @@ class Crew:
             process.start()
         except (OSError, RuntimeError) as error:
             self.kill()
-            raise UsageError(
-                f"several workers cannot be started ({first_line(error)}): they need memory and open files "
-                "(ulimit -n); --workers 1 needs no other process"
-            ) from None
+            reason = f"several workers cannot be started ({first_line(error)})"
+            raise UsageError(f"{reason}: free memory or raise ulimit -n, or give --workers 1") from None
         finally:
             hold_signals(False)
             there.close()
@@ -6504,7 +6400,7 @@ class Crew:
             if member.outcome is None and member.pipe in heard:
                 try:
                     kind, value = member.pipe.recv()
-                    setattr(self if kind == "speeds" else member, kind, value)
+                    setattr(member, kind, value)
                 except (EOFError, OSError):
                     member.process.join()
                     self._died(number, member)
@@ -6561,8 +6457,9 @@ def launch(
     try:
         while crew.working:
             crew.listen(Worker.POLL_SECONDS)
-            if crew.speeds and not progress.estimate.speeds:
-                progress.estimate.speeds = crew.speeds
+            measured = [member.speeds for member in crew.members if member.speeds]
+            if measured and not progress.estimate.speeds:
+                progress.estimate.speeds = measured[0]
                 if leads:
                     progress.announce(session)
             progress.show([member.text for member in crew.members])
@@ -6602,7 +6499,8 @@ def worker_main(
             run, data = open_prepared(args, platform, session)
             devices = find_devices(run.settings.device, platform.kaggle, allow_cpu=True)
             publish = partial(tell, pipe, "text") if platform.watched else None
-            progress, device = make_progress(run, devices, False, publish), own_device(devices, number)
+            progress = make_progress(run, devices, False, publish)
+            device = devices[number % len(devices)]
             experiment = make_experiment(run, device, devices, data, session, progress)
             outcome = work(experiment, False, lambda: tell(pipe, "speeds", progress.estimate.speeds))
         except DeviceLost as lost:
@@ -6655,21 +6553,13 @@ def join_run(args: Namespace, platform: Platform, session: Session) -> int:
     devices = choose_devices(run.settings, platform)
     announce_devices(devices, run.index.precision, run.settings)
     log.info("joined the run in %s", path)
-    try:
-        reason = do_share(args, run, devices, data, platform, session, leads=False)
-    except Stopped as stop:
-        reason = str(stop)
+    reason = do_share(args, (run, devices, data), platform, session, leads=False)
     ended = f"stopped by {reason}" if reason else "nothing is left to do here"
     writer = "the process that leads it writes the report"
     if not is_held(path / "run.lock"):
         writer = f"nobody leads it any more, so continue with: {continue_command(args, path)}"
-    log.info(
-        "%s: %d of %d jobs of the run done; %s",
-        ended,
-        len(run.records) - len(run.failed),
-        len(run.jobs),
-        writer,
-    )
+    done = len(run.records) - len(run.failed)
+    log.info("%s: %d of %d jobs of the run done; %s", ended, done, len(run.jobs), writer)
     if session.signal:
         return 128 + session.signal
     return 0 if reason in ("", "session clock") else 1
@@ -6692,7 +6582,8 @@ def open_prepared(args: Namespace, platform: Platform, session: Session) -> tupl
 def await_leader(path: Path, session: Session) -> None:
     """Wait for a process that leads the run and has prepared it; `UsageError` where none comes."""
     lock, state = path / "run.lock", path / "checkpoints" / STATE_NAME
-    said, waited = False, 0.0
+    log.info("waiting until a process leads the run in %s and has prepared it", path)
+    waited = 0.0
     while True:
         session.check()
         if lock.exists() and not has_locks(path):
@@ -6702,15 +6593,10 @@ def await_leader(path: Path, session: Session) -> None:
             # The lock's file is written when it is taken, the index when all is prepared.
             if led and state.stat().st_mtime >= lock.stat().st_mtime:
                 return
-        if not said:
-            log.info("waiting for the process that leads the run in %s", path)
-            said = True
         waited = 0.0 if led else waited + 1.0
         if waited > JOIN_SECONDS:
-            raise UsageError(
-                f"no process leads a run in {path}: start one there without --join, or check the path "
-                f"(waited {say_time(JOIN_SECONDS)})"
-            )
+            none = f"no process leads a run in {path} (waited {say_time(JOIN_SECONDS)})"
+            raise UsageError(f"{none}: start one there without --join, or check the path")
         time.sleep(1.0)
 
 
@@ -6723,7 +6609,8 @@ def conclude(args: Namespace, run: Run, session: Session, reason: str) -> int:
     failed, left = run.failed, len(run.left)
     done = len(run.records) - len(failed)
 
-    parts = [f"{f'stopped by {reason}' if reason else 'finished'}: {done} of {len(run.jobs)} jobs done"]
+    outcome = f"stopped by {reason}" if reason else "finished"
+    parts = [f"{outcome}: {done} of {len(run.jobs)} jobs done"]
     if failed:
         names = ", ".join(failed[:3]) + (" ..." if len(failed) > 3 else "")
         parts.append(f"{len(failed)} failed ({names})")
@@ -6732,7 +6619,7 @@ def conclude(args: Namespace, run: Run, session: Session, reason: str) -> int:
     if may_continue(run):
         parts.append(f"continue with: {continue_command(args, run.path)}")
     parts += [say_answer(run), f"report: {run.path / REPORT_NAME}"]
-    log.info("%s", "; ".join(part for part in parts if part))
+    log.info("%s", "; ".join(filter(None, parts)))
     write_archive(run)
     if session.signal:
         return 128 + session.signal
@@ -6765,11 +6652,10 @@ def show_status(args: Namespace, platform: Platform) -> int:
     run.refresh(touch=False)
     settings, left, failed = run.settings, run.left, run.failed
     spent = sum(record.train_seconds for record in run.records.values() if not record.same_as)
-    done = len(run.records) - len(failed)
-    print(path)
-    print(f"{settings.mode}, {settings.dataset}, width {settings.width}, {run.index.precision}", end=", ")
-    print(f"last session {run.index.last_activity}")
-    print(f"{done} of {len(run.jobs)} jobs done, {len(failed)} failed, {len(left)} left", end="; ")
+    done, jobs = len(run.records) - len(failed), len(run.jobs)
+    what = f"{settings.mode}, {settings.dataset}, width {settings.width}, {run.index.precision}"
+    print(f"{path}\n{what}, last session {run.index.last_activity}")
+    print(f"{done} of {jobs} jobs done, {len(failed)} failed, {len(left)} left", end="; ")
     print(f"{say_time(spent)} of training so far")
     finished = [record for record in run.records.values() if record.done]
     for ratio, arm in itertools.product(settings.compression, student_methods(settings)):
@@ -6869,31 +6755,30 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
     if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists already: choose another --output-dir for the merged run")
 
+    names = [path.name for path in paths]
+    notes = [note for run in runs for note in run.index.notes] + [f"Merged from {listed(names)}."]
     index = replace(
         runs[0].index,
         settings=settings,
-        jobs={},
-        merged_from=[run.path.name for run in runs],
+        merged_from=names,
         sessions=[session for run in runs for session in run.index.sessions],
-        notes=list(dict.fromkeys(note for run in runs for note in run.index.notes)),
+        notes=list(dict.fromkeys(notes)),
         plugins={name: sha256 for run in runs for name, sha256 in run.index.plugins.items()},
         equal_cost_epochs=merged_epochs(runs, settings),
     )
-    index.notes.append(f"Merged from {listed(index.merged_from)}.")
-    files = merged_files(runs, settings)
-
+    files = merged_files(Run(paths[0], index), paths)
     if target is None:
         target = new_run_folder(platform.output_root, "merged")
-    partial_run = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial_run, ignore_errors=True)
-    make_run_folder(partial_run)
+    whole = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(whole, ignore_errors=True)
+    make_run_folder(whole)
     for source in files:
-        write_atomic(partial_run / "checkpoints" / source.name, source.read_bytes())
-    Run(partial_run, index).save_index()
+        write_atomic(whole / "checkpoints" / source.name, source.read_bytes())
+    Run(whole, index).save_index()
     for folder in (target / "checkpoints", target / "figures", target):
         if folder.is_dir():
             folder.rmdir()  # empty, or this is an error
-    rename(partial_run, target)  # from here on it is a run, and --report-only can write its report
+    rename(whole, target)  # from here on it is a run, and --report-only can write its report
     with hold_folder(target):
         start_logging(target / "experiment.log")
         log.info("merged %d jobs of %d runs into %s", len(files), len(runs), target)
@@ -6904,17 +6789,16 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
 def merged_settings(runs: Sequence[Run]) -> Settings:
     """The common settings, with the union of the scopes. Raises `UsageError` naming differences."""
     first, settings = runs[0], runs[0].settings
+    names = [name for name in setting_names("experiment") if name not in ("mode", "precision")]
     for other in runs[1:]:
-        names = [name for name in setting_names("experiment") if name not in ("mode", "precision")]
         compared = {name: [getattr(run.settings, name) for run in (first, other)] for name in names}
         compared["precision"] = [first.index.precision, other.index.precision]
         differing = [f"{name} {one} / {two}" for name, (one, two) in compared.items() if one != two]
         if first.index.data.sha256 != other.index.data.sha256:
             differing.append("the data differ")
         if differing:
-            raise UsageError(
-                f"{first.path.name} and {other.path.name} have different settings: {'; '.join(differing)}"
-            )
+            both = f"{first.path.name} and {other.path.name}"
+            raise UsageError(f"{both} have different settings: {'; '.join(differing)}")
         scope = {name: getattr(other.settings, name) for name in setting_names("scope")}
         settings = extended_settings(settings, scope)
     return settings
@@ -6925,43 +6809,34 @@ def merged_epochs(runs: Sequence[Run], settings: Settings) -> dict[str, int]:
     epochs: dict[str, int] = {}
     for run in runs:
         for ratio, count in run.index.equal_cost_epochs.items():
-            if epochs.setdefault(ratio, count) != count:
-                raise UsageError(
-                    f"{run.path} plans {count} epochs of Direct-equal-cost at {ratio}, another part plans "
-                    f"{epochs[ratio]}: merge parts that were started with the same scope"
-                )
+            other = epochs.setdefault(ratio, count)
+            if other != count:
+                what = f"{run.path} plans {count} epochs of Direct-equal-cost at {ratio}, another {other}"
+                raise UsageError(f"{what}: merge parts that were started with the same scope")
     return {**equal_cost_epochs(settings), **epochs}
 
 
-def merged_files(runs: Sequence[Run], settings: Settings) -> list[Path]:
+def merged_files(run: Run, sources: Sequence[Path]) -> list[Path]:
     """The finished files of a merged run. Raises `UsageError` unless all was learned from one teacher."""
-    chosen: dict[str, tuple[Path, Record]] = {}
-    for run in runs:
-        run.jobs = planned_jobs(settings)
-        for job in run.jobs:
-            try:
-                record, _ = run.load(job)
-            except FileNotFoundError:
-                continue
-            except Damaged as error:
-                raise UsageError(f"{run.file(job)} {error}: repair that run with --resume first") from None
-            run.records[job.name] = record
-            path, known = chosen.setdefault(job.name, (run.file(job), record))
-            if (known.weights_sha256, known.config) != (record.weights_sha256, record.config):
-                both = f"{path.parent.parent} and {run.path}"
-                if job.kind in ("teacher", "assistant"):
-                    raise UsageError(
-                        f"{both} learned from different teachers ({job.name}): merge runs that share one"
-                    )
-                raise UsageError(f"{both} both hold {job.name}, trained differently: merge only one of them")
-    for path, record in chosen.values():
-        for name, sha256 in record.taught_by.items():
-            if name not in chosen or chosen[name][1].weights_sha256 != sha256:
-                raise UsageError(
-                    f"{path} was distilled from a {name} that none of these runs holds: repair its run with "
-                    "--resume first, or merge runs that share one teacher"
-                )
-    return [path for path, _ in chosen.values()]
+    files: dict[str, Path] = {}
+    for job, source in itertools.product(run.jobs, sources):  # what teaches comes first
+        file = source / "checkpoints" / run.file(job).name
+        try:
+            record, _ = run.load(job, file)
+        except FileNotFoundError:
+            continue
+        except Damaged as error:
+            remedy = "repair its run with --resume first, and merge only runs that share one teacher"
+            raise UsageError(f"{file} {error}: {remedy}") from None
+        for name in record.taught_by:
+            if name not in files:
+                what = f"{file} was distilled from a {name} that none of these runs holds"
+                raise UsageError(f"{what}: repair its run with --resume first")
+        known, other = run.records.setdefault(job.name, record), files.setdefault(job.name, file)
+        if (known.weights_sha256, known.config) != (record.weights_sha256, record.config):
+            what = "the runs learned from different teachers, or trained this one twice"
+            raise UsageError(f"{other} and {file} differ ({what}): merge only one of them")
+    return list(files.values())
 
 
 def last_activity(path: Path) -> str:
@@ -7018,11 +6893,8 @@ def main(argv: Sequence[str] | None = None, root: Path = Path("/")) -> int:
         log.error("error: %s", error)
         return 2
     except DiskFull as error:
-        log.error(
-            "error: %s: free some space, then continue with --resume, or start again if nothing was "
-            "saved yet; what was saved is intact",
-            error,
-        )
+        remedy = "free some space, then continue with --resume, or start again if nothing was saved yet"
+        log.error("error: %s: %s; what was saved is intact", error, remedy)
         return 1
     except KeyboardInterrupt:  # of a command that only reads, reports or merges
         log.info("stopped by SIGINT: the same command does it again")
