@@ -4346,7 +4346,8 @@ class Run:
             self.records[job.name] = record
             ended.append(job)
             if touch and record.done:  # what it needs no more goes, also where a killed process left it
-                for path in (*self.progress_files(job), self.file(job, "attempts"), self.file(job, "lock")):
+                written = [*self.progress_files(job), *self.checkpoints.glob(f".{job.name}[._]*.tmp")]
+                for path in (*written, self.file(job, "attempts"), self.file(job, "lock")):
                     with contextlib.suppress(OSError):  # Windows removes no file that is open
                         path.unlink(missing_ok=True)
         return ended

@@ -506,6 +506,17 @@ def test_a_job_that_ends_its_process_twice_is_failed(tmp_path: Path) -> None:
     assert not attempts.exists()
 
 
+def test_what_a_killed_process_left_of_a_job_goes_when_another_has_done_it(tmp_path: Path) -> None:
+    """Killed in the middle of a write, in a run that goes on."""
+    lab = open_lab(tmp_path, methods=("Direct",), compression=("2.3x",))
+    for job in lab.run.jobs:
+        (lab.run.checkpoints / f".{job.name}.attempts.7.tmp").touch()
+    with shortcuts(steps=False):
+        exp.Worker(lab, writes=False).work()
+    assert lab.run.left == []
+    assert list(lab.run.checkpoints.glob(".*")) == []
+
+
 def test_what_is_being_done_is_not_cleaned_up(tmp_path: Path) -> None:
     """A leader that comes back while others work."""
     run = open_lab(tmp_path).run
