@@ -197,10 +197,22 @@ def warn_once(text: str) -> None:
 # ============================================================================================================
 # It decides every number: what is trained on what, by which loss, in which order, and how it is measured.
 # It knows nothing of files, locks, reports or the command line, except through the objects that it is given.
+#
+# Words, with one meaning each:
+#   teacher      the ResNet-50, trained once; in the plural all networks that a student learns from
+#   assistant    a network between teacher and student in size (1.5x, 2.3x, 5x), distilled once
+#   method       a class: a loss and what it learns from; METHODS has them by name
+#   run          run i: its weights, batches and views are the same in every method (`Run`: a run folder)
+#   view, page   a crop and flip of an image, one of 162; one view of every training image
+#   description  what a method keeps of a teacher's features of a page, beside the logits
+#   pilot, rung  short trainings that choose among candidates; a round of them, after which half go on
+#   job, record  a network to train, or a pilot; what is kept of it
+#   fingerprint  a checksum of all that a computation depends on
+#   arm          a method of the ablation or the equal-cost control; a twin is an arm equal to another method
 
 
 # -- settings -----------------------------------------------------------------------------------------------
-VERSION = "2.0.0"
+VERSION = "3.0.0"
 PROTOCOL = 2  # raised when what a seed produces changes; files of different protocols are not mixed
 FORMAT = 3  # of the index; raised when its layout changes
 STATE_NAME = "experiment_state.pkl"
@@ -229,77 +241,51 @@ def setting(role: str, default: Any, help: str, type: Any = None, span: Any = No
     return field(default=default, metadata={"help": help, "role": role, "span": span, "options": options})
 
 
+fixed, growing, passing = (partial(setting, role) for role in ("experiment", "scope", "session"))
+
+
 @dataclass(frozen=True)
 class Settings:
     """All settings of a run. The defaults are `--mode quick`'s; PRESETS has what other modes change."""
 
-    mode: str = setting("experiment", "quick", "preset of the values below", choices=MODES)
-    dataset: str = setting(
-        "experiment", "CIFAR10", "SYNTHETIC is generated and needs no download", choices=tuple(DATASETS)
-    )
-    teacher_epochs: int = setting("experiment", 50, "epochs of the ResNet-50 teacher", int, (1, 10_000))
-    student_epochs: int = setting("experiment", 20, "epochs of every student", int, (1, 10_000))
-    batch_size: int = setting("experiment", 128, "images per step", int, (2, 100_000))
-    lr: float = setting("experiment", 0.1, "peak learning rate", float, (1e-9, 100))
-    width: int = setting(
-        "experiment", FULL_WIDTH, "channels of the first stage; 16: a quarter as wide as 64", int, (8, 256)
-    )
-    train_size: int | None = setting(
-        "experiment", None, "use only this many training images, held-out ones included", int
-    )
-    seed: int = setting(
-        "experiment", 42, "run i uses seed + i for weights, batch order and views", int, (0, 2**31 - 1)
-    )
-    precision: str = setting(
-        "experiment", "auto", "auto: by the device's capability", choices=("auto", *PRECISIONS)
-    )
-    deterministic: bool = setting("experiment", False, "bit-equal results on a GPU, at a cost in speed")
+    mode: str = fixed("quick", "preset of the values below", choices=MODES)
+    dataset: str = fixed("CIFAR10", "SYNTHETIC is generated: no download", choices=tuple(DATASETS))
+    teacher_epochs: int = fixed(50, "epochs of the ResNet-50 teacher", int, (1, 10_000))
+    student_epochs: int = fixed(20, "epochs of every student", int, (1, 10_000))
+    batch_size: int = fixed(128, "images per step", int, (2, 100_000))
+    lr: float = fixed(0.1, "peak learning rate", float, (1e-9, 100))
+    width: int = fixed(FULL_WIDTH, "channels of the first stage; 16: a quarter as wide as 64", int, (8, 256))
+    train_size: int | None = fixed(None, "use only this many training images, held-out ones included", int)
+    seed: int = fixed(42, "run i uses seed + i for weights, batch order and views", int, (0, 2**31 - 1))
+    precision: str = fixed("auto", "auto: by the device's capability", choices=("auto", *PRECISIONS))
+    deterministic: bool = fixed(False, "bit-equal results on a GPU, at a cost in speed")
 
-    compression: tuple[str, ...] = setting(
-        "scope", tuple(RATIOS), f"{', '.join(RATIOS)} or all", nargs="+", metavar="RATIO"
+    compression: tuple[str, ...] = growing(
+        tuple(RATIOS), f"{', '.join(RATIOS)} or all", nargs="+", metavar="RATIO"
     )
-    methods: tuple[str, ...] = setting(
-        "scope",
-        MAIN_METHODS,
-        f"{', '.join(MAIN_METHODS)}, or one that a --plugin registers",
-        nargs="+",
-        metavar="METHOD",
+    methods: tuple[str, ...] = growing(
+        MAIN_METHODS, f"{', '.join(MAIN_METHODS)}, or of a --plugin", nargs="+", metavar="METHOD"
     )
-    runs: int = setting("scope", 3, "paired runs per ratio and method", int, (1, 1_000))
-    ablation: bool = setting("scope", False, "also HPM-KD without each of its components, and TunedKD")
-    equal_cost: bool = setting("scope", False, "also Direct for as long as HPM-KD took, overheads included")
+    runs: int = growing(3, "paired runs per ratio and method", int, (1, 1_000))
+    ablation: bool = growing(False, "also HPM-KD without each of its components, and TunedKD")
+    equal_cost: bool = growing(False, "also Direct for as long as HPM-KD took, overheads included")
 
-    device: str = setting(
-        "session", "auto", "auto: every GPU, or else the CPU", choices=("auto", "cuda", "cpu")
+    device: str = passing("auto", "auto: every GPU, or else the CPU", choices=("auto", "cuda", "cpu"))
+    workers: int | None = passing(None, "processes that share the jobs (default: one per GPU)", int, (1, 256))
+    threads: int | None = passing(
+        None, "CPU threads per process (default: the cores, shared)", int, (1, 1_024)
     )
-    workers: int | None = setting(
-        "session", None, "processes that share the jobs (default: one per GPU)", int, (1, 256)
+    max_hours: float | None = passing(
+        None, f"hours from now after which to stop (on Kaggle {KAGGLE_SESSION_HOURS})", float, (1e-6, 1e6)
     )
-    threads: int | None = setting(
-        "session", None, "CPU threads per process (default: the cores, shared)", int, (1, 1_024)
+    data_dir: Path | None = passing(
+        None, "folder with the data set; nothing else is searched", Path, metavar="DIR"
     )
-    max_hours: float | None = setting(
-        "session",
-        None,
-        f"length of this session, to stop in time (on Kaggle {KAGGLE_SESSION_HOURS})",
-        float,
-        (1e-6, 1e6),
+    output_dir: Path | None = passing(None, "the run folder itself (default: a new one)", Path, metavar="DIR")
+    plugin: tuple[Path, ...] = passing(
+        (), "Python file that registers methods; may be repeated", Path, action="append", metavar="FILE"
     )
-    data_dir: Path | None = setting(
-        "session", None, "folder with the data set; nothing else is searched", Path, metavar="DIR"
-    )
-    output_dir: Path | None = setting(
-        "session", None, "the run folder itself (default: a new one)", Path, metavar="DIR"
-    )
-    plugin: tuple[Path, ...] = setting(
-        "session",
-        (),
-        "Python file that registers a method of your own; may be given several times",
-        Path,
-        action="append",
-        metavar="FILE",
-    )
-    fresh_teacher: bool = setting("session", False, "train even where an identical finished teacher is found")
+    fresh_teacher: bool = passing(False, "train even where an identical finished teacher is found")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -337,35 +323,6 @@ def new_settings(given: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def extended_settings(stored: Settings, given: Mapping[str, Any]) -> Settings:
-    """Settings of a continued run: the stored ones, with `given` added to the scope and for this session.
-
-    Raises `UsageError` with the list of differences where a given setting contradicts the run.
-    """
-    differing = []
-    for name in setting_names("experiment"):
-        unchanged = name not in given or given[name] == getattr(stored, name)
-        if not unchanged and (name, given[name]) != ("precision", "auto"):
-            differing.append(f"{flag(name)}: the run has {getattr(stored, name)}, you gave {given[name]}")
-    if differing:
-        raise UsageError(
-            f"a run cannot change its settings ({'; '.join(differing)}): leave them out, or start a new run"
-        )
-    ratios = {*stored.compression, *given.get("compression", ())}
-    session = {name: given[name] for name in setting_names("session") if name in given}
-    settings = replace(
-        stored,
-        **session,
-        compression=tuple(ratio for ratio in RATIOS if ratio in ratios),
-        methods=tuple(in_order({*stored.methods, *given.get("methods", ())})),
-        runs=max(stored.runs, given.get("runs", 0)),
-        ablation=stored.ablation or given.get("ablation", False),
-        equal_cost=stored.equal_cost or given.get("equal_cost", False),
-    )
-    validate(settings)
-    return settings
-
-
 def validate(settings: Settings) -> None:
     """Raise `UsageError` for a value outside its range, or for settings that contradict each other."""
     for declared in dataclasses.fields(Settings):
@@ -388,21 +345,6 @@ def validate(settings: Settings) -> None:
             )
 
 
-def choose_from(option: str, values: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    """`values` (also joined by commas, or "all") as a part of `known`, in its order. Raises `UsageError`."""
-    wanted = [name for value in values for name in value.split(",") if name]
-    if wanted == ["all"]:
-        return tuple(known)
-    unknown = [name for name in wanted if name not in known]
-    if "all" in unknown:
-        raise UsageError(f"{option}: give either all or a list, not both")
-    if unknown or not wanted:
-        raise UsageError(
-            f"{option} knows {', '.join(known)} and all, not {', '.join(unknown) or 'an empty list'}"
-        )
-    return tuple(name for name in known if name in wanted)
-
-
 # -- data as tensors, split, views and pages ----------------------------------------------------------------
 MIN_PER_CLASS = 20  # training images: then each held-out part has one
 SYNTHETIC_MOST = 100_000  # training images
@@ -410,27 +352,6 @@ PAD = 4
 SHIFTS = 2 * PAD + 1
 VIEWS = SHIFTS * SHIFTS * 2  # every crop and flip of an image: 162
 CHUNK = 250  # images per inference batch; fixed, because another batch size may round differently
-
-
-@dataclass(frozen=True, eq=False)
-class RawData:
-    """A data set in memory. Pixels are uint8 [N, 32, 32, 3] (RGB), labels int64 [N]."""
-
-    name: str  # CIFAR10, CIFAR100 or SYNTHETIC
-    classes: tuple[str, ...]  # class names; a label is an index into them
-    train_pixels: np.ndarray
-    train_labels: np.ndarray
-    test_pixels: np.ndarray
-    test_labels: np.ndarray
-    source: str  # where it came from, for the log and the report
-
-    @cached_property
-    def sha256(self) -> str:
-        """SHA-256 (hex) of pixels and labels, for fingerprints."""
-        hasher = hashlib.sha256()
-        for array in (self.train_pixels, self.train_labels, self.test_pixels, self.test_labels):
-            hasher.update(np.ascontiguousarray(array).data)
-        return hasher.hexdigest()
 
 
 def check_train_size(size: int, most: int, classes: int) -> None:
@@ -614,8 +535,12 @@ class CifarResNet(nn.Module):
         for stage, planes, count in stages:
             for position in range(count):
                 stride = 2 if stage != "stage1" and position == 0 else 1
-                layers.append(residual_block(architecture.block, inputs, planes, stride))
-                inputs = planes * architecture.block.expansion
+                outputs, shortcut = planes * architecture.block.expansion, None
+                if stride != 1 or inputs != outputs:
+                    conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+                    shortcut = nn.Sequential(conv, nn.BatchNorm2d(outputs))
+                layers.append(architecture.block(inputs, planes, stride, shortcut))
+                inputs = outputs
             self.stage_ends[stage] = len(layers) - 1
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(inputs, classes)
@@ -651,16 +576,6 @@ class CifarResNet(nn.Module):
                     setattr(parent, name, fuse_conv_bn_eval(conv, norm))
                     setattr(parent, following, nn.Identity())
         return network
-
-
-def residual_block(
-    block: type[BasicBlock] | type[Bottleneck], inputs: int, planes: int, stride: int
-) -> nn.Module:
-    """torchvision's block, with a 1x1 convolution in the shortcut where the shape changes."""
-    outputs, shortcut = planes * block.expansion, None
-    if stride != 1 or inputs != outputs:
-        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-    return block(inputs, planes, stride, shortcut)
 
 
 def collect_features(network: CifarResNet, stages: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -790,7 +705,7 @@ def uniform_weights(logits: torch.Tensor) -> torch.Tensor:
     return torch.full((images, teachers), 1 / teachers, device=logits.device)
 
 
-# -- records: what is kept of a job; fields that are added later need a default -----------------------------
+# -- methods: one class says everything about a method ------------------------------------------------------
 Schedule = Literal["constant", "cosine", "loss", "convergence"]
 Network = Literal["teacher", "1.5x", "2.3x", "5x", "7x"]
 
@@ -809,105 +724,8 @@ class Distillation:
     weight: float = 0.0  # of the description's loss (HPM-KD: of the relations between images); 0: none
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """One line of a training's history."""
-
-    loss: float
-    val_accuracy: float  # percent, on `select`
-    lr: float
-    seconds: float
-    temperature: float | None = None
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What a pilot learned about one configuration."""
-
-    config: Distillation
-    steps: list[int]  # per rung that it took part in
-    accuracies: list[float]  # percent on `select`, per rung
-    difference: float  # from candidate 1 in their last common rung, percentage points
-    standard_error: float
-
-
-@dataclass(frozen=True)
-class AttentionReport:
-    """The fitted attention on one set of images."""
-
-    mean_weight: list[float]  # per teacher
-    weight_sd: list[float]  # over images
-    nll_mixture: float
-    nll_uniform: float
-    nll_best_single: float
-    accuracy_mixture: float  # percent
-    accuracy_uniform: float
-    accuracy_best_single: float
-    best_single: Network
-
-
-@dataclass(frozen=True)
-class Record:
-    """What is kept of a job that has ended; the file of a finished one holds it beside its tensors."""
-
-    job: str
-    kind: str  # teacher, assistant, pilot or student
-    compression: str
-    method: str
-    run: int
-    fingerprint: str
-    failure: str = ""  # why it failed; "" if it is done
-    final: bool = False  # the failure would come again, so that --resume does not try
-    seed: int = 0
-    network: Network = "teacher"
-    classes: int = 0
-    width: int = 0
-    params: int = 0
-    macs: int = 0
-    mean: list[float] = field(default_factory=list)  # of the training pixels, per channel
-    std: list[float] = field(default_factory=list)
-    config: Distillation | None = None
-    same_as: str = ""  # the method whose student this one is by construction
-    taught_by: dict[str, str] = field(default_factory=dict)  # job -> checksum of its weights
-    attention: dict[str, AttentionReport] = field(default_factory=dict)  # of `select` and `train` images
-    history: list[Epoch] = field(default_factory=list)
-    train_seconds: float = 0.0
-    images_per_second: float = math.nan
-    val_accuracy: float = math.nan  # percent
-    test_accuracy: float = math.nan  # percent
-    test_class_accuracy: list[float] = field(default_factory=list)
-    test_nll: float = math.nan  # nats
-    test_ece: float = math.nan  # fraction
-    weights_sha256: str = ""
-    latency_ms: dict[str, float] = field(default_factory=dict)  # batch size -> per image
-    inference_seconds: float = math.nan  # per image, in large batches
-    candidates: list[Candidate] = field(default_factory=list)  # of a pilot
-    chosen: int = 0
-    reason: str = ""
-    notes: list[str] = field(default_factory=list)
-    device: str = ""
-    precision: str = ""
-    threads: int = 0
-    torch: str = ""
-    finished: str = ""
-
-    @property
-    def done(self) -> bool:
-        """Whether the job has been finished, not failed."""
-        return not self.failure
-
-
-# -- methods: one class says everything about a method ------------------------------------------------------
 Look = tuple[str, str, str]  # colour, marker and line in every figure
 METHODS: dict[str, type[Method]] = {}
-# Okabe-Ito colours (their yellow darkened: it would vanish on white); those of the main methods differ in
-# lightness too, so that they survive a grey print. Methods of plugins get the spare ones.
-SPARE_COLOURS = ("#D55E00", "#009E73", "#56B4E9", "#A89C00", "#CC79A7", "#8C564B", "#444444")
-SPARE_MARKERS = ("X", "P", "<", "p", "D", "*", "h", ">")
-SPARE_LINES = (":", "--", "-.", "-")
-SPARE_LOOKS: tuple[Look, ...] = tuple(
-    (SPARE_COLOURS[i % 7], SPARE_MARKERS[i % 8], SPARE_LINES[i % 4]) for i in range(56)
-)
 MOST_NUMBERS = 4_096  # of a description, per image
 
 
@@ -964,6 +782,11 @@ class Method:
         view that the run uses. The base's is the mean over positions.
         """
         return torch.cat([feature.mean((2, 3)) for feature in features.values()], 1)
+
+    @classmethod
+    def describes(cls, compression: str) -> bool:
+        """Whether a student of this ratio may need descriptions."""
+        return bool(cls.stages)
 
     def modules(self, student: Mapping[str, int], teacher: Mapping[str, int]) -> nn.Module | None:
         """What is trained beside the student, given the channels per stage of both: it becomes `self.module`.
@@ -1072,6 +895,8 @@ class HPMKD(TraditionalKD):
 
     def __init__(self, experiment: Experiment, config: Distillation, pages: Sequence[int]) -> None:
         super().__init__(experiment, config, pages)
+        if config.weight == 0:
+            self.stages = ()  # type: ignore[misc, assignment]
         self.attention: AttentionNetwork | None = None
         if config.attention and len(config.teachers) > 1:
             self.attention, self.attention_report = fit_attention(experiment, config.teachers)
@@ -1120,6 +945,12 @@ class HPMKD(TraditionalKD):
         """The last stage's map [n, C, 4, 4], flattened and projected: the relations survive."""
         flat = features["stage4"].flatten(1)
         return flat @ projection(flat.shape[1], flat.device)
+
+    @classmethod
+    def describes(cls, compression: str) -> bool:
+        """Only where some configuration has relations."""
+        configs = [cls.default(compression), *cls.candidates(compression)]
+        return any(config.weight > 0 for config in configs)
 
     def weighted_logits(self, page: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The teachers' logits fp16 [M, N, C] for a page, and their weights [N, M] at any temperature."""
@@ -1189,17 +1020,10 @@ def take_away(name: str, look: Look, about: str, uses_pilot: bool = True, **remo
     register(name)(type(name, (HPMKD,), {**own, "option": "ablation", "twin": HPMKD.name}))
 
 
-take_away(
-    "HPM-KD-no-chain",
-    ("#009E73", "P", ":"),
-    "HPM-KD from the teacher alone",
-    teachers=("teacher",),
-    attention=False,
-)
+alone: dict[str, Any] = {"teachers": ("teacher",), "attention": False}
+take_away("HPM-KD-no-chain", ("#009E73", "P", ":"), "HPM-KD from the teacher alone", **alone)
 take_away("HPM-KD-no-attention", ("#D55E00", "X", ":"), "HPM-KD with uniform weights", attention=False)
-take_away(
-    "HPM-KD-no-temperature", ("#56B4E9", "<", ":"), "HPM-KD at a constant temperature", schedule="constant"
-)
+take_away("HPM-KD-no-temperature", ("#56B4E9", "<", ":"), "HPM-KD at a constant T", schedule="constant")
 take_away("HPM-KD-no-manager", ("#A89C00", "p", ":"), "HPM-KD's default, without a pilot", uses_pilot=False)
 take_away("HPM-KD-no-memory", ("#8C564B", "*", ":"), "HPM-KD without the average over views", view_share=1.0)
 
@@ -1220,7 +1044,7 @@ def choosable_methods() -> list[str]:
     return in_order(name for name, method in METHODS.items() if method.option == "methods")
 
 
-def student_arms(settings: Settings) -> list[str]:
+def student_methods(settings: Settings) -> list[str]:
     """The methods that students are trained by, the ablation's and the equal-cost arm included."""
     wanted = {"ablation": settings.ablation, "equal_cost": settings.equal_cost}
     added = [name for name, method in METHODS.items() if wanted.get(method.option)]
@@ -1235,25 +1059,6 @@ def ladder_above(network: str) -> tuple[Network, ...]:
 
 # -- teacher outputs ----------------------------------------------------------------------------------------
 PAGE_FORMAT = 4  # of the files of teacher outputs; raised when their layout changes
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is torch's OutOfMemoryError, or cuDNN's, cuBLAS's or the CPU allocator's like it."""
-    texts = ("unable to find an engine", "out of memory", "ALLOC_FAILED", "can't allocate memory")
-    return isinstance(error, RuntimeError) and (
-        isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
-    )
-
-
-@contextlib.contextmanager
-def out_of_memory_alike() -> Iterator[None]:
-    """Make `torch.OutOfMemoryError` of every error that means it."""
-    try:
-        yield
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise torch.OutOfMemoryError(first_line(error)) from error
-        raise
 
 
 class Experiment:
@@ -1302,18 +1107,6 @@ class Experiment:
             torch.cuda.empty_cache()
         half = len(images) // 2
         return torch.cat([self.infer(network, images[:half]), self.infer(network, images[half:])])
-
-
-class Stopwatch:
-    """Seconds since it was made, without those spent on computing teacher outputs or waiting for them."""
-
-    def __init__(self, outputs: TeacherOutputs) -> None:
-        self._outputs, self._started, self._before = outputs, time.perf_counter(), outputs.seconds
-
-    @property
-    def seconds(self) -> float:
-        """Seconds so far."""
-        return time.perf_counter() - self._started - (self._outputs.seconds - self._before)
 
 
 class DescribedNetwork(nn.Module):
@@ -1371,14 +1164,14 @@ def description_key(method: type[Method]) -> str:
     return fingerprint([source, owner.__qualname__, list(method.stages)])[:16]
 
 
-def description_size(method: type[Method], network: str, width: int) -> int:
-    """Numbers per image that a method describes of a network's features; 0 if it fails."""
-    channels = ARCHITECTURES[network].outputs(width)
-    sizes = dict(zip(STAGES, (32, 16, 8, 4), strict=True))
-    features = {stage: torch.zeros(1, channels[stage], sizes[stage], sizes[stage]) for stage in method.stages}
-    with contextlib.suppress(Exception):  # whatever a plugin may raise: its own jobs say so
-        return method.describe(features).shape[1] if method.stages else 0
-    return 0
+def described_by(jobs: Iterable[Job]) -> dict[str, type[Method]]:
+    """The methods of these jobs that need descriptions, by the names of these."""
+    methods = [
+        job.method_class
+        for job in jobs
+        if job.kind != "teacher" and job.method_class.describes(job.compression)
+    ]
+    return {description_key(method): method for method in methods}
 
 
 class TeacherOutputs:
@@ -1417,11 +1210,6 @@ class TeacherOutputs:
             with self.store.claim(self.key(job), page) as ours:
                 if ours and not self.store.holds(self.key(job), page):
                     self.store.save(self.key(job), page, self._compute(job, page))
-
-    def held_out(self, teacher: Network) -> dict[str, torch.Tensor]:
-        """A teacher's logits float32 [n, C] on `fit` and `select`, as stored with its model."""
-        _, tensors = self.experiment.run.load(self._jobs([teacher])[0])
-        return {part: tensors[f"{part}_logits"].float() for part in ("fit", "select")}
 
     def key(self, job: Job) -> str:
         """Name of the folder of one teacher's pages: a fingerprint of all that their bytes depend on."""
@@ -1474,7 +1262,7 @@ class TeacherOutputs:
         network.load_state_dict(cast("dict[str, Any]", tensors["model"]))
 
         pupils = [pupil for pupil in experiment.run.jobs if job.network in pupil.teacher_networks]
-        methods = {description_key(pupil.arm): pupil.arm for pupil in pupils if pupil.arm.stages}
+        methods = described_by(pupils)
         described = DescribedNetwork(experiment.place(network.folded()), methods.values())
         few = experiment.images.render(torch.arange(4, device=experiment.device.torch), 0)
         for key, method in methods.items():
@@ -1555,8 +1343,8 @@ def fit_attention(
     key = tuple(experiment.run.records[job.name].weights_sha256 for job in jobs)
     if key in outputs.attentions:
         return outputs.attentions[key]
-    held_out = [outputs.held_out(teacher) for teacher in teachers]
-    fit, select = (torch.stack([logits[part] for logits in held_out]) for part in ("fit", "select"))
+    stored = [experiment.run.load(job)[1] for job in jobs]
+    fit, select = (torch.stack([t[f"{part}_logits"].float() for t in stored]) for part in ("fit", "select"))
     train = outputs.page(teachers, page_order(seed, 1, 1)[0]).float().cpu()
     network = train_attention(fit, images.fit.labels.cpu(), seed)
     reports = {
@@ -1601,20 +1389,17 @@ def judge_attention(
         return mixture_nll(logits, weights, labels).item(), percent_correct(predicted, labels)
 
     weights, count = attention_weights(network, logits), len(teachers)
-    fitted, uniform = judge(weights), judge(uniform_weights(logits))
     single = [judge(torch.eye(count)[m].expand(len(labels), count)) for m in range(count)]
     best = min(range(count), key=lambda m: single[m][0])
-    return AttentionReport(
-        mean_weight=weights.mean(0).tolist(),
-        weight_sd=weights.std(0).tolist(),
-        nll_mixture=fitted[0],
-        nll_uniform=uniform[0],
-        nll_best_single=single[best][0],
-        accuracy_mixture=fitted[1],
-        accuracy_uniform=uniform[1],
-        accuracy_best_single=single[best][1],
-        best_single=teachers[best],
-    )
+    mixtures = {
+        "mixture": judge(weights),
+        "uniform": judge(uniform_weights(logits)),
+        "best_single": single[best],
+    }
+    nll = {f"nll_{name}": value for name, (value, _) in mixtures.items()}
+    accuracy = {f"accuracy_{name}": value for name, (_, value) in mixtures.items()}
+    mean, sd = weights.mean(0).tolist(), weights.std(0).tolist()
+    return AttentionReport(mean_weight=mean, weight_sd=sd, best_single=teachers[best], **nll, **accuracy)
 
 
 @dataclass
@@ -1670,7 +1455,7 @@ def successive_halving(
 def run_pilot(experiment: Experiment, job: Job, record: Record) -> Record:
     """Choose the configuration for one ratio. Finished trials are saved, so that a resume repeats none."""
     run, split = experiment.run, experiment.images.select
-    candidates = job.arm.candidates(job.compression)
+    candidates = job.method_class.candidates(job.compression)
     per_epoch = len(experiment.images) // experiment.settings.batch_size
     path, identity = run.file(job, "progress"), training_identity(run, job)
     sound = structure_of({"correct": split.labels == 0, "seconds": 0.0})
@@ -1729,14 +1514,14 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
 
 
-def taught_by(run: Run, job: Job) -> dict[str, str]:
+def teacher_checksums(run: Run, job: Job) -> dict[str, str]:
     """Checksums, by name, of the networks that may teach a job."""
     return {teacher.name: run.records[teacher.name].weights_sha256 for teacher in teachers_of(job)}
 
 
 def training_identity(run: Run, job: Job) -> str:
     """What a checkpoint in progress must agree with: the job, and the very networks it learns from."""
-    return fingerprint([run.fingerprint(job), taught_by(run, job)])
+    return fingerprint([run.fingerprint(job), teacher_checksums(run, job)])
 
 
 def make_method(
@@ -1744,8 +1529,8 @@ def make_method(
 ) -> Method:
     """The method of a job, ready for its first epoch; what it draws depends on seed and run alone."""
     seed_globally(experiment.settings.seed, job.run, -1)
-    with blamed_on(job.arm, "__init__"):
-        return job.arm(experiment, config, pages)
+    with blamed_on(job.method_class, "__init__"):
+        return job.method_class(experiment, config, pages)
 
 
 def seed_globally(seed: int, run: int, epoch: int) -> None:
@@ -1775,7 +1560,7 @@ class Training:
         self.path = experiment.run.checkpoints / f"{name}.progress"
         self.model = experiment.place(build_network(job.network, classes, settings.width, self.seed))
         self.trained = nn.ModuleDict({"model": self.model})  # all that the optimizer trains
-        self.taught_by = method.config.teachers if method.config else job.teacher_networks
+        self.teachers = method.config.teachers if method.config else job.teacher_networks
         method.features = collect_features(self.model, method.stages)
         self._add_module()
 
@@ -1796,7 +1581,7 @@ class Training:
         """What the method wants trained beside the network; its start is a function of the seed."""
         method, width = self.method, self.experiment.settings.width
         student = ARCHITECTURES[self.job.network].outputs(width)
-        teacher = ARCHITECTURES[self.taught_by[0]].outputs(width) if self.taught_by else {}
+        teacher = ARCHITECTURES[self.teachers[0]].outputs(width) if self.teachers else {}
         with torch.random.fork_rng(devices=[]), blamed_on(type(method), "modules"):
             torch.manual_seed(int(rng(self.seed, "modules").integers(2**62)))
             method.module = method.modules(student, teacher)
@@ -1832,7 +1617,7 @@ class Training:
         method.page = method.pages[epoch]
         if method.stages:
             outputs = self.experiment.outputs
-            method.descriptions = outputs.descriptions(type(method), self.taught_by, method.page)
+            method.descriptions = outputs.descriptions(type(method), self.teachers, method.page)
         with blamed_on(type(method), "start_epoch"):
             method.start_epoch(epoch, [past.loss for past in self.history])
         if is_plugin(type(method)):
@@ -2013,7 +1798,7 @@ def do_job(experiment: Experiment, job: Job) -> None:
             "%s is %s by construction (same configuration, weights and views): copied", job.name, twin.name
         )
         record, tensors = run.load(twin)
-        copied = replace(record, same_as=record.same_as or twin.method, taught_by=taught_by(run, job))
+        copied = replace(record, same_as=record.same_as or twin.method, taught_by=teacher_checksums(run, job))
         run.save_result(job, replace(copied, **run.identity(job)), tensors)
         return
     record = blank_record(experiment, job)
@@ -2066,7 +1851,7 @@ def blank_record(experiment: Experiment, job: Job) -> Record:
         mean=images.mean,
         std=images.std,
         config=config,
-        taught_by=taught_by(run, job),
+        taught_by=teacher_checksums(run, job),
         device=experiment.device.name,
         precision=experiment.precision,
         threads=torch.get_num_threads(),
@@ -2147,34 +1932,8 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int
     return float((table.share * (table.accuracy - table.confidence).abs()).sum())
 
 
-def latency_ms(experiment: Experiment, network: nn.Module) -> dict[str, float]:
-    """Milliseconds per image, by batch size, on this device: median of many passes after a warm-up."""
-    result = {}
-    for batch, repeats in ((1, 20), (256, 3)):
-        images = torch.zeros(batch, 3, 32, 32, device=experiment.device.torch)
-        times = []
-        for _ in range(repeats + 1):
-            started = time.perf_counter()
-            experiment.infer(network, images)[0, 0].item()
-            times.append(time.perf_counter() - started)
-        result[str(batch)] = 1000 * float(np.median(times[1:])) / batch
-    return result
-
-
-def tensors_sha256(tensors: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of named tensors: names, types and bytes. Raises `Damaged` for anything else."""
-    hasher = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.float32, torch.int64):
-            raise Damaged("holds something else than weights")
-        hasher.update(f"{name} {tensor.dtype} ".encode() + tensor.contiguous().numpy().tobytes())
-    return hasher.hexdigest()
-
-
 # -- the job graph: what there is to do, in which order, at which cost --------------------------------------
 PILOT_SHARE = 1.5  # a pilot's training steps, in trainings of a student
-Records = dict[str, Record]
 
 
 @dataclass(frozen=True)
@@ -2211,7 +1970,7 @@ class Job:
         return cast(Network, self.compression or "teacher")
 
     @property
-    def arm(self) -> type[Method]:
+    def method_class(self) -> type[Method]:
         """The method that trains it."""
         if self.kind == "teacher":
             return Direct
@@ -2220,7 +1979,7 @@ class Job:
     @property
     def teacher_networks(self) -> tuple[Network, ...]:
         """The networks that may teach it."""
-        return () if self.kind == "teacher" else self.arm.teachers(self.compression)
+        return () if self.kind == "teacher" else self.method_class.teachers(self.compression)
 
     @property
     def page_run(self) -> int:
@@ -2235,7 +1994,7 @@ def teacher_job(network: str, dataset: str) -> Job:
 
 def planned_jobs(settings: Settings) -> list[Job]:
     """Every job of an experiment, in an order in which they could be done one after the other."""
-    arms, dataset = student_arms(settings), settings.dataset
+    arms, dataset = student_methods(settings), settings.dataset
     pilots = in_order({METHODS[arm].pilot for arm in arms} - {""})
     students = [
         Job("student", dataset, ratio, arm, run)
@@ -2243,10 +2002,10 @@ def planned_jobs(settings: Settings) -> list[Job]:
         for run in range(1, settings.runs + 1)
         for arm in arms
     ]
-    taught_by = {network for job in students for network in job.teacher_networks}
-    taught_by |= {above for network in taught_by - {"teacher"} for above in ladder_above(network)}
+    teaching = {network for job in students for network in job.teacher_networks}
+    teaching |= {above for network in teaching - {"teacher"} for above in ladder_above(network)}
     jobs = [Job("teacher", dataset)]
-    jobs += [Job("assistant", dataset, network) for network in LADDER if network in taught_by]
+    jobs += [Job("assistant", dataset, network) for network in LADDER if network in teaching]
     jobs += [Job("pilot", dataset, ratio, method) for ratio in settings.compression for method in pilots]
     return jobs + students
 
@@ -2258,9 +2017,9 @@ def teachers_of(job: Job) -> list[Job]:
 
 def pilot_of(job: Job) -> Job | None:
     """The pilot that chooses a student's configuration."""
-    if job.kind != "student" or not job.arm.pilot:
+    if job.kind != "student" or not job.method_class.pilot:
         return None
-    return Job("pilot", job.dataset, job.compression, job.arm.pilot)
+    return Job("pilot", job.dataset, job.compression, job.method_class.pilot)
 
 
 def config_of(job: Job, records: Mapping[str, Record]) -> Distillation | None:
@@ -2272,14 +2031,14 @@ def config_of(job: Job, records: Mapping[str, Record]) -> Distillation | None:
         return replace(HPMKD.default(job.compression), teachers=chain, attention=len(chain) > 1)
     pilot = pilot_of(job)
     chosen = records[pilot.name].config if pilot else None
-    return job.arm.configure(job.compression, chosen)
+    return job.method_class.configure(job.compression, chosen)
 
 
 def twin_of(job: Job, settings: Settings, records: Mapping[str, Record]) -> Job | None:
     """The student of another method that this one equals in every bit, so that it is copied, not trained."""
-    if job.kind != "student" or job.arm.twin not in student_arms(settings):
+    if job.kind != "student" or job.method_class.twin not in student_methods(settings):
         return None
-    other = replace(job, method=job.arm.twin)
+    other = replace(job, method=job.method_class.twin)
     pilots = [pilot for pilot in (pilot_of(job), pilot_of(other)) if pilot is not None]
     if not all(pilot.name in records for pilot in pilots):
         return None
@@ -2301,7 +2060,7 @@ def job_epochs(job: Job, settings: Settings, equal_cost: Mapping[str, int]) -> f
         return settings.teacher_epochs
     if job.kind == "pilot":
         return PILOT_SHARE * settings.student_epochs
-    return equal_cost[job.compression] if job.arm.option == "equal_cost" else settings.student_epochs
+    return equal_cost[job.compression] if job.method_class.option == "equal_cost" else settings.student_epochs
 
 
 def job_macs(job: Job, settings: Settings, equal_cost: Mapping[str, int]) -> float:
@@ -2317,10 +2076,10 @@ def pages_used(jobs: Iterable[Job], settings: Settings) -> set[tuple[Network, in
         configs: list[Distillation | None] = []
         epochs = settings.student_epochs
         if job.kind == "pilot":  # candidate 1 lasts; the others leave after their first rung
-            configs = list(job.arm.candidates(job.compression))
+            configs = list(job.method_class.candidates(job.compression))
             epochs = math.ceil(PILOT_SHARE / 4 * epochs / len(configs))
         elif job.kind == "student":
-            configs = [job.arm.configure(job.compression, None)]
+            configs = [job.method_class.configure(job.compression, None)]
         named = [network for config in configs if config for network in config.teachers]
         used |= set(
             itertools.product(named or job.teacher_networks, page_order(settings.seed, job.page_run, epochs))
@@ -2348,29 +2107,6 @@ def equal_cost_epochs(settings: Settings) -> dict[str, int]:
         total = student + pilot / settings.runs + shared / (settings.runs * len(settings.compression))
         epochs[ratio] = max(settings.student_epochs, round(settings.student_epochs * total / student))
     return epochs
-
-
-def priorities(jobs: Sequence[Job], settings: Settings, equal_cost: Mapping[str, int]) -> dict[str, float]:
-    """Length of the longest path that starts with each job: longest first keeps all workers busy."""
-    followers: dict[str, list[str]] = {job.name: [] for job in jobs}
-    for job in jobs:
-        for needed in needs(job, settings, {}):
-            followers[needed.name].append(job.name)
-    length: dict[str, float] = {}
-    for job in reversed(jobs):
-        longest = max((length[name] for name in followers[job.name]), default=0.0)
-        length[job.name] = job_macs(job, settings, equal_cost) + longest
-    return length
-
-
-def ready_jobs(
-    jobs: Sequence[Job], settings: Settings, records: Mapping[str, Record], order: Mapping[str, float]
-) -> list[Job]:
-    """Jobs that have not ended and whose needs are met, in the order in which they should start."""
-    finished = {name: record for name, record in records.items() if record.done}
-    waiting = [job for job in jobs if job.name not in records]
-    ready = [job for job in waiting if all(n.name in finished for n in needs(job, settings, finished))]
-    return sorted(ready, key=lambda job: (-order[job.name], job.run))
 
 
 # ============================================================================================================
@@ -2784,7 +2520,7 @@ def gather_evidence(run: Run) -> Evidence:
     """Work out what was planned, what is there, what is missing, and the comparisons."""
     frame, settings = results_frame(run), run.settings
     ratios = [ratio for ratio in RATIOS if ratio in settings.compression]
-    everything = in_order({*student_arms(settings), *frame.method})
+    everything = in_order({*student_methods(settings), *frame.method})
     methods = [method for method in everything if METHODS[method].option == "methods"]
     extra_methods = [method for method in everything if method not in methods]
     copies = frame[frame.same_as != ""]
@@ -4226,8 +3962,7 @@ def patiently(action: Callable[[], T], path: Path, lasting: Sequence[int | None]
     it. Raises `UsageError` if it lasts, and an OSError whose number is among the `lasting` at once.
     """
     reason = ""
-    for pause in (0.0, *READ_PAUSES):
-        time.sleep(pause)
+    for pause in (*READ_PAUSES, 0.0):
         try:
             return action()
         except OSError as error:
@@ -4235,6 +3970,7 @@ def patiently(action: Callable[[], T], path: Path, lasting: Sequence[int | None]
                 raise
             reason = error.strerror or first_line(error)
             warn_once(f"{path} cannot be opened now ({reason}): trying again")
+            time.sleep(pause)
     raise UsageError(
         f"cannot open {path} ({reason}): nothing is lost; mend that, then continue with --resume"
     )
@@ -4438,6 +4174,105 @@ def stored_fields(kind: Any) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.metadata.get("role") != "session"}
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """One line of a training's history."""
+
+    loss: float
+    val_accuracy: float  # percent, on `select`
+    lr: float
+    seconds: float
+    temperature: float | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a pilot learned about one configuration."""
+
+    config: Distillation
+    steps: list[int]  # per rung that it took part in
+    accuracies: list[float]  # percent on `select`, per rung
+    difference: float  # from candidate 1 in their last common rung, percentage points
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """The fitted attention on one set of images."""
+
+    mean_weight: list[float]  # per teacher
+    weight_sd: list[float]  # over images
+    nll_mixture: float
+    nll_uniform: float
+    nll_best_single: float
+    accuracy_mixture: float  # percent
+    accuracy_uniform: float
+    accuracy_best_single: float
+    best_single: Network
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept of a job that has ended; the file of a finished one holds it beside its tensors."""
+
+    job: str
+    kind: str  # teacher, assistant, pilot or student
+    compression: str
+    method: str
+    run: int
+    fingerprint: str
+    failure: str = ""  # why it failed; "" if it is done
+    final: bool = False  # the failure would come again, so that --resume does not try
+    seed: int = 0
+    network: Network = "teacher"
+    classes: int = 0
+    width: int = 0
+    params: int = 0
+    macs: int = 0
+    mean: list[float] = field(default_factory=list)  # of the training pixels, per channel
+    std: list[float] = field(default_factory=list)
+    config: Distillation | None = None
+    same_as: str = ""  # the method whose student this one is by construction
+    taught_by: dict[str, str] = field(default_factory=dict)  # job -> checksum of its weights
+    attention: dict[str, AttentionReport] = field(default_factory=dict)  # of `select` and `train` images
+    history: list[Epoch] = field(default_factory=list)
+    train_seconds: float = 0.0
+    images_per_second: float = math.nan
+    val_accuracy: float = math.nan  # percent
+    test_accuracy: float = math.nan  # percent
+    test_class_accuracy: list[float] = field(default_factory=list)
+    test_nll: float = math.nan  # nats
+    test_ece: float = math.nan  # fraction
+    weights_sha256: str = ""
+    latency_ms: dict[str, float] = field(default_factory=dict)  # batch size -> per image
+    inference_seconds: float = math.nan  # per image, in large batches
+    candidates: list[Candidate] = field(default_factory=list)  # of a pilot
+    chosen: int = 0
+    reason: str = ""
+    notes: list[str] = field(default_factory=list)
+    device: str = ""
+    precision: str = ""
+    threads: int = 0
+    torch: str = ""
+    finished: str = ""
+
+    @property
+    def done(self) -> bool:
+        """Whether the job has been finished, not failed."""
+        return not self.failure
+
+
+def tensors_sha256(tensors: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of named tensors: names, types and bytes. Raises `Damaged` for anything else."""
+    hasher = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.float32, torch.int64):
+            raise Damaged("holds something else than weights")
+        hasher.update(f"{name} {tensor.dtype} ".encode() + tensor.contiguous().numpy().tobytes())
+    return hasher.hexdigest()
+
+
 # -- run folder and index -----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class DataDescription:
@@ -4508,7 +4343,7 @@ class Run:
         self.settings = index.settings
         self.checkpoints = path / "checkpoints"
         self.jobs = planned_jobs(self.settings)
-        self.records: Records = {}
+        self.records: dict[str, Record] = {}
         self.logits: dict[str, np.ndarray] = {}  # fp16 [n, C] of the test images by job, for the report
         self._drawn, self._written = time.monotonic(), -math.inf
         self.stale = False  # whether something has ended that the report does not know
@@ -4539,7 +4374,7 @@ class Run:
         """Identity of what a job computes."""
         left_out = ["student_epochs"] if job.kind == "teacher" else []  # a teacher does not depend on these
         whole = run_fingerprint(self.settings, self.index.precision, self.index.data.sha256, left_out)
-        return fingerprint([whole, job.name, job.arm.source_sha256])
+        return fingerprint([whole, job.name, job.method_class.source_sha256])
 
     def identity(self, job: Job) -> dict[str, Any]:
         """What a record says about which job it is of."""
@@ -5041,7 +4876,7 @@ class Worker:
         saved = fingerprint(
             sorted((path.name, path.stat().st_mtime_ns) for path in self.run.progress_files(job))
         )
-        with contextlib.suppress(FileNotFoundError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
             before, saved_before = path.read_text().split()
             count = int(before) if saved == saved_before else 0
         if count >= self.MOST_ATTEMPTS:
@@ -5110,6 +4945,29 @@ def work(experiment: Experiment, writes: bool, prepared: Callable[[], object]) -
     finally:
         experiment.progress.close()
     return ""
+
+
+def priorities(jobs: Sequence[Job], settings: Settings, equal_cost: Mapping[str, int]) -> dict[str, float]:
+    """Length of the longest path that starts with each job: longest first keeps all workers busy."""
+    followers: dict[str, list[str]] = {job.name: [] for job in jobs}
+    for job in jobs:
+        for needed in needs(job, settings, {}):
+            followers[needed.name].append(job.name)
+    length: dict[str, float] = {}
+    for job in reversed(jobs):
+        longest = max((length[name] for name in followers[job.name]), default=0.0)
+        length[job.name] = job_macs(job, settings, equal_cost) + longest
+    return length
+
+
+def ready_jobs(
+    jobs: Sequence[Job], settings: Settings, records: Mapping[str, Record], order: Mapping[str, float]
+) -> list[Job]:
+    """Jobs that have not ended and whose needs are met, in the order in which they should start."""
+    finished = {name: record for name, record in records.items() if record.done}
+    waiting = [job for job in jobs if job.name not in records]
+    ready = [job for job in waiting if all(n.name in finished for n in needs(job, settings, finished))]
+    return sorted(ready, key=lambda job: (-order[job.name], job.run))
 
 
 # -- progress -----------------------------------------------------------------------------------------------
@@ -5299,6 +5157,32 @@ class Progress:
         """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
+
+
+def latency_ms(experiment: Experiment, network: nn.Module) -> dict[str, float]:
+    """Milliseconds per image, by batch size, on this device: median of many passes after a warm-up."""
+    result = {}
+    for batch, repeats in ((1, 20), (256, 3)):
+        images = torch.zeros(batch, 3, 32, 32, device=experiment.device.torch)
+        times = []
+        for _ in range(repeats + 1):
+            started = time.perf_counter()
+            experiment.infer(network, images)[0, 0].item()
+            times.append(time.perf_counter() - started)
+        result[str(batch)] = 1000 * float(np.median(times[1:])) / batch
+    return result
+
+
+class Stopwatch:
+    """Seconds since it was made, without those spent on computing teacher outputs or waiting for them."""
+
+    def __init__(self, outputs: TeacherOutputs) -> None:
+        self._outputs, self._started, self._before = outputs, time.perf_counter(), outputs.seconds
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self._started - (self._outputs.seconds - self._before)
 
 
 # ============================================================================================================
@@ -5647,6 +5531,25 @@ def script_sha256() -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is torch's OutOfMemoryError, or cuDNN's, cuBLAS's or the CPU allocator's like it."""
+    texts = ("unable to find an engine", "out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+    )
+
+
+@contextlib.contextmanager
+def out_of_memory_alike() -> Iterator[None]:
+    """Make `torch.OutOfMemoryError` of every error that means it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise torch.OutOfMemoryError(first_line(error)) from error
+        raise
+
+
 # -- data: find, read, download -----------------------------------------------------------------------------
 # torchvision knows the names and md5s of CIFAR's files. The original site gives 50-85 kB/s since June 2026
 # (pytorch/vision #9536), so that the mirrors are tried first.
@@ -5842,7 +5745,35 @@ def fetch(url: str, limit_seconds: float, check: Callable[[], None]) -> bytes:
     return body.getvalue()
 
 
+@dataclass(frozen=True, eq=False)
+class RawData:
+    """A data set in memory. Pixels are uint8 [N, 32, 32, 3] (RGB), labels int64 [N]."""
+
+    name: str  # CIFAR10, CIFAR100 or SYNTHETIC
+    classes: tuple[str, ...]  # class names; a label is an index into them
+    train_pixels: np.ndarray
+    train_labels: np.ndarray
+    test_pixels: np.ndarray
+    test_labels: np.ndarray
+    source: str  # where it came from, for the log and the report
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 (hex) of pixels and labels, for fingerprints."""
+        hasher = hashlib.sha256()
+        for array in (self.train_pixels, self.train_labels, self.test_pixels, self.test_labels):
+            hasher.update(np.ascontiguousarray(array).data)
+        return hasher.hexdigest()
+
+
 # -- plugins ------------------------------------------------------------------------------------------------
+# Okabe-Ito colours (their yellow darkened: it would vanish on white) that the main methods leave.
+SPARE_COLOURS = ("#D55E00", "#009E73", "#56B4E9", "#A89C00", "#CC79A7", "#8C564B", "#444444")
+SPARE_MARKERS = ("X", "P", "<", "p", "D", "*", "h", ">")
+SPARE_LINES = (":", "--", "-.", "-")
+SPARE_LOOKS: tuple[Look, ...] = tuple(
+    (SPARE_COLOURS[i % 7], SPARE_MARKERS[i % 8], SPARE_LINES[i % 4]) for i in range(56)
+)
 HELPERS: dict[Path, dict[str, Path]] = {}  # plugin -> module -> file: what its import has brought in
 
 
@@ -6186,6 +6117,50 @@ def continue_command(args: Namespace, run_path: Path) -> str:
     return shlex.join(command)
 
 
+def extended_settings(stored: Settings, given: Mapping[str, Any]) -> Settings:
+    """Settings of a continued run: the stored ones, with `given` added to the scope and for this session.
+
+    Raises `UsageError` with the list of differences where a given setting contradicts the run.
+    """
+    differing = []
+    for name in setting_names("experiment"):
+        unchanged = name not in given or given[name] == getattr(stored, name)
+        if not unchanged and (name, given[name]) != ("precision", "auto"):
+            differing.append(f"{flag(name)}: the run has {getattr(stored, name)}, you gave {given[name]}")
+    if differing:
+        raise UsageError(
+            f"a run cannot change its settings ({'; '.join(differing)}): leave them out, or start a new run"
+        )
+    ratios = {*stored.compression, *given.get("compression", ())}
+    session = {name: given[name] for name in setting_names("session") if name in given}
+    settings = replace(
+        stored,
+        **session,
+        compression=tuple(ratio for ratio in RATIOS if ratio in ratios),
+        methods=tuple(in_order({*stored.methods, *given.get("methods", ())})),
+        runs=max(stored.runs, given.get("runs", 0)),
+        ablation=stored.ablation or given.get("ablation", False),
+        equal_cost=stored.equal_cost or given.get("equal_cost", False),
+    )
+    validate(settings)
+    return settings
+
+
+def choose_from(option: str, values: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """`values` (also joined by commas, or "all") as a part of `known`, in its order. Raises `UsageError`."""
+    wanted = [name for value in values for name in value.split(",") if name]
+    if wanted == ["all"]:
+        return tuple(known)
+    unknown = [name for name in wanted if name not in known]
+    if "all" in unknown:
+        raise UsageError(f"{option}: give either all or a list, not both")
+    if unknown or not wanted:
+        raise UsageError(
+            f"{option} knows {', '.join(known)} and all, not {', '.join(unknown) or 'an empty list'}"
+        )
+    return tuple(name for name in known if name in wanted)
+
+
 # -- finding and opening a run ------------------------------------------------------------------------------
 def run_to_continue(args: Namespace, platform: Platform) -> Path | None:
     """The run that this command continues; None where it starts a new one.
@@ -6470,11 +6445,21 @@ def page_bytes(settings: Settings) -> int:
     jobs = planned_jobs(settings)
     numbers: dict[str, int] = {}  # by teacher, per image: logits and descriptions
     for name in ARCHITECTURES:
-        methods = {description_key(job.arm): job.arm for job in jobs if name in job.teacher_networks}
-        sizes = [description_size(method, name, settings.width) for method in methods.values()]
+        methods = described_by(job for job in jobs if name in job.teacher_networks).values()
+        sizes = [description_size(method, name, settings.width) for method in methods]
         numbers[name] = classes + sum(sizes)
     images = settings.train_size or images
     return sum(2 * images * numbers[name] for name, _ in pages_used(jobs, settings))
+
+
+def description_size(method: type[Method], network: str, width: int) -> int:
+    """Numbers per image that a method describes of a network's features; 0 if it fails."""
+    channels = ARCHITECTURES[network].outputs(width)
+    sizes = dict(zip(STAGES, (32, 16, 8, 4), strict=True))
+    features = {stage: torch.zeros(1, channels[stage], sizes[stage], sizes[stage]) for stage in method.stages}
+    with contextlib.suppress(Exception):  # whatever a plugin may raise: its own jobs say so
+        return method.describe(features).shape[1]
+    return 0
 
 
 def check_disk(path: Path, needed: int, platform: Platform) -> None:
@@ -6556,7 +6541,7 @@ def reuse_finished(run: Run, platform: Platform) -> None:
         for folder in dict.fromkeys(folders):
             with contextlib.suppress(FileNotFoundError, Damaged, UsageError):
                 record, tensors = run.load(job, folder / "checkpoints" / name)
-                if record.taught_by != taught_by(run, job):
+                if record.taught_by != teacher_checksums(run, job):
                     continue
                 run.save_result(job, record, tensors)
                 note = f"{job.name} was reused from {folder.name} (identical settings, data and precision)."
@@ -6938,7 +6923,7 @@ def show_status(args: Namespace, platform: Platform) -> int:
     print(f"{done} of {len(run.jobs)} jobs done, {len(failed)} failed, {len(left)} left", end="; ")
     print(f"{say_time(spent)} of training so far")
     finished = [record for record in run.records.values() if record.done]
-    for ratio, arm in itertools.product(settings.compression, student_arms(settings)):
+    for ratio, arm in itertools.product(settings.compression, student_methods(settings)):
         students = [record for record in finished if (record.compression, record.method) == (ratio, arm)]
         accuracies = [record.test_accuracy for record in students if record.kind == "student"]
         best = f", best {max(accuracies):.2f}%, last {accuracies[-1]:.2f}%" if accuracies else ""

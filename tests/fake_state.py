@@ -138,7 +138,7 @@ def fake_history(
 def fake_pilot(run: exp.Run, job: exp.Job) -> exp.Record:
     """A pilot of two rungs: half of the candidates go on to the second."""
     candidates = []
-    for number, config in enumerate(job.arm.candidates(job.compression)):
+    for number, config in enumerate(job.method_class.candidates(job.compression)):
         accuracies = [60.1 + number / 10, 70.2 + number][: 2 if number < 4 else 1]
         candidates.append(
             exp.Candidate(

@@ -29,6 +29,10 @@ SCRIPTS = {  # arguments, and figures that must be among what is printed
         [*TINY, "--images", "200", "--steps", "1", "--batch-size", "60", "--compression", "2.3x"],
         ["peak", "peak_anonymous", "peak_during_images"],
     ),
+    "methods": (
+        [*TINY, "--images", "300", "--rounds", "1", "--batch-size", "60", "--methods", "AT"],
+        ["AT_over_TraditionalKD", "HPM-KD with relations_over_TraditionalKD"],
+    ),
     "scaling": (
         [
             *TINY,

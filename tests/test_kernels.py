@@ -74,7 +74,7 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> exp.Experimen
 def trained(experiment: exp.Experiment, network: str, name: str) -> exp.Training:
     """A training that has made its first step, in which an optimizer prepares."""
     job = teacher(experiment) if network == "teacher" else student(experiment, name, network)
-    method = job.arm(experiment, job.arm.configure(network, None), [0])
+    method = job.method_class(experiment, job.method_class.configure(network, None), [0])
     training = exp.Training(experiment, job, job.name, 3, method)
     method.page = 0
     if method.stages:

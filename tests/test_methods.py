@@ -476,7 +476,10 @@ def test_a_projected_map_keeps_its_relations() -> None:
     assert (whole - kept).abs().mean() / whole.abs().mean() < 0.1
 
 
-def test_hpmkd_adds_the_relations_of_its_teachers(taught: Path, tmp_path: Path) -> None:
+def test_hpmkd_adds_the_relations_of_its_teachers(
+    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exp.HPMKD, "describes", lambda _: True)
     lab = lab_with(taught, tmp_path / "lab", "HPM-KD", ratio="2.3x")
     config = replace(exp.HPMKD.default("2.3x"), attention=False, view_share=1.0, beta=2.0)
     totals = []
@@ -484,7 +487,7 @@ def test_hpmkd_adds_the_relations_of_its_teachers(taught: Path, tmp_path: Path) 
         method = exp.HPMKD(lab, replace(config, weight=weight), [4])
         training = exp.Training(lab, student(lab, "HPM-KD"), "x", 3, method)
         method.page = 4
-        method.descriptions = lab.outputs.descriptions(exp.HPMKD, training.taught_by, 4)
+        method.descriptions = lab.outputs.descriptions(exp.HPMKD, training.teachers, 4)
         method.start_epoch(0, [])
         index = torch.arange(60)
         totals.append(training._gradients(index, 4).item())

@@ -320,7 +320,7 @@ def test_micro_batches_are_told_to_the_reader_of_the_report(
     assert "out of memory even with 4 images" in report
 
 
-def test_the_pages_of_a_plan_are_those_that_are_computed(tmp_path: Path) -> None:
+def test_the_pages_of_a_plan_are_those_that_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of HPM-KD: the teacher's and the largest assistant's for every run, the others' for what learns from them."""
     settings = exp.new_settings({"methods": ("HPM-KD",), "compression": ("7x",), "runs": 2})
     used = exp.pages_used(exp.planned_jobs(settings), settings)
@@ -331,5 +331,7 @@ def test_the_pages_of_a_plan_are_those_that_are_computed(tmp_path: Path) -> None
     assert pages["5x"] == {exp.page_order(settings.seed, 1, 1)[0]}, (
         "only a candidate of the pilot, for a part of an epoch"
     )
-    images, numbers = exp.DATASETS["CIFAR10"][1], 10 + exp.PROJECTED
-    assert exp.page_bytes(settings) == len(used) * images * numbers * 2
+    images = exp.DATASETS["CIFAR10"][1]
+    assert exp.page_bytes(settings) == len(used) * images * 10 * 2
+    monkeypatch.setattr(exp.HPMKD, "describes", lambda _: True)
+    assert exp.page_bytes(settings) == len(used) * images * (10 + exp.PROJECTED) * 2, "with descriptions"

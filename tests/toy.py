@@ -252,6 +252,8 @@ POINTS: dict[str, tuple[Install, Any, str]] = {
     "before the rename": (strike_before, os, "replace"),
     "after the rename": (strike_after, os, "replace"),
     "between model file and index": (strike_before, exp.Run, "save_index"),
+    "before a lock is taken": (strike_before, exp, "take_lock"),
+    "before a job's lock is given back": (strike_before, exp, "give_back"),
     "before the old checkpoints go": (strike_after, exp, "save_checkpoint"),
     "an epoch": (strike_before, exp.Training, "_step"),
     "the validation": (strike_before, exp.Experiment, "predict"),

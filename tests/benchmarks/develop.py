@@ -42,6 +42,10 @@ class OfTheTeacher(exp.HPMKD):
     def default(cls, compression: str) -> Config:
         return Config()
 
+    @classmethod
+    def describes(cls, compression: str) -> bool:
+        return True
+
 
 @exp.register("HPM-KD-of-two")
 class OfTwo(OfTheTeacher):

@@ -1,0 +1,79 @@
+"""What an epoch of a method costs, as a multiple of TraditionalKD's, with the teachers' outputs at hand.
+
+    python tests/benchmarks/methods.py [--images 4000] [--rounds 3] [--network 7x] [--methods AT SP RKD Hint]
+
+Prints `name: value` lines: for the methods of the gallery (tests/published_methods.py), and for HPM-KD from the teacher alone
+with decoupled soft targets and relations. Epochs alternate in one process, and medians are compared; on a CPU it is processor
+time, so that other programs on the machine matter little.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+from bench import cifar_like, experiment, parser, say, say_device, seconds
+from conftest import ROOT
+
+import run_exp1b_kaggle as exp
+
+RELATIONS = "HPM-KD with relations"
+CONFIGS = {
+    "Direct": None,
+    "TraditionalKD": exp.Distillation(),
+    RELATIONS: exp.Distillation(beta=2.0, weight=3000.0),
+}
+
+
+def trainings(made: exp.Experiment, network: str, names: list[str], epochs: int) -> dict[str, exp.Training]:
+    """A training by each method, its teacher's pages computed."""
+    jobs = {
+        name: exp.Job("student", "SYNTHETIC", network, exp.SUBJECT if name == RELATIONS else name, 1)
+        for name in names
+    }
+    seeing = [job.method_class for job in jobs.values() if job.method_class.stages]
+    methods = {exp.description_key(method): method for method in seeing}.values()
+    network_of_teacher = made.outputs._networks["teacher"].network
+    described = exp.DescribedNetwork(network_of_teacher, methods)
+    with torch.no_grad(), made.autocast():
+        for method in methods:
+            described.add(method, made.images.render(torch.arange(4, device=made.images.device), 0))
+    made.outputs._networks["teacher"] = described
+
+    pages = exp.page_order(made.settings.seed, 1, epochs)
+    steps = epochs * (len(made.images) // made.settings.batch_size)
+    found = {}
+    for name, job in jobs.items():
+        config = CONFIGS.get(name) or job.method_class.configure(network, None)
+        method = job.method_class(made, config, pages)
+        found[name] = exp.Training(made, job, f"training {len(found)}", steps, method)
+    made.outputs.prepare(("teacher",), pages)
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parser(__doc__)
+    options.add_argument("--images", type=int, default=4_000, help="training images, held-out ones included")
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--network", choices=list(exp.RATIOS), default="7x")
+    options.add_argument("--methods", nargs="+", default=["AT", "SP", "RKD", "Hint"])
+    chosen = options.parse_args()
+    exp.load_plugins([ROOT / "tests/published_methods.py"])
+    names = [*CONFIGS, *chosen.methods]
+    with experiment(chosen, cifar_like(chosen.images), student_epochs=chosen.rounds + 1) as made:
+        say_device(made)
+        ours = trainings(made, chosen.network, names, chosen.rounds + 1)
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for epoch in range(chosen.rounds + 1):  # the first is the warm-up
+            for name, training in ours.items():
+                action = lambda training=training, epoch=epoch: training._epoch(epoch)  # noqa: E731
+                times[name].append(seconds(made.device, action))
+    plain = statistics.median(times["TraditionalKD"][1:])
+    say("TraditionalKD_epoch_seconds", plain)
+    for name, values in times.items():
+        say(f"{name}_over_TraditionalKD", statistics.median(values[1:]) / plain)
+
+
+if __name__ == "__main__":
+    main()
