@@ -6889,7 +6889,7 @@ def conclude(args: Namespace, run: Run, session: Session, reason: str) -> int:
         parts.append(f"{len(failed)} failed ({names})")
     if left and failed and not reason:
         parts.append(f"{left} not done, because they need a failed one")
-    if left or failed:
+    if may_continue(run):
         parts.append(f"continue with: {continue_command(args, run.path)}")
     parts += [say_answer(run), f"report: {run.path / REPORT_NAME}"]
     log.info("%s", "; ".join(part for part in parts if part))
@@ -6897,6 +6897,15 @@ def conclude(args: Namespace, run: Run, session: Session, reason: str) -> int:
     if session.signal:
         return 128 + session.signal
     return 1 if failed or (left and reason != "session clock") else 0
+
+
+def may_continue(run: Run) -> bool:
+    """Whether `--resume` would do anything: not what would fail again, nor what needs that."""
+    hopeless = {name for name in run.failed if run.records[name].final}
+    for job in run.jobs:
+        if any(needed.name in hopeless for needed in needs(job, run.settings, {})):
+            hopeless.add(job.name)
+    return any(job.name not in hopeless for job in run.left) or not hopeless.issuperset(run.failed)
 
 
 def say_answer(run: Run) -> str:
@@ -6941,7 +6950,7 @@ def show_status(args: Namespace, platform: Platform) -> int:
             print(f"  in progress: {job.name}")
     if (path / REPORT_NAME).exists():
         print(f"report: {path / REPORT_NAME}")
-    if left or failed:
+    if may_continue(run):
         print(f"continue with: {continue_command(args, path)}")
     return 0
 
