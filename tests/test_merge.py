@@ -126,7 +126,7 @@ def test_parts_with_different_teachers_are_refused(
     """Also where no ratio is in both: only results that share a teacher can be compared."""
     for first in ("exp1b_two", "exp1b_five"):
         said = refused(merge, capsys, toy, sessions / first, sessions / "exp1b_other")
-        assert f"learned from different teachers ({TEACHER}): merge runs that share one" in said
+        assert f"{TEACHER}.pt differ (the runs learned from different teachers, or" in said
 
 
 def test_a_student_trained_differently_is_refused(
@@ -137,7 +137,7 @@ def test_a_student_trained_differently_is_refused(
         if "_Direct_" not in path.name:
             path.unlink()
     said = refused(merge, capsys, toy, sessions / "exp1b_two", toy / "exp1b_other")
-    assert "both hold student_2.3x_Direct_run1, trained differently: merge only one of them" in said
+    assert "student_2.3x_Direct_run1.pt differ (" in said and "merge only one of them" in said
 
 
 def test_students_without_their_teacher_are_refused(
@@ -149,6 +149,9 @@ def test_students_without_their_teacher_are_refused(
         for path in (toy / name / "checkpoints").glob("*.pt"):
             if not path.name.startswith(kept):
                 path.unlink()
+    said = refused(merge, capsys, toy, toy / "exp1b_five", toy / "exp1b_other")
+    assert f"was distilled from another {TEACHER} than this run's: repair" in said
+    (toy / "exp1b_five/checkpoints" / f"{TEACHER}.pt").unlink()
     said = refused(merge, capsys, toy, toy / "exp1b_five", toy / "exp1b_other")
     assert f"was distilled from a {TEACHER} that none of these runs holds" in said
 
