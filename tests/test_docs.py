@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import textwrap
@@ -23,6 +25,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
+from lab import do, open_lab, shortcuts
 from scipy import stats
 
 import run_exp1b_kaggle as exp
@@ -51,7 +54,12 @@ ROLES = {
     "scope": "the run may grow and never shrinks; the report declares what was added after results were seen",
     "session": "may differ in every session; the report notes what can change the last digits",
 }
-PLUGIN = "dkd.py"  # what README calls its example of a method
+OTHER_OPTIONS = {
+    "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint",  # of torchrun
+    "--nodes", "--ntasks-per-node", "--gpus-per-task", "--cpus-per-task", "--time", "--signal", "--requeue", "--open-mode",  # Slurm
+    "--minutes",  # of a benchmark
+}  # fmt: skip
+PLUGIN = "at.py"  # what README calls its example of a method
 
 
 def text_of(name: str) -> str:
@@ -213,7 +221,32 @@ def ablation_text() -> str:
     return "\n".join([*lines, "", *textwrap.wrap(" ".join(said), 128)])
 
 
+def answer_text() -> str:
+    """The evidence's answer in one sentence."""
+    return evidence_text().partition("\n")[0]
+
+
+def parts_table() -> str:
+    """The script's parts with their rooms, as its comments name them, and about how many lines each has."""
+    source = text_of("run_exp1b_kaggle.py")
+    _, *parts = re.split(r"^# =+\n# Part (.*)\n# =+$", source, flags=re.MULTILINE)
+    rows = []
+    for name, text in zip(parts[::2], parts[1::2], strict=True):
+        titles = re.findall(r"^# -- (.*?) --+$", text, re.MULTILINE)
+        rooms = dict.fromkeys(title.partition(":")[0] for title in titles)
+        rows.append([name.replace(": the", " The"), "; ".join(rooms), about(text.count("\n"))])
+    rows.append(["the whole script", "", about(source.count("\n"))])
+    return table(["part", "rooms", "lines, about"], rows)
+
+
+def about(count: int) -> str:
+    """A number, rounded to hundreds."""
+    return f"{round(count, -2):,}"
+
+
 GENERATED: dict[str, Callable[[], str]] = {
+    "answer": answer_text,
+    "parts": parts_table,
     "evidence": evidence_text,
     "ablation": ablation_text,
     "settings": settings_table,
@@ -242,7 +275,7 @@ def test_every_generated_table_is_in_a_document() -> None:
     texts = [text_of(document) for document in DOCUMENTS]
     for name in GENERATED:
         places = sum(f"<!-- {name} -->" in text and f"<!-- /{name} -->" in text for text in texts)
-        assert places == (2 if name == "evidence" else 1)
+        assert places == 1, name
 
 
 def test_first_code_block_is_the_two_commands_that_ci_runs() -> None:
@@ -315,15 +348,13 @@ def test_the_method_is_the_scripts() -> None:
 
 
 def test_the_messages_that_troubleshooting_quotes_exist() -> None:
-    """Each is a piece of the script, or printed by a cell of the quick start."""
+    """Each is a piece of the script."""
     computed = {
         "found no full run in": "found no {what} in",
-        "ended its process 2 times": "ended its process {self.MOST_ATTEMPTS} times",
-        "is in use by process": "is in use by {holder}",
-        "will NOT finish it": "will NOT finish",
+        "ended its process 2 times": "ended its process {count} times",
     }
     assert exp.Worker.MOST_ATTEMPTS == 2
-    source = (ROOT / "run_exp1b_kaggle.py").read_text(encoding="utf-8") + text_of(QUICK_START)
+    source = text_of("run_exp1b_kaggle.py")
     symptoms = re.findall(r"^\| (.*?) \|", text_of(README).partition("## Troubleshooting\n")[2], re.MULTILINE)
     quoted = [quote.removesuffix(" ...") for symptom in symptoms for quote in re.findall(r'"(.*?)"', symptom)]
     assert len(quoted) > 5
@@ -347,15 +378,9 @@ def commands(text: str) -> list[list[str]]:
     lines += re.findall(r"`([^`\n]+)`", prose)
     found = []
     for line in lines:
-        start = re.match(
-            r"^\s*(?:!|(?:.*&& ))?(?:torchrun .*?|python3? )(?:run_exp1b_kaggle\.py|\{SCRIPT\})(.*)$", line
-        )
+        start = re.match(r"^\s*(?:!|.*&& |srun )?(?:torchrun .*?|python3? )run_exp1b_kaggle\.py(.*)$", line)
         if start:
-            found.append(
-                shlex.split(
-                    start[1].replace("{RESUME}", "--resume").replace("{MODE}", "quick"), comments=True
-                )
-            )
+            found.append(shlex.split(start[1].replace("{MODE}", "quick"), comments=True))
     return found
 
 
@@ -367,11 +392,20 @@ def plugin_code() -> str:
 
 @pytest.fixture
 def plugin_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """README's plugin in the current folder; the methods are as before afterwards."""
+    """README's plugin in the current folder, beside the tests; the methods are as before afterwards."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests/published_methods.py", tmp_path / "tests")
     (tmp_path / PLUGIN).write_text(plugin_code(), encoding="utf-8")
+    with known_methods():
+        yield tmp_path / PLUGIN
+
+
+@contextlib.contextmanager
+def known_methods() -> Iterator[None]:
+    """Afterwards the methods are as before."""
     before = dict(exp.METHODS)
-    yield tmp_path / PLUGIN
+    yield
     exp.METHODS.clear()
     exp.METHODS.update(before)
 
@@ -382,13 +416,14 @@ def test_every_command_parses(document: str) -> None:
     found = commands(text_of(document))
     assert len(found) >= 3
     for arguments in found:
-        args = exp.parse_args(arguments)
-        if args.action in ("run", "plan") and not args.resume:
-            exp.new_settings(args.given)
+        with known_methods():
+            args = exp.parse_args(arguments)
+            if args.action in ("run", "plan") and args.resume is not True and not args.join:
+                exp.new_settings(args.given)
 
 
 def test_the_commands_that_the_help_shows_parse(plugin_here: Path) -> None:
-    plugin_here.rename("my_kd.py").write_text(plugin_code().replace("DKD", "MyKD"), encoding="utf-8")
+    plugin_here.rename("my_kd.py").write_text(plugin_code().replace('"AT"', '"MyKD"'), encoding="utf-8")
     lines = [line.strip().split("  ")[0] for line in exp.EXAMPLES.splitlines() if line.startswith("  --")]
     assert len(lines) >= 5
     for line in lines:
@@ -400,13 +435,7 @@ def test_the_commands_that_the_help_shows_parse(plugin_here: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_option_mentioned_exists(document: str) -> None:
     known = {option for action in exp.build_parser()._actions for option in action.option_strings}
-    known |= {
-        "--nnodes",
-        "--nproc-per-node",
-        "--rdzv-backend",
-        "--rdzv-endpoint",
-        "--minutes",
-    }  # of other programs
+    known |= OTHER_OPTIONS
     assert sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text_of(document))) - known) == []
 
 
@@ -468,16 +497,12 @@ def test_quick_start_is_the_same_in_both_languages() -> None:
 
 
 def test_kernel_metadata_is_complete() -> None:
-    blocks = [json.loads(block) for block in code_blocks(text_of(TESTS), "json")]
-    assert blocks
-    for metadata in blocks:
-        assert metadata.keys() == KERNEL_KEYS
-        assert metadata["machine_shape"] == "NvidiaTeslaT4"
-        assert metadata["enable_gpu"] is metadata["enable_internet"] is metadata["is_private"] is True
-        assert metadata["language"] == "python"
-        assert f"`{metadata['code_file']}`" in text_of(TESTS)
-        assert metadata["kernel_sources"] == [], "before the first push there is no output to mount"
-        assert f'`"kernel_sources": ["{metadata["id"]}"]`' in text_of(TESTS), "what the later pushes need"
+    metadata = json.loads(text_of(".github/kaggle/kernel-metadata.json"))
+    assert metadata.keys() == KERNEL_KEYS
+    assert metadata["machine_shape"] == "NvidiaTeslaT4"
+    assert metadata["dataset_sources"] == [exp.ATTACHABLE["CIFAR10"]]
+    assert metadata["kernel_sources"] == [], "before the first push there is no output to mount"
+    assert f'`"kernel_sources": ["{metadata["id"]}"]`' in text_of(TESTS), "what the later pushes need"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -486,7 +511,7 @@ def test_plain_text(document: str) -> None:
     text = text_of(document)
     assert re.findall("[\u2600-\u27bf\u2b00-\u2bff\ufe0f\U0001f000-\U0001faff]", text) == []
     paths = re.findall(r"(?<![\w.:/~>*<-])/[a-z]\w+(?:/[\w.<>-]+)+", text)
-    assert [p for p in paths if not p.startswith(("/kaggle/", "/shared/"))] == []
+    assert [p for p in paths if not p.startswith(("/kaggle/", "/shared/", "/bin/bash"))] == []
     assert "\t" not in text
     assert all(line == line.rstrip() for line in text.splitlines())
 
@@ -554,7 +579,7 @@ def test_the_ablation_follows_from_its_results() -> None:
 
 
 def test_the_evidences_figures_are_shown() -> None:
-    assert all("](.github/figures/accuracy_vs_compression.png)" in text_of(name) for name in (README, INDEX))
+    assert "](.github/figures/accuracy_vs_compression.png)" in text_of(README)
     reports = (".github/evidence/experiment_report.md", ".github/evidence/ablation/experiment_report.md")
     for name in (README, INDEX, *reports):
         for link in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text_of(name)):
@@ -562,54 +587,74 @@ def test_the_evidences_figures_are_shown() -> None:
 
 
 def test_the_reading_guide_names_what_is_there() -> None:
-    guide = text_of(INDEX).partition("## Read what you doubt\n")[2].partition("\n## ")[0]
-    names = re.findall(r"`(\w+(?:\.\w+)?)`", guide)
-    assert len(names) > 20
-    for name in names:
-        owner, _, method = name.partition(".")
-        assert not method or hasattr(getattr(exp, owner), method)
-        assert hasattr(exp, owner), name
-    source = text_of("run_exp1b_kaggle.py")
-    _, *parts = re.split(r"^# =+\n# (Part .*)\n# =+$", source, flags=re.MULTILINE)
-    assert len(parts) == 8
-    heart, whole = round(parts[1].count("\n"), -2), round(len(source.splitlines()), -2)
-    said = f"part 1 decides every number: {heart:,} of the script's {whole:,} lines"
-    assert said in " ".join(guide.split())
+    guide = text_of(INDEX).partition("## Read part 1\n")[2].partition("\n## ")[0]
+    names = re.findall(r"`(\w+)`", guide)
+    assert len(names) > 15
+    assert [name for name in names if not hasattr(exp, name)] == []
+    assert [row.partition(" ")[0] for row in parts_table().split("\n| ")[2:]] == ["1", "2", "3", "4", "the"]
 
 
 def test_lengths() -> None:
-    assert len(text_of(README).splitlines()) <= 350
-    assert len(text_of(INDEX).splitlines()) <= 110
+    assert len(text_of(README).splitlines()) <= 330
+    assert len(text_of(INDEX).splitlines()) <= 130
 
 
-def test_the_readmes_plugin_is_dkd(plugin_here: Path) -> None:
-    """The example registers; its loss is the paper's formula, here with loops in float64."""
-    args = exp.parse_args(["--plugin", PLUGIN, "--methods", "Direct", "HPM-KD", "DKD"])
-    assert args.given["methods"] == ("Direct", "HPM-KD", "DKD")
-    method = exp.METHODS["DKD"]
-    assert issubclass(method, exp.TraditionalKD)
+def attention_map(feature: np.ndarray) -> np.ndarray:
+    """Q / ||Q|| of Zagoruyko and Komodakis (2017): the mean of squares over channels [C, H, W], as a vector of length one."""
+    flat = np.square(feature).mean(0).ravel()
+    return flat / np.linalg.norm(flat)
+
+
+@pytest.mark.usefixtures("plugin_here")
+def test_the_readmes_plugin_is_attention_transfer() -> None:
+    """The example registers; its loss is the paper's formula, here with loops over images and stages in float64."""
+    args = exp.parse_args(["--plugin", PLUGIN, "--methods", "Direct", "HPM-KD", "AT"])
+    assert args.given["methods"] == ("Direct", "HPM-KD", "AT")
+    method = exp.METHODS["AT"]
     assert method.teachers("7x") == ("teacher",)
 
-    images, classes, temperature = 12, 10, 4.0
     generator = torch.Generator().manual_seed(5)
-    logits, teacher = (
-        torch.randn(images, classes, generator=generator, dtype=torch.float64) * 3 for _ in range(2)
-    )
-    labels = torch.randint(0, classes, (images,), generator=generator)
-    expected = 0.0
-    for z, v, label in zip(logits, teacher, labels, strict=True):
-        q, p = (np.exp(x.numpy() / temperature) / np.exp(x.numpy() / temperature).sum() for x in (z, v))
-        others = [c for c in range(classes) if c != label]
-        target = sum(a * np.log(a / b) for a, b in ((p[label], q[label]), (1 - p[label], 1 - q[label])))
-        p, q = p[others] / p[others].sum(), q[others] / q[others].sum()
-        rest = sum(a * np.log(a / b) for a, b in zip(p, q, strict=True))
-        cross_entropy = np.log(np.exp(z.numpy()).sum()) - z[label].item()
-        expected += (cross_entropy + temperature**2 * (1.0 * target + 8.0 * rest)) / images
+    images, index, sizes = 12, torch.tensor([7, 2, 11, 0]), {"stage2": 16, "stage3": 8, "stage4": 4}
 
-    student = method.__new__(method)
-    student.experiment = types.SimpleNamespace(images=types.SimpleNamespace(labels=labels))  # type: ignore[assignment]
-    student.temperature, student.soft_targets = temperature, torch.softmax(teacher / temperature, 1)
-    assert student.loss(logits, torch.arange(images)).item() == pytest.approx(expected, rel=1e-12)
+    def draw(count: int, channels: int) -> dict[str, torch.Tensor]:
+        shapes = {stage: (count, channels, size, size) for stage, size in sizes.items()}
+        return {
+            stage: torch.rand(shape, generator=generator, dtype=torch.float64)
+            for stage, shape in shapes.items()
+        }
+
+    student, teacher = draw(len(index), 3), draw(images, 5)
+    logits = torch.randn(len(index), 10, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 10, (images,), generator=generator)
+    expected = 0.0
+    for row, image in enumerate(index.tolist()):
+        z = logits[row].numpy()
+        expected += (np.log(np.exp(z).sum()) - z[labels[image]]) / len(index)
+        for stage in sizes:
+            maps = (
+                attention_map(features.numpy()) for features in (student[stage][row], teacher[stage][image])
+            )
+            expected += 1000 * np.square(np.subtract(*maps)).mean() / len(index)
+
+    made = method.__new__(method)
+    made.experiment = types.SimpleNamespace(images=types.SimpleNamespace(labels=labels))  # type: ignore[assignment]
+    made.features, made.descriptions = student, method.describe(teacher)
+    assert made.loss(logits, index).item() == pytest.approx(expected, rel=1e-5), (
+        "float() rounds the teacher's"
+    )
+
+
+@pytest.mark.usefixtures("plugin_here", "small_networks")
+def test_the_readmes_plugin_trains(tmp_path: Path) -> None:
+    """A teacher and a student of the example; the student's loss is not the one of Direct."""
+    exp.load_plugins([Path(PLUGIN)])
+    with shortcuts():
+        experiment = open_lab(tmp_path / "run", methods=("Direct", "AT"), compression=("7x",))
+        records = do(experiment)
+    losses = {name: [epoch.loss for epoch in record.history] for name, record in records.items()}
+    assert all(record.done for record in records.values())
+    direct, own = (losses[f"student_7x_{name}_run1"] for name in ("Direct", "AT"))
+    assert own[0] > direct[0] + 0.1
 
 
 def test_the_workflow_is_drawn() -> None:

@@ -1,4 +1,4 @@
-"""The documents' notebook cells, executed: find the script, continue a run, show its results, classify an image with a student."""
+"""The documents' notebook cells, executed: continue a run, show its results, classify an image with a student."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ STUDENT = "checkpoints/student_7x_HPM-KD_run1.pt"
 
 
 def cells() -> list[str]:
-    """The quick start's four cells, then the README's prediction, as a reader copies them."""
+    """The quick start's four cells, then the README's deployment of a student, as a reader copies them."""
     quick_start = code_blocks(text_of(QUICK_START).partition("\n# Português\n")[0], "python")
     assert len(quick_start) == 4
-    show, predict = (
-        block for block in code_blocks(text_of(README), "python") if "run_exp1b_kaggle import" in block
-    )
-    assert show.partition("  #")[0] == quick_start[2].rstrip("\n"), "three lines, the same in both documents"
-    return [*quick_start, predict]
+    (deploy,) = (block for block in code_blocks(text_of(README), "python") if "load_student" in block)
+    assert "show_results()" in deploy and "show_results()" in quick_start[2]
+    path = "exp1b_quick_.../checkpoints/student_7x_HPM-KD_run1.pt"
+    assert path in deploy
+    return [*quick_start, deploy.replace(path, f"{NAME}/{STUDENT}")]
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,9 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[Any]], 
     With the run's folder, and the class that the stored logits give to the picture.
     """
     root = tmp_path_factory.mktemp("notebook") / "kaggle"
-    working, code = root / "working", root / "input/datasets/me/exp1b-code"
-    code.mkdir(parents=True)
-    shutil.copy(ROOT / "run_exp1b_kaggle.py", code)
+    working = root / "working"
+    working.mkdir(parents=True)
+    shutil.copy(ROOT / "run_exp1b_kaggle.py", working)
     torch.set_num_threads(1)
     small = [
         *SMALL,
@@ -55,18 +55,17 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[Any]], 
         "--student-epochs",
         "1",
     ]
+    assert small[:2] == ["--mode", "smoke"]
     assert exp.main([*small, "--output-dir", str(working / NAME)]) == 0
 
     data = exp.load_data("SYNTHETIC", [], None, 200, 42, lambda: None)
     to_pil_image(torch.from_numpy(data.test_pixels[0]).permute(2, 0, 1)).save(working / "image.png")
     expected = data.classes[exp.load_checkpoint(working / NAME / STUDENT)["test_logits"][0].argmax()]
 
-    texts = [
-        text.replace('"/kaggle', f'"{root}').replace('PICTURE = ""', 'PICTURE = "image.png"')
-        for text in cells()
-    ]
+    texts = [text.replace('PICTURE = ""', 'PICTURE = "image.png"') for text in cells()]
     assert texts[0].count('MODE = "quick"') == 1, "the only thing to choose"
     texts[0] = texts[0].replace('MODE = "quick"', 'MODE = "smoke"')
+    texts = [text.replace("--mode {MODE}", f"--mode {{MODE}} {' '.join(small[2:])}") for text in texts]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in texts])
     place = {"metadata": {"path": str(working)}}
     client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place)
@@ -105,10 +104,10 @@ def test_the_results_shown_are_the_last_active_runs(
 
 @pytest.mark.slow
 def test_the_cells_plan_continue_show_and_classify(outputs: tuple[list[list[Any]], Path, str]) -> None:
-    plan, again, show, own, readme = outputs[0]
+    plan, again, show, own, deploy = outputs[0]
     folder, expected = outputs[1:]
     assert "total" in printed(plan)
-    assert printed(again).startswith("continuing an earlier run\n")
+    assert f"run folder {folder}" in printed(again)
     assert "finished: 8 of 8 jobs done" in printed(again)
 
     shown = [output for output in show if output.output_type == "display_data"]
@@ -119,7 +118,9 @@ def test_the_cells_plan_continue_show_and_classify(outputs: tuple[list[list[Any]
     assert len(figures) == len(list((folder / "figures").glob("*.png"))) >= 3
     assert all("image/png" in figure for figure in figures)
 
-    for cell in (own, readme):
-        name, share = printed(cell).rsplit(None, 1)
-        assert name == expected
-        assert 0 < float(share.rstrip("%")) <= 100
+    name, share = printed(own).rsplit(None, 1)
+    assert name == expected
+    assert 0 < float(share.rstrip("%")) <= 100
+
+    assert len([output for output in deploy if output.output_type == "display_data"]) == len(shown)
+    assert (folder.parent / "student.onnx").stat().st_size > 10_000
