@@ -1019,8 +1019,8 @@ def take_away(name: str, look: Look, about: str, uses_pilot: bool = True, **remo
     register(name)(type(name, (HPMKD,), {**own, "option": "ablation", "twin": HPMKD.name}))
 
 
-alone: dict[str, Any] = {"teachers": ("teacher",), "attention": False}
-take_away("HPM-KD-no-chain", ("#009E73", "P", ":"), "HPM-KD from the teacher alone", **alone)
+ALONE: dict[str, Any] = {"teachers": ("teacher",), "attention": False}
+take_away("HPM-KD-no-chain", ("#009E73", "P", ":"), "HPM-KD from the teacher alone", **ALONE)
 take_away("HPM-KD-no-attention", ("#D55E00", "X", ":"), "HPM-KD with uniform weights", attention=False)
 take_away("HPM-KD-no-temperature", ("#56B4E9", "<", ":"), "HPM-KD at a constant T", schedule="constant")
 take_away("HPM-KD-no-manager", ("#A89C00", "p", ":"), "HPM-KD's default, without a pilot", uses_pilot=False)
@@ -1544,7 +1544,7 @@ class Training:
     """Trains one network with one method, checkpointed as it goes: the only training loop there is."""
 
     SMALLEST_MICRO_BATCH = 4
-    SAVE_SECONDS = 30.0  # of work that may be lost, or one epoch, whichever is longer
+    SAVE_SECONDS = 30.0  # the least time between two checkpoints, each at an epoch's end
     DIVERGED = 1e4  # times the loss at the start
 
     def __init__(self, experiment: Experiment, job: Job, name: str, steps: int, method: Method) -> None:
@@ -5759,6 +5759,8 @@ examples, each after python run_exp1b_kaggle.py:
   --mode quick                   the experiment on CIFAR-10
   --mode quick --plan            its jobs, hours and disk; trains nothing
   --resume                       continue the newest run
+  --mode full --resume auto      continue a full run, or start it
+  --join --output-dir DIR        help with a run that another process leads
   --mode quick --compression 7x  a part; parts share the teacher
   --resume --ablation            add the arms of the ablation: HPM-KD without
                                  each of its components, and TunedKD
@@ -6015,6 +6017,7 @@ def adopt(path: Path, args: Namespace, platform: Platform) -> Path:
         for folder in (copied, *copied.glob("**/")):
             folder.chmod(0o755)  # the mount's are read-only
     except OSError as error:
+        shutil.rmtree(copied, ignore_errors=True)
         raise UsageError(f"cannot copy {path} to {target} ({first_line(error)}): give --output-dir") from None
     rename(copied, target)
     return target

@@ -129,7 +129,15 @@ def test_a_kill_while_a_run_is_copied_out_of_an_input(
     target.parent.mkdir()
 
     def session(number: int) -> int:
-        install_strike(pytest.MonkeyPatch(), "before the rename", number, die)
+        copied, copyfile = [], shutil.copyfile
+
+        def copy(source: str, target: str) -> None:
+            copied.append(source)
+            if len(copied) == number:
+                die()
+            copyfile(source, target)
+
+        pytest.MonkeyPatch().setattr(exp.shutil, "copyfile", copy)
         return exp.main(AGAIN, root=root)
 
     assert in_child(lambda: session(9)) == "SIGKILL"
@@ -453,7 +461,7 @@ def test_kaggles_budget_is_estimated_before_the_start(
     (working / "other").write_bytes(bytes(2_000_000))
     assert exp.main([*TOY, "--output-dir", str(working / folder)], root=toy) == 2
     said = last_line(capsys)
-    assert "holds 2 MB of other files, Kaggle keeps 6 MB" in said
+    assert "holds 2 MB of other files, and Kaggle keeps 6 MB" in said
     assert "use fewer --runs" in said
     assert not exp.is_run(working / folder)
 
