@@ -31,7 +31,6 @@ from toy import (
     die,
     epochs_in_log,
     in_child,
-    install_strike,
     leftovers,
     new_toy,
     repeated,
