@@ -1,18 +1,24 @@
 """Development of HPM-KD's default: variants of its loss and of what teaches, judged on training images that no network has seen.
 
     python tests/benchmarks/develop.py --data-dir DIR --output-dir DIR [--compression 7x] [--runs 3] [--variants NAME ...]
+        [--device cuda] [--workers 8]
 
 The test set is not looked at for any choice. Of the 50,000 training images of CIFAR-10, 40,000 are used (seed 1000); the other
 10,000 are the judge. All variants share weights, batches and views. Each result is one line of `develop.csv` in the output
 folder; what is there is not done again, so that a killed development goes on with the same command. At the end the table of
-paired differences from TraditionalKD is printed. A variant is a method and a configuration: add one to VARIANTS.
+paired differences from TraditionalKD is printed. A variant is a method and a configuration: add one to VARIANTS. Several
+workers share the device: a network of a quarter of the width leaves a large GPU mostly idle.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import logging
+import multiprocessing
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import conftest  # noqa: F401 (puts the script on the path)
+import filelock
 import numpy as np
 import pandas as pd
 import torch
@@ -54,6 +61,15 @@ class OfTwo(OfTheTeacher):
     @classmethod
     def teachers(cls, compression: str) -> tuple[exp.Network, ...]:
         return ("teacher", "1.5x")
+
+
+@exp.register("HPM-KD-of-all")
+class OfAll(OfTheTeacher):
+    """From the teacher and all assistants that are larger than the student."""
+
+    @classmethod
+    def teachers(cls, compression: str) -> tuple[exp.Network, ...]:
+        return ("teacher", *exp.ladder_above(compression))
 
 
 @exp.register("HPM-KD-stages-3-and-4")
@@ -102,9 +118,12 @@ BETA, GAMMA = 2.0, 3000.0  # the best so far, for the variants that vary somethi
 
 def hpmkd(method: str = "HPM-KD-of-the-teacher", **changes: Any) -> Variant:
     """HPM-KD at T 4, from all that its class names and on the student's view alone, with changes."""
-    teachers = exp.METHODS[method].teachers("7x")
-    config = replace(Config(teachers=teachers, attention=len(teachers) > 1), **changes)
-    return lambda ratio: (method, config)
+
+    def variant(ratio: str) -> tuple[str, Config]:
+        teachers = exp.METHODS[method].teachers(ratio)
+        return method, replace(Config(teachers=teachers, attention=len(teachers) > 1), **changes)
+
+    return variant
 
 
 def default(**changes: Any) -> Variant:
@@ -117,23 +136,31 @@ VARIANTS: dict[str, Variant] = {
     "TraditionalKD": lambda ratio: ("TraditionalKD", Config()),
     "alpha .9": lambda ratio: ("TraditionalKD", Config(0.9)),
     **{f"beta {beta}": hpmkd(beta=float(beta)) for beta in (1, 2, 4, 8)},
+    **{f"beta, T {T}": hpmkd(beta=BETA, temperature=float(T)) for T in (2, 3, 6)},
     **{f"beta, gamma {gamma:,}": hpmkd(beta=BETA, weight=float(gamma)) for gamma in (1_000, 3_000, 10_000)},
+    **{f"beta {beta}, gamma": hpmkd(beta=float(beta), weight=GAMMA) for beta in (1, 4)},
     **{f"labels, gamma {gamma:,}": hpmkd(alpha=0.0, weight=float(gamma)) for gamma in (1_000, 3_000, 10_000)},
-    "beta, stages 3 and 4": hpmkd("HPM-KD-stages-3-and-4", beta=BETA, weight=GAMMA),
+    "alpha .5, gamma": hpmkd(weight=GAMMA),
+    "beta, gamma, stages 3 and 4": hpmkd("HPM-KD-stages-3-and-4", beta=BETA, weight=GAMMA),
     "beta, gamma, means kept": hpmkd("HPM-KD-means-kept", beta=BETA, weight=GAMMA),
     "beta, views": hpmkd(beta=BETA, view_share=0.5),
     "beta, gamma, views": hpmkd(beta=BETA, weight=GAMMA, view_share=0.5),
     "beta, with 1.5x": hpmkd("HPM-KD-of-two", beta=BETA),
     "beta, gamma, with 1.5x": hpmkd("HPM-KD-of-two", beta=BETA, weight=GAMMA),
-    "beta, with 1.5x, relations of the teacher": hpmkd(
+    "beta, gamma of the teacher, with 1.5x": hpmkd(
         "HPM-KD-relations-of-the-teacher", beta=BETA, weight=GAMMA
     ),
+    "beta, of all": hpmkd("HPM-KD-of-all", beta=BETA),
+    "beta, of all, uniform": hpmkd("HPM-KD-of-all", beta=BETA, attention=False),
+    "beta, gamma, of all": hpmkd("HPM-KD-of-all", beta=BETA, weight=GAMMA),
+    "beta, gamma, of all, views": hpmkd("HPM-KD-of-all", beta=BETA, weight=GAMMA, view_share=0.5),
     **{
         f"beta, T {schedule}": hpmkd(beta=BETA, schedule=schedule)
         for schedule in ("cosine", "loss", "convergence")
     },
     "beta, T cosine from 6": hpmkd(beta=BETA, schedule="cosine", temperature=6.0),
     "default": default(),
+    "default, KL": default(beta=0.0),
     "default, constant T": default(schedule="constant"),
     "default, same view": default(view_share=1.0),
 }
@@ -144,7 +171,8 @@ def open_development(options: argparse.Namespace) -> tuple[exp.Experiment, exp.S
     given = {
         "dataset": "CIFAR10", "width": options.width, "train_size": SIZE, "seed": SEED, "threads": options.threads,
         "teacher_epochs": options.teacher_epochs, "student_epochs": options.student_epochs, "runs": options.runs,
-        "compression": (options.compression,), "precision": "auto", "device": "cpu", "output_dir": options.output_dir,
+        "compression": tuple(options.compression), "precision": "auto", "device": options.device,
+        "output_dir": options.output_dir, "workers": options.workers,
     }  # fmt: skip
     settings = exp.new_settings(given)
     full = exp.load_data("CIFAR10", [options.data_dir], None, None, SEED, lambda: None)
@@ -153,31 +181,29 @@ def open_development(options: argparse.Namespace) -> tuple[exp.Experiment, exp.S
     data = exp.keep_stratified(full, SIZE, SEED)
     unseen = np.setdiff1d(np.arange(len(full.train_labels)), kept)
 
-    exp.make_run_folder(options.output_dir)
-    exp.start_logging(options.output_dir / "experiment.log")
-    device = exp.Device("cpu", 0, f"CPU: {exp.processor_name()}")
+    device = exp.find_devices(options.device, False, True)[0]
     precision = exp.choose_precision("auto", device)
     run = exp.Run(options.output_dir, exp.new_index(settings, precision, exp.describe_data(data, SEED), {}))
-    for variant in options.variants:
-        method, _ = VARIANTS[variant](options.compression)
-        run.jobs.append(
-            exp.Job("student", "CIFAR10", options.compression, method, 1)
-        )  # pages know what it sees
+    for ratio, variant in itertools.product(options.compression, options.variants):
+        method, _ = VARIANTS[variant](ratio)
+        run.jobs.append(exp.Job("student", "CIFAR10", ratio, method, 1))  # so pages hold what it describes
     progress = exp.make_progress(run, [device], False)
     experiment = exp.make_experiment(run, device, [device], data, exp.Session(), progress)
     experiment.outputs.store.places = [options.output_dir / "pages"]
-    judge = exp.Split(
-        torch.from_numpy(full.train_pixels[unseen]), torch.from_numpy(full.train_labels[unseen])
-    )
-    return experiment, judge
+    pixels, labels = (torch.from_numpy(values[unseen]) for values in (full.train_pixels, full.train_labels))
+    return experiment, exp.Split(pixels.to(device.torch), labels.to(device.torch))
 
 
 def prepare(experiment: exp.Experiment, job: exp.Job) -> None:
-    """Train what teaches a student, unless it has been trained."""
-    for teacher in exp.teachers_of(job):
-        experiment.run.refresh()
-        if teacher.name not in experiment.run.records:
-            exp.do_job(experiment, teacher)
+    """Train what teaches a student, and what teaches its assistants, unless that has been done."""
+    named = job.teacher_networks
+    above = {larger for name in named if name != "teacher" for larger in exp.ladder_above(name)}
+    for name in [name for name in ("teacher", *exp.LADDER) if name in (*named, *above)]:
+        teacher = exp.teacher_job(name, "CIFAR10")
+        with filelock.FileLock(experiment.run.path / f"{teacher.name}.lock"):
+            experiment.run.refresh()
+            if teacher.name not in experiment.run.records:
+                exp.do_job(experiment, teacher)
     experiment.run.refresh()
 
 
@@ -199,8 +225,22 @@ def measure(
     last = training.history[-1]
     return {
         "ratio": ratio, "variant": variant, "run": run, "unseen": accuracy, "select": last.val_accuracy,
-        "loss": last.loss, "seconds": round(training.seconds), "epochs": epochs,
+        "loss": last.loss, "seconds": round(training.seconds, 1), "epochs": epochs,
     }  # fmt: skip
+
+
+OPENED: list[tuple[exp.Experiment, exp.Split]] = []  # in a worker: what it works with
+
+
+def start_worker(options: argparse.Namespace) -> None:
+    """Open the development in a worker."""
+    exp.start_logging(None, console_level=logging.WARNING)
+    OPENED.append(open_development(options))
+
+
+def measure_in_worker(task: tuple[str, str, int]) -> dict[str, object]:
+    """`measure` of (variant, ratio, run)."""
+    return measure(*OPENED[0], *task)
 
 
 def summary(table: pd.DataFrame) -> str:
@@ -209,7 +249,7 @@ def summary(table: pd.DataFrame) -> str:
     for ratio, group in table.groupby("ratio"):
         wide = group.pivot(index="run", columns="variant", values="unseen")
         for variant in [name for name in VARIANTS if name in wide]:
-            line = f"{ratio}  {variant:<26} {wide[variant].mean():6.2f}% ({wide[variant].count()})"
+            line = f"{ratio}  {variant:<38} {wide[variant].mean():6.2f}% ({wide[variant].count()})"
             if exp.RIVAL in wide and variant != exp.RIVAL:
                 difference = exp.one_sample(*paired(wide[variant] - wide[exp.RIVAL]))
                 line += f"  minus {exp.RIVAL} {difference.mean:+.2f} pp, p {difference.t_p:.3f}"
@@ -229,26 +269,27 @@ def main() -> int:
     )
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--compression", default="7x", choices=tuple(exp.RATIOS))
+    parser.add_argument("--compression", nargs="+", default=["7x"], choices=tuple(exp.RATIOS))
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--teacher-epochs", type=int, default=10)
     parser.add_argument("--student-epochs", type=int, default=8)
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
 
-    experiment, judge = open_development(options)
+    exp.make_run_folder(options.output_dir)
     path = options.output_dir / "develop.csv"
     rows = pd.read_csv(path).to_dict("records") if path.exists() else []
-    for run in range(1, options.runs + 1):
-        for variant in options.variants:
-            if any(
-                (row["ratio"], row["variant"], row["run"]) == (options.compression, variant, run)
-                for row in rows
-            ):
-                continue
-            rows.append(measure(experiment, judge, variant, options.compression, run))
+    done = {(row["variant"], row["ratio"], row["run"]) for row in rows}
+    runs = range(1, options.runs + 1)
+    tasks = [(v, r, run) for run in runs for r in options.compression for v in options.variants]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, context, start_worker, (options,)) as pool:
+        for future in as_completed([pool.submit(measure_in_worker, t) for t in tasks if t not in done]):
+            rows.append(future.result())
             exp.write_atomic(path, pd.DataFrame(rows).to_csv(index=False).encode())
             print(rows[-1], flush=True)
     print(summary(pd.DataFrame(rows)))
