@@ -212,7 +212,7 @@ def warn_once(text: str) -> None:
 
 # -- settings -----------------------------------------------------------------------------------------------
 VERSION = "3.0.0"
-PROTOCOL = 2  # raised when what a seed produces changes; files of different protocols are not mixed
+PROTOCOL = 3  # raised when what a seed produces changes; files of different protocols are not mixed
 FORMAT = 3  # of the index; raised when its layout changes
 STATE_NAME = "experiment_state.pkl"
 REPORT_NAME = "experiment_report.md"
@@ -883,12 +883,15 @@ class HPMKD(TraditionalKD):
 
     A chain of teachers (component 1), weighted per image by a fitted attention (2), at a temperature that
     moves (3), in a configuration that a pilot chose (4), from soft targets that use every view in memory (6).
-    Component 5 is the worker. The extensions: decoupled soft targets (`beta`), and relations between the
+    Component 5 is the workers. The extensions: decoupled soft targets (`beta`), and relations between the
     images of a batch, from the teachers' last stage in memory (`weight`).
     """
 
     look = ("#0072B2", "^", "-.")
-    about = "a chain of teachers, attention, a moving temperature, a pilot's configuration, averaged views"
+    about = (
+        "a chain of teachers, attention, a moving temperature, a pilot's configuration, averaged views, "
+        "decoupled soft targets, relations between images"
+    )
     removed: ClassVar[dict[str, Any]] = {}  # what an arm of the ablation sets back
     stages = ("stage4",)
 
@@ -914,8 +917,8 @@ class HPMKD(TraditionalKD):
     @classmethod
     def default(cls, compression: str) -> Distillation:
         """The default configuration, found in development (tests/README.md): the incumbent of every pilot."""
-        largest = ("teacher", *ladder_above(compression)[:1])
-        return Distillation(0.5, 4.0, "convergence", largest, attention=True, view_share=0.5)
+        chain = ("teacher", *ladder_above(compression))
+        return Distillation(0.5, 4.0, "cosine", chain, True, view_share=0.5, beta=2.0, weight=3_000.0)
 
     @classmethod
     def configure(cls, compression: str, chosen: Distillation | None) -> Distillation:
@@ -925,18 +928,17 @@ class HPMKD(TraditionalKD):
 
     @classmethod
     def candidates(cls, compression: str) -> list[Distillation]:
-        """Configurations that all have an assistant, attention, a moving temperature and averaged views."""
-        default, chain = cls.default(compression), cls.teachers(compression)
-        nearest = (chain[0], chain[-1])
+        """Configurations that have every component and both extensions."""
+        default = cls.default(compression)
         return [
             default,
-            replace(default, alpha=0.7),
-            replace(default, alpha=0.9),
-            replace(default, alpha=0.3),
-            replace(default, temperature=6.0),
-            replace(default, temperature=6.0, schedule="cosine"),
-            replace(default, schedule="loss", teachers=chain),
-            replace(default, alpha=0.7, temperature=3.0, schedule="cosine", teachers=nearest),
+            replace(default, beta=1.0),
+            replace(default, beta=4.0),
+            replace(default, beta=8.0),
+            replace(default, weight=1_000.0),
+            replace(default, weight=10_000.0),
+            replace(default, temperature=6.0, schedule="convergence"),
+            replace(default, teachers=default.teachers[:2], schedule="loss"),
         ]
 
     @staticmethod
@@ -1025,6 +1027,40 @@ take_away("HPM-KD-no-attention", ("#D55E00", "X", ":"), "HPM-KD with uniform wei
 take_away("HPM-KD-no-temperature", ("#56B4E9", "<", ":"), "HPM-KD at a constant T", schedule="constant")
 take_away("HPM-KD-no-manager", ("#A89C00", "p", ":"), "HPM-KD's default, without a pilot", uses_pilot=False)
 take_away("HPM-KD-no-memory", ("#8C564B", "*", ":"), "HPM-KD without the average over views", view_share=1.0)
+take_away(
+    "HPM-KD-coupled", ("#6A3D9A", "h", ":"), "HPM-KD with KL in place of decoupled soft targets", beta=0.0
+)
+take_away("HPM-KD-no-relations", ("#B2182B", "d", ":"), "HPM-KD without the images' relations", weight=0.0)
+
+
+@register("HPM-KD-paper")
+class HPMKDPaper(HPMKD):
+    """The paper's six components alone, with a pilot of its own: KL, no relations, no averaged views."""
+
+    look = ("#004D40", "H", ":")
+    option = "ablation"
+    about = "the paper's six components alone, without this project's extensions, with a pilot of its own"
+
+    @classmethod
+    def default(cls, compression: str) -> Distillation:
+        """HPM-KD's default less the extensions."""
+        return replace(super().default(compression), view_share=1.0, beta=0.0, weight=0.0)
+
+    @classmethod
+    def candidates(cls, compression: str) -> list[Distillation]:
+        """Several alphas, temperatures, schedules and chains."""
+        default, chain = cls.default(compression), cls.teachers(compression)
+        nearest = (chain[0], chain[-1])
+        return [
+            default,
+            replace(default, alpha=0.7),
+            replace(default, alpha=0.9),
+            replace(default, alpha=0.3),
+            replace(default, temperature=6.0),
+            replace(default, temperature=6.0, schedule="convergence"),
+            replace(default, schedule="loss", teachers=default.teachers[:2]),
+            replace(default, alpha=0.7, temperature=3.0, teachers=nearest),
+        ]
 
 
 # The experiment's question: the subject against the baseline, and against its rival.
