@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -321,17 +323,28 @@ def test_micro_batches_are_told_to_the_reader_of_the_report(
 
 
 def test_the_pages_of_a_plan_are_those_that_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of HPM-KD: the teacher's and the largest assistant's for every run, the others' for what learns from them."""
+    """Of every student and assistant by what it learns from; of candidates that leave early only their first epochs."""
     settings = exp.new_settings({"methods": ("HPM-KD",), "compression": ("7x",), "runs": 2})
-    used = exp.pages_used(exp.planned_jobs(settings), settings)
     orders = [set(exp.page_order(settings.seed, run, settings.student_epochs)) for run in (1, 2)]
-    pages = {name: {page for network, page in used if network == name} for name in exp.ARCHITECTURES}
-    assert pages["teacher"] == pages["1.5x"] == orders[0] | orders[1]
-    assert pages["2.3x"] == orders[0], "the assistant 5x learns from it, on the views of run 1"
-    assert pages["5x"] == {exp.page_order(settings.seed, 1, 1)[0]}, (
-        "only a candidate of the pilot, for a part of an epoch"
+
+    def pages() -> dict[str, set[int]]:
+        used = exp.pages_used(exp.planned_jobs(settings), settings)
+        return {name: {page for network, page in used if network == name} for name in exp.ARCHITECTURES}
+
+    assert pages() == dict.fromkeys(("teacher", "1.5x", "2.3x", "5x"), orders[0] | orders[1]) | {"7x": set()}
+    count = 4 * len(orders[0] | orders[1])
+    assert exp.page_bytes(settings) == count * exp.DATASETS["CIFAR10"][1] * (10 + exp.PROJECTED) * 2
+
+    default = exp.HPMKD.default("7x")
+    of_two, of_all = (replace(default, weight=0.0, teachers=default.teachers[:n]) for n in (2, 4))
+    monkeypatch.setattr(exp.HPMKD, "default", lambda _: of_two)
+    monkeypatch.setattr(exp.HPMKD, "candidates", lambda _: [of_two, of_all])
+    found = pages()
+    assert found["teacher"] == found["1.5x"] == orders[0] | orders[1]
+    assert found["2.3x"] == orders[0], "the assistant 5x learns from it, on the views of run 1"
+    share = math.ceil(exp.PILOT_SHARE / 4 * settings.student_epochs / 2)
+    assert found["5x"] == set(exp.page_order(settings.seed, 1, share)), (
+        "a candidate of the pilot, for its first rung"
     )
-    images = exp.DATASETS["CIFAR10"][1]
-    assert exp.page_bytes(settings) == len(used) * images * 10 * 2
-    monkeypatch.setattr(exp.HPMKD, "describes", lambda _: True)
-    assert exp.page_bytes(settings) == len(used) * images * (10 + exp.PROJECTED) * 2, "with descriptions"
+    count = sum(map(len, found.values()))
+    assert exp.page_bytes(settings) == count * exp.DATASETS["CIFAR10"][1] * 10 * 2, "without descriptions"
