@@ -29,6 +29,21 @@ def lab_data(size: int = 200) -> exp.RawData:
     )
 
 
+def hundred_classes(size: int) -> exp.RawData:
+    """As many images of 100 classes in the shape of CIFAR-100: class 10 a + b is pattern a, with pattern b laid over it."""
+    below, above = exp.synthetic(size, 42), exp.synthetic(size, 43)
+    order = np.random.default_rng(0)
+
+    def blend(part: str, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        one, other = (getattr(raw, f"{part}_pixels")[:count] for raw in (below, above))
+        a, b = (getattr(raw, f"{part}_labels")[:count] for raw in (below, above))
+        shuffled = order.permutation(len(b))
+        return (0.6 * one + 0.4 * other[shuffled]).astype(np.uint8), 10 * a + b[shuffled]
+
+    classes = tuple(f"patterns {number:02d}" for number in range(100))
+    return exp.RawData("CIFAR100", classes, *blend("train"), *blend("test", TEST_IMAGES), "generated")
+
+
 def open_lab(
     folder: Path, raw: exp.RawData | None = None, device: exp.Device | None = None, **given: Any
 ) -> exp.Experiment:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lab import do, open_lab, pilot, shortcuts, student, teacher
+from lab import do, hundred_classes, open_lab, pilot, shortcuts, student, teacher
 
 import run_exp1b_kaggle as exp
 
@@ -19,13 +19,21 @@ RATIOS = list(exp.RATIOS)
 
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_every_configuration_is_hpmkd(ratio: str) -> None:
-    """Default and candidates: the teacher and an assistant or more, attention, a moving temperature, averaged views."""
-    candidates = exp.HPMKD.candidates(ratio)
-    assert len({repr(config) for config in candidates}) >= 7 and candidates[0] == exp.HPMKD.default(ratio)
-    for config in candidates:
-        assert config.teachers[0] == "teacher" and len(config.teachers) >= 2
-        assert set(config.teachers[1:]) <= set(exp.ladder_above(ratio))
-        assert config.attention and config.schedule != "constant" and config.view_share < 1
+    """Default and candidates: teacher and assistants, attention, a moving temperature; averaged views and both extensions.
+
+    Those of HPM-KD-paper have the first three and none of the rest.
+    """
+    for method in (exp.HPMKD, exp.HPMKDPaper):
+        candidates = method.candidates(ratio)
+        assert len(set(candidates)) == len(candidates) == 8 and candidates[0] == method.default(ratio)
+        for config in candidates:
+            assert config.teachers[0] == "teacher" and len(config.teachers) >= 2
+            assert set(config.teachers[1:]) <= set(exp.ladder_above(ratio))
+            assert config.attention and config.schedule != "constant"
+            extended = (config.view_share < 1, config.beta > 0, config.weight > 0)
+            assert set(extended) == {method is exp.HPMKD}
+    assert {config.beta for config in exp.HPMKD.candidates(ratio)} == {1, 2, 4, 8}
+    assert exp.HPMKD.describes(ratio) and not exp.HPMKDPaper.describes(ratio)
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
@@ -35,6 +43,7 @@ def test_each_arm_of_the_ablation_differs_in_its_component(ratio: str) -> None:
     components = {
         "HPM-KD-no-chain": {"teachers", "attention"}, "HPM-KD-no-attention": {"attention"},
         "HPM-KD-no-temperature": {"schedule"}, "HPM-KD-no-memory": {"view_share"},
+        "HPM-KD-coupled": {"beta"}, "HPM-KD-no-relations": {"weight"},
     }  # fmt: skip
     full = dataclasses.asdict(exp.HPMKD.configure(ratio, chosen))
     for name, expected in components.items():
@@ -50,6 +59,17 @@ def test_the_assistants_that_teach_are_planned() -> None:
         assert [job.compression for job in jobs if job.kind == "assistant"] == expected
     jobs = exp.planned_jobs(exp.new_settings({"methods": ("Direct", "TraditionalKD")}))
     assert {job.kind for job in jobs} == {"teacher", "student"}
+
+
+def test_the_papers_components_have_a_pilot_of_their_own() -> None:
+    """So its configuration does not depend on what HPM-KD's pilot has chosen; the other arms follow that."""
+    jobs = exp.planned_jobs(exp.new_settings({"compression": ("7x",), "ablation": True}))
+    assert [job.method for job in jobs if job.kind == "pilot"] == ["HPM-KD", "TunedKD", "HPM-KD-paper"]
+    of_arm = {job.method: exp.pilot_of(job) for job in jobs if job.kind == "student"}
+    assert {name: pilot.method for name, pilot in of_arm.items() if pilot and pilot.method != "HPM-KD"} == {
+        "TunedKD": "TunedKD",
+        "HPM-KD-paper": "HPM-KD-paper",
+    }
 
 
 def test_an_assistants_ratio_is_no_students(capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,3 +163,24 @@ def test_equal_cost_counts_what_hpmkd_costs() -> None:
     assert all(epochs[ratio] > 2 * settings.student_epochs for ratio in RATIOS)
     job = exp.Job("student", "CIFAR10", "7x", "Direct-equal-cost", 1)
     assert exp.job_epochs(job, settings, epochs) == epochs["7x"]
+
+
+def test_a_hundred_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages, memory, relations and beta with 100 classes; the pilot leaves a beta that is wrong for the data."""
+    default = exp.HPMKD.default("2.3x")
+    candidates = [dataclasses.replace(default, beta=beta) for beta in (3000.0, 2.0)]
+    monkeypatch.setattr(exp.HPMKD, "candidates", lambda _: candidates)
+    given = {"dataset": "CIFAR100", "methods": ("HPM-KD",), "compression": ("2.3x",), "train_size": 2_000}
+    raw = hundred_classes(2_000)
+    experiment = open_lab(tmp_path, raw, teacher_epochs=6, student_epochs=6, **given)
+    records = do(experiment)
+    images = len(experiment.images)
+
+    chosen = records["pilot_2.3x_HPM-KD_CIFAR100"]
+    assert chosen.config == candidates[1], chosen.reason
+    for part, numbers in (("logits", 100), (exp.description_key(exp.HPMKD), exp.PROJECTED)):
+        assert experiment.outputs.page(default.teachers, 0, part).shape == (2, images, numbers)
+    pages = len(exp.pages_used(experiment.run.jobs, experiment.settings))
+    assert exp.page_bytes(experiment.settings) == pages * 2_000 * (100 + exp.PROJECTED) * 2
+    losses = [epoch.loss for epoch in records["student_2.3x_HPM-KD_run1"].history]
+    assert losses == sorted(losses, reverse=True)
