@@ -31,7 +31,7 @@ SCRIPTS = {  # arguments, and figures that must be among what is printed
     ),
     "methods": (
         [*TINY, "--images", "300", "--rounds", "1", "--batch-size", "60", "--methods", "AT"],
-        ["AT_over_TraditionalKD", "HPM-KD with relations_over_TraditionalKD"],
+        ["AT_over_TraditionalKD", "HPM-KD_over_TraditionalKD"],
     ),
     "scaling": (
         [
