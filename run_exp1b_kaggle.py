@@ -651,14 +651,14 @@ def decoupled_loss(
 
 def relation_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """||G(teacher) - G(student)||_F^2 / n^2 of the images' relations in a batch (similarity-preserving
-    distillation, Tung and Mori 2019, arXiv 1907.09682).
+    distillation, Tung and Mori 2019, arXiv 1907.09682); of M teachers the mean.
 
-    `student` [n, A] and `teacher` [n, B] describe the same n images; G is the matrix of their products, its
-    rows scaled to length 1.
+    `student` [n, A] and `teacher` [n, B] or [M, n, B] describe the same n images; G is the matrix of their
+    products, its rows scaled to length 1.
     """
-    of_student = F.normalize(student @ student.T, dim=1)
-    of_teacher = F.normalize(teacher @ teacher.T, dim=1)
-    return (of_teacher - of_student).square().sum() / len(student) ** 2
+    of_student = F.normalize(student @ student.T, dim=-1)
+    of_teacher = F.normalize(teacher @ teacher.mT, dim=-1)
+    return (of_teacher - of_student).square().mean()
 
 
 def temperature_at(schedule: str, start: float, epochs: int, losses: Sequence[float]) -> float:
@@ -981,13 +981,8 @@ class HPMKD(TraditionalKD):
         total = super().loss(logits, index)
         if self.config.weight > 0:
             known = self.descriptions[..., index, :].float()
-            each = [self.relations(one) for one in known.view(-1, *known.shape[-2:])]
-            total = total + self.config.weight * sum(each) / len(each)
+            total = total + self.config.weight * relation_loss(self.features["stage4"].flatten(1), known)
         return total
-
-    def relations(self, known: torch.Tensor) -> torch.Tensor:
-        """`relation_loss` of the student's features against one teacher's descriptions [n, D]."""
-        return relation_loss(self.features["stage4"].flatten(1), known)
 
 
 @register("Direct-equal-cost")

@@ -168,7 +168,9 @@ class AT(FeatureMethod):
 
     @staticmethod
     def describe(features):
-        maps = [F.normalize(f.square().mean(1).flatten(1)) for f in features.values()]
+        maps = [
+            F.normalize(torch.linalg.vector_norm(f, dim=1).square().flatten(1)) for f in features.values()
+        ]
         # Scaled once more: a sum of squares is then the sum over stages of the mean over positions.
         return torch.cat([m / m.shape[1] ** 0.5 for m in maps], 1)
 

@@ -466,6 +466,9 @@ def test_the_relations_are_the_papers() -> None:
     found.backward()
     expected.backward()
     torch.testing.assert_close(one.grad, other.grad)
+    third = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    of_both = (exp.relation_loss(one, teacher_map) + exp.relation_loss(one, third)) / 2
+    torch.testing.assert_close(exp.relation_loss(one, torch.stack([teacher_map, third])), of_both)
 
 
 def test_a_projected_map_keeps_its_relations() -> None:

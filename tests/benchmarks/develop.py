@@ -83,10 +83,11 @@ class TwoStages(OfTheTeacher):
         flat = [feature.flatten(1) for feature in features.values()]
         return torch.cat([rows @ exp.projection(rows.shape[1], rows.device) for rows in flat], 1)
 
-    def relations(self, known: torch.Tensor) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         own = [self.features[stage].flatten(1) for stage in self.stages]
-        losses = [exp.relation_loss(*pair) for pair in zip(own, known.split(exp.PROJECTED, 1), strict=True)]
-        return torch.stack(losses).sum()
+        known = self.descriptions[index].float().split(exp.PROJECTED, 1)
+        losses = [exp.relation_loss(*pair) for pair in zip(own, known, strict=True)]
+        return exp.TraditionalKD.loss(self, logits, index) + self.config.weight * sum(losses)
 
 
 @exp.register("HPM-KD-means-kept")
