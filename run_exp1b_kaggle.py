@@ -3109,17 +3109,22 @@ def mean_sd_text(
 
 def say_config(config: Distillation) -> str:
     """A configuration in words: "alpha 0.5, T 4 (loss), attention, averaged views, from teacher + 1.5x"."""
+    return f"{say_loss(config)}, from {' + '.join(config.teachers)}"
+
+
+def say_loss(config: Distillation) -> str:
+    """A configuration in words, without the teachers."""
     parts = [f"alpha {config.alpha:g}"]
     if config.beta > 0:  # then alpha is not used
         parts = [f"decoupled, beta {config.beta:g}"]
     parts.append(f"T {config.temperature:g} ({config.schedule})")
     if config.weight > 0:
-        parts.append(f"gamma {config.weight:g}")
+        parts.append(f"gamma {config.weight:,g}")
     if len(config.teachers) > 1:
         parts.append("attention" if config.attention else "uniform weights")
     if config.view_share < 1:
         parts.append("averaged views")
-    return f"{', '.join(parts)}, from {' + '.join(config.teachers)}"
+    return ", ".join(parts)
 
 
 # -- report: first screen -----------------------------------------------------------------------------------
@@ -3307,16 +3312,24 @@ def main_table(evidence: Evidence) -> Rows:
 def say_subject(evidence: Evidence) -> str:
     """What HPM-KD was at each ratio."""
     found: dict[str, list[str]] = {}
+    weights = []
     for ratio in evidence.ratios:
         for student in evidence.records("student", SUBJECT, ratio)[:1]:  # all runs have one configuration
-            text = say_config(cast(Distillation, student.config))
+            config = cast(Distillation, student.config)
+            text = say_config(config)
             if "train" in student.attention:
-                text += f" (mean weights on training images: {say_weights(student, 'train')})"
+                text = say_loss(config)
+                weights.append(f"{say_weights(student, 'train')} (at {ratio})")
             found.setdefault(text, []).append(ratio)
     if not found:
         return ""
     what = "; ".join(f"{text} at {listed(ratios)}" for text, ratios in found.items())
-    return f"What {SUBJECT} was (1.5x, 2.3x and 5x as teachers are assistants): {what}."
+    said = f"What {SUBJECT} was: {what}."
+    if weights:
+        said += (
+            f" Its teachers and assistants, with their mean weights on training images: {'; '.join(weights)}."
+        )
+    return said
 
 
 def say_weights(student: Record, part: str) -> str:
@@ -3569,7 +3582,7 @@ def candidate_table(pilot: Record) -> str:
         if config.beta > 0:  # then alpha is not used
             row |= {"alpha": "", "beta": f"{config.beta:g}"}
         if config.weight > 0:
-            row["gamma"] = f"{config.weight:g}"
+            row["gamma"] = f"{config.weight:,g}"
         row |= {"T0": f"{config.temperature:g}", "schedule": config.schedule}
         row |= {"teachers": " + ".join(config.teachers)}
         row |= {"% by rung": ", ".join(f"{accuracy:.2f}" for accuracy in candidate.accuracies)}

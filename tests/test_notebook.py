@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -118,9 +119,9 @@ def test_the_cells_plan_continue_show_and_classify(outputs: tuple[list[list[Any]
     assert len(figures) == len(list((folder / "figures").glob("*.png"))) >= 3
     assert all("image/png" in figure for figure in figures)
 
-    name, share = printed(own).rsplit(None, 1)
-    assert name == expected
-    assert 0 < float(share.rstrip("%")) <= 100
+    said = re.fullmatch(r"(.+) \((.+)%\), says (.+)", printed(own).strip())
+    assert said and said[1] == expected and 0 < float(said[2]) <= 100
+    assert folder.parent / said[3] == folder / "checkpoints/student_7x_HPM-KD_run1.pt"
 
     assert len([output for output in deploy if output.output_type == "display_data"]) == len(shown)
     assert (folder.parent / "student.onnx").stat().st_size > 10_000

@@ -198,9 +198,9 @@ def test_first_screen(tmp_path):
     assert "paired t-test" in note and "Holm" in note and "92.40%" in note
     assert figure == "![accuracy vs compression](figures/accuracy_vs_compression.png)"
     what, cost, missing = remarks.splitlines()
-    weights = "(mean weights on training images: teacher 0.67, 1.5x 0.33)"
-    assert f"teacher + 1.5x {weights} at 2.3x" in what, "a chain without weight would be a chain in name only"
-    assert what.count("alpha 0.5") == 1, "said once where two ratios share it"
+    weights = "with their mean weights on training images: teacher 0.67, 1.5x 0.33 (at 2.3x)"
+    assert weights in what, "a chain without weight would be a chain in name only"
+    assert what.count("beta 2,") == 1 and "at 2.3x and 7x" in what, "said once where two ratios share it"
     assert re.search(r"Direct 3 min, TraditionalKD \d+ min and HPM-KD \d+ min", cost)
     assert "7x: Direct 2 of 3 runs" in missing
 
@@ -503,11 +503,12 @@ def test_controls_that_were_not_trained_are_named(tmp_path):
 def test_pilot_table(tmp_path):
     report = write(fake_run(tmp_path, 2))
     assert (
-        "**HPM-KD at 5x: alpha 0.7, T 4 (convergence), attention, averaged views, from teacher + 1.5x.** Reason: candidate 2 leads"
-        in report
+        "**HPM-KD at 5x: decoupled, beta 1, T 4 (cosine), gamma 3,000, attention, averaged views, "
+        "from teacher + 1.5x + 2.3x.** Reason: candidate 2 leads" in report
     )
-    assert "| 2 | 0.7 | 4 | convergence | teacher + 1.5x | 60.20, 71.20 | +0.30 ± 0.60 | chosen |" in report
-    assert "| 8 | 0.7 | 3 | cosine | teacher + 2.3x | 60.80 | +2.10 ± 0.60 | dropped |" in report
+    chain = "teacher + 1.5x + 2.3x"
+    assert f"| 2 | 1 | 3,000 | 4 | cosine | {chain} | 60.20, 71.20 | +0.30 ± 0.60 | chosen |" in report
+    assert "| 8 | 2 | 3,000 | 4 | loss | teacher + 1.5x | 60.80 | +2.10 ± 0.60 | dropped |" in report
     assert report.count("<details>") == report.count("</details>") == 3
 
 
@@ -516,7 +517,10 @@ def test_decoupled_targets_and_relations_are_said(tmp_path):
     assert exp.say_config(plain) == "alpha 0.7, T 3 (constant), from teacher"
     assert exp.say_config(replace(plain, beta=2.0)) == "decoupled, beta 2, T 3 (constant), from teacher"
     assert "T 3 (constant), gamma 0.5, from teacher" in exp.say_config(replace(plain, weight=0.5))
-    pilot = fake_run(tmp_path, 1).records["pilot_5x_HPM-KD_CIFAR10"]
+    records = fake_run(tmp_path, 1, ablation=True).records
+    head, *_ = tables(exp.candidate_table(records["pilot_5x_HPM-KD_CIFAR10"]) + "\n")[0]
+    assert head[:4] == ["#", "beta", "gamma", "T0"]
+    pilot = records["pilot_5x_HPM-KD-paper_CIFAR10"]
     head, *_ = tables(exp.candidate_table(pilot) + "\n")[0]
     assert head[:4] == ["#", "alpha", "T0", "schedule"]
     first, *others = pilot.candidates
@@ -533,7 +537,7 @@ def test_attention_that_does_not_help_is_said(tmp_path):
         "uniform weights at no ratio and the best single teacher at 2.3x, 5x and 7x" in attention
     )  # the fake's numbers
     assert (
-        "| 5x | select | teacher 0.67, 1.5x 0.33 | 0.310 (91.40%) | 0.300 (91.50%) | 0.330 (91.00%) |"
+        "| 5x | select | teacher 0.50, 1.5x 0.25, 2.3x 0.25 | 0.310 (91.40%) | 0.300 (91.50%) | 0.330 (91.00%) |"
         in attention
     )
     for name, record in list(run.records.items()):

@@ -406,16 +406,15 @@ def test_costs_count_each_page_once_per_method(tmp_path):
     assert costs.teacher_outputs["TraditionalKD"] == pytest.approx(10 * distinct)
     assert costs.total["TraditionalKD"] == pytest.approx(1000 + 20 + 10 * distinct)
     assert costs.unshared["TraditionalKD"] == pytest.approx(10 * 2 * 20)
-    # HPM-KD: students and assistants, together, see every page of the teacher and of 1.5x.
-    # Of 2.3x only the pilot sees anything: one page, in its first rung.
-    assert costs.teacher_outputs["HPM-KD"] == pytest.approx(11 * distinct + 1)
+    # HPM-KD: students, assistants and pilot, together, see every page of the teacher, 1.5x and 2.3x.
+    assert costs.teacher_outputs["HPM-KD"] == pytest.approx(12 * distinct)
     assert costs.assistants["HPM-KD"] == 200 and costs.pilots["HPM-KD"] == 50
     assert costs.student_training["HPM-KD"] == 20
-    assert costs.total["HPM-KD"] == pytest.approx(1000 + 200 + 50 + 20 + 11 * distinct + 1)
-    # Run 2's attention is judged on run 1's first page. The assistants have one and two teachers.
+    assert costs.total["HPM-KD"] == pytest.approx(1000 + 200 + 50 + 20 + 12 * distinct)
+    # Run 2's attention is judged on run 1's first page. The pilot needs two pages. The assistants have one and two teachers.
     judged = len(pages(run, (2,)) | {exp.page_order(run.settings.seed, 1, 1)[0]})
-    students = 11 * (20 + judged)
-    assert costs.unshared["HPM-KD"] == pytest.approx(students + (2 * 11 + 1) + 20 * 10 + 20 * 11)
+    students = 12 * (20 + judged)
+    assert costs.unshared["HPM-KD"] == pytest.approx(students + 2 * 12 + 20 * 10 + 20 * 11)
 
 
 def test_a_pilot_pays_for_the_pages_that_its_candidates_used_and_no_more(tmp_path):
@@ -439,9 +438,11 @@ def test_a_pilot_pays_for_the_pages_that_its_candidates_used_and_no_more(tmp_pat
 
 def test_a_method_pays_for_the_networks_that_it_needed_and_for_theirs(tmp_path):
     run = fake_run(tmp_path, 1, ratios=("7x",), ablation=True)
+    arm = "student_7x_HPM-KD-no-manager_run1"
+    change(run, arm, same_as="", config=exp.Distillation(teachers=("teacher", "1.5x")))
     costs = exp.method_costs(run)
-    assert costs.assistants["HPM-KD"] == 2400  # of which a candidate of its pilot has three
-    assert costs.assistants["HPM-KD-no-manager"] == 800  # it learns from the teacher and 1.5x
+    assert costs.assistants["HPM-KD"] == 2400
+    assert costs.assistants["HPM-KD-no-manager"] == 800
     student = "student_7x_TraditionalKD_run1"
     change(run, student, config=exp.Distillation(teachers=("5x",)))
     costs = exp.method_costs(run)
@@ -460,11 +461,11 @@ def test_costs_of_one_ratio_and_of_nothing(tmp_path):
     assert (
         total.assistants["HPM-KD"] == 2400 and total.pilots["HPM-KD"] == 1500
     )  # assistants are shared, pilots are not
-    # Pages of 10 s. Two teachers for two students per ratio, 20 pages for run 1 and `judged` for run 2; two pages of the
-    # default's teachers and one of each other's for the pilots; one, two and three teachers for the assistants, once.
+    # Pages of 10 s. Two, three and four teachers for two students per ratio, 20 pages for run 1 and `judged` for run 2; two
+    # pages for the pilots; one, two and three teachers for the assistants, once.
     judged = len(pages(run, (2,)) | {exp.page_order(run.settings.seed, 1, 1)[0]})
     assert total.unshared["HPM-KD"] == pytest.approx(
-        10 * (3 * 2 * (20 + judged) + (4 + 5 + 6) + 20 * (1 + 2 + 3))
+        10 * ((2 + 3 + 4) * (20 + judged) + 2 * (2 + 3 + 4) + 20 * (1 + 2 + 3))
     )
     assert exp.method_costs(without(run, "student")).empty
 
@@ -491,7 +492,7 @@ def test_evidence_lists_what_is_missing(tmp_path):
 def test_every_method_is_compared_with_those_before_it(tmp_path):
     evidence = exp.gather_evidence(fake_run(tmp_path, 3, ablation=True, equal_cost=True))
     assert evidence.methods == ["Direct", "TraditionalKD", "HPM-KD"]
-    assert evidence.extra_methods[0] == "Direct-equal-cost" and len(evidence.extra_methods) == 7
+    assert evidence.extra_methods[0] == "Direct-equal-cost" and len(evidence.extra_methods) == 10
     assert list(evidence.pairs) == [
         ("TraditionalKD", "Direct"),
         ("HPM-KD", "Direct"),

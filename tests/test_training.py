@@ -477,9 +477,9 @@ def test_a_stop_at_any_moment_changes_no_bit(
     whole, cut = map(untimed, records)
     assert repr(cut) == repr(whole), "NaN equals NaN here"
     if kind == "student":
-        assert whole.config is not None and whole.config.schedule == "convergence"
-        assert len({epoch.temperature for epoch in whole.history}) == 2
-        assert set(whole.attention) == {"select", "train"} and len(whole.attention["train"].mean_weight) == 2
+        assert whole.config is not None and whole.config.schedule == "cosine"
+        assert len({epoch.temperature for epoch in whole.history}) == 3
+        assert set(whole.attention) == {"select", "train"} and len(whole.attention["train"].mean_weight) == 3
 
 
 def test_a_second_device_refuses_to_mix() -> None:
