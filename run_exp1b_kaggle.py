@@ -266,7 +266,7 @@ class Settings:
         MAIN_METHODS, f"{', '.join(MAIN_METHODS)}, or of a --plugin", nargs="+", metavar="METHOD"
     )
     runs: int = growing(3, "paired runs per ratio and method", int, (1, 1_000))
-    ablation: bool = growing(False, "also HPM-KD without each of its components, and TunedKD")
+    ablation: bool = growing(False, "also HPM-KD without each of its parts, and TunedKD")
     equal_cost: bool = growing(False, "also Direct for as long as HPM-KD took, overheads included")
 
     device: str = passing("auto", "auto: every GPU, or else the CPU", choices=("auto", "cuda", "cpu"))
@@ -783,9 +783,9 @@ class Method:
         return torch.cat([feature.mean((2, 3)) for feature in features.values()], 1)
 
     @classmethod
-    def describes(cls, compression: str) -> bool:
-        """Whether a student of this ratio may need descriptions."""
-        return bool(cls.stages)
+    def described(cls, compression: str) -> tuple[Network, ...]:
+        """Of the networks that may teach a student of this ratio, those whose descriptions it needs."""
+        return cls.teachers(compression) if cls.stages else ()
 
     def modules(self, student: Mapping[str, int], teacher: Mapping[str, int]) -> nn.Module | None:
         """What is trained beside the student, given the channels per stage of both: it becomes `self.module`.
@@ -884,7 +884,7 @@ class HPMKD(TraditionalKD):
     A chain of teachers (component 1), weighted per image by a fitted attention (2), at a temperature that
     moves (3), in a configuration that a pilot chose (4), from soft targets that use every view in memory (6).
     Component 5 is the workers. The extensions: decoupled soft targets (`beta`), and relations between the
-    images of a batch, from the teachers' last stage in memory (`weight`).
+    images of a batch, from the teacher's last stage in memory (`weight`).
     """
 
     look = ("#0072B2", "^", "-.")
@@ -938,7 +938,7 @@ class HPMKD(TraditionalKD):
             replace(default, weight=1_000.0),
             replace(default, weight=10_000.0),
             replace(default, temperature=6.0, schedule="convergence"),
-            replace(default, teachers=default.teachers[:2], schedule="loss"),
+            replace(default, temperature=3.0, teachers=default.teachers[:2]),
         ]
 
     @staticmethod
@@ -948,10 +948,10 @@ class HPMKD(TraditionalKD):
         return flat @ projection(flat.shape[1], flat.device)
 
     @classmethod
-    def describes(cls, compression: str) -> bool:
-        """Only where some configuration has relations."""
-        configs = [cls.default(compression), *cls.candidates(compression)]
-        return any(config.weight > 0 for config in configs)
+    def described(cls, compression: str) -> tuple[Network, ...]:
+        """The teacher alone, where some configuration has relations: assistants add nothing to them."""
+        configs = [cls.configure(compression, chosen) for chosen in cls.candidates(compression)]
+        return ("teacher",) if any(config.weight > 0 for config in configs) else ()
 
     def weighted_logits(self, page: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The teachers' logits fp16 [M, N, C] for a page, and their weights [N, M] at any temperature."""
@@ -977,7 +977,7 @@ class HPMKD(TraditionalKD):
         return mixture(logits, weights, self.temperature)
 
     def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Distillation loss of a batch, and the relations between its images as the teachers see them."""
+        """Distillation loss of a batch, and the relations between its images as the teacher sees them."""
         total = super().loss(logits, index)
         if self.config.weight > 0:
             known = self.descriptions[..., index, :].float()
@@ -1011,7 +1011,7 @@ class TunedKD(TraditionalKD):
 
 
 def take_away(name: str, look: Look, about: str, uses_pilot: bool = True, **removed: Any) -> None:
-    """Register a method of the ablation: HPM-KD with one component taken away."""
+    """Register a method of the ablation: HPM-KD with one part taken away."""
     own: dict[str, Any] = {"look": look, "about": about, "uses_pilot": uses_pilot, "removed": removed}
     register(name)(type(name, (HPMKD,), {**own, "option": "ablation", "twin": HPMKD.name}))
 
@@ -1023,18 +1023,24 @@ take_away("HPM-KD-no-temperature", ("#56B4E9", "<", ":"), "HPM-KD at a constant 
 take_away("HPM-KD-no-manager", ("#A89C00", "p", ":"), "HPM-KD's default, without a pilot", uses_pilot=False)
 take_away("HPM-KD-no-memory", ("#8C564B", "*", ":"), "HPM-KD without the average over views", view_share=1.0)
 take_away(
-    "HPM-KD-coupled", ("#6A3D9A", "h", ":"), "HPM-KD with KL in place of decoupled soft targets", beta=0.0
+    "HPM-KD-coupled",
+    ("#6A3D9A", "h", ":"),
+    "HPM-KD with KL at alpha 0.5 in place of decoupled soft targets",
+    beta=0.0,
 )
 take_away("HPM-KD-no-relations", ("#B2182B", "d", ":"), "HPM-KD without the images' relations", weight=0.0)
 
 
 @register("HPM-KD-paper")
 class HPMKDPaper(HPMKD):
-    """The paper's six components alone, with a pilot of its own: KL, no relations, no averaged views."""
+    """The paper's components alone, with a pilot of its own: KL, no relations, no averaged views."""
 
     look = ("#004D40", "H", ":")
     option = "ablation"
-    about = "the paper's six components alone, without this project's extensions, with a pilot of its own"
+    about = (
+        "the paper's components alone, without extensions and averaged views: a pilot of its own, and the "
+        "assistants of HPM-KD, which have learned with both extensions"
+    )
 
     @classmethod
     def default(cls, compression: str) -> Distillation:
@@ -1052,8 +1058,8 @@ class HPMKDPaper(HPMKD):
             replace(default, alpha=0.9),
             replace(default, alpha=0.3),
             replace(default, temperature=6.0),
-            replace(default, temperature=6.0, schedule="convergence"),
-            replace(default, schedule="loss", teachers=default.teachers[:2]),
+            replace(default, alpha=0.7, temperature=6.0, schedule="convergence"),
+            replace(default, temperature=3.0, schedule="loss", teachers=default.teachers[:2]),
             replace(default, alpha=0.7, temperature=3.0, teachers=nearest),
         ]
 
@@ -1194,13 +1200,10 @@ def description_key(method: type[Method]) -> str:
     return fingerprint([source, owner.__qualname__, list(method.stages)])[:16]
 
 
-def described_by(jobs: Iterable[Job]) -> dict[str, type[Method]]:
-    """The methods of these jobs that need descriptions, by the names of these."""
-    methods = [
-        job.method_class
-        for job in jobs
-        if job.kind != "teacher" and job.method_class.describes(job.compression)
-    ]
+def described_by(jobs: Iterable[Job], network: str) -> dict[str, type[Method]]:
+    """The methods of these jobs that need descriptions of a teacher, by the names of these."""
+    taught = [job for job in jobs if job.kind != "teacher"]
+    methods = [job.method_class for job in taught if network in job.method_class.described(job.compression)]
     return {description_key(method): method for method in methods}
 
 
@@ -1239,7 +1242,7 @@ class TeacherOutputs:
         for page, job in itertools.product(pages if self.store.places else (), self._jobs(teachers)):
             with self.store.claim(self.key(job), page) as ours:
                 if ours and not self.store.holds(self.key(job), page):
-                    self.store.save(self.key(job), page, self._compute(job, page))
+                    self._compute(job, page)
 
     def key(self, job: Job) -> str:
         """Name of the folder of one teacher's pages: a fingerprint of all that their bytes depend on."""
@@ -1263,22 +1266,22 @@ class TeacherOutputs:
             self.seconds += time.perf_counter() - started
             found = self.store.load(key, page, part)
             if found is None:
-                parts = self._compute(job, page)
-                self.store.save(key, page, parts)
-                found = parts[part]
+                found = self._compute(job, page)[part]
         return found
 
     @torch.no_grad()
     def _compute(self, job: Job, page: int) -> dict[str, torch.Tensor]:
-        """One teacher's logits [N, C] and descriptions [N, D] for a page, as fp16 on the CPU."""
+        """One teacher's logits [N, C] and descriptions [N, D] for a page, as fp16 on the CPU; kept."""
         experiment, network = self.experiment, self._network(job)
         started, chunks = time.perf_counter(), []
         for index in torch.arange(len(experiment.images), device=experiment.device.torch).split(CHUNK):
             experiment.session.check()
             chunks.append(storable(experiment.infer(network, experiment.images.render(index, page))))
         columns = torch.cat(chunks).cpu().split(list(network.sizes.values()), 1)
+        parts = {name: part.contiguous() for name, part in zip(network.sizes, columns, strict=True)}
+        self.store.save(self.key(job), page, parts)
         self.seconds += time.perf_counter() - started
-        return {name: part.contiguous() for name, part in zip(network.sizes, columns, strict=True)}
+        return parts
 
     @torch.no_grad()
     def _network(self, job: Job) -> DescribedNetwork:
@@ -1291,8 +1294,7 @@ class TeacherOutputs:
         network = build_network(job.network, len(experiment.images.classes), experiment.settings.width)
         network.load_state_dict(cast("dict[str, Any]", tensors["model"]))
 
-        pupils = [pupil for pupil in experiment.run.jobs if job.network in pupil.teacher_networks]
-        methods = described_by(pupils)
+        methods = described_by(experiment.run.jobs, job.network)
         described = DescribedNetwork(experiment.place(network.folded()), methods.values())
         few = experiment.images.render(torch.arange(4, device=experiment.device.torch), 0)
         for key, method in methods.items():
@@ -1646,8 +1648,9 @@ class Training:
         seed_globally(self.experiment.settings.seed, self.job.run, epoch)
         method.page = method.pages[epoch]
         if method.stages:
+            described = [name for name in self.teachers if name in method.described(self.job.compression)]
             outputs = self.experiment.outputs
-            method.descriptions = outputs.descriptions(type(method), self.teachers, method.page)
+            method.descriptions = outputs.descriptions(type(method), described, method.page)
         with blamed_on(type(method), "start_epoch"):
             method.start_epoch(epoch, [past.loss for past in self.history])
         if is_plugin(type(method)):
@@ -3326,9 +3329,10 @@ def say_subject(evidence: Evidence) -> str:
     what = "; ".join(f"{text} at {listed(ratios)}" for text, ratios in found.items())
     said = f"What {SUBJECT} was: {what}."
     if weights:
-        said += (
-            f" Its teachers and assistants, with their mean weights on training images: {'; '.join(weights)}."
+        weighed = (
+            "Its teachers (1.5x, 2.3x and 5x are assistants), with their mean weights on training images"
         )
+        said += f" {weighed}: {'; '.join(weights)}."
     return said
 
 
@@ -5807,7 +5811,7 @@ examples, each after python run_exp1b_kaggle.py:
   --join --output-dir DIR        help with a run that another process leads
   --mode quick --compression 7x  a part; parts share the teacher
   --resume --ablation            add the arms of the ablation: HPM-KD without
-                                 each of its components, and TunedKD
+                                 each of its parts, and TunedKD
   --plugin my_kd.py --methods Direct HPM-KD MyKD
                                  a method of your own
 
@@ -6267,7 +6271,7 @@ def page_bytes(settings: Settings) -> int:
     jobs = planned_jobs(settings)
     numbers: dict[str, int] = {}  # by teacher, per image: logits and descriptions
     for name in ARCHITECTURES:
-        methods = described_by(job for job in jobs if name in job.teacher_networks).values()
+        methods = described_by(jobs, name).values()
         sizes = [description_size(method, name, settings.width) for method in methods]
         numbers[name] = classes + sum(sizes)
     images = settings.train_size or images

@@ -32,8 +32,11 @@ def test_every_configuration_is_hpmkd(ratio: str) -> None:
             assert config.attention and config.schedule != "constant"
             extended = (config.view_share < 1, config.beta > 0, config.weight > 0)
             assert set(extended) == {method is exp.HPMKD}
+        by_first_epoch = {(c.alpha, c.beta, c.weight, c.temperature, c.teachers) for c in candidates}
+        assert len(by_first_epoch) == 8, "the first rung of a pilot ends before a schedule acts"
     assert {config.beta for config in exp.HPMKD.candidates(ratio)} == {1, 2, 4, 8}
-    assert exp.HPMKD.describes(ratio) and not exp.HPMKDPaper.describes(ratio)
+    assert exp.HPMKD.described(ratio) == ("teacher",)
+    assert exp.HPMKDPaper.described(ratio) == exp.METHODS["HPM-KD-no-relations"].described(ratio) == ()
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
@@ -166,21 +169,22 @@ def test_equal_cost_counts_what_hpmkd_costs() -> None:
 
 
 def test_a_hundred_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages, memory, relations and beta with 100 classes; the pilot leaves a beta that is wrong for the data."""
+    """Pages, memory, relations and beta with 100 classes; the pilot leaves a beta that is far too large."""
     default = exp.HPMKD.default("2.3x")
     candidates = [dataclasses.replace(default, beta=beta) for beta in (3000.0, 2.0)]
     monkeypatch.setattr(exp.HPMKD, "candidates", lambda _: candidates)
     given = {"dataset": "CIFAR100", "methods": ("HPM-KD",), "compression": ("2.3x",), "train_size": 2_000}
     raw = hundred_classes(2_000)
-    experiment = open_lab(tmp_path, raw, teacher_epochs=6, student_epochs=6, **given)
+    experiment = open_lab(tmp_path, raw, teacher_epochs=7, student_epochs=10, **given)
     records = do(experiment)
     images = len(experiment.images)
 
     chosen = records["pilot_2.3x_HPM-KD_CIFAR100"]
     assert chosen.config == candidates[1], chosen.reason
-    for part, numbers in (("logits", 100), (exp.description_key(exp.HPMKD), exp.PROJECTED)):
-        assert experiment.outputs.page(default.teachers, 0, part).shape == (2, images, numbers)
-    pages = len(exp.pages_used(experiment.run.jobs, experiment.settings))
-    assert exp.page_bytes(experiment.settings) == pages * 2_000 * (100 + exp.PROJECTED) * 2
+    assert experiment.outputs.page(default.teachers, 0).shape == (2, images, 100)
+    assert experiment.outputs.descriptions(exp.HPMKD, ("teacher",), 0).shape == (images, exp.PROJECTED)
+    used = exp.pages_used(experiment.run.jobs, experiment.settings)
+    numbers = sum(100 + exp.PROJECTED * (network == "teacher") for network, _ in used)
+    assert exp.page_bytes(experiment.settings) == numbers * 2_000 * 2
     losses = [epoch.loss for epoch in records["student_2.3x_HPM-KD_run1"].history]
     assert losses == sorted(losses, reverse=True)

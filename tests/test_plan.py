@@ -332,8 +332,9 @@ def test_the_pages_of_a_plan_are_those_that_are_computed(monkeypatch: pytest.Mon
         return {name: {page for network, page in used if network == name} for name in exp.ARCHITECTURES}
 
     assert pages() == dict.fromkeys(("teacher", "1.5x", "2.3x", "5x"), orders[0] | orders[1]) | {"7x": set()}
-    count = 4 * len(orders[0] | orders[1])
-    assert exp.page_bytes(settings) == count * exp.DATASETS["CIFAR10"][1] * (10 + exp.PROJECTED) * 2
+    count = len(orders[0] | orders[1])
+    described = 4 * 10 + exp.PROJECTED  # the logits of all, the descriptions of the teacher
+    assert exp.page_bytes(settings) == count * exp.DATASETS["CIFAR10"][1] * described * 2
 
     default = exp.HPMKD.default("7x")
     of_two, of_all = (replace(default, weight=0.0, teachers=default.teachers[:n]) for n in (2, 4))

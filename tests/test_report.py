@@ -508,7 +508,7 @@ def test_pilot_table(tmp_path):
     )
     chain = "teacher + 1.5x + 2.3x"
     assert f"| 2 | 1 | 3,000 | 4 | cosine | {chain} | 60.20, 71.20 | +0.30 ± 0.60 | chosen |" in report
-    assert "| 8 | 2 | 3,000 | 4 | loss | teacher + 1.5x | 60.80 | +2.10 ± 0.60 | dropped |" in report
+    assert "| 8 | 2 | 3,000 | 3 | cosine | teacher + 1.5x | 60.80 | +2.10 ± 0.60 | dropped |" in report
     assert report.count("<details>") == report.count("</details>") == 3
 
 

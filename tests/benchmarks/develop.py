@@ -50,8 +50,8 @@ class OfTheTeacher(exp.HPMKD):
         return Config()
 
     @classmethod
-    def describes(cls, compression: str) -> bool:
-        return True
+    def described(cls, compression: str) -> tuple[exp.Network, ...]:
+        return cls.teachers(compression)
 
 
 @exp.register("HPM-KD-of-two")
@@ -107,10 +107,9 @@ class MeansKept(OfTheTeacher):
 class RelationsOfTheTeacher(OfTwo):
     """Soft targets of all teachers, relations of the largest alone."""
 
-    def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        if self.descriptions.dim() == 3:
-            self.descriptions = self.descriptions[0]
-        return super().loss(logits, index)
+    @classmethod
+    def described(cls, compression: str) -> tuple[exp.Network, ...]:
+        return ("teacher",)
 
 
 Variant = Callable[[str], tuple[str, Config | None]]  # ratio -> registered method, configuration

@@ -22,9 +22,9 @@ MAIN = ["Direct", "TraditionalKD", "HPM-KD"]
 def trainings(made: exp.Experiment, network: str, names: list[str], epochs: int) -> dict[str, exp.Training]:
     """A training by each method, the pages of all that teach computed."""
     jobs = {name: exp.Job("student", "SYNTHETIC", network, name, 1) for name in names}
-    seeing = exp.described_by(jobs.values()).values()
     few = made.images.render(torch.arange(4, device=made.images.device), 0)
     for name, known in list(made.outputs._networks.items()):
+        seeing = exp.described_by(jobs.values(), name).values()
         described = made.outputs._networks[name] = exp.DescribedNetwork(known.network, seeing)
         with torch.no_grad(), made.autocast():
             for method in seeing:
