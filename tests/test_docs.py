@@ -179,11 +179,11 @@ def hours_table() -> str:
     labels = [f"{devices} GPU{'s' if devices > 1 else ''} at {rate / 1e12:.1f}" for devices, rate in CASES]
     rows = []
     for mode in ("quick", "full"):
-        disk = exp.disk_bytes(exp.new_settings({"mode": mode})) / 1e9
-        rows.append(
-            [f"`--mode {mode}`", *(f"{hours:.1f} h" for hours in expected_work(mode)[1]), f"{disk:.1f} GB"]
-        )
-    return table(["mode", *labels, "run folder"], rows)
+        settings = exp.new_settings({"mode": mode})
+        sizes = (exp.disk_bytes(settings), exp.page_bytes(settings))
+        hours = [f"{hours:.1f} h" for hours in expected_work(mode)[1]]
+        rows.append([f"`--mode {mode}`", *hours, *(f"{size / 1e9:.1f} GB" for size in sizes)])
+    return table(["mode", *labels, "run folder", "cache, in TMPDIR"], rows)
 
 
 def evidence_text() -> str:
