@@ -35,6 +35,8 @@ METADATA = {
     "kernel_sources": [],
 }
 
+HIDDEN = {"_kg_hide-input": True, "jupyter": {"source_hidden": True}}  # folds a cell on Kaggle and in Jupyter
+
 
 def quick_start_cells(text: str) -> list[tuple[str, str]]:
     """What the English quick start says about each of its notebook's cells, and the cell's code."""
@@ -44,7 +46,12 @@ def quick_start_cells(text: str) -> list[tuple[str, str]]:
 
 def build_notebook(script: str, quick_start: str) -> str:
     """The notebook as text. Raises ValueError where the quick start is not what is expected, or it is too large."""
-    cells = [("markdown", "# Experiment 1B\n\nThis cell writes the script.")]
+    cells = [
+        (
+            "markdown",
+            "# Experiment 1B\n\nThe next cell writes the script, thousands of lines. Cell 1 is below it.",
+        )
+    ]
     cells.append(("code", f"%%writefile {SCRIPT}\n{script}"))
     for number, (said, code) in enumerate(quick_start_cells(quick_start), 1):
         cells.append(("markdown", f"**Cell {number}**: {said}"))
@@ -57,6 +64,7 @@ def build_notebook(script: str, quick_start: str) -> str:
     for kind, source in cells:
         identity = hashlib.sha256(f"{kind} {source}".encode()).hexdigest()[:16]
         made.append(makers[kind](source, id=identity))
+    made[1].metadata |= HIDDEN
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     text = nbformat.writes(nbformat.v4.new_notebook(cells=made, metadata=metadata, nbformat_minor=5)) + "\n"
