@@ -191,12 +191,8 @@ def main() -> None:
         if chosen.profile:
             for part, share in profile(made, chosen.epoch_network, "TraditionalKD").items():
                 say(f"{chosen.epoch_network}_TraditionalKD_share_of_{part}", share)
-        page = next(made.outputs.store.places[0].glob("*/page_*_logits")).stat().st_size
-        say("page_bytes_per_teacher", str(page))
         for mode in ("quick", "full"):
-            settings = exp.new_settings({"mode": mode})
-            pages = exp.pages_used(exp.planned_jobs(settings), settings)
-            say(f"{mode}_page_cache_bytes", str(len(pages) * page))
+            say(f"{mode}_page_cache_bytes", str(exp.page_bytes(exp.new_settings({"mode": mode}))))
     say("peak_memory_gigabytes", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
     if made.device.kind == "cuda":
         say("peak_gpu_memory_gigabytes", torch.cuda.max_memory_allocated() / 1e9)
