@@ -71,11 +71,13 @@ def cut_short(steps: int) -> None:
         images, network = self.experiment.images, self._network(job)
         index = exp.torch.arange(len(images), device=images.device).split(exp.CHUNK)[:steps]
         with exp.torch.no_grad():
-            parts = [self.experiment.infer(network, images.render(part, page)) for part in index]
-        whole = exp.storable(exp.torch.cat(parts)).cpu()
+            outputs = [self.experiment.infer(network, images.render(part, page)) for part in index]
+        whole = exp.storable(exp.torch.cat(outputs)).cpu()
         whole = whole.repeat(-(-len(images) // len(whole)), 1)[: len(images)]
         columns = whole.split(list(network.sizes.values()), 1)
-        return {name: column.contiguous() for name, column in zip(network.sizes, columns, strict=True)}
+        parts = {name: column.contiguous() for name, column in zip(network.sizes, columns, strict=True)}
+        self.store.save(self.key(job), page, parts)
+        return parts
 
     def epoch(self: exp.Training, number: int) -> float:
         batches = exp.torch.arange(len(self.experiment.images)).split(self.experiment.settings.batch_size)
