@@ -1239,7 +1239,7 @@ class TeacherOutputs:
 
     def prepare(self, teachers: Sequence[Network], pages: Iterable[int]) -> None:
         """Compute the missing pages that no other process computes: what is left then is waited for."""
-        for page, job in itertools.product(pages if self.store.places else (), self._jobs(teachers)):
+        for page, job in itertools.product(pages if self.store.open else (), self._jobs(teachers)):
             with self.store.claim(self.key(job), page) as ours:
                 if ours and not self.store.holds(self.key(job), page):
                     self._compute(job, page)
@@ -3092,9 +3092,9 @@ def difference_text(c: Comparison) -> str:
 
 
 def short_verdict(c: Comparison) -> str:
-    """The verdict for a table: "unclear" if not distinguishable, "n/a" if there is none."""
+    """The verdict for a table; "n/a" if there is none."""
     text = verdict(c)
-    return "n/a" if text.startswith("no verdict") else text.replace("not distinguishable", "unclear")
+    return "n/a" if text.startswith("no verdict") else text
 
 
 def mean_sd_text(
@@ -3134,7 +3134,7 @@ def say_loss(config: Distillation) -> str:
 OUTCOMES = {
     "better": "beats {}",
     "worse": "is worse than {}",
-    "unclear": "is not distinguishable from {}",
+    "not distinguishable": "is not distinguishable from {}",
     "identical by construction": "is identical to {} by construction",
     "n/a": "has no verdict against {}",
 }
@@ -3199,7 +3199,7 @@ def say_comparison(treatment: str, control: str, by_ratio: Mapping[str, Comparis
     for outcome, words in OUTCOMES.items():
         ratios = [ratio for ratio, c in by_ratio.items() if short_verdict(c) == outcome]
         place = say_place(ratios, by_ratio)
-        if outcome == "unclear":
+        if outcome == "not distinguishable":
             place = place.replace("every", "any")
         if ratios:
             parts.append(f"{words.format('it' if parts else control)} {place}")
@@ -3280,7 +3280,7 @@ def say_rule(evidence: Evidence) -> str:
         family = listed(f"{size} comparisons with {control}" for control, size in sizes.items())
     return (
         f"Verdicts need {LEAST_PAIRS} pairs of runs and a p below {LEVEL:.0%} in the paired t-test, "
-        f"Holm-adjusted over {family} (the intervals are not). Unclear: not distinguishable."
+        f"Holm-adjusted over {family} (the intervals are not)."
     )
 
 
@@ -4583,12 +4583,18 @@ class PageStore:
 
     def __init__(self, run_folder: Path) -> None:
         self.places = [run_folder / ".pages"]
+        self.full: set[Path] = set()  # places that take no more pages; what they hold stays of use
         with contextlib.suppress(OSError):  # no usable temporary folder
             user = os.getuid() if hasattr(os, "getuid") else 0
             self.places.insert(0, Path(tempfile.gettempdir()) / f"exp1b_teacher_outputs_{user}")
             for folder in self.places[0].iterdir():
                 if time.time() - folder.stat().st_mtime > self.KEEP_SECONDS:
                     shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def open(self) -> list[Path]:
+        """The places that take pages."""
+        return [place for place in self.places if place not in self.full]
 
     def holds(self, key: str, page: int) -> bool:
         """Whether there is a file with the logits of a page."""
@@ -4606,16 +4612,18 @@ class PageStore:
 
     def save(self, key: str, page: int, parts: Mapping[str, torch.Tensor]) -> None:
         """Write the parts of a page, in the first place that has room."""
-        while self.places:
+        for place in self.open:
             try:
-                folder = self._folder(key)
+                folder = self._folder(place, key)
                 for part, values in parts.items():
                     content = {"page": [key, page, part], "values": values}
                     save_checkpoint(folder / f"page_{page:03d}_{part}", content)
                 return
             except (DiskFull, UsageError, OSError) as error:
-                where, reason = self.places.pop(0), first_line(error)
-                warn_once(f"teacher outputs cannot be kept in {where} ({reason}): trying elsewhere")
+                self.full.add(place)
+                warn_once(
+                    f"teacher outputs cannot be kept in {place} ({first_line(error)}): trying elsewhere"
+                )
 
     @contextlib.contextmanager
     def claim(self, key: str, page: int, wait: Callable[[], None] | None = None) -> Iterator[bool]:
@@ -4628,10 +4636,11 @@ class PageStore:
         name, held = f"page_{page:03d}.lock", True
         unlocked = (IndexError, OSError, UsageError, NotImplementedError)  # no place for pages, or no locks
         with contextlib.suppress(*unlocked):
-            lock = take_lock(self._folder(key) / name)
+            place = self.open[0]
+            lock = take_lock(self._folder(place, key) / name)
             while lock is None and wait is not None:
                 wait()
-                lock = take_lock(self._folder(key) / name, seconds=0.5)
+                lock = take_lock(self._folder(place, key) / name, seconds=0.5)
             held = lock is not None
         try:
             yield held
@@ -4646,9 +4655,8 @@ class PageStore:
         with contextlib.suppress(OSError, IndexError):  # not there, or not empty
             self.places[-1].rmdir()
 
-    def _folder(self, key: str) -> Path:
-        """The folder of a teacher's pages. Raises `UsageError` where the shared place is another user's."""
-        place = self.places[0]
+    def _folder(self, place: Path, key: str) -> Path:
+        """The folder of a teacher's pages in a place. Raises `UsageError` where that is another user's."""
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         if hasattr(os, "getuid") and (place.is_symlink() or place.stat().st_uid != os.getuid()):
             raise UsageError(f"{place} belongs to another user")
@@ -6766,7 +6774,12 @@ def show_plan(args: Namespace, platform: Platform) -> int:
     size = settings.train_size or most
     data = replace(synthetic(2_000, settings.seed), classes=tuple(map(str, range(classes))))  # as fast as any
     planned = new_index(settings, precision, describe_data(data, settings.seed), args.plugins)
+    if index:
+        epochs = {**planned.equal_cost_epochs, **index.equal_cost_epochs}
+        planned = replace(index, settings=settings, equal_cost_epochs=epochs)
     run, session = Run(path or Path(), planned), Session()
+    if index:
+        run.refresh(touch=False)
     with session.listening():
         progress = make_progress(run, devices, False)
         experiment = make_experiment(run, devices[0], devices, data, session, progress)
@@ -6774,7 +6787,7 @@ def show_plan(args: Namespace, platform: Platform) -> int:
     images, workers = size - 2 * (size // 20), worker_count(settings, devices)
     estimate = Estimate(settings, images, workers, planned.equal_cost_epochs, speeds)
     print(f"{settings.mode}, {settings.dataset}, {size:,} training images, width {settings.width}")
-    print_plan(estimate, [job for job in run.jobs if not index or job.name not in index.jobs])
+    print_plan(estimate, run.left)
     names = listed(dict.fromkeys(device.name for device in devices))
     print(f"measured on {names}, {precision}, {say_count(workers, 'worker')}")
     folder, kept, cache = map(say_bytes, (disk_bytes(settings), KAGGLE_DISK_BYTES, page_bytes(settings)))

@@ -174,9 +174,34 @@ def test_where_pages_cannot_be_kept_the_next_place_is_used(
         shutil.rmtree(tmp_path / "scratch")
         (tmp_path / "scratch").write_text("mine")
     assert page(outputs, 9) == page(outputs, 9) == good
-    assert outputs.store.places == [tmp_path / "elsewhere"]
+    assert outputs.store.open == [tmp_path / "elsewhere"]
     outputs.store.places.clear()
     assert page(outputs, 9) == good, "without any place a page is computed whenever it is needed"
+
+
+def test_what_a_full_place_holds_is_used_and_removed(
+    taught: exp.Experiment, tmp_path: Path, computed: Computed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = apart(taught, tmp_path / "scratch")
+    outputs.store.places.append(tmp_path / "elsewhere")
+    good = page(outputs, 1)
+    write = exp.write_atomic
+
+    def full(path: Path, payload: bytes) -> None:
+        if path.is_relative_to(tmp_path / "scratch"):
+            raise exp.DiskFull("no room")
+        write(path, payload)
+
+    monkeypatch.setattr(exp, "write_atomic", full)
+    for number in (2, 3):
+        page(outputs, number)
+    assert page(outputs, 1) == good and computed["teacher", 1] == 1
+    assert sorted(path.name for path in (tmp_path / "elsewhere").rglob("*_logits")) == [
+        "page_002_logits",
+        "page_003_logits",
+    ]
+    outputs.remove()
+    assert list(tmp_path.rglob("*_logits")) == []
 
 
 def test_a_lost_scratch_folder_does_no_harm(

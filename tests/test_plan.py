@@ -152,9 +152,9 @@ def test_plan_of_a_run_uses_its_settings_and_leaves_it_as_it_is(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     lab = open_lab(tmp_path / "run", student_epochs=50)
+    lab.run.save_index()  # it is written at most every 30 s: the files say what is done
     with shortcuts(steps=False):
         do(lab, student(lab, "Direct"))
-    lab.run.save_index()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     monkeypatch.setattr(exp.Training, "run", lambda self: pytest.fail("something was trained"))
     assert exp.main(["--plan", "--resume", "--output-dir", str(lab.run.path), "--device", "cpu"]) == 0
