@@ -1515,7 +1515,7 @@ def run_pilot(experiment: Experiment, job: Job, record: Record) -> Record:
                 correct = torch.zeros_like(split.labels, dtype=torch.bool)
             trials[key] = {"correct": correct.cpu(), "seconds": training.seconds}
             save_progress(run, path, {"identity": identity, "trials": trials})
-            training.forget()
+            training.path.unlink(missing_ok=True)  # what was to be done with the network has been done
         return cast(np.ndarray, trials[key]["correct"].numpy())
 
     budget = int(PILOT_SHARE * experiment.settings.student_epochs * per_epoch)
@@ -1638,10 +1638,6 @@ class Training:
                 self._save()
             self.experiment.progress.after_epoch()
         return self.model
-
-    def forget(self) -> None:
-        """Remove the checkpoint in progress: what was to be done with the network has been done."""
-        self.path.unlink(missing_ok=True)
 
     def _epoch(self, epoch: int) -> None:
         watch, method = Stopwatch(self.experiment.outputs), self.method
@@ -2315,24 +2311,21 @@ def compare_cells(frame: pd.DataFrame, ratio: str, treatment: str, control: str)
     return replace(c, no_interval="identical by construction") if same else c
 
 
-def compare_family(
-    frame: pd.DataFrame, treatments: Iterable[str], control: str, ratios: Iterable[str]
-) -> dict[tuple[str, str], dict[str, Comparison]]:
-    """(treatment, control) -> ratio -> comparison, Holm-adjusted over all of them."""
-    keys = list(itertools.product(treatments, ratios))
-    raw = [compare_cells(frame, ratio, treatment, control) for treatment, ratio in keys]
-    found: dict[tuple[str, str], dict[str, Comparison]] = {}
-    for (treatment, ratio), c, p in zip(keys, raw, holm(c.t_p for c in raw), strict=True):
-        found.setdefault((treatment, control), {})[ratio] = replace(c, holm_p=p)
-    return found
+def compare_all(
+    frame: pd.DataFrame, wanted: Iterable[tuple[str, str, str]]
+) -> dict[tuple[str, str, str], Comparison]:
+    """(ratio, treatment, control) -> comparison, Holm-adjusted over all that are wanted."""
+    raw = {key: compare_cells(frame, *key) for key in wanted}
+    adjusted = holm(c.t_p for c in raw.values())
+    return {key: replace(c, holm_p=p) for (key, c), p in zip(raw.items(), adjusted, strict=True)}
 
 
 def compare_methods(
     frame: pd.DataFrame, treatment: str, control: str, ratios: Iterable[str] | None = None
 ) -> dict[str, Comparison]:
     """Test accuracies at each ratio, Holm-adjusted over `ratios` (by default those in the frame)."""
-    names = list(ratios or frame.compression.unique())
-    return compare_family(frame, [treatment], control, names).get((treatment, control), {})
+    wanted = [(ratio, treatment, control) for ratio in ratios or frame.compression.unique()]
+    return {ratio: c for (ratio, _, _), c in compare_all(frame, wanted).items()}
 
 
 def trend_test(frame: pd.DataFrame, treatment: str = SUBJECT, control: str = BASELINE) -> Comparison:
@@ -2582,7 +2575,9 @@ def planned_pairs(
         if ranked:
             families = [list(later)]
         for family in families:
-            pairs |= compare_family(frame, family, control, ratios)
+            wanted = [(ratio, method, control) for method in family for ratio in ratios]
+            for (ratio, method, _), c in compare_all(frame, wanted).items():
+                pairs.setdefault((method, control), {})[ratio] = c
     return pairs
 
 
@@ -3092,9 +3087,9 @@ def difference_text(c: Comparison) -> str:
 
 
 def short_verdict(c: Comparison) -> str:
-    """The verdict for a table; "n/a" if there is none."""
+    """The verdict for a table: "unclear" if not distinguishable, "n/a" if there is none."""
     text = verdict(c)
-    return "n/a" if text.startswith("no verdict") else text
+    return "n/a" if text.startswith("no verdict") else text.replace("not distinguishable", "unclear")
 
 
 def mean_sd_text(
@@ -3134,7 +3129,7 @@ def say_loss(config: Distillation) -> str:
 OUTCOMES = {
     "better": "beats {}",
     "worse": "is worse than {}",
-    "not distinguishable": "is not distinguishable from {}",
+    "unclear": "is not distinguishable from {}",
     "identical by construction": "is identical to {} by construction",
     "n/a": "has no verdict against {}",
 }
@@ -3199,7 +3194,7 @@ def say_comparison(treatment: str, control: str, by_ratio: Mapping[str, Comparis
     for outcome, words in OUTCOMES.items():
         ratios = [ratio for ratio, c in by_ratio.items() if short_verdict(c) == outcome]
         place = say_place(ratios, by_ratio)
-        if outcome == "not distinguishable":
+        if outcome == "unclear":
             place = place.replace("every", "any")
         if ratios:
             parts.append(f"{words.format('it' if parts else control)} {place}")
@@ -3223,15 +3218,13 @@ def say_who_beats(control: str, others: Mapping[str, Mapping[str, Comparison]]) 
 
 def leads(evidence: Evidence) -> dict[tuple[str, str], dict[str, Comparison]]:
     """(ratio, best method) -> its lead over every other, the nearest first; Holm-adjusted over all."""
-    raw = {}
+    wanted = []
     for ratio in evidence.ratios:
         ranking = evidence.ranking(ratio)
-        for other in ranking[1:]:
-            raw[ratio, ranking[0], other] = compare_cells(evidence.frame, ratio, ranking[0], other)
+        wanted += [(ratio, ranking[0], other) for other in ranking[1:]]
     found: dict[tuple[str, str], dict[str, Comparison]] = {}
-    adjusted = holm(c.t_p for c in raw.values())
-    for ((ratio, best, other), c), p in zip(raw.items(), adjusted, strict=True):
-        found.setdefault((ratio, best), {})[other] = replace(c, holm_p=p)
+    for (ratio, best, other), c in compare_all(evidence.frame, wanted).items():
+        found.setdefault((ratio, best), {})[other] = c
     return found
 
 
@@ -3280,7 +3273,7 @@ def say_rule(evidence: Evidence) -> str:
         family = listed(f"{size} comparisons with {control}" for control, size in sizes.items())
     return (
         f"Verdicts need {LEAST_PAIRS} pairs of runs and a p below {LEVEL:.0%} in the paired t-test, "
-        f"Holm-adjusted over {family} (the intervals are not)."
+        f"Holm-adjusted over {family} (the intervals are not). Unclear: not distinguishable."
     )
 
 
@@ -3861,7 +3854,7 @@ def write_atomic(path: Path, payload: bytes) -> None:
         with open(temporary, "wb") as file:
             file.write(payload)
         sync(temporary, os.O_RDWR)
-        rename(temporary, path)
+        os.replace(temporary, path)
         with contextlib.suppress(OSError):  # Windows cannot open a folder
             sync(path.parent, os.O_RDONLY)
     except OSError as error:
@@ -3885,16 +3878,6 @@ def sync(path: Path, flags: int) -> None:
         warn_once("the file system has no fsync: a power failure, but no crash, could lose what is written")
     finally:
         os.close(handle)
-
-
-def rename(source: Path, target: Path) -> None:
-    """`os.replace`, tried for a second where it is denied: virus scanners hold new files for a moment."""
-    for pause in (0.05, 0.15, 0.3, 0.5):
-        with contextlib.suppress(PermissionError):
-            os.replace(source, target)
-            return
-        time.sleep(pause)
-    os.replace(source, target)
 
 
 def patiently(action: Callable[[], T], path: Path, lasting: Sequence[int | None] = NO_FILE) -> T:
@@ -3991,7 +3974,7 @@ def set_aside(path: Path, reason: str) -> None:
             shutil.rmtree(target)
         elif path.is_dir():
             target.unlink(missing_ok=True)
-        rename(path, target)
+        os.replace(path, target)
     except FileNotFoundError:  # another worker was faster
         return
     except OSError as error:
@@ -4818,15 +4801,6 @@ def make_experiment(
     return Experiment(run, device, Images(data, run.settings.seed, device.torch), session, progress)
 
 
-def make_progress(
-    run: Run, devices: Sequence[Device], bar: bool, publish: Callable[[str], object] | None = None
-) -> Progress:
-    """A progress display for a run."""
-    workers = worker_count(run.settings, devices)
-    estimate = Estimate(run.settings, run.index.data.train, workers, run.index.equal_cost_epochs)
-    return Progress(run, estimate, bar, publish)
-
-
 def work(experiment: Experiment, writes: bool, prepared: Callable[[], object]) -> str:
     """Do this process's share of a run; returns why it stopped early ("" when nothing is left to do).
 
@@ -4954,10 +4928,12 @@ class Progress:
     LINE_SECONDS, BAR_SECONDS = 180.0, 0.5
 
     def __init__(
-        self, run: Run, estimate: Estimate, bar: bool, publish: Callable[[str], object] | None = None
+        self, run: Run, workers: int, bar: bool = False, publish: Callable[[str], object] | None = None
     ) -> None:
         """`publish` is told what this process is doing, for a bar in another process."""
-        self.run, self.estimate, self.publish = run, estimate, publish
+        self.run, self.publish = run, publish
+        index = run.index
+        self.estimate = Estimate(run.settings, index.data.train, workers, index.equal_cost_epochs)
         self.after_epoch: Callable[[], object] = lambda: None  # called when an epoch has been saved
         self.bar: Any = None
         if bar:
@@ -6075,7 +6051,7 @@ def adopt(path: Path, args: Namespace, platform: Platform) -> Path:
     except OSError as error:
         shutil.rmtree(copied, ignore_errors=True)
         raise UsageError(f"cannot copy {path} to {target} ({first_line(error)}): give --output-dir") from None
-    rename(copied, target)
+    os.replace(copied, target)
     return target
 
 
@@ -6396,7 +6372,7 @@ def do_share(args: Namespace, opened: Opened, platform: Platform, session: Sessi
             if has_locks(run.path):
                 return launch(args, run, devices, platform, session, leads)
             log.warning("%s: its file system has no locks, which several workers need: one worker", run.path)
-        progress = make_progress(run, devices, platform.watched)
+        progress = Progress(run, workers, platform.watched)
         device = devices[group.local_rank % len(devices)]
         experiment = make_experiment(run, device, devices, data, session, progress)
         if leads:
@@ -6511,9 +6487,10 @@ def launch(
     """
     if not os.environ.get("OMP_WAIT_POLICY"):
         os.environ["OMP_WAIT_POLICY"] = "passive"  # spinning workers slow each other down
-    progress, problem = make_progress(run, devices, platform.watched), None
+    workers, problem = worker_count(run.settings, devices), None
+    progress = Progress(run, workers, platform.watched)
     mandate = Namespace(given={**args.given, "output_dir": run.path})
-    crew = Crew(worker_count(run.settings, devices), mandate, platform, session.deadline)
+    crew = Crew(workers, mandate, platform, session.deadline)
     try:
         while crew.working:
             crew.listen(Worker.POLL_SECONDS)
@@ -6559,7 +6536,7 @@ def worker_main(
             run, data = open_prepared(args, platform, session)
             devices = find_devices(run.settings.device, platform.kaggle, allow_cpu=True)
             publish = partial(tell, pipe, "text") if platform.watched else None
-            progress = make_progress(run, devices, False, publish)
+            progress = Progress(run, worker_count(run.settings, devices), publish=publish)
             device = devices[number % len(devices)]
             experiment = make_experiment(run, device, devices, data, session, progress)
             outcome = work(experiment, False, lambda: tell(pipe, "speeds", progress.estimate.speeds))
@@ -6781,7 +6758,7 @@ def show_plan(args: Namespace, platform: Platform) -> int:
     if index:
         run.refresh(touch=False)
     with session.listening():
-        progress = make_progress(run, devices, False)
+        progress = Progress(run, worker_count(settings, devices))
         experiment = make_experiment(run, devices[0], devices, data, session, progress)
         speeds = measure_speeds(experiment, list(dict.fromkeys(job.network for job in run.jobs)))
     images, workers = size - 2 * (size // 20), worker_count(settings, devices)
@@ -6843,7 +6820,7 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
     for folder in (target / "checkpoints", target / "figures", target):
         if folder.is_dir():
             folder.rmdir()  # empty, or this is an error
-    rename(whole, target)  # from here on it is a run, and --report-only can write its report
+    os.replace(whole, target)  # from here on it is a run, and --report-only can write its report
     with hold_folder(target):
         start_logging(target / "experiment.log")
         log.info("merged %d jobs of %d runs into %s", len(files), len(runs), target)

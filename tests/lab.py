@@ -54,7 +54,7 @@ def open_lab(
     index = exp.new_index(settings, settings.precision, exp.describe_data(raw, settings.seed), {})
     exp.make_run_folder(folder)
     run = exp.Run(folder, index, labels=raw.test_labels)
-    session, progress = exp.Session(), exp.make_progress(run, [device], False)
+    session, progress = exp.Session(), exp.Progress(run, 1)
     experiment = exp.make_experiment(run, device, [device], raw, session, progress)
     experiment.outputs.store.places = [folder / "scratch"]
     return experiment

@@ -468,32 +468,13 @@ def test_kaggles_budget_is_estimated_before_the_start(
 # ---- Renames and fsync ---------------------------------------------------------------------------------------
 
 
-def test_one_denied_rename_is_tried_again(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A virus scanner that holds a file for a moment costs nothing."""
-    replace, denied = os.replace, []
-
-    def deny_once(source: Path, target: Path) -> None:
-        if not denied:
-            denied.append(target)
-            raise PermissionError(errno.EACCES, "Permission denied")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", deny_once)
-    exp.write_atomic(toy / "file", b"content")
-    assert denied
-    assert (toy / "file").read_bytes() == b"content"
-
-
-def test_a_rename_that_is_always_denied_is_one_clear_error(
-    toy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After a second of tries: what cannot be written, and what to do; no temporary file stays."""
+def test_a_rename_that_is_denied_is_one_clear_error(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be written, and what to do; no temporary file stays."""
 
     def deny(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(os, "replace", deny)
-    monkeypatch.setattr(exp.time, "sleep", lambda _: None)
     with pytest.raises(exp.UsageError, match=r"cannot write .*--resume"):
         exp.write_atomic(toy / "file", b"content")
     assert list(toy.glob(".*tmp")) == []

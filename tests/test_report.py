@@ -707,7 +707,7 @@ def test_latex(tmp_path, runs):
         all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
         and "Teacher (ResNet-50): 92.40. Complete." in text
     )
-    assert ("$\\pm$" in text) == ("better" in text or "distinguishable" in text) == (runs == 3)
+    assert ("$\\pm$" in text) == ("better" in text or "unclear" in text) == (runs == 3)
     assert "±" not in text and not re.search(r"(?<!\$)[-+]\d", text.split("midrule")[1])
     write(without(fake_run(tmp_path), "student_7x"))
     assert "PARTIAL, missing: all of 7x" in (tmp_path / "results_table.tex").read_text()

@@ -187,7 +187,7 @@ def open_development(options: argparse.Namespace) -> tuple[exp.Experiment, exp.S
     for ratio, variant in itertools.product(options.compression, options.variants):
         method, _ = VARIANTS[variant](ratio)
         run.jobs.append(exp.Job("student", "CIFAR10", ratio, method, 1))  # so pages hold what it describes
-    progress = exp.make_progress(run, [device], False)
+    progress = exp.Progress(run, 1)
     experiment = exp.make_experiment(run, device, [device], data, exp.Session(), progress)
     experiment.outputs.store.places = [options.output_dir / "pages"]
     pixels, labels = (torch.from_numpy(values[unseen]) for values in (full.train_pixels, full.train_labels))
@@ -221,7 +221,7 @@ def measure(
     training = exp.Training(experiment, job, name, steps, exp.make_method(experiment, job, config, pages))
     network = training.run()
     accuracy = exp.percent_correct(experiment.predict(network, judge).argmax(1), judge.labels)
-    training.forget()
+    training.path.unlink(missing_ok=True)
     last = training.history[-1]
     return {
         "ratio": ratio, "variant": variant, "run": run, "unseen": accuracy, "select": last.val_accuracy,
