@@ -422,7 +422,8 @@ class Images:
         shift = [-m / s for m, s in zip(self.mean, self.std, strict=True)]
         self._scale, self._shift = (torch.tensor(v, device=device).repeat(32 * 32) for v in (scale, shift))
         self.pixels = torch.from_numpy(chosen).to(device)
-        self.labels = torch.from_numpy(raw.train_labels[train]).to(device)
+        self.true_labels = torch.from_numpy(raw.train_labels[train]).to(device)
+        self.labels = self.true_labels.clone()
         self.views = torch.from_numpy(view_table(len(train), seed)).to(device)
         self.fit = self._split(raw.train_pixels[fit], raw.train_labels[fit])
         self.select = self._split(raw.train_pixels[select], raw.train_labels[select])
@@ -592,7 +593,7 @@ def collect_features(network: CifarResNet, stages: Iterable[str]) -> dict[str, t
 def build_network(name: str, classes: int, width: int, seed: int = 0) -> CifarResNet:
     """A network of ARCHITECTURES, its initial weights a function of (seed, name): made on the CPU in fp32."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(rng(seed, f"weights {name}").integers(2**62)))
+        torch.default_generator.manual_seed(int(rng(seed, f"weights {name}").integers(2**62)))
         return CifarResNet(ARCHITECTURES[name], classes, width)
 
 
@@ -664,10 +665,12 @@ def relation_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 def temperature_at(schedule: str, start: float, epochs: int, losses: Sequence[float]) -> float:
     """Temperature of the next epoch, a pure function of the training losses so far (HPM-KD, component 3).
 
-    constant: T0. cosine: T0 to 2 over the epochs. loss: T0 while the smoothed loss is at its running
-    maximum, 2 at its minimum. convergence: T0 - 2 damped by the slope of the loss relative to its first
-    slope, so that T rises again as training settles. All values lie in [2, 6].
+    constant: T0. The others move in [2, 6]. cosine: T0 to 2 over the epochs. loss: T0 while the smoothed loss
+    is at its running maximum, 2 at its minimum. convergence: T0 - 2 damped by the slope of the loss relative
+    to its first slope, so that T rises again as training settles.
     """
+    if schedule == "constant":
+        return start
     smooth = list(itertools.accumulate(losses, lambda average, loss: (average + loss) / 2))
     share = 1.0
     if schedule == "cosine":
@@ -711,7 +714,7 @@ Network = Literal["teacher", "1.5x", "2.3x", "5x", "7x"]
 
 @dataclass(frozen=True)
 class Distillation:
-    """How a network is distilled. The defaults are TraditionalKD's."""
+    """How a network is distilled. The defaults are TraditionalKD's. Raises ValueError for a value unfit."""
 
     alpha: float = 0.5  # weight of the soft targets
     temperature: float = 4.0  # T0, where the schedule starts
@@ -721,6 +724,18 @@ class Distillation:
     view_share: float = 1.0  # of the soft target: from the student's view; the rest is the mean over views
     beta: float = 0.0  # of the other classes in decoupled soft targets; 0: plain KL, weighted by alpha
     weight: float = 0.0  # of the description's loss (HPM-KD: of the relations between images); 0: none
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "temperature", "view_share", "beta", "weight"):  # also NumPy's numbers
+            object.__setattr__(self, name, float(getattr(self, name)))
+        object.__setattr__(self, "teachers", tuple(self.teachers))
+        if self.schedule not in typing.get_args(Schedule):
+            raise ValueError(f"schedule {self.schedule!r} is none of {', '.join(typing.get_args(Schedule))}")
+        moves = self.schedule != "constant"
+        if self.temperature <= 0 or (moves and not TEMPERATURE_MIN <= self.temperature <= TEMPERATURE_MAX):
+            raise ValueError(
+                f"temperature {self.temperature:g} ({self.schedule}): above 0, moving from 2 to 6"
+            )
 
 
 Look = tuple[str, str, str]  # colour, marker and line in every figure
@@ -819,7 +834,7 @@ def register(name: str) -> Callable[[type[Method]], type[Method]]:
             raise UsageError(
                 f"{name!r} is no name for a method: use up to 31 letters, digits, '.', '+' and '-'"
             )
-        if name in METHODS:
+        if name.lower() in ("all", *map(str.lower, METHODS)):  # some disks do not tell a from A
             raise UsageError(f"there is a method {name} already: choose another name")
         method.name = name
         if "candidates" in vars(method) and "pilot" not in vars(method):
@@ -855,7 +870,7 @@ class TraditionalKD(Method):
     @classmethod
     def configure(cls, compression: str, chosen: Distillation | None) -> Distillation:
         """What the pilot chose; without one the authors' setting."""
-        return chosen or Distillation()
+        return chosen or Distillation(teachers=cls.teachers(compression))
 
     def start_epoch(self, epoch: int, losses: Sequence[float]) -> None:
         """Turn the teachers' outputs for this epoch's page into the soft targets of the whole epoch."""
@@ -1166,45 +1181,74 @@ class DescribedNetwork(nn.Module):
         """The features of the last forward pass that a method describes."""
         return {stage: self.found[stage] for stage in method.stages}
 
-    def add(self, method: type[Method], images: torch.Tensor) -> None:
+    def add(self, key: str, method: type[Method], images: torch.Tensor) -> None:
         """Let a method describe. Raises `MethodFailed` if what it says of `images` cannot be kept in pages.
 
         A page is computed in chunks, and its rows are used in any batch: an image's description may depend on
         nothing but the image.
         """
         self.network(images)
-        features, count = self.seen_by(method), len(images)
+        features, few = self.seen_by(method), min(4, len(images))
         with torch.autocast(images.device.type, enabled=False), blamed_on(method, "describe"):
             together = method.describe(features)
-            each = [{stage: found[i : i + 1] for stage, found in features.items()} for i in range(count)]
+            each = [{stage: found[i : i + 1] for stage, found in features.items()} for i in range(few)]
             alone = torch.cat([method.describe(one) for one in each])
-            if together.ndim != 2 or len(together) != count:
-                raise MethodFailed(f"it returns {list(together.shape)} for {count} images, not [n, D]")
+            if together.ndim != 2 or len(together) != len(images) or together.device != images.device:
+                what = f"{list(together.shape)} on {together.device}"
+                raise MethodFailed(
+                    f"it returns {what} for {len(images)} images on {images.device}, not [n, D]"
+                )
             if not 0 < together.shape[1] <= MOST_NUMBERS:
                 raise MethodFailed(
                     f"{together.shape[1]} numbers per image, {MOST_NUMBERS} at most: pool them"
                 )
-            largest = together.abs().max().item()
-            if not largest <= FP16_MOST:
-                raise MethodFailed(f"a value of {largest:g} does not fit into fp16: scale it")
-            if not torch.allclose(together, alone, rtol=1e-3, atol=1e-3 * largest):
+            largest = together.abs().amax(0)
+            lost = (together.half() - together).abs() > 0.01 * largest.max()
+            if not largest.max() <= FP16_MOST or lost.any():
+                raise MethodFailed(f"a value of {largest.max():g} does not fit into fp16: scale it")
+            if ((together[:few] - alone).abs() > 1e-3 * largest + 1e-5 * largest.max()).any():
                 raise MethodFailed("an image's description depends on the other images, or on chance")
         self.methods.append(method)
-        self.sizes[description_key(method)] = together.shape[1]
+        self.sizes[key] = together.shape[1]
 
 
-def description_key(method: type[Method]) -> str:
-    """Name of a method's description in the pages: methods that share `describe` share the description."""
-    owner = next(base for base in method.__mro__ if "describe" in vars(base))
-    source = vars(owner).get("source_sha256", "")
-    return fingerprint([source, owner.__qualname__, list(method.stages)])[:16]
+PROBES: dict[tuple[type[Method], str, int], torch.Tensor] = {}  # method, network, width -> its description
 
 
-def described_by(jobs: Iterable[Job], network: str) -> dict[str, type[Method]]:
+def probe_description(method: type[Method], network: str, width: int) -> torch.Tensor:
+    """What a method describes of the made-up features of four images, [4, D]. Raises `MethodFailed`."""
+    if (method, network, width) in PROBES:
+        return PROBES[method, network, width]
+    channels = ARCHITECTURES[network].outputs(width)
+    sizes = dict(zip(STAGES, (32, 16, 8, 4), strict=True))
+    features: dict[str, torch.Tensor] = {}
+    for stage in method.stages:
+        numbers = rng(0, f"probe {stage}").standard_normal((4, channels[stage], sizes[stage], sizes[stage]))
+        found = torch.from_numpy(np.abs(numbers).astype(np.float32))
+        features[stage] = found.to(memory_format=torch.channels_last)
+    versions = [found._version for found in features.values()]
+    with torch.no_grad(), fixed_chance(), blamed_on(method, "describe"):
+        description = method.describe(features).float()
+        if versions != [found._version for found in features.values()]:
+            raise MethodFailed("it changes the features, which others see, too: let it change a clone")
+        PROBES[method, network, width] = description.flatten(1)
+    return PROBES[method, network, width]
+
+
+def description_key(method: type[Method], width: int) -> str:
+    """Name of a method's description in the pages: methods that describe the same share it."""
+    try:
+        what = probe_description(method, "teacher", width).numpy().tobytes()
+    except MethodFailed:  # `DescribedNetwork.add` says so when its jobs are done
+        what = method.name.encode()
+    return hashlib.sha256(what + " ".join(method.stages).encode()).hexdigest()[:16]
+
+
+def described_by(jobs: Iterable[Job], network: str, width: int) -> dict[str, type[Method]]:
     """The methods of these jobs that need descriptions of a teacher, by the names of these."""
     taught = [job for job in jobs if job.kind != "teacher"]
     methods = [job.method_class for job in taught if network in job.method_class.described(job.compression)]
-    return {description_key(method): method for method in methods}
+    return {description_key(method, width): method for method in methods}
 
 
 class TeacherOutputs:
@@ -1229,12 +1273,19 @@ class TeacherOutputs:
 
     def descriptions(self, method: type[Method], teachers: Sequence[Network], page: int) -> torch.Tensor:
         """A method's descriptions for a page: fp16 [N, D] of one teacher, [M, N, D] of several."""
-        key = description_key(method)
+        width = self.experiment.settings.width
+        key = description_key(method, width)
         for job in self._jobs(teachers):
             self._network(job)
         if key in self._refused:
             raise self._refused[key]
-        found = self.page(teachers, page, key)
+        with blamed_on(method, "describe"):
+            sizes = [probe_description(method, teacher, width).shape[1] for teacher in teachers]
+            if len(set(sizes)) != 1:
+                raise MethodFailed(f"{listed(sizes) or 'no'} numbers of {listed(teachers) or 'no teacher'}")
+            found = self.page(teachers, page, key)
+            if not found.isfinite().all():
+                raise MethodFailed("a description is not finite, or too large for fp16")
         return found[0] if len(found) == 1 else found
 
     def prepare(self, teachers: Sequence[Network], pages: Iterable[int]) -> None:
@@ -1276,7 +1327,9 @@ class TeacherOutputs:
         started, chunks = time.perf_counter(), []
         for index in torch.arange(len(experiment.images), device=experiment.device.torch).split(CHUNK):
             experiment.session.check()
-            chunks.append(storable(experiment.infer(network, experiment.images.render(index, page))))
+            output = experiment.infer(network, experiment.images.render(index, page))
+            logits, descriptions = output.tensor_split([network.sizes["logits"]], 1)
+            chunks.append(torch.cat([storable(logits), descriptions.half()], 1))
         columns = torch.cat(chunks).cpu().split(list(network.sizes.values()), 1)
         parts = {name: part.contiguous() for name, part in zip(network.sizes, columns, strict=True)}
         self.store.save(self.key(job), page, parts)
@@ -1294,13 +1347,14 @@ class TeacherOutputs:
         network = build_network(job.network, len(experiment.images.classes), experiment.settings.width)
         network.load_state_dict(cast("dict[str, Any]", tensors["model"]))
 
-        methods = described_by(experiment.run.jobs, job.network)
+        methods = described_by(experiment.run.jobs, job.network, experiment.settings.width)
         described = DescribedNetwork(experiment.place(network.folded()), methods.values())
-        few = experiment.images.render(torch.arange(4, device=experiment.device.torch), 0)
+        count = min(CHUNK, len(experiment.images))
+        chunk = experiment.images.render(torch.arange(count, device=experiment.device.torch), 0)
         for key, method in methods.items():
             try:
-                with experiment.autocast():
-                    described.add(method, few)
+                with experiment.autocast(), fixed_chance():
+                    described.add(key, method, chunk)
             except MethodFailed as error:  # its own jobs fail; those of other methods go on
                 self._refused[key] = error
         self._networks[weights] = described
@@ -1317,7 +1371,7 @@ FP16_MOST = 6e4  # fp16 ends at 65,504
 
 
 def storable(values: torch.Tensor) -> torch.Tensor:
-    """Logits or descriptions as fp16, kept finite: those of a diverged network are larger."""
+    """Logits as fp16, kept finite: those of a diverged network are larger."""
     return values.clamp(-FP16_MOST, FP16_MOST).half()
 
 
@@ -1393,7 +1447,7 @@ def train_attention(logits: torch.Tensor, labels: torch.Tensor, seed: int) -> At
     Full-batch Adam on logits [M, n, C]; a pure function of its arguments.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(rng(seed, "attention").integers(2**62)))
+        torch.default_generator.manual_seed(int(rng(seed, "attention").integers(2**62)))
         network = AttentionNetwork(len(logits), logits.shape[2])
         optimizer = torch.optim.Adam(network.parameters(), AttentionNetwork.RATE, weight_decay=1e-3)
         for _ in range(AttentionNetwork.STEPS):
@@ -1504,7 +1558,8 @@ def run_pilot(experiment: Experiment, job: Job, record: Record) -> Record:
         key = f"rung{rung + 1}_candidate{candidate + 1}"
         if key not in trials:
             pages = page_order(experiment.settings.seed, job.page_run, math.ceil(steps / per_epoch))
-            method = make_method(experiment, job, candidates[candidate], pages)
+            config = job.method_class.configure(job.compression, candidates[candidate])
+            method = make_method(experiment, job, config, pages)
             training = Training(experiment, job, f"{job.name}_{key}", steps, method)
             try:
                 correct = experiment.predict(training.run(), split).argmax(1) == split.labels
@@ -1562,7 +1617,25 @@ def make_method(
     """The method of a job, ready for its first epoch; what it draws depends on seed and run alone."""
     seed_globally(experiment.settings.seed, job.run, -1)
     with blamed_on(job.method_class, "__init__"):
-        return job.method_class(experiment, config, pages)
+        method = job.method_class(experiment, config, pages)
+        if not hasattr(method, "attention_report"):
+            raise MethodFailed("it does not call super().__init__(experiment, config, pages)")
+    return method
+
+
+@contextlib.contextmanager
+def fixed_chance() -> Iterator[None]:
+    """What is drawn meanwhile on the CPU is the same each time; what is drawn after it is as without it."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
 
 
 def seed_globally(seed: int, run: int, epoch: int) -> None:
@@ -1579,6 +1652,7 @@ class Training:
     SMALLEST_MICRO_BATCH = 4
     SAVE_SECONDS = 30.0  # the least time between two checkpoints, each at an epoch's end
     DIVERGED = 1e4  # times the loss at the start
+    SMALLEST_SCALE = 2.0**-10  # of fp16's losses: it halves whenever a gradient is not finite
 
     def __init__(self, experiment: Experiment, job: Job, name: str, steps: int, method: Method) -> None:
         """`name`: stem of the progress file (a pilot has several); `steps`: length of the schedule."""
@@ -1592,9 +1666,11 @@ class Training:
         self.path = experiment.run.checkpoints / f"{name}.progress"
         self.model = experiment.place(build_network(job.network, classes, settings.width, self.seed))
         self.trained = nn.ModuleDict({"model": self.model})  # all that the optimizer trains
-        self.teachers = method.config.teachers if method.config else job.teacher_networks
+        self.teachers = learns_from(job.method_class, job.compression, method.config)
         method.features = collect_features(self.model, method.stages)
-        self._add_module()
+        method.module = self._module_of(method)
+        if method.module is not None:
+            self.trained["module"] = method.module
 
         self.optimizer = torch.optim.SGD(
             self.trained.parameters(), settings.lr, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True
@@ -1606,19 +1682,23 @@ class Training:
         self.seconds = 0.0
         self.micro_batch = settings.batch_size
         self._saved, self._unsaved = time.monotonic(), False
-        self.carried: set[str] = set()  # the method's attributes that `loss` changes and the next epoch finds
-        self._changed: dict[str, Any] = {}
+        self._structure = structure_of(self.trained.state_dict())
+        self._shared, self._imported = marks_of(type(method)), set(sys.modules)
+        self.carried: list[str] = []  # names of what the method keeps outside `modules`
 
-    def _add_module(self) -> None:
-        """What the method wants trained beside the network; its start is a function of the seed."""
-        method, width = self.method, self.experiment.settings.width
+    def _module_of(self, method: Method) -> nn.Module | None:
+        """What a method wants trained beside the network; its start is a function of the seed."""
+        width = self.experiment.settings.width
         student = ARCHITECTURES[self.job.network].outputs(width)
         teacher = ARCHITECTURES[self.teachers[0]].outputs(width) if self.teachers else {}
         with torch.random.fork_rng(devices=[]), blamed_on(type(method), "modules"):
-            torch.manual_seed(int(rng(self.seed, "modules").integers(2**62)))
-            method.module = method.modules(student, teacher)
-            if method.module is not None:
-                self.trained["module"] = method.module.to(self.experiment.device.torch)
+            torch.default_generator.manual_seed(int(rng(self.seed, "modules").integers(2**62)))
+            module = method.modules(student, teacher)
+            if module is None:
+                return None
+            if any(map(nn.parameter.is_lazy, [*module.parameters(), *module.buffers()])):
+                raise MethodFailed("a lazy layer has no size yet: give it one")
+            return module.to(self.experiment.device.torch)
 
     def run(self) -> nn.Module:
         """Train to the end, from the last checkpoint if there is one. Raises `Stopped` or `JobFailed`."""
@@ -1640,47 +1720,76 @@ class Training:
         return self.model
 
     def _epoch(self, epoch: int) -> None:
-        watch, method = Stopwatch(self.experiment.outputs), self.method
-        seed_globally(self.experiment.settings.seed, self.job.run, epoch)
-        method.page = method.pages[epoch]
-        if method.stages:
-            described = [name for name in self.teachers if name in method.described(self.job.compression)]
-            outputs = self.experiment.outputs
-            method.descriptions = outputs.descriptions(type(method), described, method.page)
-        with blamed_on(type(method), "start_epoch"):
-            method.start_epoch(epoch, [past.loss for past in self.history])
-        if is_plugin(type(method)):
-            self._check_method()
-        before = marks_of(method)
+        watch, method, plugin = Stopwatch(self.experiment.outputs), self.method, is_plugin(type(self.method))
+        anew = None
+        if plugin and self.job.kind == "student" and epoch and epoch in (1, self.epochs - 1):
+            anew = self._made_anew(epoch)
+        self._start_epoch(method, epoch)
+        if anew is not None:
+            self._find_state(anew)
         loss = self._train_epoch(epoch)
-        self._changed = {name: mark for name, mark in marks_of(method).items() if mark != before.get(name)}
+        if plugin:
+            self._check_method()
         split = self.experiment.images.select
         accuracy = percent_correct(self.experiment.predict(self.model, split).argmax(1), split.labels)
         seconds = watch.seconds
         self.seconds += seconds
         last_step = min((epoch + 1) * self.steps_per_epoch, self.steps) - 1
         rate = learning_rate(last_step, self.steps, self.experiment.settings.lr)
-        self.history.append(Epoch(loss, accuracy, rate, seconds, method.temperature))
+        temperature = None if method.temperature is None else float(method.temperature)
+        self.history.append(Epoch(loss, accuracy, rate, seconds, temperature))
         self._unsaved = True
         self.experiment.progress.epoch_done(self)
 
+    def _start_epoch(self, method: Method, epoch: int) -> None:
+        """Give a method what it sees in an epoch, and let it get ready."""
+        method.page = method.pages[epoch]
+        if method.stages:
+            described = [name for name in self.teachers if name in method.described(self.job.compression)]
+            outputs = self.experiment.outputs
+            method.descriptions = outputs.descriptions(type(method), described, method.page)
+        seed_globally(self.experiment.settings.seed, self.job.run, epoch)
+        with blamed_on(type(method), "start_epoch"):
+            method.start_epoch(epoch, [past.loss for past in self.history])
+
+    def _made_anew(self, epoch: int) -> Method:
+        """The method as a resume would have it at the start of this epoch."""
+        method = make_method(self.experiment, self.job, self.method.config, self.method.pages)
+        method.features, method.module = self.method.features, self._module_of(method)
+        if method.module is not None:
+            method.module.load_state_dict(cast(nn.Module, self.method.module).state_dict())
+        self._start_epoch(method, epoch)
+        return method
+
+    def _find_state(self, anew: Method) -> None:
+        """Warn of what the method has and one that was made anew has not: a resume would lose it."""
+        method, others = type(self.method), vars(anew)
+        own, shared = own_modules(method), marks_of(method)
+        found = {name for name, value in vars(self.method).items() if not alike(value, others.get(name), own)}
+        found |= {name for name, marks in shared.items() if marks != self._shared.get(name)}
+        if found - set(self.carried):
+            self.carried = sorted({*self.carried, *found})
+            where = "from epoch to epoch outside modules(): a resume starts without it"
+            log.warning("%s keeps %s %s", method.name, listed(self.carried), where)
+
     def _check_method(self) -> None:
-        """Find what is held outside `modules` and would be lost: parameters (`MethodFailed`), and state."""
-        outside = parameters_outside(self.method)
+        """Raise `MethodFailed` for what nothing trains or saves, and for what spoils the other methods."""
+        method, images = self.method, self.experiment.images
+        outside = parameters_outside(method)
+        if len([*self.trained.parameters()]) != len(self.optimizer.state):
+            outside.append("what modules() lacked at the start")
         if outside:
             raise MethodFailed(
-                f"{self.method.name} holds parameters that nothing trains or saves ({listed(outside)}): "
+                f"{method.name} holds parameters that nothing trains or saves ({listed(outside)}): "
                 "return them from modules(), or call requires_grad_(False)"
             )
-        marks = marks_of(self.method)
-        carried = {name for name, mark in self._changed.items() if marks.get(name) == mark}
-        if carried - self.carried:
-            self.carried |= carried
-            log.warning(
-                "%s keeps %s from epoch to epoch outside modules(): a resume starts without it",
-                self.method.name,
-                listed(sorted(carried)),
-            )
+        if images.labels._version:
+            images.labels = images.true_labels.clone()
+            raise MethodFailed(f"{method.name} changes the labels, which all methods share: clone() them")
+        file = Path(sys.modules[type(method).__module__].__file__ or "")
+        late = modules_below(file.parent, set(sys.modules) - self._imported)
+        if late:
+            raise MethodFailed(f"{file.name} imports {listed(late)} in a function: import it at the top")
 
     def _train_epoch(self, epoch: int) -> float:
         """One pass over the training images; returns the mean loss, read from the device once."""
@@ -1691,13 +1800,15 @@ class Training:
         steps = min(self.steps_per_epoch, self.steps - first)
         buffers = [buffer.clone() for buffer in self.model.buffers()] if self.scaler.is_enabled() else []
         losses = []
-        self.trained.train()
+        self.model.train()  # the method's module is in the mode that the method has put it in
         for step in range(steps):
             experiment.session.check()
             experiment.progress.step(self, step)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(first + step, self.steps, settings.lr)
             losses.append(self._step(batches[step], self.method.page))
+        if self.scaler.is_enabled() and self.scaler.get_scale() < self.SMALLEST_SCALE:
+            raise Diverged("most gradients are not finite in fp16: try --precision fp32 in a new run")
         return self._mean_loss(torch.stack(losses).cpu().numpy(), buffers)
 
     def _mean_loss(self, losses: np.ndarray, buffers: Sequence[torch.Tensor]) -> float:
@@ -1760,8 +1871,10 @@ class Training:
                 loss = self.method.loss(logits, part)
                 if not isinstance(loss, torch.Tensor) or loss.shape != () or not loss.requires_grad:
                     raise MethodFailed("it returns no scalar tensor with a gradient")
-            loss = loss * (len(part) / len(index))
-            self.scaler.scale(loss).backward()
+                loss = loss * (len(part) / len(index))
+                self.scaler.scale(loss).backward()
+                if next(self.model.parameters()).grad is None:
+                    raise MethodFailed("its gradient does not reach the student")
             total += loss.detach()
         return total
 
@@ -1780,9 +1893,12 @@ class Training:
             "history": to_plain(self.history),
             "seconds": self.seconds,
             "micro_batch": self.micro_batch,
+            "carried": self.carried,
         }
 
     def _save(self) -> None:
+        if structure_of(self.trained.state_dict()) != self._structure:
+            raise MethodFailed(f"{self.method.name}: what modules() returns has got other buffers since")
         save_progress(self.experiment.run, self.path, self._content())
         self._saved, self._unsaved = time.monotonic(), False
 
@@ -1796,6 +1912,7 @@ class Training:
         self.scaler.load_state_dict(content["scaler"])
         self.history = from_plain(list[Epoch], content["history"])
         self.seconds, self.micro_batch = content["seconds"], content["micro_batch"]
+        self.carried = content["carried"]
         log.info("%s continues after epoch %d of %d", self.name, len(self.history), self.epochs)
 
     def _check(self, content: dict[str, Any]) -> None:
@@ -1851,8 +1968,7 @@ def do_job(experiment: Experiment, job: Job) -> None:
             "(BatchNorm sees these)"
         )
     if training.carried:
-        state = listed(sorted(training.carried))
-        notes.append(f"its method keeps {state} outside modules(), which a resume would have lost")
+        notes.append(f"its method keeps {listed(training.carried)} outside modules(): a resume loses it")
     speed = steps * settings.batch_size / max(training.seconds, 1e-9)
     record = replace(
         record,
@@ -2100,21 +2216,26 @@ def job_macs(job: Job, settings: Settings, equal_cost: Mapping[str, int]) -> flo
     return 3.0 * network_cost(job.network, classes, settings.width)[1] * job_epochs(job, settings, equal_cost)
 
 
+def learns_from(method: type[Method], compression: str, config: Distillation | None) -> tuple[Network, ...]:
+    """The networks that teach a student of a method in a configuration."""
+    possible = method.teachers(compression)
+    return config.teachers if config and possible else possible
+
+
 def pages_used(jobs: Iterable[Job], settings: Settings) -> set[tuple[Network, int]]:
     """The distinct (teacher, page) that these jobs use, by what is known before a pilot has chosen."""
     used: set[tuple[Network, int]] = set()
     for job in jobs:
-        configs: list[Distillation | None] = []
-        epochs = settings.student_epochs
+        method, epochs = job.method_class, settings.student_epochs
+        configs: list[Distillation | None] = [None]
         if job.kind == "pilot":  # candidate 1 lasts; the others leave after their first rung
-            configs = list(job.method_class.candidates(job.compression))
+            configs = list(method.candidates(job.compression))
             epochs = math.ceil(PILOT_SHARE / 4 * epochs / len(configs))
         elif job.kind == "student":
-            configs = [job.method_class.configure(job.compression, None)]
-        named = [network for config in configs if config for network in config.teachers]
-        used |= set(
-            itertools.product(named or job.teacher_networks, page_order(settings.seed, job.page_run, epochs))
-        )
+            configs = [method.configure(job.compression, None)]
+        pages = page_order(settings.seed, job.page_run, epochs)
+        for config in configs:
+            used |= set(itertools.product(learns_from(method, job.compression, config), pages))
     return used
 
 
@@ -2307,8 +2428,10 @@ def compare_cells(frame: pd.DataFrame, ratio: str, treatment: str, control: str)
     """Test accuracies of two methods at one ratio. One training for both is no comparison."""
     first, second = (finished_runs(frame, ratio, method) for method in (treatment, control))
     c = paired_comparison(first.test_accuracy.to_dict(), second.test_accuracy.to_dict())
-    same = c.n > 0 and all(first.weights_sha256[run] == second.weights_sha256[run] for run in c.runs)
-    return replace(c, no_interval="identical by construction") if same else c
+    if not c.n or any(first.weights_sha256[run] != second.weights_sha256[run] for run in c.runs):
+        return c
+    copied = all(first.same_as[run] or second.same_as[run] for run in c.runs)
+    return replace(c, no_interval="identical by construction" if copied else "identical weights")
 
 
 def compare_all(
@@ -2420,13 +2543,12 @@ def cost_row(run: Run, students: Sequence[Record]) -> dict[str, float]:
 def helpers_of(run: Run, student: Record) -> list[Record]:
     """The finished jobs that a student needed: its pilot, and all networks that taught either of them."""
     method, dataset = METHODS[student.method], run.settings.dataset
-    helpers, networks = [], set(method.teachers(student.compression))
-    if student.config:
-        networks = set(student.config.teachers)
+    helpers, networks = [], set(learns_from(method, student.compression, student.config))
     pilot = run.records.get(Job("pilot", dataset, student.compression, method.pilot).name)
     if pilot and pilot.done and method.uses_pilot:
         helpers.append(pilot)
-        networks.update(*(candidate.config.teachers for candidate in pilot.candidates))
+        configs = [candidate.config for candidate in pilot.candidates]
+        networks.update(*(learns_from(METHODS[pilot.method], pilot.compression, c) for c in configs))
     jobs = {teacher_job(network, dataset) for network in networks}
     jobs.update(*(teachers_of(job) for job in jobs))  # an assistant learns from all that are larger
     records = [run.records[job.name] for job in jobs if job.name in run.records]
@@ -2435,19 +2557,18 @@ def helpers_of(run: Run, student: Record) -> list[Record]:
 
 def pages_seen(run: Run, record: Record) -> set[tuple[str, int]]:
     """(network that teaches, page of its outputs) of all that a finished job has asked for."""
+    job = Job(record.kind, run.settings.dataset, record.compression, record.method, record.run)
     steps_per_epoch = run.index.data.train // run.settings.batch_size
     trainings = [(record.config, len(record.history))]
     if record.kind == "pilot":  # each candidate in each rung begins with the first page
         longest = [(candidate.config, max(candidate.steps, default=0)) for candidate in record.candidates]
         trainings = [(config, math.ceil(steps / steps_per_epoch)) for config, steps in longest]
-    number = record.run if record.kind == "student" else 1
     seen: set[tuple[str, int]] = set()
     for config, epochs in trainings:
-        pages = page_order(run.settings.seed, number, epochs)
+        pages = page_order(run.settings.seed, job.page_run, epochs)
         if config and config.attention and epochs:
             pages += page_order(run.settings.seed, 1, 1)  # that the attention is judged on
-        if config:
-            seen.update(itertools.product(config.teachers, pages))
+        seen.update(itertools.product(learns_from(job.method_class, job.compression, config), pages))
     return seen
 
 
@@ -3131,6 +3252,7 @@ OUTCOMES = {
     "worse": "is worse than {}",
     "unclear": "is not distinguishable from {}",
     "identical by construction": "is identical to {} by construction",
+    "identical weights": "has the very weights of {}",
     "n/a": "has no verdict against {}",
 }
 
@@ -5631,7 +5753,11 @@ def import_plugin(path: Path, source: bytes) -> None:
     It may import modules that lie beside it or below: each plugin gets its own, whatever others are called.
     """
     folder, methods = str(path.parent), dict(METHODS)
-    others = {name: sys.modules[name] for helpers in HELPERS.values() for name in helpers}
+    for name, method in methods.items():  # of an earlier state of this file, in a notebook
+        if is_plugin(method) and sys.modules[method.__module__].__file__ == str(path):
+            del METHODS[name]
+    earlier = len(METHODS)
+    others = {name: sys.modules[name] for name in modules_below(path.parent, set(sys.modules))}
     for name in others:
         del sys.modules[name]
     module = types.ModuleType(f"exp1b_plugin_{path.stem}")
@@ -5641,8 +5767,9 @@ def import_plugin(path: Path, source: bytes) -> None:
     sys.path.insert(0, folder)
     importlib.invalidate_caches()
     try:
-        exec(compile(source, str(path), "exec"), module.__dict__)
-        if len(METHODS) == len(methods):
+        with fixed_chance():
+            exec(compile(source, str(path), "exec"), module.__dict__)
+        if len(METHODS) == earlier:
             raise UsageError('it registers no method: decorate a class with @register("Name")')
     except (Exception, SystemExit) as error:
         METHODS.clear()
@@ -5652,9 +5779,9 @@ def import_plugin(path: Path, source: bytes) -> None:
         raise UsageError(f"--plugin {path} cannot be used ({what})") from None
     finally:
         sys.path.remove(folder)
+        torch.set_default_dtype(torch.float32)  # what it has set would be all methods' own
         HELPERS[path] = modules_below(path.parent, set(sys.modules) - before)
-        for name, other in others.items():
-            sys.modules.setdefault(name, other)
+        sys.modules.update(others)
     for name in METHODS.keys() - methods.keys():
         METHODS[name].source_sha256 = source_sha256(path, source)
 
@@ -5664,7 +5791,7 @@ def modules_below(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     found, installed = {}, {"site-packages", "dist-packages", "lib-dynload"}
     for name in names:
         file = Path(getattr(sys.modules[name], "__file__", None) or "")
-        standard = name.partition(".")[0] in sys.stdlib_module_names
+        standard = name.partition(".")[0] in sys.stdlib_module_names or name in ("run_exp1b_kaggle", __name__)
         if file.is_relative_to(folder) and not standard and not installed & set(file.parts):
             found[name] = file
     return found
@@ -5712,10 +5839,10 @@ def adapt_plugin(method: type[Method]) -> None:
         check(known, f"teachers({ratio!r}) is not of {names}")
         check(bool(teachers) or not method.stages, "it names stages, but no teachers")
         if method.pilot == method.name:
-            whole = len(candidates) >= 2 and all(isinstance(c, Distillation) for c in candidates)
+            whole = len(candidates) >= 2 and all(type(c) is Distillation for c in candidates)
             check(whole, f"candidates({ratio!r}) must be a list of at least two Distillation")
         for config in filter(None, [method.configure(ratio, None), *candidates]):
-            check(isinstance(config, Distillation), f"configure({ratio!r}) is no Distillation")
+            check(type(config) is Distillation, f"configure({ratio!r}) is no Distillation")
             other = bool(teachers) and not set(config.teachers) <= set(teachers)
             check(not other, f"a configuration at {ratio} has other teachers than teachers({ratio!r})")
 
@@ -5747,35 +5874,80 @@ def defined_at(method: type[Method], what: str) -> str:
     return f"{Path(code.co_filename).name}, line {code.co_firstlineno}" if code else method.__name__
 
 
+def own_modules(method: type[Method]) -> set[str]:
+    """Names of a plugin and of the modules that it has brought in."""
+    file = Path(sys.modules[method.__module__].__file__ or "")
+    return {method.__module__, *HELPERS.get(file, {})}
+
+
+def leaves_of(value: Any, own: Collection[str], seen: dict[int, Any]) -> Iterator[Any]:
+    """The tensors, arrays, numbers, texts and generators' states in a value, whatever holds them.
+
+    `own`: names of the modules whose objects are looked into; `seen`: the containers that were looked into.
+    """
+    if isinstance(value, np.random.Generator):
+        value = value.bit_generator.state
+    elif isinstance(value, random.Random):
+        value = value.getstate()
+    elif isinstance(value, torch.Generator):
+        value = value.get_state()
+    elif isinstance(value, nn.Module) or type(value).__module__ in own:
+        value = getattr(value, "__dict__", {})
+    if isinstance(value, torch.Tensor | np.ndarray | int | float | str):
+        yield value
+    elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+        seen[id(value)] = value
+        parts = itertools.chain(*value.items()) if isinstance(value, dict) else value
+        for part in parts:
+            yield from leaves_of(part, own, seen)
+
+
 def parameters_outside(method: Method) -> list[str]:
     """Names of trainable parameters that a method holds outside `module`: nothing would train them."""
+    own, found = own_modules(type(method)), set()
     inside = {id(parameter) for parameter in method.module.parameters()} if method.module else set()
-    plugin = vars(sys.modules[type(method).__module__])
-    classes = [vars(base) for base in type(method).__mro__ if is_plugin(base)]
-    found = set()
-    for name, value in itertools.chain(*(held.items() for held in (vars(method), *classes, plugin))):
-        items = list(value.values()) if isinstance(value, dict) else value
-        for item in items if isinstance(items, list | tuple) else [items]:
-            own = item.parameters() if isinstance(item, nn.Module) else [item]
-            leaves = [p for p in own if isinstance(p, torch.Tensor) and p.is_leaf and p.requires_grad]
-            if any(id(leaf) not in inside for leaf in leaves):
+    for name, value in (shared_by(type(method)) | vars(method)).items():
+        for leaf in leaves_of(value, own, {}):
+            trainable = isinstance(leaf, torch.Tensor) and leaf.is_leaf and leaf.requires_grad
+            if trainable and id(leaf) not in inside:
                 found.add(name)
     return sorted(found)
 
 
-def marks_of(method: Method) -> dict[str, Any]:
-    """By attribute of a method, something that changes when it is set or changed in place."""
-    marks: dict[str, Any] = {}
-    for name, value in vars(method).items():
-        if isinstance(value, torch.Tensor):
-            marks[name] = (id(value), value._version)
-        elif isinstance(value, np.ndarray):
-            marks[name] = (id(value), zlib.crc32(value.tobytes()))
-        elif isinstance(value, int | float | str | None):
-            marks[name] = value
-        else:
-            marks[name] = (id(value), len(value) if hasattr(value, "__len__") else 0)
-    return {name: mark for name, mark in marks.items() if name not in ("features", "descriptions")}
+def shared_by(method: type[Method]) -> dict[str, Any]:
+    """The variables of a plugin's file and classes: all objects of the method share them."""
+    held, own = dict(vars(sys.modules[method.__module__])), own_modules(method)
+    for base in reversed(method.__mro__):
+        if base.__module__ in own:
+            held |= vars(base)
+    return {name: value for name, value in held.items() if not name.startswith("__")}
+
+
+def marks_of(method: type[Method]) -> dict[str, list[Any]]:
+    """By variable that the objects of a method share, what changes when it is set or changed in place."""
+    marks: dict[str, list[Any]] = {}
+    for name, value in shared_by(method).items():
+        marks[name] = []
+        for leaf in leaves_of(value, own_modules(method), {}):
+            if isinstance(leaf, torch.Tensor):
+                leaf = id(leaf), leaf._version
+            elif isinstance(leaf, np.ndarray):
+                leaf = zlib.crc32(leaf.tobytes())
+            marks[name].append(leaf)
+    return marks
+
+
+def alike(one: Any, other: Any, own: Collection[str]) -> bool:
+    """Whether two values hold the same; `own`: see `leaves_of`."""
+    for a, b in itertools.zip_longest(leaves_of(one, own, {}), leaves_of(other, own, {})):
+        equal = type(a) is type(b)
+        if equal and isinstance(a, torch.Tensor):
+            equal = torch.equal(a.cpu(), b.cpu())
+        elif equal:
+            equal = np.array_equal(a, b)
+        if not equal:
+            return False
+    return True
 
 
 # -- command line -------------------------------------------------------------------------------------------
@@ -6075,6 +6247,9 @@ def open_run(args: Namespace, platform: Platform, session: Session) -> Iterator[
             log.info("run_exp1b_kaggle.py %s, run folder %s", VERSION, path)
             index = load_index(path, args.plugins) if is_run(path) else None
             settings = continued_settings(index, args.given) if index else new_settings(args.given)
+            if args.plugins and not any(is_plugin(METHODS[name]) for name in settings.methods):
+                unused = [name for name, method in METHODS.items() if is_plugin(method)]
+                log.warning("--plugin registers %s, but --methods names none of them", listed(unused))
             devices = choose_devices(settings, platform)
             precision = index.precision if index else choose_precision(settings.precision, devices[0])
             announce_devices(devices, precision, settings)
@@ -6255,7 +6430,7 @@ def page_bytes(settings: Settings) -> int:
     jobs = planned_jobs(settings)
     numbers: dict[str, int] = {}  # by teacher, per image: logits and descriptions
     for name in ARCHITECTURES:
-        methods = described_by(jobs, name).values()
+        methods = described_by(jobs, name, settings.width).values()
         sizes = [description_size(method, name, settings.width) for method in methods]
         numbers[name] = classes + sum(sizes)
     images = settings.train_size or images
@@ -6263,13 +6438,12 @@ def page_bytes(settings: Settings) -> int:
 
 
 def description_size(method: type[Method], network: str, width: int) -> int:
-    """Numbers per image that a method describes of a network's features; 0 if it fails."""
-    channels = ARCHITECTURES[network].outputs(width)
-    sizes = dict(zip(STAGES, (32, 16, 8, 4), strict=True))
-    features = {stage: torch.zeros(1, channels[stage], sizes[stage], sizes[stage]) for stage in method.stages}
-    with contextlib.suppress(Exception):  # whatever a plugin may raise: its own jobs say so
-        return method.describe(features).shape[1]
-    return 0
+    """Numbers per image that a method describes of a network's features; 0, with a warning, if it fails."""
+    try:
+        return probe_description(method, network, width).shape[1]
+    except MethodFailed as error:
+        warn_once(str(error))
+        return 0
 
 
 def enter_session(run: Run, settings: Settings, args: Namespace, devices: Sequence[Device]) -> None:

@@ -24,11 +24,11 @@ def trainings(made: exp.Experiment, network: str, names: list[str], epochs: int)
     jobs = {name: exp.Job("student", "SYNTHETIC", network, name, 1) for name in names}
     few = made.images.render(torch.arange(4, device=made.images.device), 0)
     for name, known in list(made.outputs._networks.items()):
-        seeing = exp.described_by(jobs.values(), name).values()
-        described = made.outputs._networks[name] = exp.DescribedNetwork(known.network, seeing)
+        seeing = exp.described_by(jobs.values(), name, made.settings.width)
+        described = made.outputs._networks[name] = exp.DescribedNetwork(known.network, seeing.values())
         with torch.no_grad(), made.autocast():
-            for method in seeing:
-                described.add(method, few)
+            for key, method in seeing.items():
+                described.add(key, method, few)
 
     pages = exp.page_order(made.settings.seed, 1, epochs)
     steps = epochs * (len(made.images) // made.settings.batch_size)
