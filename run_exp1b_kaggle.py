@@ -837,7 +837,8 @@ def register(name: str) -> Callable[[type[Method]], type[Method]]:
         if name.lower() in ("all", *map(str.lower, METHODS)):  # some disks do not tell a from A
             raise UsageError(f"there is a method {name} already: choose another name")
         method.name = name
-        if "candidates" in vars(method) and "pilot" not in vars(method):
+        owner = next(base for base in method.__mro__ if "candidates" in vars(base))
+        if "pilot" not in vars(method) and (owner is method or is_plugin(owner)):
             method.pilot = name
         if is_plugin(method):
             adapt_plugin(method)
@@ -1182,32 +1183,14 @@ class DescribedNetwork(nn.Module):
         return {stage: self.found[stage] for stage in method.stages}
 
     def add(self, key: str, method: type[Method], images: torch.Tensor) -> None:
-        """Let a method describe. Raises `MethodFailed` if what it says of `images` cannot be kept in pages.
-
-        A page is computed in chunks, and its rows are used in any batch: an image's description may depend on
-        nothing but the image.
-        """
+        """Let a method describe. Raises `MethodFailed` if what it says of `images` cannot be kept."""
         self.network(images)
         features, few = self.seen_by(method), min(4, len(images))
         with torch.autocast(images.device.type, enabled=False), blamed_on(method, "describe"):
             together = method.describe(features)
             each = [{stage: found[i : i + 1] for stage, found in features.items()} for i in range(few)]
             alone = torch.cat([method.describe(one) for one in each])
-            if together.ndim != 2 or len(together) != len(images) or together.device != images.device:
-                what = f"{list(together.shape)} on {together.device}"
-                raise MethodFailed(
-                    f"it returns {what} for {len(images)} images on {images.device}, not [n, D]"
-                )
-            if not 0 < together.shape[1] <= MOST_NUMBERS:
-                raise MethodFailed(
-                    f"{together.shape[1]} numbers per image, {MOST_NUMBERS} at most: pool them"
-                )
-            largest = together.abs().amax(0)
-            lost = (together.half() - together).abs() > 0.01 * largest.max()
-            if not largest.max() <= FP16_MOST or lost.any():
-                raise MethodFailed(f"a value of {largest.max():g} does not fit into fp16: scale it")
-            if ((together[:few] - alone).abs() > 1e-3 * largest + 1e-5 * largest.max()).any():
-                raise MethodFailed("an image's description depends on the other images, or on chance")
+            check_description(together, alone, images)
         self.methods.append(method)
         self.sizes[key] = together.shape[1]
 
@@ -1227,7 +1210,7 @@ def probe_description(method: type[Method], network: str, width: int) -> torch.T
         found = torch.from_numpy(np.abs(numbers).astype(np.float32))
         features[stage] = found.to(memory_format=torch.channels_last)
     versions = [found._version for found in features.values()]
-    with torch.no_grad(), fixed_chance(), blamed_on(method, "describe"):
+    with torch.no_grad(), fixed_chance(), unchanged(method), blamed_on(method, "describe"):
         description = method.describe(features).float()
         if versions != [found._version for found in features.values()]:
             raise MethodFailed("it changes the features, which others see, too: let it change a clone")
@@ -1625,10 +1608,11 @@ def make_method(
 
 @contextlib.contextmanager
 def fixed_chance() -> Iterator[None]:
-    """What is drawn meanwhile on the CPU is the same each time; what is drawn after it is as without it."""
+    """What is drawn meanwhile is the same each time; what is drawn after it is as without it."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=gpus):
+        torch.manual_seed(0)
         np.random.seed(0)
         random.seed(0)
         try:
@@ -1668,7 +1652,7 @@ class Training:
         self.trained = nn.ModuleDict({"model": self.model})  # all that the optimizer trains
         self.teachers = learns_from(job.method_class, job.compression, method.config)
         method.features = collect_features(self.model, method.stages)
-        method.module = self._module_of(method)
+        method.module = self.module_of(method)
         if method.module is not None:
             self.trained["module"] = method.module
 
@@ -1683,10 +1667,10 @@ class Training:
         self.micro_batch = settings.batch_size
         self._saved, self._unsaved = time.monotonic(), False
         self._structure = structure_of(self.trained.state_dict())
-        self._shared, self._imported = marks_of(type(method)), set(sys.modules)
-        self.carried: list[str] = []  # names of what the method keeps outside `modules`
+        self.carried: list[str] = []  # names of what a plugin's method keeps outside `modules`
+        self.guard = PluginGuard(self) if is_plugin(type(method)) else None
 
-    def _module_of(self, method: Method) -> nn.Module | None:
+    def module_of(self, method: Method) -> nn.Module | None:
         """What a method wants trained beside the network; its start is a function of the seed."""
         width = self.experiment.settings.width
         student = ARCHITECTURES[self.job.network].outputs(width)
@@ -1720,16 +1704,14 @@ class Training:
         return self.model
 
     def _epoch(self, epoch: int) -> None:
-        watch, method, plugin = Stopwatch(self.experiment.outputs), self.method, is_plugin(type(self.method))
-        anew = None
-        if plugin and self.job.kind == "student" and epoch and epoch in (1, self.epochs - 1):
-            anew = self._made_anew(epoch)
-        self._start_epoch(method, epoch)
-        if anew is not None:
-            self._find_state(anew)
+        watch, method = Stopwatch(self.experiment.outputs), self.method
+        anew = self.guard.made_anew(epoch) if self.guard else None
+        self.start_epoch(method, epoch)
+        if self.guard and anew:
+            self.guard.find_state(anew)
         loss = self._train_epoch(epoch)
-        if plugin:
-            self._check_method()
+        if self.guard:
+            self.guard.check()
         split = self.experiment.images.select
         accuracy = percent_correct(self.experiment.predict(self.model, split).argmax(1), split.labels)
         seconds = watch.seconds
@@ -1741,7 +1723,7 @@ class Training:
         self._unsaved = True
         self.experiment.progress.epoch_done(self)
 
-    def _start_epoch(self, method: Method, epoch: int) -> None:
+    def start_epoch(self, method: Method, epoch: int) -> None:
         """Give a method what it sees in an epoch, and let it get ready."""
         method.page = method.pages[epoch]
         if method.stages:
@@ -1751,45 +1733,6 @@ class Training:
         seed_globally(self.experiment.settings.seed, self.job.run, epoch)
         with blamed_on(type(method), "start_epoch"):
             method.start_epoch(epoch, [past.loss for past in self.history])
-
-    def _made_anew(self, epoch: int) -> Method:
-        """The method as a resume would have it at the start of this epoch."""
-        method = make_method(self.experiment, self.job, self.method.config, self.method.pages)
-        method.features, method.module = self.method.features, self._module_of(method)
-        if method.module is not None:
-            method.module.load_state_dict(cast(nn.Module, self.method.module).state_dict())
-        self._start_epoch(method, epoch)
-        return method
-
-    def _find_state(self, anew: Method) -> None:
-        """Warn of what the method has and one that was made anew has not: a resume would lose it."""
-        method, others = type(self.method), vars(anew)
-        own, shared = own_modules(method), marks_of(method)
-        found = {name for name, value in vars(self.method).items() if not alike(value, others.get(name), own)}
-        found |= {name for name, marks in shared.items() if marks != self._shared.get(name)}
-        if found - set(self.carried):
-            self.carried = sorted({*self.carried, *found})
-            where = "from epoch to epoch outside modules(): a resume starts without it"
-            log.warning("%s keeps %s %s", method.name, listed(self.carried), where)
-
-    def _check_method(self) -> None:
-        """Raise `MethodFailed` for what nothing trains or saves, and for what spoils the other methods."""
-        method, images = self.method, self.experiment.images
-        outside = parameters_outside(method)
-        if len([*self.trained.parameters()]) != len(self.optimizer.state):
-            outside.append("what modules() lacked at the start")
-        if outside:
-            raise MethodFailed(
-                f"{method.name} holds parameters that nothing trains or saves ({listed(outside)}): "
-                "return them from modules(), or call requires_grad_(False)"
-            )
-        if images.labels._version:
-            images.labels = images.true_labels.clone()
-            raise MethodFailed(f"{method.name} changes the labels, which all methods share: clone() them")
-        file = Path(sys.modules[type(method).__module__].__file__ or "")
-        late = modules_below(file.parent, set(sys.modules) - self._imported)
-        if late:
-            raise MethodFailed(f"{file.name} imports {listed(late)} in a function: import it at the top")
 
     def _train_epoch(self, epoch: int) -> float:
         """One pass over the training images; returns the mean loss, read from the device once."""
@@ -5757,7 +5700,8 @@ def import_plugin(path: Path, source: bytes) -> None:
         if is_plugin(method) and sys.modules[method.__module__].__file__ == str(path):
             del METHODS[name]
     earlier = len(METHODS)
-    others = {name: sys.modules[name] for name in modules_below(path.parent, set(sys.modules))}
+    names = {*modules_below(path.parent, set(sys.modules)), *itertools.chain(*HELPERS.values())}
+    others = {name: sys.modules[name] for name in names}
     for name in others:
         del sys.modules[name]
     module = types.ModuleType(f"exp1b_plugin_{path.stem}")
@@ -5874,6 +5818,77 @@ def defined_at(method: type[Method], what: str) -> str:
     return f"{Path(code.co_filename).name}, line {code.co_firstlineno}" if code else method.__name__
 
 
+def check_description(together: torch.Tensor, alone: torch.Tensor, images: torch.Tensor) -> None:
+    """Raise `MethodFailed` if a method's description of images, [n, D], cannot be kept in pages.
+
+    A page is computed in chunks, and its rows are used in any batch: an image's description may depend on
+    nothing but the image. `alone`: the description of the first few of them, one at a time.
+    """
+    if together.ndim != 2 or len(together) != len(images) or together.device != images.device:
+        what = f"{list(together.shape)} on {together.device}"
+        raise MethodFailed(f"it returns {what} for {len(images)} images on {images.device}, not [n, D]")
+    if not 0 < together.shape[1] <= MOST_NUMBERS:
+        raise MethodFailed(f"{together.shape[1]} numbers per image, {MOST_NUMBERS} at most: pool them")
+    largest = together.abs().amax(0)
+    lost = (together.half() - together).abs() > 0.01 * largest.max()
+    if not largest.max() <= FP16_MOST or lost.any():
+        raise MethodFailed(f"a value of {largest.max():g} does not fit into fp16: scale it")
+    if ((together[: len(alone)] - alone).abs() > 1e-3 * largest + 1e-5 * largest.max()).any():
+        raise MethodFailed("an image's description depends on the other images, or on chance")
+
+
+class PluginGuard:
+    """Looks, in a training by a plugin's method, for what would make a result wrong without a word."""
+
+    def __init__(self, training: Training) -> None:
+        self.training, self.method = training, type(training.method)
+        self.shared, self.imported = marks_of(self.method), set(sys.modules)
+
+    def made_anew(self, epoch: int) -> Method | None:
+        """A student's method as a resume would have it in the second and in the last epoch; else None."""
+        training, old = self.training, self.training.method
+        if training.job.kind != "student" or epoch == 0 or epoch not in (1, training.epochs - 1):
+            return None
+        new = make_method(training.experiment, training.job, old.config, old.pages)
+        new.features, new.module = old.features, training.module_of(new)
+        if new.module is not None:
+            new.module.load_state_dict(cast(nn.Module, old.module).state_dict())
+        training.start_epoch(new, epoch)
+        return new
+
+    def find_state(self, anew: Method) -> None:
+        """Warn of what the method has and one that was made anew has not: a resume would lose it."""
+        own, shared, others = own_modules(self.method), marks_of(self.method), vars(anew)
+        held = vars(self.training.method)
+        found = {name for name, value in held.items() if not alike(value, others.get(name), own)}
+        found |= {name for name, marks in shared.items() if marks != self.shared.get(name)}
+        if found - set(self.training.carried):
+            self.training.carried = sorted({*self.training.carried, *found})
+            where = "from epoch to epoch outside modules(): a resume starts without it"
+            log.warning("%s keeps %s %s", self.method.name, listed(self.training.carried), where)
+
+    def check(self) -> None:
+        """Raise `MethodFailed` for what nothing trains or saves, and for what spoils the other methods."""
+        training, images = self.training, self.training.experiment.images
+        outside = parameters_outside(training.method)
+        if len([*training.trained.parameters()]) != len(training.optimizer.state):
+            outside.append("what modules() lacked at the start")
+        if outside:
+            raise MethodFailed(
+                f"{self.method.name} holds parameters that nothing trains or saves ({listed(outside)}): "
+                "return them from modules(), or call requires_grad_(False)"
+            )
+        if images.labels._version:
+            images.labels = images.true_labels.clone()
+            raise MethodFailed(
+                f"{self.method.name} changes the labels, which all methods share: clone() them"
+            )
+        file = Path(sys.modules[self.method.__module__].__file__ or "")
+        late = modules_below(file.parent, set(sys.modules) - self.imported)
+        if late:
+            raise MethodFailed(f"{file.name} imports {listed(late)} in a function: import it at the top")
+
+
 def own_modules(method: type[Method]) -> set[str]:
     """Names of a plugin and of the modules that it has brought in."""
     file = Path(sys.modules[method.__module__].__file__ or "")
@@ -5921,6 +5936,23 @@ def shared_by(method: type[Method]) -> dict[str, Any]:
         if base.__module__ in own:
             held |= vars(base)
     return {name: value for name, value in held.items() if not name.startswith("__")}
+
+
+@contextlib.contextmanager
+def unchanged(method: type[Method]) -> Iterator[None]:
+    """A plugin's file and classes hold the same after this: a probe on the CPU leaves no tensors in them."""
+    own = own_modules(method) - {__name__}
+    owners = [sys.modules[name] for name in own], [base for base in method.__mro__ if base.__module__ in own]
+    before = [(owner, dict(vars(owner))) for owner in itertools.chain(*owners)]
+    try:
+        yield
+    finally:
+        for owner, held in before:
+            for name in vars(owner).keys() - held.keys():
+                delattr(owner, name)
+            for name, value in held.items():
+                if vars(owner)[name] is not value:
+                    setattr(owner, name, value)
 
 
 def marks_of(method: type[Method]) -> dict[str, list[Any]]:

@@ -396,6 +396,8 @@ def test_candidates_of_its_own_are_enough_for_a_pilot(taught: Path, tmp_path: Pa
     with shortcuts(1):
         do(lab, pilot(lab, "Mine"), job := student(lab, "Mine"))
     assert lab.run.records[job.name].config.alpha == 0.1
+    other = exp.register("Other")(type("Other", (Mine,), {"__module__": __name__}))
+    assert other.pilot == "Other", "another loss has another best weight"
 
 
 def test_the_looks_of_many_methods_differ() -> None:
