@@ -5697,7 +5697,7 @@ def import_plugin(path: Path, source: bytes) -> None:
     """
     folder, methods = str(path.parent), dict(METHODS)
     for name, method in methods.items():  # of an earlier state of this file, in a notebook
-        if is_plugin(method) and sys.modules[method.__module__].__file__ == str(path):
+        if is_plugin(method) and plugin_file(method) == path:
             del METHODS[name]
     earlier = len(METHODS)
     names = {*modules_below(path.parent, set(sys.modules)), *itertools.chain(*HELPERS.values())}
@@ -5728,6 +5728,11 @@ def import_plugin(path: Path, source: bytes) -> None:
         sys.modules.update(others)
     for name in METHODS.keys() - methods.keys():
         METHODS[name].source_sha256 = source_sha256(path, source)
+
+
+def plugin_file(method: type[Method]) -> Path:
+    """The file of a plugin's method."""
+    return Path(getattr(sys.modules.get(method.__module__), "__file__", None) or "")
 
 
 def modules_below(folder: Path, names: Iterable[str]) -> dict[str, Path]:
@@ -5807,8 +5812,7 @@ def blamed_on(method: type[Method], what: str) -> Iterator[None]:
             raise
         log.error("%s of %s failed", what, method.name, exc_info=error)
         kind = "" if isinstance(error, MethodFailed) else f"{type(error).__name__}: "
-        file = Path(sys.modules[method.__module__].__file__ or "")
-        place = place_in_plugin(error, file) or defined_at(method, what)
+        place = place_in_plugin(error, plugin_file(method)) or defined_at(method, what)
         raise MethodFailed(f"{what} of {method.name} ({place}): {kind}{first_line(error)}") from None
 
 
@@ -5883,7 +5887,7 @@ class PluginGuard:
             raise MethodFailed(
                 f"{self.method.name} changes the labels, which all methods share: clone() them"
             )
-        file = Path(sys.modules[self.method.__module__].__file__ or "")
+        file = plugin_file(self.method)
         late = modules_below(file.parent, set(sys.modules) - self.imported)
         if late:
             raise MethodFailed(f"{file.name} imports {listed(late)} in a function: import it at the top")
@@ -5891,8 +5895,7 @@ class PluginGuard:
 
 def own_modules(method: type[Method]) -> set[str]:
     """Names of a plugin and of the modules that it has brought in."""
-    file = Path(sys.modules[method.__module__].__file__ or "")
-    return {method.__module__, *HELPERS.get(file, {})}
+    return {method.__module__, *HELPERS.get(plugin_file(method), {})}
 
 
 def leaves_of(value: Any, own: Collection[str], seen: dict[int, Any]) -> Iterator[Any]:
