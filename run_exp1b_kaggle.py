@@ -110,6 +110,13 @@ if typing.TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 T = TypeVar("T")
+VERSION = "3.0.0"
+FORMAT = 3  # of the index; raised when its layout changes
+STATE_NAME = "experiment_state.pkl"
+REPORT_NAME = "experiment_report.md"
+KAGGLE_DISK_BYTES = 20 * 10**9
+KAGGLE_LONGEST_HOURS = 12  # then the platform kills without warning
+KAGGLE_SESSION_HOURS = 11.5
 log = logging.getLogger("exp1b")
 tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves behind
 
@@ -185,6 +192,14 @@ def rng(seed: int, purpose: str, number: int = 0) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), number])
 
 
+@contextlib.contextmanager
+def torch_seeded(seed: int, purpose: str) -> Iterator[None]:
+    """What torch draws on the CPU meanwhile is a function of the purpose; after it all is as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(rng(seed, purpose).integers(2**62)))
+        yield
+
+
 @cache
 def warn_once(text: str) -> None:
     """Log a warning the first time it is given."""
@@ -211,11 +226,7 @@ def warn_once(text: str) -> None:
 
 
 # -- settings -----------------------------------------------------------------------------------------------
-VERSION = "3.0.0"
 PROTOCOL = 3  # raised when what a seed produces changes; files of different protocols are not mixed
-FORMAT = 3  # of the index; raised when its layout changes
-STATE_NAME = "experiment_state.pkl"
-REPORT_NAME = "experiment_report.md"
 MODES = ("smoke", "quick", "full")
 DATASETS = {"CIFAR10": (10, 50_000), "CIFAR100": (100, 50_000), "SYNTHETIC": (10, 4_000)}  # classes, images
 RATIOS = {"2.3x": 2.3, "5x": 5.0, "7x": 7.0}  # of the students
@@ -223,9 +234,6 @@ LADDER = {"1.5x": 1.5, "2.3x": 2.3, "5x": 5.0}  # of the assistants
 MAIN_METHODS = ("Direct", "TraditionalKD", "HPM-KD")
 PRECISIONS = ("fp32", "fp16", "bf16")
 FULL_WIDTH = 64
-KAGGLE_DISK_BYTES = 20 * 10**9
-KAGGLE_LONGEST_HOURS = 12  # then the platform kills without warning
-KAGGLE_SESSION_HOURS = 11.5
 
 
 def setting(role: str, default: Any, help: str, type: Any = None, span: Any = None, **options: Any) -> Any:
@@ -300,48 +308,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": {},
     "full": {"teacher_epochs": 100, "student_epochs": 50, "runs": 5},
 }
-
-
-def setting_names(role: str) -> list[str]:
-    """Names of the settings with this role, in order."""
-    return [f.name for f in dataclasses.fields(Settings) if f.metadata["role"] == role]
-
-
-def flag(name: str) -> str:
-    """The command-line option of a setting."""
-    return "--" + name.replace("_", "-")
-
-
-def new_settings(given: Mapping[str, Any]) -> Settings:
-    """Settings of a new run: defaults, the preset of the mode, what was given. Raises `UsageError`."""
-    mode = given.get("mode", Settings.mode)
-    if mode not in PRESETS:
-        raise UsageError(f"--mode knows {', '.join(MODES)}, not {mode}")
-    settings = Settings(**{**PRESETS[mode], "mode": mode, **given})
-    validate(settings)
-    return settings
-
-
-def validate(settings: Settings) -> None:
-    """Raise `UsageError` for a value outside its range, or for settings that contradict each other."""
-    for declared in dataclasses.fields(Settings):
-        value, span = getattr(settings, declared.name), declared.metadata["span"]
-        choices = declared.metadata["options"].get("choices")
-        if span and value is not None and not span[0] <= value <= span[1]:
-            raise UsageError(
-                f"{flag(declared.name)} must lie between {span[0]:g} and {span[1]:g}, not {value}"
-            )
-        if choices and value not in choices:
-            raise UsageError(f"{flag(declared.name)} knows {', '.join(choices)}, not {value}")
-    if settings.width % 8:
-        raise UsageError(f"--width must be a multiple of 8, not {settings.width}")
-    choose_from("--compression", settings.compression, list(RATIOS))
-    choose_from("--methods", settings.methods, choosable_methods())
-    for name in ("ablation", "equal_cost"):
-        if getattr(settings, name) and SUBJECT not in settings.methods:
-            raise UsageError(
-                f"{flag(name)} compares with {SUBJECT}, which --methods leaves out: add {SUBJECT}"
-            )
 
 
 # -- data as tensors, split, views and pages ----------------------------------------------------------------
@@ -592,8 +558,7 @@ def collect_features(network: CifarResNet, stages: Iterable[str]) -> dict[str, t
 
 def build_network(name: str, classes: int, width: int, seed: int = 0) -> CifarResNet:
     """A network of ARCHITECTURES, its initial weights a function of (seed, name): made on the CPU in fp32."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(rng(seed, f"weights {name}").integers(2**62)))
+    with torch_seeded(seed, f"weights {name}"):
         return CifarResNet(ARCHITECTURES[name], classes, width)
 
 
@@ -830,15 +795,8 @@ def register(name: str) -> Callable[[type[Method]], type[Method]]:
     """
 
     def add(method: type[Method]) -> type[Method]:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,30}", name):
-            raise UsageError(
-                f"{name!r} is no name for a method: use up to 31 letters, digits, '.', '+' and '-'"
-            )
-        if name.lower() in ("all", *map(str.lower, METHODS)):  # some disks do not tell a from A
-            raise UsageError(f"there is a method {name} already: choose another name")
         method.name = name
-        owner = next(base for base in method.__mro__ if "candidates" in vars(base))
-        if "pilot" not in vars(method) and (owner is method or is_plugin(owner)):
+        if "candidates" in vars(method) and "pilot" not in vars(method):
             method.pilot = name
         if is_plugin(method):
             adapt_plugin(method)
@@ -933,8 +891,9 @@ class HPMKD(TraditionalKD):
     @classmethod
     def default(cls, compression: str) -> Distillation:
         """The default configuration, found in development (tests/README.md): the incumbent of every pilot."""
-        chain = ("teacher", *ladder_above(compression))
-        return Distillation(0.5, 4.0, "cosine", chain, True, view_share=0.5, beta=2.0, weight=3_000.0)
+        chain = cls.teachers(compression)
+        several = len(chain) > 1
+        return Distillation(0.5, 4.0, "cosine", chain, several, view_share=0.5, beta=2.0, weight=3_000.0)
 
     @classmethod
     def configure(cls, compression: str, chosen: Distillation | None) -> Distillation:
@@ -1066,8 +1025,8 @@ class HPMKDPaper(HPMKD):
     @classmethod
     def candidates(cls, compression: str) -> list[Distillation]:
         """Several alphas, temperatures, schedules and chains."""
-        default, chain = cls.default(compression), cls.teachers(compression)
-        nearest = (chain[0], chain[-1])
+        default = cls.default(compression)
+        nearest = (default.teachers[0], default.teachers[-1])
         return [
             default,
             replace(default, alpha=0.7),
@@ -1089,11 +1048,6 @@ def in_order(names: Iterable[str]) -> list[str]:
     """Names of methods in the order of every table and figure. Raises KeyError for an unknown one."""
     known = list(METHODS)
     return sorted(names, key=lambda name: (OPTIONS.index(METHODS[name].option), known.index(name)))
-
-
-def choosable_methods() -> list[str]:
-    """What `--methods` takes: every registered method that no other option adds."""
-    return in_order(name for name, method in METHODS.items() if method.option == "methods")
 
 
 def student_methods(settings: Settings) -> list[str]:
@@ -1153,10 +1107,7 @@ class Experiment:
             with out_of_memory_alike(), self.autocast():
                 return cast(torch.Tensor, network(images).float())
         except torch.OutOfMemoryError as error:
-            if len(images) == 1:
-                reason = f"a single image does not fit into the device's memory ({first_line(error)})"
-                raise JobFailed(f"{reason}: --resume on a larger device") from None
-            torch.cuda.empty_cache()
+            make_room(len(images), 1, error)
         half = len(images) // 2
         return torch.cat([self.infer(network, images[:half]), self.infer(network, images[half:])])
 
@@ -1193,38 +1144,6 @@ class DescribedNetwork(nn.Module):
             check_description(together, alone, images)
         self.methods.append(method)
         self.sizes[key] = together.shape[1]
-
-
-PROBES: dict[tuple[type[Method], str, int], torch.Tensor] = {}  # method, network, width -> its description
-
-
-def probe_description(method: type[Method], network: str, width: int) -> torch.Tensor:
-    """What a method describes of the made-up features of four images, [4, D]. Raises `MethodFailed`."""
-    if (method, network, width) in PROBES:
-        return PROBES[method, network, width]
-    channels = ARCHITECTURES[network].outputs(width)
-    sizes = dict(zip(STAGES, (32, 16, 8, 4), strict=True))
-    features: dict[str, torch.Tensor] = {}
-    for stage in method.stages:
-        numbers = rng(0, f"probe {stage}").standard_normal((4, channels[stage], sizes[stage], sizes[stage]))
-        found = torch.from_numpy(np.abs(numbers).astype(np.float32))
-        features[stage] = found.to(memory_format=torch.channels_last)
-    versions = [found._version for found in features.values()]
-    with torch.no_grad(), fixed_chance(), unchanged(method), blamed_on(method, "describe"):
-        description = method.describe(features).float()
-        if versions != [found._version for found in features.values()]:
-            raise MethodFailed("it changes the features, which others see, too: let it change a clone")
-        PROBES[method, network, width] = description.flatten(1)
-    return PROBES[method, network, width]
-
-
-def description_key(method: type[Method], width: int) -> str:
-    """Name of a method's description in the pages: methods that describe the same share it."""
-    try:
-        what = probe_description(method, "teacher", width).numpy().tobytes()
-    except MethodFailed:  # `DescribedNetwork.add` says so when its jobs are done
-        what = method.name.encode()
-    return hashlib.sha256(what + " ".join(method.stages).encode()).hexdigest()[:16]
 
 
 def described_by(jobs: Iterable[Job], network: str, width: int) -> dict[str, type[Method]]:
@@ -1336,18 +1255,12 @@ class TeacherOutputs:
         chunk = experiment.images.render(torch.arange(count, device=experiment.device.torch), 0)
         for key, method in methods.items():
             try:
-                with experiment.autocast(), fixed_chance():
+                with experiment.autocast(), fixed_randomness():
                     described.add(key, method, chunk)
             except MethodFailed as error:  # its own jobs fail; those of other methods go on
                 self._refused[key] = error
         self._networks[weights] = described
         return described
-
-    def remove(self) -> None:
-        """Remove the pages of this run's teachers: nothing is left that could use them."""
-        run = self.experiment.run
-        teachers = [job for job in run.jobs if job.kind in ("teacher", "assistant")]
-        self.store.remove(self.key(job) for job in teachers if job.name in run.records)
 
 
 FP16_MOST = 6e4  # fp16 ends at 65,504
@@ -1429,8 +1342,7 @@ def train_attention(logits: torch.Tensor, labels: torch.Tensor, seed: int) -> At
 
     Full-batch Adam on logits [M, n, C]; a pure function of its arguments.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(rng(seed, "attention").integers(2**62)))
+    with torch_seeded(seed, "attention"):
         network = AttentionNetwork(len(logits), logits.shape[2])
         optimizer = torch.optim.Adam(network.parameters(), AttentionNetwork.RATE, weight_decay=1e-3)
         for _ in range(AttentionNetwork.STEPS):
@@ -1445,30 +1357,6 @@ def train_attention(logits: torch.Tensor, labels: torch.Tensor, seed: int) -> At
 def mixture_nll(logits: torch.Tensor, weights: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of the mixture at temperature 1 with the labels (nats)."""
     return -mixture(logits, weights, 1.0).gather(1, labels[:, None]).clamp_min(1e-12).log().mean()
-
-
-def judge_attention(
-    network: AttentionNetwork, logits: torch.Tensor, labels: torch.Tensor, teachers: Sequence[Network]
-) -> AttentionReport:
-    """How a fitted attention weights some images; its mixture beside uniform weights and single teachers."""
-
-    def judge(weights: torch.Tensor) -> tuple[float, float]:
-        """NLL and accuracy of the mixture with these weights."""
-        predicted = mixture(logits, weights, 1.0).argmax(1)
-        return mixture_nll(logits, weights, labels).item(), percent_correct(predicted, labels)
-
-    weights, count = attention_weights(network, logits), len(teachers)
-    single = [judge(torch.eye(count)[m].expand(len(labels), count)) for m in range(count)]
-    best = min(range(count), key=lambda m: single[m][0])
-    mixtures = {
-        "mixture": judge(weights),
-        "uniform": judge(uniform_weights(logits)),
-        "best_single": single[best],
-    }
-    nll = {f"nll_{name}": value for name, (value, _) in mixtures.items()}
-    accuracy = {f"accuracy_{name}": value for name, (_, value) in mixtures.items()}
-    mean, sd = weights.mean(0).tolist(), weights.std(0).tolist()
-    return AttentionReport(mean_weight=mean, weight_sd=sd, best_single=teachers[best], **nll, **accuracy)
 
 
 @dataclass
@@ -1527,15 +1415,7 @@ def run_pilot(experiment: Experiment, job: Job, record: Record) -> Record:
     candidates = job.method_class.candidates(job.compression)
     per_epoch = len(experiment.images) // experiment.settings.batch_size
     path, identity = run.file(job, "progress"), training_identity(run, job)
-    sound = structure_of({"correct": split.labels == 0, "seconds": 0.0})
-
-    def check(content: dict[str, Any]) -> None:
-        if content.get("identity") != identity:
-            raise Damaged("belongs to another run or to other settings")
-        if any(structure_of(trial) != sound for trial in content["trials"].values()):
-            raise Damaged("holds an unsound trial")
-
-    trials = (load_progress(path, check) or {"trials": {}})["trials"]
+    trials = load_trials(path, identity, {"correct": split.labels == 0, "seconds": 0.0})
 
     def evaluate(rung: int, candidate: int, steps: int) -> np.ndarray:
         key = f"rung{rung + 1}_candidate{candidate + 1}"
@@ -1606,22 +1486,6 @@ def make_method(
     return method
 
 
-@contextlib.contextmanager
-def fixed_chance() -> Iterator[None]:
-    """What is drawn meanwhile is the same each time; what is drawn after it is as without it."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=gpus):
-        torch.manual_seed(0)
-        np.random.seed(0)
-        random.seed(0)
-        try:
-            yield
-        finally:
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)
-
-
 def seed_globally(seed: int, run: int, epoch: int) -> None:
     """Seed torch, NumPy and Python for what a method draws: the script itself uses `rng` alone."""
     number = int(rng(seed, f"method {run}", epoch + 1).integers(2**32))
@@ -1666,7 +1530,7 @@ class Training:
         self.seconds = 0.0
         self.micro_batch = settings.batch_size
         self._saved, self._unsaved = time.monotonic(), False
-        self._structure = structure_of(self.trained.state_dict())
+        self.structure = structure_of(self.trained.state_dict())
         self.carried: list[str] = []  # names of what a plugin's method keeps outside `modules`
         self.guard = PluginGuard(self) if is_plugin(type(method)) else None
 
@@ -1675,8 +1539,7 @@ class Training:
         width = self.experiment.settings.width
         student = ARCHITECTURES[self.job.network].outputs(width)
         teacher = ARCHITECTURES[self.teachers[0]].outputs(width) if self.teachers else {}
-        with torch.random.fork_rng(devices=[]), blamed_on(type(method), "modules"):
-            torch.default_generator.manual_seed(int(rng(self.seed, "modules").integers(2**62)))
+        with torch_seeded(self.seed, "modules"), blamed_on(type(method), "modules"):
             module = method.modules(student, teacher)
             if module is None:
                 return None
@@ -1686,7 +1549,7 @@ class Training:
 
     def run(self) -> nn.Module:
         """Train to the end, from the last checkpoint if there is one. Raises `Stopped` or `JobFailed`."""
-        self._restore()
+        restore_training(self)
         steps = min(self.steps, self.steps_per_epoch)
         expected = self.experiment.progress.epoch_seconds(self.job.network, steps)
         for epoch in range(len(self.history), self.epochs):
@@ -1695,11 +1558,11 @@ class Training:
                 self.experiment.session.check(1.2 * longest)
             except Stopped:
                 if self._unsaved:
-                    self._save()
+                    self.save()
                 raise
             self._epoch(epoch)
             if epoch + 1 < self.epochs and time.monotonic() - self._saved > self.SAVE_SECONDS:
-                self._save()
+                self.save()
             self.experiment.progress.after_epoch()
         return self.model
 
@@ -1791,16 +1654,11 @@ class Training:
                 self.scaler.update()
                 return loss
             except torch.OutOfMemoryError as error:
-                if self.micro_batch <= self.SMALLEST_MICRO_BATCH:
-                    raise JobFailed(
-                        f"out of memory even with {self.micro_batch} images at a time "
-                        f"({first_line(error)}): --resume on a larger device"
-                    ) from None
+                make_room(self.micro_batch, self.SMALLEST_MICRO_BATCH, error)
                 self.micro_batch = (self.micro_batch + 1) // 2
                 log.warning(
                     "%s: out of memory; going on with micro-batches of %d", self.name, self.micro_batch
                 )
-                torch.cuda.empty_cache()
 
     def _gradients(self, index: torch.Tensor, page: int) -> torch.Tensor:
         """Gradients of a batch's mean loss, over its micro-batches; returns that loss, detached."""
@@ -1821,62 +1679,28 @@ class Training:
             total += loss.detach()
         return total
 
-    def _momentum(self) -> dict[str, torch.Tensor]:
+    def save(self) -> None:
+        """Write the checkpoint in progress."""
+        save_training(self)
+        self._saved, self._unsaved = time.monotonic(), False
+
+    def momentum(self) -> dict[str, torch.Tensor]:
         """Momentum of every parameter, by name: all the state that SGD has."""
         named = self.trained.named_parameters()
         return {name: self.optimizer.state[parameter]["momentum_buffer"] for name, parameter in named}
 
-    def _content(self) -> dict[str, Any]:
+    def content(self) -> dict[str, Any]:
         """What a checkpoint in progress holds."""
         return {
             "identity": self.identity,
             "trained": {name: value.cpu() for name, value in self.trained.state_dict().items()},
-            "momentum": {name: value.cpu() for name, value in self._momentum().items()},
+            "momentum": {name: value.cpu() for name, value in self.momentum().items()},
             "scaler": self.scaler.state_dict(),
             "history": to_plain(self.history),
             "seconds": self.seconds,
             "micro_batch": self.micro_batch,
             "carried": self.carried,
         }
-
-    def _save(self) -> None:
-        if structure_of(self.trained.state_dict()) != self._structure:
-            raise MethodFailed(f"{self.method.name}: what modules() returns has got other buffers since")
-        save_progress(self.experiment.run, self.path, self._content())
-        self._saved, self._unsaved = time.monotonic(), False
-
-    def _restore(self) -> None:
-        content = load_progress(self.path, self._check)
-        if content is None:
-            return
-        self.trained.load_state_dict(content["trained"])
-        for name, buffer in self._momentum().items():
-            buffer.copy_(content["momentum"][name])
-        self.scaler.load_state_dict(content["scaler"])
-        self.history = from_plain(list[Epoch], content["history"])
-        self.seconds, self.micro_batch = content["seconds"], content["micro_batch"]
-        self.carried = content["carried"]
-        log.info("%s continues after epoch %d of %d", self.name, len(self.history), self.epochs)
-
-    def _check(self, content: dict[str, Any]) -> None:
-        """Raise `Damaged` unless a checkpoint is of this very training, and whole."""
-        if content.get("identity") != self.identity:
-            raise Damaged("belongs to another run or to other settings")
-        if structure_of(content) != structure_of(self._content()):
-            raise Damaged("holds something else than this training")
-        if not 0 < len(from_plain(list[Epoch], content["history"])) < self.epochs:
-            raise Damaged("holds a history of another length")
-        if not 0 < content["micro_batch"] <= self.experiment.settings.batch_size:
-            raise Damaged("holds a micro-batch of another size")
-
-
-def structure_of(value: Any) -> Any:
-    """What a value is made of: shapes and types of tensors, the same of each entry of a dict, else a type."""
-    if isinstance(value, torch.Tensor):
-        return value.shape, value.dtype
-    if isinstance(value, dict):
-        return {name: structure_of(part) for name, part in value.items()}
-    return type(value)
 
 
 def do_job(experiment: Experiment, job: Job) -> None:
@@ -1885,12 +1709,7 @@ def do_job(experiment: Experiment, job: Job) -> None:
     release_freed_memory()
     twin = twin_of(job, settings, run.records)
     if twin is not None:
-        log.info(
-            "%s is %s by construction (same configuration, weights and views): copied", job.name, twin.name
-        )
-        record, tensors = run.load(twin)
-        copied = replace(record, same_as=record.same_as or twin.method, taught_by=teacher_checksums(run, job))
-        run.save_result(job, replace(copied, **run.identity(job)), tensors)
+        copy_result(run, job, twin)
         return
     record = blank_record(experiment, job)
     if job.kind == "pilot":
@@ -1904,50 +1723,17 @@ def do_job(experiment: Experiment, job: Job) -> None:
     steps = epochs * (len(experiment.images) // settings.batch_size)
     training = Training(experiment, job, job.name, steps, method)
     network = training.run()
-    notes = []
-    if training.micro_batch < settings.batch_size:
-        notes.append(
-            f"trained with micro-batches of {training.micro_batch} after running out of memory "
-            "(BatchNorm sees these)"
-        )
-    if training.carried:
-        notes.append(f"its method keeps {listed(training.carried)} outside modules(): a resume loses it")
     speed = steps * settings.batch_size / max(training.seconds, 1e-9)
     record = replace(
         record,
         history=training.history,
         train_seconds=training.seconds + prepared,
-        notes=notes,
+        notes=notes_on(training),
         images_per_second=speed,
         attention=method.attention_report,
         finished=now(),
     )
     run.save_result(job, *evaluate(experiment, network, record))
-
-
-def blank_record(experiment: Experiment, job: Job) -> Record:
-    """The record of a job before it is done: its identity, its network, and where it is done."""
-    run, images = experiment.run, experiment.images
-    params, macs = network_cost(job.network, len(images.classes), run.settings.width)
-    config = None if job.kind == "pilot" else config_of(job, run.records)
-    return Record(
-        **run.identity(job),
-        seed=run.settings.seed + job.run,
-        network=job.network,
-        classes=len(images.classes),
-        width=run.settings.width,
-        params=params,
-        macs=macs,
-        mean=images.mean,
-        std=images.std,
-        config=config,
-        taught_by=teacher_checksums(run, job),
-        device=experiment.device.name,
-        precision=experiment.precision,
-        threads=torch.get_num_threads(),
-        torch=str(torch.__version__),
-        finished=now(),
-    )
 
 
 # -- evaluation ---------------------------------------------------------------------------------------------
@@ -2116,9 +1902,8 @@ def config_of(job: Job, records: Mapping[str, Record]) -> Distillation | None:
     """How a job distils, given the records of the pilots (None: it learns from labels alone)."""
     if job.kind == "teacher":
         return None
-    if job.kind == "assistant":  # as HPM-KD's default, but from everything above it
-        chain = HPMKD.teachers(job.compression)
-        return replace(HPMKD.default(job.compression), teachers=chain, attention=len(chain) > 1)
+    if job.kind == "assistant":
+        return HPMKD.default(job.compression)
     pilot = pilot_of(job)
     chosen = records[pilot.name].config if pilot else None
     return job.method_class.configure(job.compression, chosen)
@@ -3652,6 +3437,30 @@ def candidate_table(pilot: Record) -> str:
     return markdown_table(rows)
 
 
+def judge_attention(
+    network: AttentionNetwork, logits: torch.Tensor, labels: torch.Tensor, teachers: Sequence[Network]
+) -> AttentionReport:
+    """How a fitted attention weights some images; its mixture beside uniform weights and single teachers."""
+
+    def judge(weights: torch.Tensor) -> tuple[float, float]:
+        """NLL and accuracy of the mixture with these weights."""
+        predicted = mixture(logits, weights, 1.0).argmax(1)
+        return mixture_nll(logits, weights, labels).item(), percent_correct(predicted, labels)
+
+    weights, count = attention_weights(network, logits), len(teachers)
+    single = [judge(torch.eye(count)[m].expand(len(labels), count)) for m in range(count)]
+    best = min(range(count), key=lambda m: single[m][0])
+    mixtures = {
+        "mixture": judge(weights),
+        "uniform": judge(uniform_weights(logits)),
+        "best_single": single[best],
+    }
+    nll = {f"nll_{name}": value for name, (value, _) in mixtures.items()}
+    accuracy = {f"accuracy_{name}": value for name, (_, value) in mixtures.items()}
+    mean, sd = weights.mean(0).tolist(), weights.std(0).tolist()
+    return AttentionReport(mean_weight=mean, weight_sd=sd, best_single=teachers[best], **nll, **accuracy)
+
+
 def report_attention(evidence: Evidence) -> str:
     """Attention's weights, and whether its mixture beats uniform weights and the best teacher."""
     rows: Rows = []
@@ -4261,6 +4070,52 @@ def tensors_sha256(tensors: Mapping[str, Any]) -> str:
     return hasher.hexdigest()
 
 
+def blank_record(experiment: Experiment, job: Job) -> Record:
+    """The record of a job before it is done: its identity, its network, and where it is done."""
+    run, images = experiment.run, experiment.images
+    params, macs = network_cost(job.network, len(images.classes), run.settings.width)
+    config = None if job.kind == "pilot" else config_of(job, run.records)
+    return Record(
+        **run.identity(job),
+        seed=run.settings.seed + job.run,
+        network=job.network,
+        classes=len(images.classes),
+        width=run.settings.width,
+        params=params,
+        macs=macs,
+        mean=images.mean,
+        std=images.std,
+        config=config,
+        taught_by=teacher_checksums(run, job),
+        device=experiment.device.name,
+        precision=experiment.precision,
+        threads=torch.get_num_threads(),
+        torch=str(torch.__version__),
+        finished=now(),
+    )
+
+
+def copy_result(run: Run, job: Job, twin: Job) -> None:
+    """Write a job's result: that of another job, which is the same by construction."""
+    log.info("%s is %s by construction (same configuration, weights and views): copied", job.name, twin.name)
+    record, tensors = run.load(twin)
+    copied = replace(record, same_as=record.same_as or twin.method, taught_by=teacher_checksums(run, job))
+    run.save_result(job, replace(copied, **run.identity(job)), tensors)
+
+
+def notes_on(training: Training) -> list[str]:
+    """What a reader of the report has to know about a training."""
+    notes = []
+    if training.micro_batch < training.experiment.settings.batch_size:
+        notes.append(
+            f"trained with micro-batches of {training.micro_batch} after running out of memory (BatchNorm, "
+            "and losses between images, see these)"
+        )
+    if training.carried:
+        notes.append(f"its method keeps {listed(training.carried)} outside modules(): a resume loses it")
+    return notes
+
+
 # -- run folder and index -----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class DataDescription:
@@ -4607,10 +4462,14 @@ def save_progress(run: Run, path: Path, content: dict[str, Any]) -> None:
     save_checkpoint(path, content)
 
 
-def load_progress(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
+def load_progress(
+    path: Path, identity: str, check: Callable[[dict[str, Any]], None]
+) -> dict[str, Any] | None:
     """A checkpoint in progress, or None. One that is damaged, also as `check` says, is set aside."""
     try:
         content = load_checkpoint(path)
+        if content.get("identity") != identity:
+            raise Damaged("belongs to another run or to other settings")
         check(content)
         return content
     except (Damaged, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -4618,6 +4477,59 @@ def load_progress(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[s
     except FileNotFoundError:
         pass
     return None
+
+
+def save_training(training: Training) -> None:
+    """Write the checkpoint of a training in progress."""
+    if structure_of(training.trained.state_dict()) != training.structure:
+        name = training.method.name
+        raise MethodFailed(f"{name}: what modules() returns has got other buffers since")
+    save_progress(training.experiment.run, training.path, training.content())
+
+
+def restore_training(training: Training) -> None:
+    """Bring a training to where its checkpoint was written, if there is a sound one."""
+
+    def check(content: dict[str, Any]) -> None:
+        if structure_of(content) != structure_of(training.content()):
+            raise Damaged("holds something else than this training")
+        if not 0 < len(from_plain(list[Epoch], content["history"])) < training.epochs:
+            raise Damaged("holds a history of another length")
+        if not 0 < content["micro_batch"] <= training.experiment.settings.batch_size:
+            raise Damaged("holds a micro-batch of another size")
+
+    content = load_progress(training.path, training.identity, check)
+    if content is None:
+        return
+    training.trained.load_state_dict(content["trained"])
+    for name, buffer in training.momentum().items():
+        buffer.copy_(content["momentum"][name])
+    training.scaler.load_state_dict(content["scaler"])
+    training.history = from_plain(list[Epoch], content["history"])
+    training.seconds, training.micro_batch = content["seconds"], content["micro_batch"]
+    training.carried = content["carried"]
+    done = len(training.history)
+    log.info("%s continues after epoch %d of %d", training.name, done, training.epochs)
+
+
+def load_trials(path: Path, identity: str, example: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The trials of a pilot that are done, by name; each is made of what `example` is made of."""
+
+    def check(content: dict[str, Any]) -> None:
+        if any(structure_of(trial) != structure_of(example) for trial in content["trials"].values()):
+            raise Damaged("holds an unsound trial")
+
+    content = load_progress(path, identity, check) or {"trials": {}}
+    return cast("dict[str, dict[str, Any]]", content["trials"])
+
+
+def structure_of(value: Any) -> Any:
+    """What a value is made of: shapes and types of tensors, the same of each entry of a dict, else a type."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, dict):
+        return {name: structure_of(part) for name, part in value.items()}
+    return type(value)
 
 
 class PageStore:
@@ -4877,7 +4789,7 @@ def work(experiment: Experiment, writes: bool, prepared: Callable[[], object]) -
         prepared()
         Worker(experiment, writes).work()
         if not experiment.run.left:
-            experiment.outputs.remove()
+            remove_pages(experiment)
     except DeviceLost:
         raise
     except Stopped as stop:
@@ -4885,6 +4797,13 @@ def work(experiment: Experiment, writes: bool, prepared: Callable[[], object]) -
     finally:
         experiment.progress.close()
     return ""
+
+
+def remove_pages(experiment: Experiment) -> None:
+    """Remove the pages of a run's teachers: nothing is left that could use them."""
+    run, outputs = experiment.run, experiment.outputs
+    teachers = [job for job in run.jobs if job.kind in ("teacher", "assistant")]
+    outputs.store.remove(outputs.key(job) for job in teachers if job.name in run.records)
 
 
 def priorities(jobs: Sequence[Job], settings: Settings, equal_cost: Mapping[str, int]) -> dict[str, float]:
@@ -5466,6 +5385,14 @@ def out_of_memory_alike() -> Iterator[None]:
         raise
 
 
+def make_room(images: int, least: int, error: BaseException) -> None:
+    """After so many images at a time did not fit: free what is cached, or raise `JobFailed` at the least."""
+    if images <= least:
+        what = f"out of memory even with {say_count(images, 'image')} at a time ({first_line(error)})"
+        raise JobFailed(f"{what}: --resume on a larger device") from None
+    torch.cuda.empty_cache()
+
+
 # -- data: find, read, download -----------------------------------------------------------------------------
 # torchvision knows the names and md5s of CIFAR's files. The original site gives 50-85 kB/s since June 2026
 # (pytorch/vision #9536), so that the mirrors are tried first.
@@ -5711,7 +5638,7 @@ def import_plugin(path: Path, source: bytes) -> None:
     sys.path.insert(0, folder)
     importlib.invalidate_caches()
     try:
-        with fixed_chance():
+        with fixed_randomness():
             exec(compile(source, str(path), "exec"), module.__dict__)
         if len(METHODS) == earlier:
             raise UsageError('it registers no method: decorate a class with @register("Name")')
@@ -5758,7 +5685,15 @@ def place_in_plugin(error: BaseException, path: Path) -> str:
 
 def adapt_plugin(method: type[Method]) -> None:
     """Give a plugin's method a look and a description, and check it. Raises `UsageError`."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,30}", method.name):
+        allowed = "up to 31 letters, digits, '.', '+' and '-'"
+        raise UsageError(f"{method.name!r} is no name for a method: use {allowed}")
+    if method.name.lower() in ("all", *map(str.lower, METHODS)):  # some disks do not tell a from A
+        raise UsageError(f"there is a method {method.name} already: choose another name")
     method.option, method.twin = "methods", ""
+    owner = next(base for base in method.__mro__ if "candidates" in vars(base))
+    if "pilot" not in vars(method) and is_plugin(owner):  # another loss has another best configuration
+        method.pilot = method.name
     number = sum(is_plugin(known) for known in METHODS.values())
     if "look" not in vars(method):
         method.look = SPARE_LOOKS[number % len(SPARE_LOOKS)]
@@ -5820,6 +5755,54 @@ def defined_at(method: type[Method], what: str) -> str:
     """ "mine.py, line 3": where a member of a plugin's method is defined."""
     code = getattr(inspect.unwrap(getattr(method, what)), "__code__", None)
     return f"{Path(code.co_filename).name}, line {code.co_firstlineno}" if code else method.__name__
+
+
+@contextlib.contextmanager
+def fixed_randomness() -> Iterator[None]:
+    """Seed all generators with 0 meanwhile, and restore them after it."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=gpus):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+
+
+PROBES: dict[tuple[type[Method], str, int], torch.Tensor] = {}  # method, network, width -> its description
+
+
+def probe_description(method: type[Method], network: str, width: int) -> torch.Tensor:
+    """What a method describes of the made-up features of four images, [4, D]. Raises `MethodFailed`."""
+    if (method, network, width) in PROBES:
+        return PROBES[method, network, width]
+    channels = ARCHITECTURES[network].outputs(width)
+    sizes = dict(zip(STAGES, (32, 16, 8, 4), strict=True))
+    features: dict[str, torch.Tensor] = {}
+    for stage in method.stages:
+        numbers = rng(0, f"probe {stage}").standard_normal((4, channels[stage], sizes[stage], sizes[stage]))
+        found = torch.from_numpy(np.abs(numbers).astype(np.float32))
+        features[stage] = found.to(memory_format=torch.channels_last)
+    versions = [found._version for found in features.values()]
+    with torch.no_grad(), fixed_randomness(), unchanged(method), blamed_on(method, "describe"):
+        description = method.describe(features).float()
+        if versions != [found._version for found in features.values()]:
+            raise MethodFailed("it changes the features, which others see, too: let it change a clone")
+        PROBES[method, network, width] = description.flatten(1)
+    return PROBES[method, network, width]
+
+
+def description_key(method: type[Method], width: int) -> str:
+    """Name of a method's description in the pages: methods that describe the same share it."""
+    try:
+        what = probe_description(method, "teacher", width).numpy().tobytes()
+    except MethodFailed:  # `DescribedNetwork.add` says so when its jobs are done
+        what = method.name.encode()
+    return hashlib.sha256(what + " ".join(method.stages).encode()).hexdigest()[:16]
 
 
 def check_description(together: torch.Tensor, alone: torch.Tensor, images: torch.Tensor) -> None:
@@ -6009,6 +5992,53 @@ examples, each after python run_exp1b_kaggle.py:
 exit codes: 0 finished, or stopped by the session clock; 1 a job failed; 2 wrong
 use; 128 + n stopped by signal n. The guide is README_KAGGLE.md.
 """
+
+
+def setting_names(role: str) -> list[str]:
+    """Names of the settings with this role, in order."""
+    return [f.name for f in dataclasses.fields(Settings) if f.metadata["role"] == role]
+
+
+def flag(name: str) -> str:
+    """The command-line option of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def new_settings(given: Mapping[str, Any]) -> Settings:
+    """Settings of a new run: defaults, the preset of the mode, what was given. Raises `UsageError`."""
+    mode = given.get("mode", Settings.mode)
+    if mode not in PRESETS:
+        raise UsageError(f"--mode knows {', '.join(MODES)}, not {mode}")
+    settings = Settings(**{**PRESETS[mode], "mode": mode, **given})
+    validate(settings)
+    return settings
+
+
+def validate(settings: Settings) -> None:
+    """Raise `UsageError` for a value outside its range, or for settings that contradict each other."""
+    for declared in dataclasses.fields(Settings):
+        value, span = getattr(settings, declared.name), declared.metadata["span"]
+        choices = declared.metadata["options"].get("choices")
+        if span and value is not None and not span[0] <= value <= span[1]:
+            raise UsageError(
+                f"{flag(declared.name)} must lie between {span[0]:g} and {span[1]:g}, not {value}"
+            )
+        if choices and value not in choices:
+            raise UsageError(f"{flag(declared.name)} knows {', '.join(choices)}, not {value}")
+    if settings.width % 8:
+        raise UsageError(f"--width must be a multiple of 8, not {settings.width}")
+    choose_from("--compression", settings.compression, list(RATIOS))
+    choose_from("--methods", settings.methods, choosable_methods())
+    for name in ("ablation", "equal_cost"):
+        if getattr(settings, name) and SUBJECT not in settings.methods:
+            raise UsageError(
+                f"{flag(name)} compares with {SUBJECT}, which --methods leaves out: add {SUBJECT}"
+            )
+
+
+def choosable_methods() -> list[str]:
+    """What `--methods` takes: every registered method that no other option adds."""
+    return in_order(name for name, method in METHODS.items() if method.option == "methods")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -200,7 +200,7 @@ def test_what_a_full_place_holds_is_used_and_removed(
         "page_002_logits",
         "page_003_logits",
     ]
-    outputs.remove()
+    outputs.store.remove([outputs.key(teacher(taught))])
     assert list(tmp_path.rglob("*_logits")) == []
 
 

@@ -405,13 +405,13 @@ def test_an_unfinished_network_is_not_taken_for_another_ones(tmp_path: Path) -> 
     lab = open_lab(tmp_path / "lab")
     one = training(lab)
     one._epoch(0)
-    one._save()
+    one.save()
     for other in (training(lab, run=2), training(lab, 3), training(lab, config=exp.Distillation())):
-        other._restore()
+        exp.restore_training(other)
         assert not other.history
-        one._save()
+        one.save()
     same = training(lab)
-    same._restore()
+    exp.restore_training(same)
     assert len(same.history) == 1
 
 

@@ -105,7 +105,7 @@ def overhead(made: exp.Experiment, network: str, method: str) -> tuple[float, fl
     """Seconds of an epoch (validation and checkpoint included), and the share of it outside the network."""
     training = make_training(made, network, method, 2)
     with Stopwatch(training) as watch:
-        spent = seconds(made.device, lambda: (training._epoch(0), training._save()))
+        spent = seconds(made.device, lambda: (training._epoch(0), training.save()))
     return spent, 1 - watch.inside / spent
 
 
