@@ -22,10 +22,10 @@ continues.
 
 The method: Haase and Dourado da Silva, "HPM-KD", arXiv 2512.09886. The file has four parts:
 
-1 The experiment: settings; data, views and pages; networks; losses; records; methods; teacher outputs;
-  attention and pilots; training; evaluation; job graph. It decides every number and can be read alone.
+1 The experiment: settings; data, views and pages; networks; losses; methods; teacher outputs; attention and
+  pilots; training; evaluation; job graph. It decides every number and can be read alone.
 2 The answer: statistics, costs, evidence, figures, report.
-3 The run: files; run folder and index; workers; progress.
+3 The run: files and records; run folder and index; workers; progress.
 4 The machine and the command line: platform, clock, signals, log; devices; finding and reading data;
   plugins; finding, adopting and merging runs; commands.
 """
@@ -46,6 +46,7 @@ if __name__ == "__main__" and not os.environ.get("OMP_WAIT_POLICY"):
     os.environ["OMP_WAIT_POLICY"] = "passive"  # spinning threads take other programs' cores
 
 import argparse
+import collections
 import contextlib
 import copy
 import ctypes
@@ -230,7 +231,7 @@ PROTOCOL = 3  # raised when what a seed produces changes; files of different pro
 MODES = ("smoke", "quick", "full")
 DATASETS = {"CIFAR10": (10, 50_000), "CIFAR100": (100, 50_000), "SYNTHETIC": (10, 4_000)}  # classes, images
 RATIOS = {"2.3x": 2.3, "5x": 5.0, "7x": 7.0}  # of the students
-LADDER = {"1.5x": 1.5, "2.3x": 2.3, "5x": 5.0}  # of the assistants
+ASSISTANTS = {"1.5x": 1.5, "2.3x": 2.3, "5x": 5.0}  # of the assistants
 MAIN_METHODS = ("Direct", "TraditionalKD", "HPM-KD")
 PRECISIONS = ("fp32", "fp16", "bf16")
 FULL_WIDTH = 64
@@ -263,7 +264,9 @@ class Settings:
     lr: float = fixed(0.1, "peak learning rate", float, (1e-9, 100))
     width: int = fixed(FULL_WIDTH, "channels of the first stage; 16: a quarter as wide as 64", int, (8, 256))
     train_size: int | None = fixed(None, "use only this many training images, held-out ones included", int)
-    seed: int = fixed(42, "run i uses seed + i for weights, batch order and views", int, (0, 2**31 - 1))
+    seed: int = fixed(
+        42, "run i has its weights and batch order from seed + i, its views from both", int, (0, 2**31 - 1)
+    )
     precision: str = fixed("auto", "auto: by the device's capability", choices=("auto", *PRECISIONS))
     deterministic: bool = fixed(False, "bit-equal results on a GPU, at a cost in speed")
 
@@ -275,7 +278,7 @@ class Settings:
     )
     runs: int = growing(3, "paired runs per ratio and method", int, (1, 1_000))
     ablation: bool = growing(False, "also HPM-KD without each of its parts, and TunedKD")
-    equal_cost: bool = growing(False, "also Direct for as long as HPM-KD took, overheads included")
+    equal_cost: bool = growing(False, "also Direct with the computation of HPM-KD, overheads included")
 
     device: str = passing("auto", "auto: every GPU, or else the CPU", choices=("auto", "cuda", "cpu"))
     workers: int | None = passing(None, "processes that share the jobs (default: one per GPU)", int, (1, 256))
@@ -375,8 +378,8 @@ def page_order(seed: int, run: int, epochs: int) -> list[int]:
 class Images:
     """All images of an experiment on one device, and the views of the training images.
 
-    The training images are one uint8 tensor, channels last. A batch of random crops is a gather of whole
-    images, padded, and a gather of whole rows from all their crops.
+    `render` crops without a loop: it pads the images, looks at them as all their 9 x 9 crops (no copy), and
+    picks one crop per image.
     """
 
     def __init__(self, raw: RawData, seed: int, device: torch.device) -> None:
@@ -388,15 +391,19 @@ class Images:
         shift = [-m / s for m, s in zip(self.mean, self.std, strict=True)]
         self._scale, self._shift = (torch.tensor(v, device=device).repeat(32 * 32) for v in (scale, shift))
         self.pixels = torch.from_numpy(chosen).to(device)
-        self.true_labels = torch.from_numpy(raw.train_labels[train]).to(device)
-        self.labels = self.true_labels.clone()
+        self._labels = torch.from_numpy(raw.train_labels[train]).to(device)
         self.views = torch.from_numpy(view_table(len(train), seed)).to(device)
         self.fit = self._split(raw.train_pixels[fit], raw.train_labels[fit])
         self.select = self._split(raw.train_pixels[select], raw.train_labels[select])
         self.test = self._split(raw.test_pixels, raw.test_labels)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self._labels)
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """Labels int64 [N] of the training images: a copy, so that no method changes those of the others."""
+        return self._labels.clone()
 
     def _split(self, *arrays: np.ndarray) -> Split:
         return Split(*(torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in arrays))
@@ -411,8 +418,8 @@ class Images:
         view = self.views[index, page].long()
         place = view % (SHIFTS * SHIFTS)
         padded = F.pad(self.pixels[index], (0, 0, PAD, PAD, PAD, PAD))
-        image, row, channel, _ = padded.stride()
-        size, stride = (len(index), SHIFTS, SHIFTS, 32, 32 * 3), (image, row, channel, row, 1)
+        image, row, column, _ = padded.stride()
+        size, stride = (len(index), SHIFTS, SHIFTS, 32, 32 * 3), (image, row, column, row, 1)
         every_crop = padded.as_strided(size, stride)
         numbers = torch.arange(len(index), device=self.device)
         crops = every_crop[numbers, place // SHIFTS, place % SHIFTS].view(-1, 32, 32, 3)
@@ -477,14 +484,14 @@ class Architecture:
         }
 
 
-# The last stage is trimmed in steps of 8 channels until the counted ratio is within 1% of the nominal one
-# (with 10 classes 1.490, 2.298, 4.987, 7.006).
+# Widths (of the last stage, at 7x of all) are set so that the counted ratio is within 1% of the nominal one:
+# with 10 classes 1.490, 2.298, 4.987, 7.006.
 ARCHITECTURES = {
     "teacher": Architecture(Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),  # ResNet-50
-    "1.5x": Architecture(BasicBlock, (2, 2, 2, 2), (64, 128, 256, 648)),  # ResNet-18
-    "2.3x": Architecture(BasicBlock, (2, 2, 2, 2), (64, 128, 256, 480)),  # ResNet-18
-    "5x": Architecture(BasicBlock, (1, 1, 1, 1), (64, 128, 256, 496)),  # ResNet-10
-    "7x": Architecture(BasicBlock, (1, 1, 1, 1), (56, 112, 224, 408)),  # ResNet-10
+    "1.5x": Architecture(BasicBlock, (2, 2, 2, 2), (64, 128, 256, 648)),  # blocks of ResNet-18
+    "2.3x": Architecture(BasicBlock, (2, 2, 2, 2), (64, 128, 256, 480)),  # blocks of ResNet-18
+    "5x": Architecture(BasicBlock, (1, 1, 1, 1), (64, 128, 256, 496)),  # blocks of ResNet-10
+    "7x": Architecture(BasicBlock, (1, 1, 1, 1), (56, 112, 224, 408)),  # blocks of ResNet-10
 }
 
 
@@ -526,8 +533,8 @@ class CifarResNet(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits float32 [n, classes] of normalised images [n, 3, 32, 32].
 
-        The classifier computes in fp32 whatever the precision: a logit rounded to bf16 ties with its
-        neighbour on about one test image in a hundred, and a tie goes to the lower class.
+        The classifier computes in fp32 whatever the precision: logits rounded to bf16 tie on about one test
+        image in a hundred, and a tie goes to the lower class. (fp16, in which they are kept, ties far less.)
         """
         features = self.features(images.contiguous(memory_format=self.memory_format)).float().mean((2, 3))
         with torch.autocast(images.device.type, enabled=False):
@@ -596,8 +603,8 @@ def decoupled_loss(
     (Zhao et al. 2022, arXiv 2203.08679).
 
     b(.) is the pair (label's class, all others), r(.) the distribution over the other classes, p =
-    softmax(z / T). KL(q || p) weighs its second part by 1 - q_y: the surer the teacher, the less the student
-    hears about the other classes. Here it hears it with a weight of its own. Arguments: `distillation_loss`.
+    softmax(z / T). Plain KL multiplies the last term by 1 - q_y, so that a sure teacher teaches little about
+    the other classes. Here beta replaces that factor. Arguments: `distillation_loss`.
     """
     is_label = labels[:, None] == torch.arange(logits.shape[1], device=logits.device)
     log_p = F.log_softmax(logits / temperature, 1)
@@ -607,11 +614,11 @@ def decoupled_loss(
     q_others = soft_targets.masked_fill(is_label, 0.0)
     q_rest = q_others.sum(1, keepdim=True)
 
-    binary_p, binary_q = torch.cat([log_p_label, log_p_rest], 1), torch.cat([q_label, q_rest], 1)
-    others_p = (log_p - log_p_rest).masked_fill(is_label, 0.0)
+    log_binary_p, binary_q = torch.cat([log_p_label, log_p_rest], 1), torch.cat([q_label, q_rest], 1)
+    log_others_p = (log_p - log_p_rest).masked_fill(is_label, 0.0)
     others_q = q_others / q_rest.clamp_min(1e-12)
-    target_part = F.kl_div(binary_p, binary_q, reduction="batchmean")
-    others_part = F.kl_div(others_p, others_q, reduction="batchmean")
+    target_part = F.kl_div(log_binary_p, binary_q, reduction="batchmean")
+    others_part = F.kl_div(log_others_p, others_q, reduction="batchmean")
     return F.cross_entropy(logits, labels) + temperature**2 * (target_part + beta * others_part)
 
 
@@ -631,8 +638,8 @@ def temperature_at(schedule: str, start: float, epochs: int, losses: Sequence[fl
     """Temperature of the next epoch, a pure function of the training losses so far (HPM-KD, component 3).
 
     constant: T0. The others move in [2, 6]. cosine: T0 to 2 over the epochs. loss: T0 while the smoothed loss
-    is at its running maximum, 2 at its minimum. convergence: T0 - 2 damped by the slope of the loss relative
-    to its first slope, so that T rises again as training settles.
+    is at its running maximum, 2 at its minimum (where a loss that only falls always is). convergence: T0 - 2
+    damped by the slope of the loss relative to its first slope, so that T rises again as training settles.
     """
     if schedule == "constant":
         return start
@@ -679,28 +686,30 @@ Network = Literal["teacher", "1.5x", "2.3x", "5x", "7x"]
 
 @dataclass(frozen=True)
 class Distillation:
-    """How a network is distilled. The defaults are TraditionalKD's. Raises ValueError for a value unfit."""
+    """How a network is distilled; the defaults are TraditionalKD's. Raises ValueError for an unfit value."""
 
-    alpha: float = 0.5  # weight of the soft targets
+    alpha: float = 0.5  # weight of the soft targets; without effect where beta > 0
     temperature: float = 4.0  # T0, where the schedule starts
     schedule: Schedule = "constant"  # see temperature_at
     teachers: tuple[Network, ...] = ("teacher",)
     attention: bool = False  # weights per image by the fitted network, instead of the uniform mean
-    view_share: float = 1.0  # of the soft target: from the student's view; the rest is the mean over views
-    beta: float = 0.0  # of the other classes in decoupled soft targets; 0: plain KL, weighted by alpha
-    weight: float = 0.0  # of the description's loss (HPM-KD: of the relations between images); 0: none
+    view_share: float = 1.0  # of the soft targets for the student's own view; the rest: their mean over views
+    beta: float = 0.0  # weight of the other classes in decoupled soft targets; 0: plain KL
+    weight: float = 0.0  # of the loss on descriptions (HPM-KD: gamma, of the relations); 0: none
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "temperature", "view_share", "beta", "weight"):  # also NumPy's numbers
-            object.__setattr__(self, name, float(getattr(self, name)))
         object.__setattr__(self, "teachers", tuple(self.teachers))
         if self.schedule not in typing.get_args(Schedule):
             raise ValueError(f"schedule {self.schedule!r} is none of {', '.join(typing.get_args(Schedule))}")
-        moves = self.schedule != "constant"
-        if self.temperature <= 0 or (moves and not TEMPERATURE_MIN <= self.temperature <= TEMPERATURE_MAX):
-            raise ValueError(
-                f"temperature {self.temperature:g} ({self.schedule}): above 0, moving from 2 to 6"
-            )
+        spans = {"alpha": (0, 1), "temperature": (1e-3, 1e3), "view_share": (0, 1)}
+        spans |= {"beta": (0, math.inf), "weight": (0, math.inf)}
+        if self.schedule != "constant":
+            spans["temperature"] = (TEMPERATURE_MIN, TEMPERATURE_MAX)
+        for name, (least, most) in spans.items():
+            value = float(getattr(self, name))  # also of NumPy's numbers
+            if not least <= value <= most:
+                raise ValueError(f"{name} {value:g} does not lie between {least:g} and {most:g}")
+            object.__setattr__(self, name, value)
 
 
 Look = tuple[str, str, str]  # colour, marker and line in every figure
@@ -720,8 +729,8 @@ class Method:
     look: ClassVar[Look] = ("#000000", "o", "-")
     option: ClassVar[str] = "methods"  # what adds it: "methods" (by its name), "ablation" or "equal_cost"
     pilot: ClassVar[str] = ""  # the method whose pilot chooses its configuration: itself if it has candidates
-    uses_pilot: ClassVar[bool] = True  # whether that choice is used, and so paid for
-    twin: ClassVar[str] = ""  # the method whose student this one's is where their configurations agree
+    uses_pilot: ClassVar[bool] = True  # False: the pilot's choice is ignored, and costs this method nothing
+    twin: ClassVar[str] = ""  # a method whose student is copied where both have the same configuration
     about: ClassVar[str] = "cross-entropy with the labels"  # for the report
     source_sha256: ClassVar[str] = ""  # of the plugin that registered it
     stages: ClassVar[tuple[str, ...]] = ()  # of STAGES: those whose features the loss needs
@@ -795,6 +804,8 @@ def register(name: str) -> Callable[[type[Method]], type[Method]]:
     """
 
     def add(method: type[Method]) -> type[Method]:
+        if is_plugin(method) or METHODS.get(method.name) is method:
+            check_name(method, name)
         method.name = name
         if "candidates" in vars(method) and "pilot" not in vars(method):
             method.pilot = name
@@ -855,10 +866,10 @@ class TraditionalKD(Method):
 class HPMKD(TraditionalKD):
     """HPM-KD (Haase and Dourado da Silva 2025, arXiv 2512.09886), and two extensions of this project.
 
-    A chain of teachers (component 1), weighted per image by a fitted attention (2), at a temperature that
-    moves (3), in a configuration that a pilot chose (4), from soft targets that use every view in memory (6).
-    Component 5 is the workers. The extensions: decoupled soft targets (`beta`), and relations between the
-    images of a batch, from the teacher's last stage in memory (`weight`).
+    Component 1: a chain of teachers. 2: weights per image from a fitted attention. 3: a temperature that
+    moves. 4: a configuration that a pilot chose. 5: the workers. 6: soft targets averaged over views, from
+    memory. The extensions: decoupled soft targets (`beta`), and relations between the images of a batch as
+    the teacher's last stage sees them, also from memory (`weight`).
     """
 
     look = ("#0072B2", "^", "-.")
@@ -886,7 +897,7 @@ class HPMKD(TraditionalKD):
     @classmethod
     def teachers(cls, compression: str) -> tuple[Network, ...]:
         """The teacher and every assistant that is larger than the student."""
-        return ("teacher", *ladder_above(compression))
+        return ("teacher", *larger_assistants(compression))
 
     @classmethod
     def default(cls, compression: str) -> Distillation:
@@ -924,7 +935,7 @@ class HPMKD(TraditionalKD):
 
     @classmethod
     def described(cls, compression: str) -> tuple[Network, ...]:
-        """The teacher alone, where some configuration has relations: assistants add nothing to them."""
+        """The teacher alone, if any configuration uses relations: those of assistants did not help."""
         configs = [cls.configure(compression, chosen) for chosen in cls.candidates(compression)]
         return ("teacher",) if any(config.weight > 0 for config in configs) else ()
 
@@ -936,7 +947,7 @@ class HPMKD(TraditionalKD):
         return logits, attention_weights(self.attention, logits)
 
     def soft_targets_of(self, page: int) -> torch.Tensor:
-        """The mixture for the student's view and, for the other share, its mean over the views in memory."""
+        """share x the mixture for this page + (1 - share) x its mean over all pages of the training."""
         share = self.config.view_share
         same_view = self._mixture(page)
         if share == 1:
@@ -962,7 +973,7 @@ class HPMKD(TraditionalKD):
 
 @register("Direct-equal-cost")
 class EqualCost(Direct):
-    """Direct, for as long as HPM-KD took with all its overheads."""
+    """Direct, with as many epochs as HPM-KD's planned computation and all its overheads would buy."""
 
     look = ("#777777", "v", ":")
     option = "equal_cost"
@@ -971,7 +982,10 @@ class EqualCost(Direct):
 
 @register("TunedKD")
 class TunedKD(TraditionalKD):
-    """The control for tuning: HPM-KD's pilot budget, spent on alpha and temperature of plain distillation."""
+    """The control for the pilot: its budget, spent on alpha and temperature of plain distillation.
+
+    HPM-KD's default was found in development before (tests/README.md); that has no control here.
+    """
 
     look = ("#CC79A7", "D", ":")
     option = "ablation"
@@ -1057,10 +1071,10 @@ def student_methods(settings: Settings) -> list[str]:
     return in_order([*settings.methods, *added])
 
 
-def ladder_above(network: str) -> tuple[Network, ...]:
+def larger_assistants(network: str) -> tuple[Network, ...]:
     """The assistants that are larger than a network, the largest first."""
-    sizes = {**LADDER, **RATIOS}
-    return tuple(cast(Network, name) for name, ratio in LADDER.items() if ratio < sizes[network])
+    sizes = {**ASSISTANTS, **RATIOS}
+    return tuple(cast(Network, name) for name, ratio in ASSISTANTS.items() if ratio < sizes[network])
 
 
 # -- teacher outputs ----------------------------------------------------------------------------------------
@@ -1182,7 +1196,7 @@ class TeacherOutputs:
         if key in self._refused:
             raise self._refused[key]
         with blamed_on(method, "describe"):
-            sizes = [probe_description(method, teacher, width).shape[1] for teacher in teachers]
+            sizes = [describe_noise(method, teacher, width).shape[1] for teacher in teachers]
             if len(set(sizes)) != 1:
                 raise MethodFailed(f"{listed(sizes) or 'no'} numbers of {listed(teachers) or 'no teacher'}")
             found = self.page(teachers, page, key)
@@ -1191,8 +1205,8 @@ class TeacherOutputs:
         return found[0] if len(found) == 1 else found
 
     def prepare(self, teachers: Sequence[Network], pages: Iterable[int]) -> None:
-        """Compute the missing pages that no other process computes: what is left then is waited for."""
-        for page, job in itertools.product(pages if self.store.open else (), self._jobs(teachers)):
+        """Compute missing pages, but skip those that another process is computing: `page` waits for them."""
+        for page, job in itertools.product(pages if self.store.usable else (), self._jobs(teachers)):
             with self.store.claim(self.key(job), page) as ours:
                 if ours and not self.store.holds(self.key(job), page):
                     self._compute(job, page)
@@ -1251,12 +1265,12 @@ class TeacherOutputs:
 
         methods = described_by(experiment.run.jobs, job.network, experiment.settings.width)
         described = DescribedNetwork(experiment.place(network.folded()), methods.values())
-        count = min(CHUNK, len(experiment.images))
-        chunk = experiment.images.render(torch.arange(count, device=experiment.device.torch), 0)
+        count = min(32, len(experiment.images))
+        some = experiment.images.render(torch.arange(count, device=experiment.device.torch), 0)
         for key, method in methods.items():
             try:
                 with experiment.autocast(), fixed_randomness():
-                    described.add(key, method, chunk)
+                    described.add(key, method, some)
             except MethodFailed as error:  # its own jobs fail; those of other methods go on
                 self._refused[key] = error
         self._networks[weights] = described
@@ -1281,6 +1295,8 @@ class AttentionNetwork(nn.Module):
     """Scores teachers per image from what they say: log-probabilities, entropies, pairwise agreement.
 
     It does not see the student, so that the weights cannot drift to whichever teacher is easiest to match.
+    It is fitted on images that no teacher was trained on, and used on views of images that they have
+    memorised: the report judges it on both.
     """
 
     HIDDEN, DROPOUT, ENTROPY_BONUS, STEPS, RATE = 128, 0.2, 0.01, 200, 0.01
@@ -1317,8 +1333,8 @@ def fit_attention(
 ) -> tuple[AttentionNetwork, dict[str, AttentionReport]]:
     """Fit the attention on the `fit` images. Returns it, and how it does on `select` and on training views.
 
-    On the CPU in fp32, so that every job of a run gets the same weights; once per process for the same
-    teachers, because a pilot has many trainings.
+    On the CPU in fp32, so that all jobs get the same weights (with the same processor and threads); once per
+    process for the same teachers, because a pilot has many trainings.
     """
     outputs, images, seed = experiment.outputs, experiment.images, experiment.settings.seed
     jobs = [teacher_job(teacher, experiment.settings.dataset) for teacher in teachers]
@@ -1340,7 +1356,7 @@ def fit_attention(
 def train_attention(logits: torch.Tensor, labels: torch.Tensor, seed: int) -> AttentionNetwork:
     """Minimise the mixture's cross-entropy with the labels [n], less 0.01 times the entropy of the weights.
 
-    Full-batch Adam on logits [M, n, C]; a pure function of its arguments.
+    Full-batch Adam (weight decay 1e-3) on logits [M, n, C]; a pure function of its arguments.
     """
     with torch_seeded(seed, "attention"):
         network = AttentionNetwork(len(logits), logits.shape[2])
@@ -1375,25 +1391,30 @@ class Halving:
         return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
 
 
+def rung_shares(candidates: int) -> list[float]:
+    """A pilot's budget by rung: half for the two finalists, the other half shared by the rungs before."""
+    sizes = [candidates]
+    while sizes[-1] > 2:
+        sizes.append(max(2, sizes[-1] // 2))
+    before = len(sizes) - 1
+    return [0.5 / before] * before + [0.5] if before else [1.0]
+
+
 def successive_halving(
     candidates: int, budget: int, evaluate: Callable[[int, int, int], np.ndarray]
 ) -> Halving:
     """Choose among candidates with `budget` training steps (Jamieson and Talwalkar 2016, arXiv 1502.07943).
 
     `evaluate(rung, candidate, steps)` trains a candidate anew on its own complete schedule and says which
-    images [n] it gets right. Each rung keeps the better half; the two finalists share half of the budget, the
-    rungs before a quarter each. Candidate 0 is always kept, and stays the choice unless the other finalist
-    beats it by more than one paired standard error over the images.
+    images [n] it gets right. Each rung keeps the better half. Candidate 0 is always kept, and stays the
+    choice unless the other finalist beats it by more than one paired standard error over the images.
     """
     alive, result = list(range(candidates)), Halving()
-    while len(alive) > 1:
-        share = 0.5 if len(alive) == 2 else 0.25
-        rung, steps = len(result.rungs), max(1, int(share * budget / len(alive)))
+    for rung, share in enumerate(rung_shares(candidates)):
+        steps = max(1, int(share * budget / len(alive)))
         result.rungs.append((steps, alive))
         for candidate in alive:
             result.correct[rung, candidate] = evaluate(rung, candidate, steps)
-        if len(alive) == 2:
-            break
         others = sorted(alive[1:], key=lambda c: (-result.correct[rung, c].mean(), c))
         alive = [0, *sorted(others[: max(1, len(alive) // 2 - 1)])]
 
@@ -1487,7 +1508,7 @@ def make_method(
 
 
 def seed_globally(seed: int, run: int, epoch: int) -> None:
-    """Seed torch, NumPy and Python for what a method draws: the script itself uses `rng` alone."""
+    """Seed torch, NumPy and Python by seed, run and epoch, for methods that draw random numbers."""
     number = int(rng(seed, f"method {run}", epoch + 1).integers(2**32))
     torch.manual_seed(number)
     np.random.seed(number)
@@ -1530,7 +1551,6 @@ class Training:
         self.seconds = 0.0
         self.micro_batch = settings.batch_size
         self._saved, self._unsaved = time.monotonic(), False
-        self.structure = structure_of(self.trained.state_dict())
         self.carried: list[str] = []  # names of what a plugin's method keeps outside `modules`
         self.guard = PluginGuard(self) if is_plugin(type(method)) else None
 
@@ -1568,16 +1588,17 @@ class Training:
 
     def _epoch(self, epoch: int) -> None:
         watch, method = Stopwatch(self.experiment.outputs), self.method
-        anew = self.guard.made_anew(epoch) if self.guard else None
         self.start_epoch(method, epoch)
-        if self.guard and anew:
-            self.guard.find_state(anew)
+        prepared = watch.seconds
+        if self.guard:
+            self.guard.find_state(epoch)
+        watch = Stopwatch(self.experiment.outputs)
         loss = self._train_epoch(epoch)
         if self.guard:
             self.guard.check()
         split = self.experiment.images.select
         accuracy = percent_correct(self.experiment.predict(self.model, split).argmax(1), split.labels)
-        seconds = watch.seconds
+        seconds = prepared + watch.seconds
         self.seconds += seconds
         last_step = min((epoch + 1) * self.steps_per_epoch, self.steps) - 1
         rate = learning_rate(last_step, self.steps, self.experiment.settings.lr)
@@ -1598,7 +1619,7 @@ class Training:
             method.start_epoch(epoch, [past.loss for past in self.history])
 
     def _train_epoch(self, epoch: int) -> float:
-        """One pass over the training images; returns the mean loss, read from the device once."""
+        """One pass over the training images, the last incomplete batch left out; returns the mean loss."""
         experiment, settings = self.experiment, self.experiment.settings
         order = rng(self.seed, "order", epoch).permutation(len(experiment.images))
         batches = torch.from_numpy(order).to(experiment.device.torch).split(settings.batch_size)
@@ -1614,21 +1635,24 @@ class Training:
                 group["lr"] = learning_rate(first + step, self.steps, settings.lr)
             losses.append(self._step(batches[step], self.method.page))
         if self.scaler.is_enabled() and self.scaler.get_scale() < self.SMALLEST_SCALE:
-            raise Diverged("most gradients are not finite in fp16: try --precision fp32 in a new run")
+            raise Diverged(
+                "gradients are not finite again and again in fp16: try --precision fp32 in a new run"
+            )
         return self._mean_loss(torch.stack(losses).cpu().numpy(), buffers)
 
     def _mean_loss(self, losses: np.ndarray, buffers: Sequence[torch.Tensor]) -> float:
         """The mean of an epoch's losses. Raises `Diverged` where they say so.
 
-        A step whose loss overflowed in fp16 was skipped by the scaler. It does not count, unless most steps
-        did; what it has left in the running statistics is set back to `buffers`, those of the epoch's start.
+        In fp16 the scaler skips a step whose loss is not finite. Such steps are left out of the mean; more
+        than half of them are a divergence. Running statistics that they have made infinite or NaN are set
+        back to `buffers`, those of the epoch's start.
         """
         finite = losses[np.isfinite(losses)]
         skipped = len(losses) - len(finite)
         allowed = len(losses) // 2 if self.scaler.is_enabled() else 0
         mean = math.nan
         if skipped <= allowed:
-            mean = float(np.cumsum(finite)[-1]) / len(finite)
+            mean = float(np.cumsum(finite)[-1]) / len(finite)  # summed in order: the same bits everywhere
         start = self.history[0].loss if self.history else float(losses[0])
         if not mean <= self.DIVERGED * max(1.0, start):
             what = "the loss"
@@ -1870,18 +1894,18 @@ def teacher_job(network: str, dataset: str) -> Job:
 
 def planned_jobs(settings: Settings) -> list[Job]:
     """Every job of an experiment, in an order in which they could be done one after the other."""
-    arms, dataset = student_methods(settings), settings.dataset
-    pilots = in_order({METHODS[arm].pilot for arm in arms} - {""})
+    methods, dataset = student_methods(settings), settings.dataset
+    pilots = in_order({METHODS[method].pilot for method in methods} - {""})
     students = [
-        Job("student", dataset, ratio, arm, run)
+        Job("student", dataset, ratio, method, run)
         for ratio in settings.compression
         for run in range(1, settings.runs + 1)
-        for arm in arms
+        for method in methods
     ]
     teaching = {network for job in students for network in job.teacher_networks}
-    teaching |= {above for network in teaching - {"teacher"} for above in ladder_above(network)}
+    teaching |= {above for network in teaching - {"teacher"} for above in larger_assistants(network)}
     jobs = [Job("teacher", dataset)]
-    jobs += [Job("assistant", dataset, network) for network in LADDER if network in teaching]
+    jobs += [Job("assistant", dataset, network) for network in ASSISTANTS if network in teaching]
     jobs += [Job("pilot", dataset, ratio, method) for ratio in settings.compression for method in pilots]
     return jobs + students
 
@@ -1910,7 +1934,7 @@ def config_of(job: Job, records: Mapping[str, Record]) -> Distillation | None:
 
 
 def twin_of(job: Job, settings: Settings, records: Mapping[str, Record]) -> Job | None:
-    """The student of another method that this one equals in every bit, so that it is copied, not trained."""
+    """The student of another method that would be the same computation: it is copied, not trained."""
     if job.kind != "student" or job.method_class.twin not in student_methods(settings):
         return None
     other = replace(job, method=job.method_class.twin)
@@ -1921,7 +1945,10 @@ def twin_of(job: Job, settings: Settings, records: Mapping[str, Record]) -> Job 
 
 
 def needs(job: Job, settings: Settings, records: Mapping[str, Record]) -> list[Job]:
-    """The jobs that must be finished before this one can start. `records`: those of the finished jobs."""
+    """The jobs that must be finished before this one can start. `records`: those of the finished jobs.
+
+    A student waits for its pilot, which waits for the teachers; and for its twin, if it may be a copy.
+    """
     pilot = pilot_of(job)
     if pilot is None:
         return teachers_of(job)
@@ -1956,9 +1983,10 @@ def pages_used(jobs: Iterable[Job], settings: Settings) -> set[tuple[Network, in
     for job in jobs:
         method, epochs = job.method_class, settings.student_epochs
         configs: list[Distillation | None] = [None]
-        if job.kind == "pilot":  # candidate 1 lasts; the others leave after their first rung
+        if job.kind == "pilot":  # the pages of later rungs are those of run 1, which its students use
             configs = list(method.candidates(job.compression))
-            epochs = math.ceil(PILOT_SHARE / 4 * epochs / len(configs))
+            first_rung = rung_shares(len(configs))[0] / len(configs)
+            epochs = math.ceil(PILOT_SHARE * epochs * first_rung)
         elif job.kind == "student":
             configs = [method.configure(job.compression, None)]
         pages = page_order(settings.seed, job.page_run, epochs)
@@ -1970,8 +1998,8 @@ def pages_used(jobs: Iterable[Job], settings: Settings) -> set[tuple[Network, in
 def equal_cost_epochs(settings: Settings) -> dict[str, int]:
     """Per ratio, the epochs of Direct that cost as much as an HPM-KD student with its share of all overheads.
 
-    The overheads: teacher, its passes over the data, assistants, pilots. Counted in multiply-accumulates, not
-    in seconds, so that a resume agrees.
+    The overheads: training the teacher and the assistants, their passes over the data, pilots; what runs and
+    ratios share is divided among them. Counted in planned multiply-accumulates, so that a resume agrees.
     """
     if not settings.equal_cost:
         return {}
@@ -2303,7 +2331,7 @@ def pages_seen(run: Run, record: Record) -> set[tuple[str, int]]:
 def outputs_seconds(run: Run, pages: Collection[tuple[str, int]]) -> float:
     """What it takes to compute these (network that teaches, page)."""
     total = 0.0
-    for network in ("teacher", *LADDER):
+    for network in ("teacher", *ASSISTANTS):
         record = run.records.get(teacher_job(network, run.settings.dataset).name)
         if record and record.done and math.isfinite(record.inference_seconds):
             count = sum(asked == network for asked, _ in pages)
@@ -2725,7 +2753,7 @@ def draw_learning(evidence: Evidence) -> Figure | None:
 def teaching_networks(evidence: Evidence) -> dict[str, Record]:
     """The finished teacher and assistants by name, the largest first."""
     found = {"teacher": evidence.teacher} if evidence.teacher else {}
-    assistants = sorted(evidence.records("assistant"), key=lambda record: LADDER[record.compression])
+    assistants = sorted(evidence.records("assistant"), key=lambda record: ASSISTANTS[record.compression])
     return found | {record.compression: record for record in assistants}
 
 
@@ -4481,9 +4509,6 @@ def load_progress(
 
 def save_training(training: Training) -> None:
     """Write the checkpoint of a training in progress."""
-    if structure_of(training.trained.state_dict()) != training.structure:
-        name = training.method.name
-        raise MethodFailed(f"{name}: what modules() returns has got other buffers since")
     save_progress(training.experiment.run, training.path, training.content())
 
 
@@ -4552,7 +4577,7 @@ class PageStore:
                     shutil.rmtree(folder, ignore_errors=True)
 
     @property
-    def open(self) -> list[Path]:
+    def usable(self) -> list[Path]:
         """The places that take pages."""
         return [place for place in self.places if place not in self.full]
 
@@ -4572,7 +4597,7 @@ class PageStore:
 
     def save(self, key: str, page: int, parts: Mapping[str, torch.Tensor]) -> None:
         """Write the parts of a page, in the first place that has room."""
-        for place in self.open:
+        for place in self.usable:
             try:
                 folder = self._folder(place, key)
                 for part, values in parts.items():
@@ -4596,7 +4621,7 @@ class PageStore:
         name, held = f"page_{page:03d}.lock", True
         unlocked = (IndexError, OSError, UsageError, NotImplementedError)  # no place for pages, or no locks
         with contextlib.suppress(*unlocked):
-            place = self.open[0]
+            place = self.usable[0]
             lock = take_lock(self._folder(place, key) / name)
             while lock is None and wait is not None:
                 wait()
@@ -5585,6 +5610,7 @@ SPARE_LOOKS: tuple[Look, ...] = tuple(
     (SPARE_COLOURS[i % 7], SPARE_MARKERS[i % 8], SPARE_LINES[i % 4]) for i in range(56)
 )
 HELPERS: dict[Path, dict[str, Path]] = {}  # plugin -> module -> file: what its import has brought in
+KNOWN_MODULES: set[str] = set()  # all that were imported when the plugins had been
 
 
 def load_plugins(paths: Sequence[Path]) -> dict[str, str]:
@@ -5606,6 +5632,7 @@ def load_plugins(paths: Sequence[Path]) -> dict[str, str]:
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = getattr(error, "strerror", None) or error
             raise UsageError(f"--plugin {path} cannot be read ({reason}): give a Python file") from None
+    KNOWN_MODULES.update(sys.modules)
     return found
 
 
@@ -5623,14 +5650,16 @@ def import_plugin(path: Path, source: bytes) -> None:
     It may import modules that lie beside it or below: each plugin gets its own, whatever others are called.
     """
     folder, methods = str(path.parent), dict(METHODS)
-    for name, method in methods.items():  # of an earlier state of this file, in a notebook
-        if is_plugin(method) and plugin_file(method) == path:
+    old = HELPERS.get(path, {})  # of an earlier state of this file, in a notebook
+    for name, method in methods.items():
+        if is_plugin(method) and (plugin_file(method) == path or method.__module__ in old):
             del METHODS[name]
     earlier = len(METHODS)
-    names = {*modules_below(path.parent, set(sys.modules)), *itertools.chain(*HELPERS.values())}
-    others = {name: sys.modules[name] for name in names}
-    for name in others:
-        del sys.modules[name]
+    others = {}
+    for name in {*modules_below(path.parent, set(sys.modules)), *itertools.chain(*HELPERS.values())}:
+        module = sys.modules.pop(name)
+        if name not in old:
+            others[name] = module
     module = types.ModuleType(f"exp1b_plugin_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
@@ -5653,8 +5682,9 @@ def import_plugin(path: Path, source: bytes) -> None:
         torch.set_default_dtype(torch.float32)  # what it has set would be all methods' own
         HELPERS[path] = modules_below(path.parent, set(sys.modules) - before)
         sys.modules.update(others)
-    for name in METHODS.keys() - methods.keys():
-        METHODS[name].source_sha256 = source_sha256(path, source)
+    for name, method in METHODS.items():
+        if method is not methods.get(name):
+            method.source_sha256 = source_sha256(path, source)
 
 
 def plugin_file(method: type[Method]) -> Path:
@@ -5683,13 +5713,18 @@ def place_in_plugin(error: BaseException, path: Path) -> str:
     return "" if isinstance(error, SyntaxError) else place  # its message says it
 
 
+def check_name(method: type[Method], name: str) -> None:
+    """Raise `UsageError` if a class cannot be registered under a name."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,30}", name):
+        raise UsageError(f"{name!r} is no name for a method: use up to 31 letters, digits, '.', '+' and '-'")
+    if name.lower() in ("all", *map(str.lower, METHODS)):  # some disks do not tell a from A
+        raise UsageError(f"there is a method {name} already: choose another name")
+    if METHODS.get(method.name) is method:
+        raise UsageError(f"{method.__name__} is registered as {method.name} already: register a subclass")
+
+
 def adapt_plugin(method: type[Method]) -> None:
     """Give a plugin's method a look and a description, and check it. Raises `UsageError`."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,30}", method.name):
-        allowed = "up to 31 letters, digits, '.', '+' and '-'"
-        raise UsageError(f"{method.name!r} is no name for a method: use {allowed}")
-    if method.name.lower() in ("all", *map(str.lower, METHODS)):  # some disks do not tell a from A
-        raise UsageError(f"there is a method {method.name} already: choose another name")
     method.option, method.twin = "methods", ""
     owner = next(base for base in method.__mro__ if "candidates" in vars(base))
     if "pilot" not in vars(method) and is_plugin(owner):  # another loss has another best configuration
@@ -5717,7 +5752,7 @@ def adapt_plugin(method: type[Method]) -> None:
     pilots = [known.name for known in METHODS.values() if known.pilot == known.name]
     check(method.pilot in ("", method.name, *pilots), f"there is no pilot {method.pilot!r}: {listed(pilots)}")
     for ratio in RATIOS:
-        names = ("teacher", *ladder_above(ratio))
+        names = ("teacher", *larger_assistants(ratio))
         teachers, candidates = method.teachers(ratio), method.candidates(ratio)
         known = isinstance(teachers, tuple) and set(teachers) <= set(names)
         check(known, f"teachers({ratio!r}) is not of {names}")
@@ -5773,36 +5808,52 @@ def fixed_randomness() -> Iterator[None]:
             random.setstate(python_state)
 
 
-PROBES: dict[tuple[type[Method], str, int], torch.Tensor] = {}  # method, network, width -> its description
+DESCRIBED_NOISE: dict[tuple[type[Method], str, int], torch.Tensor | MethodFailed] = {}
 
 
-def probe_description(method: type[Method], network: str, width: int) -> torch.Tensor:
-    """What a method describes of the made-up features of four images, [4, D]. Raises `MethodFailed`."""
-    if (method, network, width) in PROBES:
-        return PROBES[method, network, width]
-    channels = ARCHITECTURES[network].outputs(width)
-    sizes = dict(zip(STAGES, (32, 16, 8, 4), strict=True))
-    features: dict[str, torch.Tensor] = {}
-    for stage in method.stages:
-        numbers = rng(0, f"probe {stage}").standard_normal((4, channels[stage], sizes[stage], sizes[stage]))
-        found = torch.from_numpy(np.abs(numbers).astype(np.float32))
-        features[stage] = found.to(memory_format=torch.channels_last)
+def describe_noise(method: type[Method], network: str, width: int) -> torch.Tensor:
+    """What a method describes of four images' made-up features, on the CPU: [4, D]. Raises `MethodFailed`."""
+    key = method, network, width
+    if key not in DESCRIBED_NOISE:
+        channels = ARCHITECTURES[network].outputs(width)
+        sizes = dict(zip(STAGES, (32, 16, 8, 4), strict=True))
+        scales = np.array([0.1, 1, 10, 100], dtype=np.float32).reshape(4, 1, 1, 1)
+        features: dict[str, torch.Tensor] = {}
+        for stage in method.stages:
+            shape = 4, channels[stage], sizes[stage], sizes[stage]
+            noise = scales * np.abs(rng(0, f"noise {stage}").standard_normal(shape, dtype=np.float32))
+            features[stage] = torch.from_numpy(noise).to(memory_format=torch.channels_last)
+        try:
+            DESCRIBED_NOISE[key] = described_only(method, features)
+        except MethodFailed as error:
+            DESCRIBED_NOISE[key] = error
+    found = DESCRIBED_NOISE[key]
+    if isinstance(found, MethodFailed):
+        raise found
+    return found
+
+
+def described_only(method: type[Method], features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A method's description, float32 [n, D]. Raises `MethodFailed` if it does more than describe."""
     versions = [found._version for found in features.values()]
     with torch.no_grad(), fixed_randomness(), unchanged(method), blamed_on(method, "describe"):
         description = method.describe(features).float()
+        if description.device.type != "cpu":
+            raise MethodFailed(f"it returns a tensor on {description.device} for features on the CPU")
         if versions != [found._version for found in features.values()]:
             raise MethodFailed("it changes the features, which others see, too: let it change a clone")
-        PROBES[method, network, width] = description.flatten(1)
-    return PROBES[method, network, width]
+    return description.flatten(1)
 
 
 def description_key(method: type[Method], width: int) -> str:
     """Name of a method's description in the pages: methods that describe the same share it."""
+    owner = next(base for base in method.__mro__ if "describe" in vars(base))
+    what = [owner.__qualname__, method.source_sha256 if is_plugin(method) else "", *method.stages]
     try:
-        what = probe_description(method, "teacher", width).numpy().tobytes()
+        noise = describe_noise(method, "teacher", width).numpy().tobytes()
     except MethodFailed:  # `DescribedNetwork.add` says so when its jobs are done
-        what = method.name.encode()
-    return hashlib.sha256(what + " ".join(method.stages).encode()).hexdigest()[:16]
+        noise = method.name.encode()
+    return hashlib.sha256(" ".join(what).encode() + noise).hexdigest()[:16]
 
 
 def check_description(together: torch.Tensor, alone: torch.Tensor, images: torch.Tensor) -> None:
@@ -5829,50 +5880,49 @@ class PluginGuard:
 
     def __init__(self, training: Training) -> None:
         self.training, self.method = training, type(training.method)
-        self.shared, self.imported = marks_of(self.method), set(sys.modules)
+        self.shared, self.structure = marks_of(self.method), structure_of(training.trained.state_dict())
 
-    def made_anew(self, epoch: int) -> Method | None:
-        """A student's method as a resume would have it in the second and in the last epoch; else None."""
-        training, old = self.training, self.training.method
+    def find_state(self, epoch: int) -> None:
+        """Warn of state that a resume would lose: what a method that was made anew for this epoch lacks.
+
+        Looked for in students' second and last epochs, when the method itself has started the epoch.
+        """
+        training, method = self.training, self.training.method
         if training.job.kind != "student" or epoch == 0 or epoch not in (1, training.epochs - 1):
-            return None
-        new = make_method(training.experiment, training.job, old.config, old.pages)
-        new.features, new.module = old.features, training.module_of(new)
-        if new.module is not None:
-            new.module.load_state_dict(cast(nn.Module, old.module).state_dict())
-        training.start_epoch(new, epoch)
-        return new
-
-    def find_state(self, anew: Method) -> None:
-        """Warn of what the method has and one that was made anew has not: a resume would lose it."""
-        own, shared, others = own_modules(self.method), marks_of(self.method), vars(anew)
-        held = vars(self.training.method)
-        found = {name for name, value in held.items() if not alike(value, others.get(name), own)}
+            return
+        own, shared = own_modules(self.method), marks_of(self.method)
+        with unchanged(self.method):
+            anew = make_method(training.experiment, training.job, method.config, method.pages)
+            anew.features, anew.module = method.features, training.module_of(anew)
+            if anew.module is not None:
+                anew.module.load_state_dict(cast(nn.Module, method.module).state_dict())
+            training.start_epoch(
+                anew, epoch
+            )  # draws what the method has drawn: the generators stand as before
+            others = vars(anew)
+            found = {name for name, value in vars(method).items() if not alike(value, others.get(name), own)}
         found |= {name for name, marks in shared.items() if marks != self.shared.get(name)}
-        if found - set(self.training.carried):
-            self.training.carried = sorted({*self.training.carried, *found})
+        if found - set(training.carried):
+            training.carried = sorted({*training.carried, *found})
             where = "from epoch to epoch outside modules(): a resume starts without it"
-            log.warning("%s keeps %s %s", self.method.name, listed(self.training.carried), where)
+            log.warning("%s keeps %s %s", self.method.name, listed(training.carried), where)
 
     def check(self) -> None:
         """Raise `MethodFailed` for what nothing trains or saves, and for what spoils the other methods."""
-        training, images = self.training, self.training.experiment.images
+        training = self.training
         outside = parameters_outside(training.method)
-        if len([*training.trained.parameters()]) != len(training.optimizer.state):
+        if set(training.trained.parameters()) != set(training.optimizer.state):
             outside.append("what modules() lacked at the start")
         if outside:
             raise MethodFailed(
                 f"{self.method.name} holds parameters that nothing trains or saves ({listed(outside)}): "
                 "return them from modules(), or call requires_grad_(False)"
             )
-        if images.labels._version:
-            images.labels = images.true_labels.clone()
-            raise MethodFailed(
-                f"{self.method.name} changes the labels, which all methods share: clone() them"
-            )
+        if structure_of(training.trained.state_dict()) != self.structure:
+            raise MethodFailed(f"{self.method.name}: what modules() returns has got other buffers since")
         file = plugin_file(self.method)
-        late = modules_below(file.parent, set(sys.modules) - self.imported)
-        if late:
+        late = modules_below(file.parent, set(sys.modules) - KNOWN_MODULES)
+        if late and file in HELPERS:
             raise MethodFailed(f"{file.name} imports {listed(late)} in a function: import it at the top")
 
 
@@ -5884,23 +5934,38 @@ def own_modules(method: type[Method]) -> set[str]:
 def leaves_of(value: Any, own: Collection[str], seen: dict[int, Any]) -> Iterator[Any]:
     """The tensors, arrays, numbers, texts and generators' states in a value, whatever holds them.
 
-    `own`: names of the modules whose objects are looked into; `seen`: the containers that were looked into.
+    `own`: names of the modules whose objects are looked into; `seen`: what was looked into already.
     """
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic | int | float | str):
+        if not isinstance(value, torch.Tensor) or value.is_leaf:  # else it will be computed again
+            yield value
+        return
+    if id(value) in seen:
+        return
+    seen[id(value)] = value
+    parts = parts_of(value)
+    if type(value).__module__ in own and not isinstance(value, nn.Module):
+        parts.append(getattr(value, "__dict__", {}))
+    for part in parts:
+        yield from leaves_of(part, own, seen)
+
+
+def parts_of(value: Any) -> list[Any]:
+    """What a container, a module or a generator of random numbers holds; nothing of any other value."""
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=repr)
+    if isinstance(value, list | tuple | collections.deque):
+        return list(value)
+    if isinstance(value, nn.Module):
+        shown = [part for name, part in vars(value).items() if not name.startswith("_")]
+        return [*shown, value._parameters, value._buffers, value._modules]
     if isinstance(value, np.random.Generator):
-        value = value.bit_generator.state
-    elif isinstance(value, random.Random):
-        value = value.getstate()
-    elif isinstance(value, torch.Generator):
-        value = value.get_state()
-    elif isinstance(value, nn.Module) or type(value).__module__ in own:
-        value = getattr(value, "__dict__", {})
-    if isinstance(value, torch.Tensor | np.ndarray | int | float | str):
-        yield value
-    elif isinstance(value, dict | list | tuple) and id(value) not in seen:
-        seen[id(value)] = value
-        parts = itertools.chain(*value.items()) if isinstance(value, dict) else value
-        for part in parts:
-            yield from leaves_of(part, own, seen)
+        return [value.bit_generator.state]
+    if isinstance(value, random.Random):
+        return [value.getstate()]
+    return [value.get_state()] if isinstance(value, torch.Generator | np.random.RandomState) else []
 
 
 def parameters_outside(method: Method) -> list[str]:
@@ -5926,10 +5991,13 @@ def shared_by(method: type[Method]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def unchanged(method: type[Method]) -> Iterator[None]:
-    """A plugin's file and classes hold the same after this: a probe on the CPU leaves no tensors in them."""
+    """A plugin's file and classes hold afterwards what they hold now: what is only tried leaves nothing."""
     own = own_modules(method) - {__name__}
-    owners = [sys.modules[name] for name in own], [base for base in method.__mro__ if base.__module__ in own]
-    before = [(owner, dict(vars(owner))) for owner in itertools.chain(*owners)]
+    owners: list[Any] = [sys.modules[name] for name in own]
+    owners += [base for base in method.__mro__ if base.__module__ in own]
+    before = [(owner, dict(vars(owner))) for owner in owners]
+    containers = [value for _, held in before for value in held.values() if type(value) in (dict, list, set)]
+    copies = [container.copy() for container in containers]
     try:
         yield
     finally:
@@ -5939,6 +6007,10 @@ def unchanged(method: type[Method]) -> Iterator[None]:
             for name, value in held.items():
                 if vars(owner)[name] is not value:
                     setattr(owner, name, value)
+        for container, copied in zip(containers, copies, strict=True):
+            if any(a is not b for a, b in itertools.zip_longest(parts_of(container), parts_of(copied))):
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(copied)
 
 
 def marks_of(method: type[Method]) -> dict[str, list[Any]]:
@@ -5948,7 +6020,7 @@ def marks_of(method: type[Method]) -> dict[str, list[Any]]:
         marks[name] = []
         for leaf in leaves_of(value, own_modules(method), {}):
             if isinstance(leaf, torch.Tensor):
-                leaf = id(leaf), leaf._version
+                leaf = id(leaf), 0 if leaf.is_inference() else leaf._version
             elif isinstance(leaf, np.ndarray):
                 leaf = zlib.crc32(leaf.tobytes())
             marks[name].append(leaf)
@@ -5956,14 +6028,16 @@ def marks_of(method: type[Method]) -> dict[str, list[Any]]:
 
 
 def alike(one: Any, other: Any, own: Collection[str]) -> bool:
-    """Whether two values hold the same; `own`: see `leaves_of`."""
+    """Whether two values hold the same, as far as that can be seen; `own`: see `leaves_of`."""
     for a, b in itertools.zip_longest(leaves_of(one, own, {}), leaves_of(other, own, {})):
-        equal = type(a) is type(b)
-        if equal and isinstance(a, torch.Tensor):
-            equal = torch.equal(a.cpu(), b.cpu())
-        elif equal:
-            equal = np.array_equal(a, b)
-        if not equal:
+        if type(a) is not type(b):
+            return False
+        try:
+            same: Any = (a == b) | ((a != a) & (b != b))  # NaN is like NaN
+            same = same.all() if hasattr(same, "all") else same
+        except (RuntimeError, TypeError):  # sparse tensors, for instance, or tensors of two shapes
+            same = getattr(a, "shape", ()) == getattr(b, "shape", ())
+        if not same:
             return False
     return True
 
@@ -6505,7 +6579,7 @@ def page_bytes(settings: Settings) -> int:
 def description_size(method: type[Method], network: str, width: int) -> int:
     """Numbers per image that a method describes of a network's features; 0, with a warning, if it fails."""
     try:
-        return probe_description(method, network, width).shape[1]
+        return describe_noise(method, network, width).shape[1]
     except MethodFailed as error:
         warn_once(str(error))
         return 0

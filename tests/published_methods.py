@@ -26,7 +26,7 @@ from run_exp1b_kaggle import (
     Distillation,
     Method,
     TraditionalKD,
-    ladder_above,
+    larger_assistants,
     projection,
     register,
     relation_loss,
@@ -124,7 +124,7 @@ class TAKD(TraditionalKD):
 
     @classmethod
     def teachers(cls, compression):
-        return ladder_above(compression)[-1:]
+        return larger_assistants(compression)[-1:]
 
     @classmethod
     def configure(cls, compression, chosen):

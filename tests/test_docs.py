@@ -121,7 +121,7 @@ def networks_table() -> str:
     rows = []
     for name, a in exp.ARCHITECTURES.items():
         roles = [
-            role for role, names in (("assistant", exp.LADDER), ("student", exp.RATIOS)) if name in names
+            role for role, names in (("assistant", exp.ASSISTANTS), ("student", exp.RATIOS)) if name in names
         ]
         params, macs = exp.network_cost(name, 10, exp.FULL_WIDTH)
         counted = [f"{params:,}", f"{teacher / params:.3f}", f"{macs / 1e6:,.0f}"]
@@ -341,7 +341,7 @@ def test_the_method_is_the_scripts() -> None:
     plain = exp.TraditionalKD.configure("7x", None)
     assert f"alpha {plain.alpha:g}, T {plain.temperature:g}" in text
     assert f"T between {exp.TEMPERATURE_MIN:g} and {exp.TEMPERATURE_MAX:g}" in text
-    assert f"assistants at {exp.listed(exp.LADDER)}" in text
+    assert f"assistants at {exp.listed(exp.ASSISTANTS)}" in text
     numbers = {8: "eight", 9: "nine", 10: "ten", 12: "twelve", 16: "sixteen"}
     sizes = {numbers[len(exp.HPMKD.candidates(ratio))] for ratio in exp.RATIOS}
     assert set(re.findall(r"compares (\w+) configurations", text)) == sizes

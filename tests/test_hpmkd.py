@@ -28,7 +28,7 @@ def test_every_configuration_is_hpmkd(ratio: str) -> None:
         assert len(set(candidates)) == len(candidates) == 8 and candidates[0] == method.default(ratio)
         for config in candidates:
             assert config.teachers[0] == "teacher" and len(config.teachers) >= 2
-            assert set(config.teachers[1:]) <= set(exp.ladder_above(ratio))
+            assert set(config.teachers[1:]) <= set(exp.larger_assistants(ratio))
             assert config.attention and config.schedule != "constant"
             extended = (config.view_share < 1, config.beta > 0, config.weight > 0)
             assert set(extended) == {method is exp.HPMKD}

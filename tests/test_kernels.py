@@ -65,7 +65,7 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> exp.Experimen
 
     monkeypatch.setattr(exp.TeacherOutputs, "page", page)
     opened = open_lab(tmp_path / "run", batch_size=4)
-    for network in ("teacher", *exp.LADDER):
+    for network in ("teacher", *exp.ASSISTANTS):
         job = exp.teacher_job(network, "SYNTHETIC")
         opened.run.records[job.name] = exp.Record(**opened.run.identity(job), weights_sha256="untrained")
     return opened

@@ -72,9 +72,9 @@ def test_the_teacher_is_resnet_50_and_the_ratios_are_within_a_percent() -> None:
         "5x": 4.987,
         "7x": 7.006,
     }  # the first is an assistant only
-    assert set(counted_ratios) == {*exp.RATIOS, *exp.LADDER}
+    assert set(counted_ratios) == {*exp.RATIOS, *exp.ASSISTANTS}
     for name, counted in counted_ratios.items():
-        nominal = {**exp.RATIOS, **exp.LADDER}[name]
+        nominal = {**exp.RATIOS, **exp.ASSISTANTS}[name]
         ratio = teacher / exp.network_cost(name, 10, 64)[0]
         assert ratio == pytest.approx(counted, abs=5e-4)
         assert abs(ratio / nominal - 1) < 0.01

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import random
 import sys
 from collections.abc import Mapping
@@ -53,11 +54,21 @@ def test_descriptions_are_told_apart_by_what_they_are() -> None:
 
         return Local
 
+    def cut(most: float) -> type[exp.Method]:
+        class Local(Base):
+            @staticmethod
+            def describe(features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+                return features["stage4"].clamp(max=most).mean((2, 3))
+
+        return Local
+
     squared = type("Squared", (Base,), {"__module__": __name__, "power": 2.0})
     pooled = type("Pooled", (exp.Method,), {"__module__": __name__, "stages": ("stage4",)})
-    keys = [exp.description_key(method, 8) for method in (Base, squared, made(2.0), made(3.0))]
-    assert len(set(keys)) == 4
-    assert exp.description_key(pooled, 8) == keys[0], "the same numbers are kept once"
+    others = type("Others", (Base,), {"__module__": __name__})
+    different = (Base, squared, pooled, made(2.0), made(3.0), cut(6.0), cut(9.0))
+    keys = [exp.description_key(method, 8) for method in different]
+    assert len(set(keys)) == len(different)
+    assert exp.description_key(others, 8) == keys[0], "the same numbers are kept once"
 
 
 def test_a_matrix_that_is_drawn_when_it_is_needed_is_the_same_in_every_process() -> None:
@@ -75,7 +86,7 @@ def test_a_matrix_that_is_drawn_when_it_is_needed_is_the_same_in_every_process()
     for seed in (1, 2):
         exp.seed_globally(seed, 0, 0)
         before = torch.get_rng_state()
-        exp.PROBES.clear()
+        exp.DESCRIBED_NOISE.clear()
         keys.add(exp.description_key(Random, 8))
         assert torch.equal(torch.get_rng_state(), before), "nothing else is drawn in another way"
         assert Random.matrix is None, "on a GPU it would be on the wrong device"
@@ -207,6 +218,23 @@ class NotOfTheStudent(exp.Method):
         return self.module(logits.detach()).square().mean()
 
 
+class ReplacesALayer(exp.Method):
+    def modules(self, student: Any, teacher: Any) -> nn.Module:
+        return nn.Sequential(nn.Linear(10, 2))
+
+    def start_epoch(self, epoch: int, losses: Any) -> None:
+        self.module[0] = nn.Linear(10, 2)
+
+    def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return super().loss(logits, index) + self.module(logits).square().mean()
+
+
+class NotOnTheCPU(Base):
+    @staticmethod
+    def describe(features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return torch.zeros(len(features["stage4"]), 3, device="meta")
+
+
 class KeepsTheGraph(exp.Method):
     def start_epoch(self, epoch: int, losses: Any) -> None:
         self.last = torch.zeros(())
@@ -214,13 +242,6 @@ class KeepsTheGraph(exp.Method):
     def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         self.last = self.last + super().loss(logits, index)
         return self.last
-
-
-class ChangesLabels(exp.Method):
-    def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        labels = self.experiment.images.labels
-        labels[index] = (labels[index] + 1) % 10
-        return super().loss(logits, index)
 
 
 MISTAKES = {
@@ -238,7 +259,8 @@ MISTAKES = {
     WithoutSuper: "does not call super().__init__",
     NotOfTheStudent: "its gradient does not reach the student",
     KeepsTheGraph: "loss of .* (test_plugins.py, line .*): RuntimeError",
-    ChangesLabels: "changes the labels, which all methods share",
+    ReplacesALayer: "what modules() lacked at the start",
+    NotOnTheCPU: "for .* images on cpu, not [n, D]",
 }
 
 
@@ -327,6 +349,16 @@ class NotInTheStateDict(exp.Method):
         return super().loss(logits, index) + self.module(logits).square().mean()
 
 
+class InADeque(exp.Method):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.bank = collections.deque(maxlen=4)
+
+    def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        self.bank.append(logits.detach().mean(0))
+        return super().loss(logits, index)
+
+
 class Late(exp.Method):
     """Only from the last epoch but one on."""
 
@@ -343,6 +375,7 @@ STATE = {
     OfTheClass: "bank",
     OfTheFile: "COUNTER",
     NotInTheStateDict: "module",
+    InADeque: "bank",
     Late: "remembered",
 }
 
@@ -374,8 +407,19 @@ class Sound(exp.TraditionalKD):
 
     modes: ClassVar[list[bool]] = []
 
+    made: ClassVar[int] = 0
+    cache: ClassVar[dict[int, Any]] = {}
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        type(self).made += 1
+        self.cache[len(self.cache)] = float("nan")
+        self.nothing = torch.full((3,), float("nan"))
+
     def modules(self, student: Mapping[str, int], teacher: Mapping[str, int]) -> nn.Module:
-        self.head = nn.Sequential(nn.BatchNorm1d(10), nn.Linear(10, 2)).eval()
+        normed = nn.utils.parametrizations.weight_norm(nn.Linear(10, 2))
+        self.head = nn.Sequential(nn.BatchNorm1d(10), normed).eval()
+        self.head.register_forward_hook(lambda *_: None)
         return self.head
 
     def start_epoch(self, epoch: int, losses: Any) -> None:
@@ -402,6 +446,7 @@ def test_sound_methods_are_left_in_peace(taught: Path, tmp_path: Path) -> None: 
         lab = lab_with(taught, tmp_path / name, "Sound")
         with shortcuts():
             records.append(do(lab, student(lab, "Sound", "5x"))["student_5x_Sound_run1"])
+    assert Sound.made == len(Sound.cache) == 4, "what is only tried leaves nothing"
     assert records[0].notes == [] and repr(untimed(records[0])) == repr(untimed(records[1]))
 
 
@@ -473,6 +518,13 @@ def test_a_name_that_means_something_else_is_refused(name: str) -> None:
         exp.register(name)(type("Wrong", (exp.Method,), {"__module__": __name__}))
 
 
+@pytest.mark.parametrize("method", [exp.Direct, Maps])
+def test_a_class_has_one_name(method: type[exp.Method]) -> None:
+    """Two names of one class would be two rows of the last one."""
+    with pytest.raises(exp.UsageError, match="already: register a subclass"):
+        exp.register("Second")(exp.register("First")(method))
+
+
 # ---- fp16, costs and verdicts ----------------------------------------------------------------------------------------
 
 
@@ -495,7 +547,7 @@ def test_gradients_that_are_never_finite_are_no_training(tmp_path: Path) -> None
         if name == "Direct":
             training.run()
             continue
-        with pytest.raises(exp.Diverged, match="not finite in fp16"):
+        with pytest.raises(exp.Diverged, match="not finite again and again"):
             training.run()
 
 
@@ -558,12 +610,15 @@ def test_what_is_imported_in_a_function_is_refused(
     (tmp_path / "late.py").write_text(USES_LATE)
     monkeypatch.syspath_prepend(tmp_path)
     exp.load_plugins([tmp_path / "late.py"])
-    lab = open_lab(tmp_path / "lab", methods=("late",), compression=("5x",))
+    lab = open_lab(tmp_path / "lab", methods=("late",), compression=("5x",), runs=2)
     do(lab, exp.Job("teacher", "SYNTHETIC"))
     exp.Worker(lab, writes=False).attempt(student(lab, "late", "5x"))
     lab.run.refresh()
-    failure = lab.run.records["student_5x_late_run1"].failure
-    assert "late.py imports exp1b_late in a function: import it at the top" in failure
+    exp.Worker(lab, writes=False).attempt(student(lab, "late", "5x", 2))
+    lab.run.refresh()
+    for run in (1, 2):
+        failure = lab.run.records[f"student_5x_late_run{run}"].failure
+        assert "late.py imports exp1b_late in a function: import it at the top" in failure
 
 
 def test_a_helper_that_was_imported_before_belongs_to_the_checksum(
@@ -579,11 +634,24 @@ def test_a_helper_that_was_imported_before_belongs_to_the_checksum(
     assert sys.modules["exp1b_beside"] is earlier, "who had it keeps it"
 
 
-def test_an_edited_plugin_takes_the_place_of_the_old_one(plugins: Any) -> None:  # noqa: F811
-    """In a notebook, two commands of one kernel."""
-    plugins(value="1")
-    plugins(value="2")
-    assert exp.METHODS["mine"].SCALE == 2
+def test_an_edited_plugin_takes_the_place_of_the_old_one(plugins: Any, tmp_path: Path) -> None:  # noqa: F811
+    """In a notebook, two commands of one kernel; the helper, too, and both have their checksums."""
+    sums = []
+    for value in ("1", "22"):
+        (tmp_path / "exp1b_edited.py").write_text(f"VALUE = {value}\n")
+        sums.append(plugins(value="VALUE", imports=f"from exp1b_edited import VALUE  # {value}"))
+        assert exp.METHODS["mine"].SCALE == sys.modules["exp1b_edited"].VALUE == int(value)
+        assert exp.METHODS["mine"].source_sha256 == sums[-1]
+    assert sums[0] != sums[1]
+
+
+def test_no_method_changes_the_labels_of_the_others(tmp_path: Path) -> None:
+    images = open_lab(tmp_path / "lab").images
+    before = images.labels
+    images.labels[:5] = 9
+    assert torch.equal(images.labels, before)
+    with pytest.raises(AttributeError):
+        images.labels = before + 1  # type: ignore[misc]
 
 
 def test_an_import_leaves_the_process_as_it_was(plugins: Any) -> None:  # noqa: F811

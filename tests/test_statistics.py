@@ -146,11 +146,14 @@ def test_runs_needed_is_the_smallest_number(sd):
 # ---- odd cases
 
 
-def test_identical_by_construction_is_what_has_the_same_weights():
+def test_identical_is_what_has_the_same_weights():
     frame = frame_of({"5x": [0.0, 0.0, 0.0]})
     c = exp.compare_methods(frame, "HPM-KD", "Direct")["5x"]
     assert exp.verdict(c) == "no verdict: all differences are equal", "equal accuracies of different networks"
     frame["weights_sha256"] = frame.run.map(str)
+    c = exp.compare_methods(frame, "HPM-KD", "Direct")["5x"]
+    assert exp.verdict(c) == "identical weights", "trained twice, by losses that come to the same"
+    frame.loc[frame.method == "HPM-KD", "same_as"] = "Direct"
     c = exp.compare_methods(frame, "HPM-KD", "Direct")["5x"]
     assert exp.verdict(c) == "identical by construction" and math.isnan(c.t_p) and math.isnan(c.low)
     assert (c.mean, c.sd) == (0, 0)
@@ -214,7 +217,7 @@ def frame_of(differences: dict[str, list[float]], ratio_actual=None) -> pd.DataF
         for run, value in enumerate(values, 1):
             for method, accuracy in (("Direct", 85.0 + run / 10), ("HPM-KD", 85.0 + run / 10 + value)):
                 rows.append({"compression": ratio, "method": method, "run": run, "status": "done", "test_accuracy": accuracy,
-                             "teacher_accuracy": 92.0, "weights_sha256": f"{method} {run}", "ratio_nominal": exp.RATIOS[ratio],
+                             "teacher_accuracy": 92.0, "weights_sha256": f"{method} {run}", "same_as": "", "ratio_nominal": exp.RATIOS[ratio],
                              "ratio_actual": (ratio_actual or exp.RATIOS)[ratio]})  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -421,8 +424,8 @@ def test_a_pilot_pays_for_the_pages_that_its_candidates_used_and_no_more(tmp_pat
     run = without(tiny_costs(tmp_path), "run2")
     pilot, student = "pilot_5x_HPM-KD_CIFAR10", "student_5x_HPM-KD_run1"
     change(run, student, config=replace(run.records[student].config, teachers=("teacher",)))
-    change(run, "assistant_1.5x_CIFAR10", config=None)
-    change(run, "assistant_2.3x_CIFAR10", config=None)
+    change(run, "assistant_1.5x_CIFAR10", history=[])
+    change(run, "assistant_2.3x_CIFAR10", history=[])
     steps = 45_000 // run.settings.batch_size  # of an epoch
     config = exp.Distillation(teachers=("teacher", "1.5x"))
     candidates = [

@@ -56,7 +56,7 @@ def experiment(options: argparse.Namespace, raw: exp.RawData, **given: object) -
     shape["precision"] = exp.choose_precision(options.precision, device)
     with tempfile.TemporaryDirectory() as folder:
         made = open_lab(Path(folder) / "run", raw, device, **{**shape, **given})
-        for name in ("teacher", *exp.LADDER):
+        for name in ("teacher", *exp.ASSISTANTS):
             job = exp.teacher_job(name, made.settings.dataset)
             network = made.place(exp.build_network(name, 10, options.width))
             made.outputs._networks[name] = exp.DescribedNetwork(made.place(network.eval().folded()), [])

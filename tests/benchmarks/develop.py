@@ -69,7 +69,7 @@ class OfAll(OfTheTeacher):
 
     @classmethod
     def teachers(cls, compression: str) -> tuple[exp.Network, ...]:
-        return ("teacher", *exp.ladder_above(compression))
+        return ("teacher", *exp.larger_assistants(compression))
 
 
 @exp.register("HPM-KD-stages-3-and-4")
@@ -197,8 +197,8 @@ def open_development(options: argparse.Namespace) -> tuple[exp.Experiment, exp.S
 def prepare(experiment: exp.Experiment, job: exp.Job) -> None:
     """Train what teaches a student, and what teaches its assistants, unless that has been done."""
     named = job.teacher_networks
-    above = {larger for name in named if name != "teacher" for larger in exp.ladder_above(name)}
-    for name in [name for name in ("teacher", *exp.LADDER) if name in (*named, *above)]:
+    above = {larger for name in named if name != "teacher" for larger in exp.larger_assistants(name)}
+    for name in [name for name in ("teacher", *exp.ASSISTANTS) if name in (*named, *above)]:
         teacher = exp.teacher_job(name, "CIFAR10")
         with filelock.FileLock(experiment.run.path / f"{teacher.name}.lock"):
             experiment.run.refresh()
