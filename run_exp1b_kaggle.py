@@ -1521,7 +1521,7 @@ class Training:
     SMALLEST_MICRO_BATCH = 4
     SAVE_SECONDS = 30.0  # the least time between two checkpoints, each at an epoch's end
     DIVERGED = 1e4  # times the loss at the start
-    SMALLEST_SCALE = 2.0**-10  # of fp16's losses: it halves whenever a gradient is not finite
+    SMALLEST_SCALE = 2.0**-10  # of losses in fp16: it halves whenever a gradient is not finite
 
     def __init__(self, experiment: Experiment, job: Job, name: str, steps: int, method: Method) -> None:
         """`name`: stem of the progress file (a pilot has several); `steps`: length of the schedule."""
@@ -1594,6 +1594,8 @@ class Training:
             self.guard.find_state(epoch)
         watch = Stopwatch(self.experiment.outputs)
         loss = self._train_epoch(epoch)
+        if self.scaler.get_scale() < self.SMALLEST_SCALE:
+            raise Diverged("gradients are not finite again and again: try --precision fp32 in a new run")
         if self.guard:
             self.guard.check()
         split = self.experiment.images.select
@@ -1634,10 +1636,6 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(first + step, self.steps, settings.lr)
             losses.append(self._step(batches[step], self.method.page))
-        if self.scaler.is_enabled() and self.scaler.get_scale() < self.SMALLEST_SCALE:
-            raise Diverged(
-                "gradients are not finite again and again in fp16: try --precision fp32 in a new run"
-            )
         return self._mean_loss(torch.stack(losses).cpu().numpy(), buffers)
 
     def _mean_loss(self, losses: np.ndarray, buffers: Sequence[torch.Tensor]) -> float:
@@ -5896,9 +5894,8 @@ class PluginGuard:
             anew.features, anew.module = method.features, training.module_of(anew)
             if anew.module is not None:
                 anew.module.load_state_dict(cast(nn.Module, method.module).state_dict())
-            training.start_epoch(
-                anew, epoch
-            )  # draws what the method has drawn: the generators stand as before
+            # It draws what the method has drawn, so that the generators stand as before.
+            training.start_epoch(anew, epoch)
             others = vars(anew)
             found = {name for name, value in vars(method).items() if not alike(value, others.get(name), own)}
         found |= {name for name, marks in shared.items() if marks != self.shared.get(name)}
@@ -6030,15 +6027,12 @@ def marks_of(method: type[Method]) -> dict[str, list[Any]]:
 def alike(one: Any, other: Any, own: Collection[str]) -> bool:
     """Whether two values hold the same, as far as that can be seen; `own`: see `leaves_of`."""
     for a, b in itertools.zip_longest(leaves_of(one, own, {}), leaves_of(other, own, {})):
-        if type(a) is not type(b):
+        if type(a) is not type(b) or getattr(a, "shape", ()) != getattr(b, "shape", ()):
             return False
-        try:
+        with contextlib.suppress(RuntimeError, TypeError):  # sparse tensors cannot be compared
             same: Any = (a == b) | ((a != a) & (b != b))  # NaN is like NaN
-            same = same.all() if hasattr(same, "all") else same
-        except (RuntimeError, TypeError):  # sparse tensors, for instance, or tensors of two shapes
-            same = getattr(a, "shape", ()) == getattr(b, "shape", ())
-        if not same:
-            return False
+            if not (same.all() if hasattr(same, "all") else same):
+                return False
     return True
 
 

@@ -174,7 +174,7 @@ def test_where_pages_cannot_be_kept_the_next_place_is_used(
         shutil.rmtree(tmp_path / "scratch")
         (tmp_path / "scratch").write_text("mine")
     assert page(outputs, 9) == page(outputs, 9) == good
-    assert outputs.store.open == [tmp_path / "elsewhere"]
+    assert outputs.store.usable == [tmp_path / "elsewhere"]
     outputs.store.places.clear()
     assert page(outputs, 9) == good, "without any place a page is computed whenever it is needed"
 

@@ -264,33 +264,24 @@ MISTAKES = {
 }
 
 
-@pytest.fixture(scope="module")
-def plain(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:  # noqa: F811
-    """Checksums of two students beside which no plugin was trained."""
-    lab = lab_with(taught, tmp_path_factory.mktemp("plain") / "lab", "Direct", "TraditionalKD")
-    with shortcuts():
-        records = do(lab)
-    return {name: record.weights_sha256 for name, record in records.items() if record.kind == "student"}
-
-
-@pytest.mark.parametrize("method", MISTAKES, ids=lambda method: method.__name__)
-def test_a_mistake_is_one_line_and_spoils_no_other_method(
+def test_mistakes_are_one_line_each_and_spoil_no_other_method(
     taught: Path,  # noqa: F811
     tmp_path: Path,
-    plain: dict[str, str],
-    method: type[exp.Method],
 ) -> None:
-    exp.register("Mistake")(method)
-    lab = lab_with(taught, tmp_path / "lab", "Mistake", "Direct", "TraditionalKD")
+    names = [exp.register(method.__name__)(method).name for method in MISTAKES]
+    plain = ("Direct", "TraditionalKD")
     with shortcuts(0):
-        records = do(lab)
-    failed = records.get("pilot_5x_Mistake_SYNTHETIC") or records["student_5x_Mistake_run1"]
-    if failed.done:
-        failed = records["student_5x_Mistake_run1"]
-    text = exp.re.escape(MISTAKES[method]).replace(r"\.\*", ".*")
-    assert exp.re.search(text, failed.failure), failed.failure
-    assert "\n" not in failed.failure and failed.final, "it would fail again"
-    assert plain == {name: records[name].weights_sha256 for name in plain}
+        records = do(lab_with(taught, tmp_path / "lab", *names, *plain))
+        others = do(lab_with(taught, tmp_path / "plain", *plain))
+    for method, said in MISTAKES.items():
+        failed = records.get(f"student_5x_{method.__name__}_run1")
+        failed = failed or records[f"pilot_5x_{method.__name__}_SYNTHETIC"]
+        text = exp.re.escape(said).replace(r"\.\*", ".*")
+        assert exp.re.search(text, failed.failure), (method, failed.failure)
+        assert "\n" not in failed.failure and failed.final, "it would fail again"
+    for name in plain:
+        job = f"student_5x_{name}_run1"
+        assert records[job].weights_sha256 == others[job].weights_sha256
 
 
 # ---- State that a resume would lose ----------------------------------------------------------------------------------
