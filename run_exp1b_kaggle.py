@@ -127,7 +127,7 @@ class UsageError(Exception):
 
 
 class Stopped(Exception):
-    """The session ends early (a signal, the clock, a lost device or folder), with all saved. Says why."""
+    """The session ends early (a signal, the clock, a lost device or folder). Says why."""
 
 
 class JobFailed(Exception):
@@ -1206,7 +1206,9 @@ class TeacherOutputs:
 
     def prepare(self, teachers: Sequence[Network], pages: Iterable[int]) -> None:
         """Compute missing pages, but skip those that another process is computing: `page` waits for them."""
-        for page, job in itertools.product(pages if self.store.usable else (), self._jobs(teachers)):
+        if not self.store.usable:
+            return
+        for page, job in itertools.product(pages, self._jobs(teachers)):
             with self.store.claim(self.key(job), page) as ours:
                 if ours and not self.store.holds(self.key(job), page):
                     self._compute(job, page)
@@ -1301,12 +1303,13 @@ class AttentionNetwork(nn.Module):
 
     HIDDEN, DROPOUT, ENTROPY_BONUS, STEPS, RATE = 128, 0.2, 0.01, 200, 0.01
 
-    def __init__(self, teachers: int, classes: int) -> None:
+    def __init__(self, count: int, classes: int) -> None:
+        """`count`: of the teachers."""
         super().__init__()
-        features = teachers * classes + teachers + teachers * (teachers - 1) // 2
+        features = count * classes + count + count * (count - 1) // 2
         self.hidden = nn.Linear(features, self.HIDDEN)
         self.dropout = nn.Dropout(self.DROPOUT)
-        self.scores = nn.Linear(self.HIDDEN, teachers)
+        self.scores = nn.Linear(self.HIDDEN, count)
         nn.init.zeros_(self.scores.weight)  # it starts at the uniform mean
         nn.init.zeros_(self.scores.bias)
 
@@ -1397,7 +1400,9 @@ def rung_shares(candidates: int) -> list[float]:
     while sizes[-1] > 2:
         sizes.append(max(2, sizes[-1] // 2))
     before = len(sizes) - 1
-    return [0.5 / before] * before + [0.5] if before else [1.0]
+    if before == 0:
+        return [1.0]
+    return [*itertools.repeat(0.5 / before, before), 0.5]
 
 
 def successive_halving(
@@ -1435,8 +1440,8 @@ def run_pilot(experiment: Experiment, job: Job, record: Record) -> Record:
     run, split = experiment.run, experiment.images.select
     candidates = job.method_class.candidates(job.compression)
     per_epoch = len(experiment.images) // experiment.settings.batch_size
-    path, identity = run.file(job, "progress"), training_identity(run, job)
-    trials = load_trials(path, identity, {"correct": split.labels == 0, "seconds": 0.0})
+    path, whole = run.file(job, "progress"), training_fingerprint(run, job)
+    trials = load_trials(path, whole, {"correct": split.labels == 0, "seconds": 0.0})
 
     def evaluate(rung: int, candidate: int, steps: int) -> np.ndarray:
         key = f"rung{rung + 1}_candidate{candidate + 1}"
@@ -1453,7 +1458,7 @@ def run_pilot(experiment: Experiment, job: Job, record: Record) -> Record:
                 log.warning("%s is out: %s", training.name, error)
                 correct = torch.zeros_like(split.labels, dtype=torch.bool)
             trials[key] = {"correct": correct.cpu(), "seconds": training.seconds}
-            save_progress(run, path, {"identity": identity, "trials": trials})
+            save_progress(run, path, {"fingerprint": whole, "trials": trials})
             training.path.unlink(missing_ok=True)  # what was to be done with the network has been done
         return cast(np.ndarray, trials[key]["correct"].numpy())
 
@@ -1490,7 +1495,7 @@ def teacher_checksums(run: Run, job: Job) -> dict[str, str]:
     return {teacher.name: run.records[teacher.name].weights_sha256 for teacher in teachers_of(job)}
 
 
-def training_identity(run: Run, job: Job) -> str:
+def training_fingerprint(run: Run, job: Job) -> str:
     """What a checkpoint in progress must agree with: the job, and the very networks it learns from."""
     return fingerprint([run.fingerprint(job), teacher_checksums(run, job)])
 
@@ -1531,7 +1536,9 @@ class Training:
         self.steps_per_epoch = len(experiment.images) // settings.batch_size
         self.epochs = math.ceil(steps / self.steps_per_epoch)  # the last one of a pilot may be short
         config = to_plain(method.config)
-        self.identity = fingerprint([training_identity(experiment.run, job), steps, method.name, config])
+        self.fingerprint = fingerprint(
+            [training_fingerprint(experiment.run, job), steps, method.name, config]
+        )
         self.path = experiment.run.checkpoints / f"{name}.progress"
         self.model = experiment.place(build_network(job.network, classes, settings.width, self.seed))
         self.trained = nn.ModuleDict({"model": self.model})  # all that the optimizer trains
@@ -1714,7 +1721,7 @@ class Training:
     def content(self) -> dict[str, Any]:
         """What a checkpoint in progress holds."""
         return {
-            "identity": self.identity,
+            "fingerprint": self.fingerprint,
             "trained": {name: value.cpu() for name, value in self.trained.state_dict().items()},
             "momentum": {name: value.cpu() for name, value in self.momentum().items()},
             "scaler": self.scaler.state_dict(),
@@ -2126,7 +2133,7 @@ class Comparison:
 
     runs: tuple[int, ...] = ()
     differences: tuple[float, ...] = ()
-    unmatched: tuple[int, ...] = ()  # runs finished in one arm only: not used
+    unmatched: tuple[int, ...] = ()  # runs finished by one method only: not used
     mean: float = math.nan
     sd: float = math.nan
     low: float = math.nan  # 95% t-interval
@@ -2161,8 +2168,8 @@ def one_sample(values: Iterable[float], runs: Iterable[int], unmatched: Iterable
 
 
 def paired_comparison(treatment: Mapping[int, float], control: Mapping[int, float]) -> Comparison:
-    """Compare two arms, given as run number -> value. Runs of the same number are a pair."""
-    first, second = (pd.Series(dict(arm), dtype=float).dropna() for arm in (treatment, control))
+    """Compare two methods, given as run number -> value. Runs of the same number are a pair."""
+    first, second = (pd.Series(dict(values), dtype=float).dropna() for values in (treatment, control))
     runs = sorted(set(first.index) & set(second.index))
     differences = first.loc[runs].to_numpy() - second.loc[runs].to_numpy()
     return one_sample(differences, runs, sorted(set(first.index) ^ set(second.index)))
@@ -2184,8 +2191,10 @@ def compare_cells(frame: pd.DataFrame, ratio: str, treatment: str, control: str)
     c = paired_comparison(first.test_accuracy.to_dict(), second.test_accuracy.to_dict())
     if not c.n or any(first.weights_sha256[run] != second.weights_sha256[run] for run in c.runs):
         return c
-    copied = all(first.same_as[run] or second.same_as[run] for run in c.runs)
-    return replace(c, no_interval="identical by construction" if copied else "identical weights")
+    reason = "identical weights"
+    if all(first.same_as[run] or second.same_as[run] for run in c.runs):
+        reason = "identical by construction"
+    return replace(c, no_interval=reason)
 
 
 def compare_all(
@@ -2380,7 +2389,8 @@ class Evidence:
         """The methods that have results, the best mean accuracy first: at a ratio, or over all of them."""
         done = self.frame[self.frame.status == "done"]
         table = done.pivot_table(index="compression", columns="method", values="test_accuracy")
-        table = table.reindex(index=[ratio] if ratio else self.ratios, columns=self.methods)
+        ratios = [ratio] if ratio else self.ratios
+        table = table.reindex(index=ratios, columns=self.methods)
         above = table.sub(table.mean(axis=1), axis=0)  # a ratio that a method lacks is not held against it
         return list(above.mean().dropna().sort_values(ascending=False, kind="stable").index)
 
@@ -2601,10 +2611,12 @@ class Marks:
         (axis.set_xlim if self.horizontal else axis.set_ylim)(lowest, highest)
         arrows = ("<", ">") if self.horizontal else ("v", "^")
         for panel, place, colour, _, low, high in self.bars:
-            cut = [(lowest, arrows[0])] if low < lowest else []
-            cut += [(highest, arrows[1])] if high > highest else []
-            for end, arrow in cut:
-                panel.plot(*self._xy(place, end), color=colour, marker=arrow, markersize=4, clip_on=False)
+            for end, arrow, is_cut in (
+                (lowest, arrows[0], low < lowest),
+                (highest, arrows[1], high > highest),
+            ):
+                if is_cut:
+                    panel.plot(*self._xy(place, end), color=colour, marker=arrow, markersize=4, clip_on=False)
 
 
 def limits(points: Sequence[float], percent: bool) -> tuple[float, float]:
@@ -2705,7 +2717,8 @@ def draw_curve(axis: Axes, records: Sequence[Record], column: str, look: Look) -
     runs = {record.run: [getattr(epoch, column) for epoch in record.history] for record in records}
     table = pd.DataFrame(runs).sort_index(axis=1).set_axis(range(1, 1 + len(records[0].history)))
     if len(records) > 1:
-        axis.plot(table, color=colour, linewidth=0.5, alpha=0.6, marker="." if len(table) == 1 else "")
+        dot = "." if len(table) == 1 else ""  # a line needs two epochs
+        axis.plot(table, color=colour, linewidth=0.5, alpha=0.6, marker=dot)
     every = max(1, len(table) // 5)
     style: dict[str, Any] = {"marker": marker, "markersize": 3.5, "markevery": (every - 1, every)}
     axis.plot(table.mean(axis=1), color=colour, linestyle=line, **style)
@@ -2725,7 +2738,9 @@ def draw_learning(evidence: Evidence) -> Figure | None:
     methods = in_order({record.method for record in students})
     ratios = [ratio for ratio in evidence.ratios if any(record.compression == ratio for record in students)]
     teaching = teaching_networks(evidence)
-    count = len(ratios) + bool(teaching)
+    count = len(ratios)
+    if teaching:
+        count += 1
     if not count:
         return None
     figure, axes = new_figure(1.1 + 1.5 * math.ceil(count / 2), math.ceil(count / 2), min(2, count))
@@ -2892,14 +2907,23 @@ always goes on, and stays the choice unless the other finalist beats it by more 
 `select` (held-out images). So the validation accuracy of a method with a pilot is slightly optimistic; its
 test accuracy is not."""
 ARMS_NOTE = f"""\
-Differences from {SUBJECT} over pairs of runs: below zero, {SUBJECT} is ahead. The p is not adjusted: it only
-describes. {RIVAL} with averaged views is not among the arms: HPM-KD-no-chain comes nearest, with all that
-{SUBJECT} has beside its chain and attention."""
+Differences from {SUBJECT} over pairs of runs: below zero, {SUBJECT} is ahead. The p in the table is not
+adjusted: it only describes. {RIVAL} with averaged views is not among the arms: HPM-KD-no-chain comes nearest,
+with all that {SUBJECT} has beside its chain and attention."""
+EXTENSIONS_NOTE = (
+    "Decoupled soft targets (beta) and relations between the images of a batch (gamma) are this project's "
+    "additions to the paper's method."
+)
+EXTENSIONS = (
+    "Decoupled soft targets: Zhao et al., [arXiv 2203.08679](https://arxiv.org/abs/2203.08679), 2022. "
+    "Relations: Tung and Mori, [arXiv 1907.09682](https://arxiv.org/abs/1907.09682), 2019."
+)
 LIMITATIONS = """\
 - One teacher, one chain of assistants, one pilot per ratio: what others would change is not measured.
 - One family of networks (CIFAR ResNets), one data set. Depth changes with the ratio (ResNet-18 at 2.3x,
   ResNet-10 at 5x and 7x): a trend that includes 2.3x may be one over depth.
-- HPM-KD alone uses the labels of held-out images (attention, pilots); Direct and TraditionalKD do not."""
+- HPM-KD, and whatever else has a pilot, uses the labels of held-out images (attention, pilots); Direct and
+  TraditionalKD do not."""
 Rows = list[dict[str, Any]]  # of a table: each has the same titles
 
 
@@ -2931,7 +2955,8 @@ def markdown_table(rows: Rows) -> str:
     rule = []
     for texts in columns.values():
         numbers = all(re.match(r"[-+<\[]*\s?\d|n/a$|$", text) for text in texts)
-        rule.append("--:" if numbers else ":--")
+        alignment = "--:" if numbers else ":--"
+        rule.append(alignment)
     lines = [list(columns), rule, *zip(*columns.values(), strict=True)]
     return "\n".join(f"| {' | '.join(text.replace('|', '&#124;') for text in line)} |" for line in lines)
 
@@ -2994,7 +3019,8 @@ def say_loss(config: Distillation) -> str:
     if config.weight > 0:
         parts.append(f"gamma {config.weight:,g}")
     if len(config.teachers) > 1:
-        parts.append("attention" if config.attention else "uniform weights")
+        weights = "attention" if config.attention else "uniform weights"
+        parts.append(weights)
     if config.view_share < 1:
         parts.append("averaged views")
     return ", ".join(parts)
@@ -3038,8 +3064,9 @@ def say_verdicts(evidence: Evidence) -> str:
     clauses: list[str] = []
     for control, by_ratio in asked.items():
         if has_verdict(by_ratio):
-            clauses.append(say_comparison("it" if clauses else SUBJECT, control, by_ratio))
-    for control in dict.fromkeys((controls[0], controls[-1])):
+            subject = "it" if clauses else SUBJECT
+            clauses.append(say_comparison(subject, control, by_ratio))
+    for control in controls:
         others = {}
         for (method, other), by_ratio in pairs.items():
             if other == control and method not in (SUBJECT, *asked) and has_verdict(by_ratio):
@@ -3073,7 +3100,8 @@ def say_comparison(treatment: str, control: str, by_ratio: Mapping[str, Comparis
         if outcome == "unclear":
             place = place.replace("every", "any")
         if ratios:
-            parts.append(f"{words.format('it' if parts else control)} {place}")
+            rival = "it" if parts else control
+            parts.append(f"{words.format(rival)} {place}")
     return f"{treatment} {listed(parts)}"
 
 
@@ -3197,6 +3225,8 @@ def say_subject(evidence: Evidence) -> str:
         return ""
     what = "; ".join(f"{text} at {listed(ratios)}" for text, ratios in found.items())
     said = f"What {SUBJECT} was: {what}."
+    if "beta" in what or "gamma" in what:
+        said += f" {EXTENSIONS_NOTE}"
     if weights:
         weighed = (
             "Its teachers (1.5x, 2.3x and 5x are assistants), with their mean weights on training images"
@@ -3531,10 +3561,20 @@ def report_arms(evidence: Evidence) -> str:
         rows.append(row)
     if not rows:
         return ""
+    verdicts = []
+    for control in evidence.extra_methods:
+        if control in (TunedKD.name, EqualCost.name):
+            found = compare_methods(evidence.frame, SUBJECT, control, evidence.ratios)
+            if has_verdict(found):
+                verdicts.append(say_comparison(SUBJECT, control, found))
+    said = (
+        f"**{'; '.join(verdicts)}** (p below {LEVEL:.0%}, Holm-adjusted over the ratios)." if verdicts else ""
+    )
     copies = "A copy has the same configuration, weights and views by construction: it was not trained twice."
     return paragraphs(
         "## Ablation and equal cost",
         f"What {SUBJECT} is without each of its parts, and what its controls reach.",
+        said,
         bullets(f"{method}: {METHODS[method].about}." for method in evidence.extra_methods),
         ARMS_NOTE,
         markdown_table(rows),
@@ -3567,7 +3607,8 @@ linearly to zero; pad-4 crop and flip; precision {index.precision}; width
     warning = f"**The experiment was extended after results were seen** ({late}): no p-value allows for that."
     return paragraphs(
         "## Protocol",
-        "The methods differ in their loss, and in nothing else.",
+        "The methods differ in their loss, with what it trains beside the student; Direct-equal-cost in its "
+        "epochs; and in nothing else.",
         text,
         "## Sessions",
         "When and where the networks were trained:",
@@ -3609,16 +3650,16 @@ def report_reservations(evidence: Evidence) -> str:
 
 
 def report_reproduction(evidence: Evidence) -> str:
-    """Commands, identity of settings, data and script; citation."""
+    """Commands; which settings, data and script these were; citation."""
     index = evidence.run.index
     commands = list(dict.fromkeys(session.command for session in index.sessions))
     if index.merged_from:
         commands.append(shlex.join(["python", "run_exp1b_kaggle.py", "--merge", *index.merged_from]))
     scripts = listed(dict.fromkeys(session.script_sha256 for session in index.sessions))
-    identity = f"run_exp1b_kaggle.py, version {index.version}, sha256 {scripts or 'unknown'}"
+    script = f"run_exp1b_kaggle.py, version {index.version}, sha256 {scripts or 'unknown'}"
     versions = index.sessions[-1].versions if index.sessions else {}
     facts = [
-        f"Trained by: {identity}",
+        f"Trained by: {script}",
         f"This report was written by: version {VERSION}, sha256 {script_sha256()}",
         f"Settings: fingerprint {index.fingerprint}",
         f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items()) or 'unknown'}",
@@ -3632,7 +3673,7 @@ def report_reproduction(evidence: Evidence) -> str:
         bullets(facts),
         "## How to cite",
         "Cite the method and this script:",
-        bullets([PAPER, f"{identity}."]),
+        bullets([PAPER, EXTENSIONS, f"{script}."]),
     )
 
 
@@ -4097,12 +4138,12 @@ def tensors_sha256(tensors: Mapping[str, Any]) -> str:
 
 
 def blank_record(experiment: Experiment, job: Job) -> Record:
-    """The record of a job before it is done: its identity, its network, and where it is done."""
+    """The record of a job before it is done: which job it is, its network, and where it is done."""
     run, images = experiment.run, experiment.images
     params, macs = network_cost(job.network, len(images.classes), run.settings.width)
     config = None if job.kind == "pilot" else config_of(job, run.records)
     return Record(
-        **run.identity(job),
+        **run.job_fields(job),
         seed=run.settings.seed + job.run,
         network=job.network,
         classes=len(images.classes),
@@ -4126,7 +4167,7 @@ def copy_result(run: Run, job: Job, twin: Job) -> None:
     log.info("%s is %s by construction (same configuration, weights and views): copied", job.name, twin.name)
     record, tensors = run.load(twin)
     copied = replace(record, same_as=record.same_as or twin.method, taught_by=teacher_checksums(run, job))
-    run.save_result(job, replace(copied, **run.identity(job)), tensors)
+    run.save_result(job, replace(copied, **run.job_fields(job)), tensors)
 
 
 def notes_on(training: Training) -> list[str]:
@@ -4245,7 +4286,7 @@ class Run:
         whole = run_fingerprint(self.settings, self.index.precision, self.index.data.sha256, without)
         return fingerprint([whole, job.name, job.method_class.source_sha256])
 
-    def identity(self, job: Job) -> dict[str, Any]:
+    def job_fields(self, job: Job) -> dict[str, Any]:
         """What a record says about which job it is of."""
         names = ("kind", "compression", "method", "run")
         return {"job": job.name, "fingerprint": self.fingerprint(job), **{n: getattr(job, n) for n in names}}
@@ -4270,7 +4311,7 @@ class Run:
         """Raise `Damaged` unless a record is of this job of this run, done, and of this run's teachers."""
         params, macs = network_cost(job.network, len(self.index.data.classes), self.settings.width)
         seed = self.settings.seed + job.run
-        about = {"network": job.network, "seed": seed, "params": params, "macs": macs, **self.identity(job)}
+        about = {"network": job.network, "seed": seed, "params": params, "macs": macs, **self.job_fields(job)}
         if not record.done or any(getattr(record, name) != value for name, value in about.items()):
             raise Damaged(f"is not the file of {job.name} in a run with these settings")
         for name, sha256 in record.taught_by.items():
@@ -4351,7 +4392,7 @@ class Run:
         """Record a failure. One that is `final` would come again, so that `--resume` does not try."""
         log.error("%s failed: %s", job.name, reason)
         self.check_ours()
-        record = Record(**self.identity(job), failure=reason, final=final)
+        record = Record(**self.job_fields(job), failure=reason, final=final)
         save_plain(self.file(job, "failed"), to_plain(record))
 
     def forget_failures(self) -> None:
@@ -4489,12 +4530,12 @@ def save_progress(run: Run, path: Path, content: dict[str, Any]) -> None:
 
 
 def load_progress(
-    path: Path, identity: str, check: Callable[[dict[str, Any]], None]
+    path: Path, fingerprint: str, check: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any] | None:
     """A checkpoint in progress, or None. One that is damaged, also as `check` says, is set aside."""
     try:
         content = load_checkpoint(path)
-        if content.get("identity") != identity:
+        if content.get("fingerprint") != fingerprint:
             raise Damaged("belongs to another run or to other settings")
         check(content)
         return content
@@ -4521,7 +4562,7 @@ def restore_training(training: Training) -> None:
         if not 0 < content["micro_batch"] <= training.experiment.settings.batch_size:
             raise Damaged("holds a micro-batch of another size")
 
-    content = load_progress(training.path, training.identity, check)
+    content = load_progress(training.path, training.fingerprint, check)
     if content is None:
         return
     training.trained.load_state_dict(content["trained"])
@@ -4535,14 +4576,14 @@ def restore_training(training: Training) -> None:
     log.info("%s continues after epoch %d of %d", training.name, done, training.epochs)
 
 
-def load_trials(path: Path, identity: str, example: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def load_trials(path: Path, fingerprint: str, example: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The trials of a pilot that are done, by name; each is made of what `example` is made of."""
 
     def check(content: dict[str, Any]) -> None:
         if any(structure_of(trial) != structure_of(example) for trial in content["trials"].values()):
             raise Damaged("holds an unsound trial")
 
-    content = load_progress(path, identity, check) or {"trials": {}}
+    content = load_progress(path, fingerprint, check) or {"trials": {}}
     return cast("dict[str, dict[str, Any]]", content["trials"])
 
 
@@ -5168,7 +5209,8 @@ def hold_signals(hold: bool) -> None:
     """Keep the signals that end a session waiting, or let them come; processes started now inherit this."""
     if hasattr(signal, "pthread_sigmask"):  # not on Windows
         numbers = [getattr(signal, name) for name in Session.SIGNALS]
-        signal.pthread_sigmask(signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK, numbers)
+        how = signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK
+        signal.pthread_sigmask(how, numbers)
 
 
 class _LogFile(logging.FileHandler):
@@ -5445,7 +5487,8 @@ def load_data(
     where there is no data.
     """
     if name == "SYNTHETIC":
-        return synthetic(DATASETS[name][1] if size is None else size, seed)
+        count = DATASETS[name][1] if size is None else size
+        return synthetic(count, seed)
     problems: list[str] = []
     sources = find_sources(name, folders, problems)
     if download_to is not None:
@@ -5838,9 +5881,12 @@ def described_only(method: type[Method], features: Mapping[str, torch.Tensor]) -
         description = method.describe(features).float()
         if description.device.type != "cpu":
             raise MethodFailed(f"it returns a tensor on {description.device} for features on the CPU")
+        if description.ndim != 2 or not 0 < description.shape[1] <= MOST_NUMBERS:
+            what = f"{list(description.shape)} for {len(description)} images"
+            raise MethodFailed(f"it returns {what}, not [n, D] with D at most {MOST_NUMBERS}: pool them")
         if versions != [found._version for found in features.values()]:
             raise MethodFailed("it changes the features, which others see, too: let it change a clone")
-    return description.flatten(1)
+    return description
 
 
 def description_key(method: type[Method], width: int) -> str:
@@ -6277,9 +6323,12 @@ def run_to_continue(args: Namespace, platform: Platform) -> Path | None:
     if args.resume != "auto":
         return find_run(args, platform) if args.resume else None
     settings = new_settings(args.given)
-    path = newest_run(args, platform, {name: getattr(settings, name) for name in setting_names("experiment")})
+    wanted = {name: getattr(settings, name) for name in setting_names("experiment")}
+    path = newest_run(args, platform, wanted)
     if path is None:
         log.info("there is no run with these settings yet: a new one starts")
+    else:
+        continued_settings(load_index(path, args.plugins), wanted)  # refuses one with others
     return path
 
 
@@ -6498,7 +6547,8 @@ def load_run_data(
     own = path / "data"
     folders = dict.fromkeys([*platform.inputs, own, *sorted(platform.output_root.glob("exp1b_*/data"))])
     there = [folder for folder in folders if folder.is_dir()]
-    return load_data(settings.dataset, there, own if download else None, size, seed, check)
+    download_to = own if download else None
+    return load_data(settings.dataset, there, download_to, size, seed, check)
 
 
 def describe_data(data: RawData, seed: int) -> DataDescription:
@@ -7002,11 +7052,11 @@ def show_status(args: Namespace, platform: Platform) -> int:
     print(f"{done} of {jobs} jobs done, {len(failed)} failed, {len(left)} left", end="; ")
     print(f"{say_time(spent)} of training so far")
     finished = [record for record in run.records.values() if record.done]
-    for ratio, arm in itertools.product(settings.compression, student_methods(settings)):
-        students = [record for record in finished if (record.compression, record.method) == (ratio, arm)]
+    for ratio, name in itertools.product(settings.compression, student_methods(settings)):
+        students = [record for record in finished if (record.compression, record.method) == (ratio, name)]
         accuracies = [record.test_accuracy for record in students if record.kind == "student"]
         best = f", best {max(accuracies):.2f}%, last {accuracies[-1]:.2f}%" if accuracies else ""
-        print(f"  {ratio:<5} {arm:<22} {len(accuracies)} of {settings.runs} runs done{best}")
+        print(f"  {ratio:<5} {name:<22} {len(accuracies)} of {settings.runs} runs done{best}")
     for record in finished:
         what = f"test accuracy {record.test_accuracy:.2f}%"
         if record.kind == "pilot":

@@ -86,7 +86,7 @@ def fake_run(
 
 def fake_record(run: exp.Run, job: exp.Job, luck: np.random.Generator, shared: np.ndarray) -> exp.Record:
     """The record of a finished job."""
-    identity = run.identity(job)
+    identity = run.job_fields(job)
     twin = exp.twin_of(job, run.settings, run.records)
     if twin is not None:
         return replace(run.records[twin.name], **identity, same_as=twin.method)
@@ -147,7 +147,7 @@ def fake_pilot(run: exp.Run, job: exp.Job) -> exp.Record:
         )
     chosen = CHOSEN.get((job.method, job.compression), 0)
     return exp.Record(
-        **run.identity(job), seed=run.settings.seed, network=job.network, config=candidates[chosen].config, candidates=candidates,
+        **run.job_fields(job), seed=run.settings.seed, network=job.network, config=candidates[chosen].config, candidates=candidates,
         chosen=chosen, reason=f"candidate 2 {'leads' if chosen else 'does not lead'} candidate 1 by more than one standard error",
         train_seconds=500.0, device="Tesla T4", precision="fp16",
     )  # fmt: skip
@@ -188,7 +188,7 @@ def without(run: exp.Run, *parts: str) -> exp.Run:
 def failed(run: exp.Run, name: str, reason: str = "the loss became NaN") -> exp.Run:
     """The run with one job failed: no results, no history."""
     job = next(job for job in run.jobs if job.name == name)
-    run.records[name] = exp.Record(**run.identity(job), failure=reason, final=True)
+    run.records[name] = exp.Record(**run.job_fields(job), failure=reason, final=True)
     return run
 
 

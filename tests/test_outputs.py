@@ -6,10 +6,12 @@ import collections
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 from lab import do, open_lab, shortcuts, teacher
@@ -202,6 +204,30 @@ def test_what_a_full_place_holds_is_used_and_removed(
     ]
     outputs.store.remove([outputs.key(teacher(taught))])
     assert list(tmp_path.rglob("*_logits")) == []
+
+
+def test_waiting_for_another_process_is_no_training(taught: exp.Experiment, tmp_path: Path) -> None:
+    """The seconds count among those of the teacher outputs, which a stopwatch leaves out."""
+    outputs = apart(taught, tmp_path)
+    folder = tmp_path / outputs.key(teacher(taught))
+    folder.mkdir()
+    lock = filelock.FileLock(folder / "page_005.lock", thread_local=False)
+    lock.acquire()
+    threading.Timer(0.6, lock.release).start()
+    watch, begun = exp.Stopwatch(outputs), time.perf_counter()
+    page(outputs, 5)
+    assert outputs.seconds > 0.5
+    assert watch.seconds < time.perf_counter() - begun - 0.5
+
+
+def test_pages_of_a_killed_run_go_after_some_days(tmp_path: Path) -> None:
+    place = exp.PageStore(tmp_path).places[0]
+    for name, days in (("old", 4), ("new", 2)):
+        (place / name).mkdir(parents=True)
+        (place / name / "page_001_logits").touch()
+        os.utime(place / name, (time.time() - days * 86_400,) * 2)
+    exp.PageStore(tmp_path)
+    assert [folder.name for folder in place.iterdir()] == ["new"]
 
 
 def test_a_lost_scratch_folder_does_no_harm(

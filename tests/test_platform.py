@@ -504,6 +504,8 @@ def test_resume_auto_in_a_named_folder(toy: Path, capsys: Capture) -> None:
     (toy / "mine/thesis.txt").write_text("precious")
     assert new_toy(toy / "mine", *auto) == 2
     assert "holds other files (thesis.txt)" in capsys.readouterr().out
+    assert [new_toy(toy / "other", *auto, "--lr", "0.06"), new_toy(toy / "other", *auto)] == [0, 2]
+    assert "--lr: the run has 0.06, you gave" in capsys.readouterr().out, "also where it is not given"
 
 
 @pytest.mark.usefixtures("untrained")

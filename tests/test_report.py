@@ -300,6 +300,7 @@ def test_the_answer_says_who_beats_whom_and_whether_one_beats_all(tmp_path, monk
     assert exp.answer_sentence(exp.gather_evidence(run)) == (
         "HPM-KD beats Direct at every ratio; it beats TraditionalKD at every ratio; "
         f"{methods[-1]} beats Direct at every ratio, Plugin-4 at 5x; "
+        f"{methods[-1]} beats TraditionalKD at every ratio, Plugin-4 at 5x; "
         f"{methods[-1]} beats HPM-KD at every ratio, Plugin-4 at 5x; "
         f"{methods[-1]} beats all others at every ratio."
     )
@@ -560,6 +561,10 @@ def test_ablation_and_equal_cost(tmp_path):
     for name, method in exp.METHODS.items():
         assert (f"- {name}: {method.about}.\n" in arms) == (method.option != "methods")
     assert "| HPM-KD-no-manager | 7x |" in arms and "| +0.00 | n/a | copy of HPM-KD |" in arms
+    words = "beats|is worse than|is not distinguishable from"
+    assert re.search(
+        rf"\*\*HPM-KD ({words}) Direct-equal-cost .*; HPM-KD ({words}) TunedKD .*\*\* \(p below", arms
+    )
     assert re.search(r"\| Direct-equal-cost \| 5x \| [\d.]+ ± [\d.]+ \| 82 \| -\d", arms)
     evidence = exp.gather_evidence(fake_run(tmp_path, ablation=True, equal_cost=True))
     c = exp.compare_cells(evidence.frame, "5x", "HPM-KD-no-chain", "HPM-KD")

@@ -61,7 +61,7 @@ def experiment(options: argparse.Namespace, raw: exp.RawData, **given: object) -
             network = made.place(exp.build_network(name, 10, options.width))
             made.outputs._networks[name] = exp.DescribedNetwork(made.place(network.eval().folded()), [])
             made.run.records[job.name] = exp.Record(
-                **made.run.identity(job), network=name, weights_sha256=name
+                **made.run.job_fields(job), network=name, weights_sha256=name
             )
         yield made
 
