@@ -929,7 +929,7 @@ class HPMKD(TraditionalKD):
 
     @staticmethod
     def describe(features: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The last stage's map [n, C, 4, 4], flattened and projected: the relations survive."""
+        """The last stage's map [n, C, 4, 4], flattened and projected: similarities change by about 9%."""
         flat = features["stage4"].flatten(1)
         return flat @ projection(flat.shape[1], flat.device)
 
