@@ -3749,7 +3749,7 @@ def latex_table(evidence: Evidence) -> str:
 % paired differences (pp) with 95% t-intervals; verdicts by the paired t-test after Holm's adjustment.
 % Teacher (ResNet-50): {teacher}. {scope}.
 """
-    alignment = "ll" + "r" * (len(table.columns) - 2)
+    alignment = "ll".ljust(len(table.columns), "r")  # the ratio and the method, then numbers
     return head + table.to_latex(index=False, escape=False, column_format=alignment)
 
 

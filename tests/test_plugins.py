@@ -371,6 +371,18 @@ STATE = {
 }
 
 
+def trained(taught: Path, folder: Path, method: str, stops: tuple[int, ...]) -> exp.Record:  # noqa: F811
+    """The record of a student whose sessions end at these steps, and then at its end."""
+    for stop in stops:
+        lab = lab_with(taught, folder, method)
+        lab.session = StopsAt(stop)
+        with shortcuts(), pytest.raises(exp.Stopped):
+            do(lab, student(lab, method, "5x"))
+    lab = lab_with(taught, folder, method)
+    with shortcuts():
+        return do(lab, student(lab, method, "5x"))[f"student_5x_{method}_run1"]
+
+
 @pytest.mark.parametrize("method", STATE, ids=lambda method: method.__name__)
 def test_state_that_a_resume_would_lose_is_told(
     taught: Path,  # noqa: F811
@@ -381,15 +393,7 @@ def test_state_that_a_resume_would_lose_is_told(
     exp.register("Stateful")(method)
     expected = f"its method keeps {STATE[method]} outside modules(): a resume loses it"
     for name, stops in (("whole", ()), ("cut", (3 * 3 + 1,))):
-        for stop in stops:
-            lab = lab_with(taught, tmp_path / name, "Stateful")
-            lab.session = StopsAt(stop)
-            with shortcuts(), pytest.raises(exp.Stopped):
-                do(lab, student(lab, "Stateful", "5x"))
-        lab = lab_with(taught, tmp_path / name, "Stateful")
-        with shortcuts():
-            records = do(lab, student(lab, "Stateful", "5x"))
-        notes = records["student_5x_Stateful_run1"].notes
+        notes = trained(taught, tmp_path / name, "Stateful", stops).notes
         assert notes == [expected] or (method is Late and name == "cut")
 
 
@@ -429,14 +433,7 @@ def test_sound_methods_are_left_in_peace(taught: Path, tmp_path: Path) -> None: 
     exp.register("Sound")(Sound)
     records = []
     for name, stops in (("whole", ()), ("cut", (5, 9))):
-        for stop in stops:
-            lab = lab_with(taught, tmp_path / name, "Sound")
-            lab.session = StopsAt(stop)
-            with shortcuts(), pytest.raises(exp.Stopped):
-                do(lab, student(lab, "Sound", "5x"))
-        lab = lab_with(taught, tmp_path / name, "Sound")
-        with shortcuts():
-            records.append(do(lab, student(lab, "Sound", "5x"))["student_5x_Sound_run1"])
+        records.append(trained(taught, tmp_path / name, "Sound", stops))
     assert Sound.made == len(Sound.cache) == 4, "what is only tried leaves nothing"
     assert records[0].notes == [] and repr(untimed(records[0])) == repr(untimed(records[1]))
 
