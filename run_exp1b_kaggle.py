@@ -1331,6 +1331,30 @@ def attention_weights(network: AttentionNetwork, logits: torch.Tensor) -> torch.
     return torch.cat([network(part) for part in logits.split(10_000, 1)])
 
 
+def judge_attention(
+    network: AttentionNetwork, logits: torch.Tensor, labels: torch.Tensor, teachers: Sequence[Network]
+) -> AttentionReport:
+    """How a fitted attention weights some images; its mixture beside uniform weights and single teachers."""
+
+    def judge(weights: torch.Tensor) -> tuple[float, float]:
+        """NLL and accuracy of the mixture with these weights."""
+        predicted = mixture(logits, weights, 1.0).argmax(1)
+        return mixture_nll(logits, weights, labels).item(), percent_correct(predicted, labels)
+
+    weights, count = attention_weights(network, logits), len(teachers)
+    single = [judge(torch.eye(count)[m].expand(len(labels), count)) for m in range(count)]
+    best = min(range(count), key=lambda m: single[m][0])
+    mixtures = {
+        "mixture": judge(weights),
+        "uniform": judge(uniform_weights(logits)),
+        "best_single": single[best],
+    }
+    nll = {f"nll_{name}": value for name, (value, _) in mixtures.items()}
+    accuracy = {f"accuracy_{name}": value for name, (_, value) in mixtures.items()}
+    mean, sd = weights.mean(0).tolist(), weights.std(0).tolist()
+    return AttentionReport(mean_weight=mean, weight_sd=sd, best_single=teachers[best], **nll, **accuracy)
+
+
 def fit_attention(
     experiment: Experiment, teachers: Sequence[Network]
 ) -> tuple[AttentionNetwork, dict[str, AttentionReport]]:
@@ -2037,8 +2061,6 @@ LEAST_PAIRS = 3  # for a verdict: two differences can lie close together by chan
 CSV_COLUMNS = """dataset compression ratio_nominal ratio_actual method run seed params macs teacher_accuracy
 val_accuracy test_accuracy retention test_nll test_ece epochs train_seconds images_per_second device precision
 status same_as weights_sha256""".split()
-
-
 MEASURES = ("test_accuracy", "val_accuracy", "retention", "test_nll", "test_ece")
 
 
@@ -2096,7 +2118,7 @@ def values_of(frame: pd.DataFrame, ratio: str, method: str, column: str = "test_
 def t_interval(values: Iterable[float]) -> tuple[float, float]:
     """95% t-interval of the mean; NaN where there are too few values, or no spread, for one."""
     array = np.asarray(list(values), dtype=float)
-    if len(array) < 2 or np.ptp(array) < SPREAD_LEAST:
+    if len(array) < LEAST_PAIRS or np.ptp(array) < SPREAD_LEAST:
         return math.nan, math.nan
     low, high = stats.ttest_1samp(array, 0.0).confidence_interval(1 - LEVEL)
     return float(low), float(high)
@@ -2133,7 +2155,6 @@ class Comparison:
 
     runs: tuple[int, ...] = ()
     differences: tuple[float, ...] = ()
-    unmatched: tuple[int, ...] = ()  # runs finished by one method only: not used
     mean: float = math.nan
     sd: float = math.nan
     low: float = math.nan  # 95% t-interval
@@ -2150,29 +2171,21 @@ class Comparison:
         return len(self.differences)
 
 
-def one_sample(values: Iterable[float], runs: Iterable[int], unmatched: Iterable[int] = ()) -> Comparison:
+def one_sample(values: Iterable[float], runs: Iterable[int]) -> Comparison:
     """Test the mean of per-run `values` against zero: t interval and p, power."""
     array = np.asarray(list(values), dtype=float)
-    known = Comparison(tuple(runs), tuple(map(float, array)), tuple(unmatched))
+    known = Comparison(tuple(runs), tuple(map(float, array)))
     if len(array) == 0:
         return known
     known = replace(known, mean=float(array.mean()))
-    if len(array) == 1:
-        return replace(known, no_interval="only one pair")
+    if len(array) < LEAST_PAIRS:
+        return replace(known, no_interval=f"fewer than {LEAST_PAIRS} pairs")
     if np.ptp(array) < SPREAD_LEAST:
         return replace(known, sd=0.0, no_interval="all differences are equal")
     sd, p = float(array.std(ddof=1)), float(stats.ttest_1samp(array, 0.0).pvalue)
     low, high = t_interval(array)
     known = replace(known, sd=sd, low=low, high=high, t_p=p, holm_p=p, no_interval="")
     return replace(known, detectable=sd * detectable_effect(len(array)), runs_needed=runs_needed(sd))
-
-
-def paired_comparison(treatment: Mapping[int, float], control: Mapping[int, float]) -> Comparison:
-    """Compare two methods, given as run number -> value. Runs of the same number are a pair."""
-    first, second = (pd.Series(dict(values), dtype=float).dropna() for values in (treatment, control))
-    runs = sorted(set(first.index) & set(second.index))
-    differences = first.loc[runs].to_numpy() - second.loc[runs].to_numpy()
-    return one_sample(differences, runs, sorted(set(first.index) ^ set(second.index)))
 
 
 def holm(p_values: Iterable[float]) -> list[float]:
@@ -2186,13 +2199,19 @@ def holm(p_values: Iterable[float]) -> list[float]:
 
 
 def compare_cells(frame: pd.DataFrame, ratio: str, treatment: str, control: str) -> Comparison:
-    """Test accuracies of two methods at one ratio. One training for both is no comparison."""
+    """Test accuracies of two methods at one ratio; runs of the same number are a pair.
+
+    One training for both is no comparison.
+    """
     first, second = (finished_runs(frame, ratio, method) for method in (treatment, control))
-    c = paired_comparison(first.test_accuracy.to_dict(), second.test_accuracy.to_dict())
-    if not c.n or any(first.weights_sha256[run] != second.weights_sha256[run] for run in c.runs):
+    runs = first.index.intersection(second.index).sort_values()
+    first, second = first.loc[runs], second.loc[runs]
+    differences = (first.test_accuracy - second.test_accuracy).dropna()
+    c = one_sample(differences, differences.index)
+    if not c.n or (first.weights_sha256 != second.weights_sha256).any():
         return c
     reason = "identical weights"
-    if all(first.same_as[run] or second.same_as[run] for run in c.runs):
+    if ((first.same_as != "") | (second.same_as != "")).all():
         reason = "identical by construction"
     return replace(c, no_interval=reason)
 
@@ -2226,18 +2245,17 @@ def trend_test(frame: pd.DataFrame, treatment: str = SUBJECT, control: str = BAS
     by_ratio = frame.groupby("compression")
     counted = by_ratio.ratio_actual.mean().fillna(by_ratio.ratio_nominal.mean())
     doublings = np.log2(counted.loc[list(done)].to_numpy(dtype=float))
-    table = pd.DataFrame({ratio: pd.Series(c.differences, index=c.runs) for ratio, c in done.items()})
-    complete = table.dropna()
-    slopes = [stats.linregress(doublings, row).slope for row in complete.to_numpy()]
-    return one_sample(slopes, complete.index, sorted(set(table.index) - set(complete.index)))
+    table = pd.DataFrame(
+        {ratio: pd.Series(c.differences, index=c.runs) for ratio, c in done.items()}
+    ).dropna()
+    slopes = [stats.linregress(doublings, row).slope for row in table.to_numpy()]
+    return one_sample(slopes, table.index)
 
 
 def verdict(c: Comparison) -> str:
     """ "better", "worse" (Holm-adjusted p below 5%), "not distinguishable", or why there is no verdict."""
     if c.no_interval.startswith("identical"):
         return c.no_interval
-    if 0 < c.n < LEAST_PAIRS:
-        return f"no verdict: fewer than {LEAST_PAIRS} pairs"
     if c.no_interval:
         return f"no verdict: {c.no_interval}"
     if c.holm_p < LEVEL:
@@ -2247,9 +2265,8 @@ def verdict(c: Comparison) -> str:
 
 def hypothesis(comparisons: Mapping[str, Comparison]) -> str:
     """Whether "HPM-KD beats Direct at >= 5x" holds (it is better at both 5x and 7x), with the verdicts."""
-    verdicts = {}
-    for ratio in ("5x", "7x"):
-        verdicts[ratio] = verdict(comparisons[ratio]) if ratio in comparisons else "no verdict: not planned"
+    unplanned = Comparison(no_interval="not planned")
+    verdicts = {ratio: verdict(comparisons.get(ratio, unplanned)) for ratio in ("5x", "7x")}
     detail = "; ".join(f"{ratio}: {text}" for ratio, text in verdicts.items())
     if all(text == "better" for text in verdicts.values()):
         return f"holds ({detail})"
@@ -2275,8 +2292,8 @@ COST_OF = {"teacher": "teacher", "assistant": "assistants", "pilot": "pilots", "
 def method_costs(run: Run, ratio: str | None = None) -> pd.DataFrame:
     """Device seconds per method (the index) as if it had been run alone, at all ratios or at one.
 
-    `students`: how many are finished. A page of teacher outputs counts once per method; `unshared` is what
-    the pages would cost if every job computed its own.
+    A page of teacher outputs counts once per method; `unshared` is what the pages would cost if every job
+    computed its own.
     """
     students: dict[str, list[Record]] = {}
     for record in run.records.values():
@@ -2360,10 +2377,9 @@ class Evidence:
     ratios: list[str]  # planned, smallest first
     methods: list[str]  # planned, of those that --methods takes, in order
     extra_methods: list[str]  # equal-cost and ablation arms, planned or present
-    twins: dict[tuple[str, str], str]  # (ratio, method) -> the method that it is a copy of, by construction
     pairs: dict[tuple[str, str], dict[str, Comparison]]  # (treatment, control) -> ratio -> comparison
     missing: list[str]  # such as "the teacher", "all of 7x", "5x: HPM-KD 2 of 3 runs"
-    drawn: frozenset[str] = frozenset()  # the figures that the report can show
+    teacher: Record | None  # the finished one
 
     @property
     def main(self) -> dict[str, Comparison]:
@@ -2379,11 +2395,6 @@ class Evidence:
     def ranked(self) -> bool:
         """Whether there are so many methods that they are a ranking."""
         return len(self.methods) > FEW_METHODS
-
-    @property
-    def teacher(self) -> Record | None:
-        """The finished teacher."""
-        return teacher_of(self.run)
 
     def ranking(self, ratio: str = "") -> list[str]:
         """The methods that have results, the best mean accuracy first: at a ratio, or over all of them."""
@@ -2410,17 +2421,6 @@ class Evidence:
             return ""
         return f"Shown of {len(self.methods)} methods: {listed(self.shown)}."
 
-    @cached_property
-    def looks(self) -> dict[str, Look]:
-        """Colour, marker and line of every method: its own, or a spare one if its colour is taken."""
-        looks: dict[str, Look] = {}
-        own = [method for method in self.methods if method in MAIN_METHODS]
-        for method in dict.fromkeys([*own, *self.shown, *self.methods]):
-            taken = {colour for colour, _, _ in looks.values()}
-            wanted = [METHODS[method].look, *SPARE_LOOKS, *(METHODS[name].look for name in MAIN_METHODS)]
-            looks[method] = next((look for look in wanted if look[0] not in taken), wanted[0])
-        return looks | {method: METHODS[method].look for method in self.extra_methods}
-
     def records(self, kind: str, method: str = "", ratio: str = "") -> list[Record]:
         """Records of finished jobs of a kind, all of them or those of a method or ratio."""
         found = [record for record in self.run.records.values() if record.done and record.kind == kind]
@@ -2435,12 +2435,9 @@ def gather_evidence(run: Run) -> Evidence:
     everything = in_order({*student_methods(settings), *frame.method})
     methods = [method for method in everything if METHODS[method].option == "methods"]
     extra_methods = [method for method in everything if method not in methods]
-    copies = frame[frame.same_as != ""]
-    twins = {(row.compression, row.method): row.same_as for row in copies.itertuples()}
     pairs = planned_pairs(frame, methods, ratios)
     missing = missing_parts(run, frame, ratios, everything)
-    drawn = frozenset(path.stem for path in (run.path / "figures").glob("*.png"))
-    return Evidence(run, frame, ratios, methods, extra_methods, twins, pairs, missing, drawn)
+    return Evidence(run, frame, ratios, methods, extra_methods, pairs, missing, teacher_of(run))
 
 
 def planned_pairs(
@@ -2455,10 +2452,8 @@ def planned_pairs(
     controls = (own or methods[:1]) if ranked else methods
     pairs: dict[tuple[str, str], dict[str, Comparison]] = {}
     for control in controls:
-        later = methods[methods.index(control) + 1 :]
-        families = [[method] for method in later]
-        if ranked:
-            families = [list(later)]
+        later = list(methods[methods.index(control) + 1 :])
+        families = [later] if ranked else [[method] for method in later]
         for family in families:
             wanted = [(ratio, method, control) for method in family for ratio in ratios]
             for (ratio, method, _), c in compare_all(frame, wanted).items():
@@ -2497,7 +2492,7 @@ FIGURE_STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "pdf.fonttype": 42,
 }
-RUNS_NOTE = f"Small markers: runs. Large: mean. Bars: 95% t-interval (from {LEAST_PAIRS} runs; arrow: cut)."
+RUNS_NOTE = f"Small markers: runs. Large: mean. Bars: 95% t-interval (from {LEAST_PAIRS} runs; no cap: cut)."
 PAIRS_NOTE = RUNS_NOTE.replace("runs", "pairs")
 CURVES_NOTE = "Thin lines: runs. Thick lines: mean."
 # What was expected before the experiment: test accuracy (%) of Direct and HPM-KD, and their difference (pp).
@@ -2514,32 +2509,24 @@ def prediction_applies(run: Run) -> bool:
 
 def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
     """A figure of `height` inches that belongs to no window, and its axes [rows, columns]."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(FIGURE_INCHES, height), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def finish_figure(
-    figure: Figure,
-    evidence: Evidence,
-    title: str,
-    note: str,
-    methods: Iterable[str] = (),
-    lines: bool = False,
+    figure: Figure, evidence: Evidence, title: str, note: str, methods: Iterable[str] = ()
 ) -> Figure:
-    """Add the title, the legend of `methods` (with their `lines`), the note, and what is missing."""
+    """Add the title, the legend of `methods`, the note, and what is missing."""
     from matplotlib.lines import Line2D
 
     handles: list[Any] = []
     for method in in_order(methods):
-        colour, marker, line = evidence.looks[method]
-        joined = line if lines else "none"
-        handles.append(Line2D([], [], label=method, color=colour, marker=marker, linestyle=joined))
+        colour, marker, line = METHODS[method].look
+        handles.append(Line2D([], [], label=method, color=colour, marker=marker, linestyle=line))
     options: dict[str, Any] = {"loc": "outside upper left", "alignment": "left", "borderpad": 0}
-    options |= {"handlelength": 2.8 if lines else 0.8, "columnspacing": 1.4}
+    options |= {"handlelength": 2.8, "columnspacing": 1.4}
     options |= {"title": title, "title_fontproperties": {"size": 9.5, "weight": "bold"}}
     for columns in (3, 2, 1):  # names are never cut: as many columns as there is room for
         legend = figure.legend(handles=handles, ncols=columns, **options)
@@ -2554,74 +2541,36 @@ def finish_figure(
     return figure
 
 
-class Marks:
-    """Draws runs, means and intervals of methods, and fits the axis of values to them."""
+def draw_row(
+    axis: Axes, place: float, values: Iterable[float], look: Look, most: float
+) -> tuple[float, float] | None:
+    """Draw the mean, with its interval if there is one, and the runs below it. Returns the interval.
 
-    def __init__(self, evidence: Evidence, *levels: float, horizontal: bool = False) -> None:
-        """`levels`: other values that the axis has to show, NaN for none. `horizontal`: it is the x-axis."""
-        self.looks = evidence.looks
-        self.points = [level for level in levels if math.isfinite(level)]
-        self.horizontal = horizontal
-        # Axis, place, colour, mean, low and high of each interval.
-        self.bars: list[tuple[Axes, float, str, float, float, float]] = []
-        self.methods: set[str] = set()  # that have been drawn
-
-    def draw(
-        self,
-        axis: Axes,
-        place: float,
-        width: float,
-        values: Iterable[float],
-        method: str,
-        span: tuple[float, float] = (-math.inf, math.inf),
-    ) -> None:
-        """Draw the mean, with its interval if there are LEAST_PAIRS runs, in the first half of a place, and
-        the runs in the second. `span`: the possible values."""
-        array = np.asarray(list(values), dtype=float)
-        if not len(array):
-            return
-        colour, marker, _ = self.looks[method]
-        style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "clip_on": False}
-        mean, (low, high) = float(array.mean()), t_interval(array)
-        self.points.extend(array)
-        self.methods.add(method)
-        if len(array) > 1:
-            spots = place + width * np.linspace(0.12, 0.42, len(array))
-            axis.plot(*self._xy(spots, array), **style, markersize=3, markeredgewidth=0, alpha=0.7)
-            place -= 0.26 * width
-        if len(array) >= LEAST_PAIRS and math.isfinite(low):
-            low, high = max(low, span[0]), min(high, span[1])
-            self.bars.append((axis, place, colour, mean, low, high))
-            error: dict[str, Any] = {"xerr" if self.horizontal else "yerr": [[mean - low], [high - mean]]}
-            axis.errorbar(*self._xy(place, mean), fmt="none", ecolor=colour, elinewidth=1, capsize=2, **error)
-        point = self._xy(place, mean)
-        axis.plot(*point, **style, markersize=6, markeredgecolor="white", markeredgewidth=0.5, zorder=3)
-
-    def _xy(self, place: Any, value: Any) -> tuple[Any, Any]:
-        return (value, place) if self.horizontal else (place, value)
-
-    def fit(self, axis: Axes, percent: bool) -> None:
-        """Set the limits; an unusually long interval is cut where a usual one would end, with an arrow."""
-        points = list(self.points)
-        if self.bars:
-            usual = float(np.median([high - low for *_, low, high in self.bars]))
-            points.extend(max(low, mean - usual) for *_, mean, low, _ in self.bars)
-            points.extend(min(high, mean + usual) for *_, mean, _, high in self.bars)
-        lowest, highest = limits(points, percent)
-        (axis.set_xlim if self.horizontal else axis.set_ylim)(lowest, highest)
-        arrows = ("<", ">") if self.horizontal else ("v", "^")
-        for panel, place, colour, _, low, high in self.bars:
-            for end, arrow, is_cut in (
-                (lowest, arrows[0], low < lowest),
-                (highest, arrows[1], high > highest),
-            ):
-                if is_cut:
-                    panel.plot(*self._xy(place, end), color=colour, marker=arrow, markersize=4, clip_on=False)
+    `most`: the largest possible accuracy, or infinite for differences.
+    """
+    array = np.asarray(list(values), dtype=float)
+    if not len(array):
+        return None
+    colour, marker, _ = look
+    style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "clip_on": False}
+    mean, (low, high) = float(array.mean()), t_interval(array)
+    if len(array) > 1:
+        places = place + np.linspace(0.12, 0.42, len(array))
+        axis.plot(array, places, **style, markersize=3, markeredgewidth=0, alpha=0.7)
+        place -= 0.26
+    axis.plot(mean, place, **style, markersize=6, markeredgecolor="white", markeredgewidth=0.5, zorder=3)
+    if math.isnan(low):
+        return None
+    if most < math.inf:
+        low, high = max(low, 0.0), min(high, most)
+    ends = [[mean - low], [high - mean]]
+    axis.errorbar(mean, place, xerr=ends, fmt="none", ecolor=colour, elinewidth=1, capsize=2)
+    return low, high
 
 
 def limits(points: Sequence[float], percent: bool) -> tuple[float, float]:
     """Limits of an axis of accuracies (`percent`) or differences; a smaller span would blow up mere noise."""
-    low, high = min(points), max(points)
+    low, high = np.nanmin(points), np.nanmax(points)
     least = 2.0 if percent else 1.0
     margin = max(0.06 * (high - low), (least - (high - low)) / 2)
     if percent:
@@ -2639,12 +2588,12 @@ def draw_by_ratio(evidence: Evidence, column: str) -> Figure | None:
         level = evidence.teacher.test_accuracy
     if column == "retention":
         title, level, most = "Share of the teacher's test accuracy (%)", 100.0, 1e4 / level
-    frame, ratios = evidence.frame, evidence.ratios
     rows: dict[tuple[str, str], Values] = {}
     for method in evidence.ranking():
-        rows[method, ""] = {ratio: values_of(frame, ratio, method, column) for ratio in ratios}
-    line = (level, f"teacher {level:.4g}%")
-    return draw_rows(evidence, rows, title, RUNS_NOTE, line, ratios, span=(0.0, most))
+        rows[method, ""] = {
+            ratio: values_of(evidence.frame, ratio, method, column) for ratio in evidence.ratios
+        }
+    return draw_rows(evidence, rows, title, RUNS_NOTE, level, most)
 
 
 def draw_rows(
@@ -2652,43 +2601,42 @@ def draw_rows(
     rows: Mapping[tuple[str, str], Values],
     title: str,
     note: str,
-    line: tuple[float, str],
-    headings: Iterable[str],
-    span: tuple[float, float] | None = None,
-    copies: Collection[tuple[str, str]] = (),
+    level: float = 0.0,
+    most: float = math.inf,
 ) -> Figure | None:
-    """Methods as rows, one panel per ratio under its heading, on one scale.
+    """Methods as rows, one panel per ratio, on one scale. `rows`: by method and what its label adds.
 
-    `rows`: by method and what its label adds. `line`: a value that is marked in every panel, and its name.
-    `span`: the possible accuracies; without it the values are differences. `copies`: (ratio, method) of those
-    that are the control itself, by construction.
+    `most`: the largest possible accuracy, and `level` the teacher's; without it the values are differences.
     """
     rows = {key: values for key, values in rows.items() if any(map(len, values.values()))}
     if not rows:
         return None
-    ratios, labels = evidence.ratios, [textwrap.fill(" ".join(key).strip(), 22) for key in rows]
+    ratios, percent = evidence.ratios, most < math.inf
+    labels = [textwrap.fill(" ".join(key).strip(), 22) for key in rows]
     height = 0.8 + 0.2 * len(ratios) + min(0.25 * len(ratios) * len(rows), 7.0)
     figure, axes = new_figure(height, len(ratios), sharex=True)
-    level, name = line
-    marks, style = Marks(evidence, level, horizontal=True), {"color": "black", "linewidth": 1.2}
-    if name:
+    style: dict[str, Any] = {"color": "black", "linewidth": 1.2}
+    if percent:
         style = {"color": "0.35", "linestyle": (0, (1, 1.2))}
-    for axis, ratio, heading in zip(axes[:, 0], ratios, headings, strict=True):
+    points, intervals = [level], []
+    for axis, ratio in zip(axes[:, 0], ratios, strict=True):
         axis.axvline(level, zorder=1.5, **style)
         for place, ((method, _), values) in enumerate(rows.items()):
-            if (ratio, method) in copies:
-                box = {"color": "white", "pad": 1}
-                axis.text(0, place, "same by construction", fontsize=6, ha="center", va="center", bbox=box)
-            else:
-                marks.draw(axis, place, 1.0, values[ratio], method, span or (-math.inf, math.inf))
-        axis.set_title(heading, loc="left")
+            intervals.append(draw_row(axis, place, values[ratio], METHODS[method].look, most))
+            points.extend(values[ratio])
+        axis.set_title(ratio, loc="left")
         axis.set(yticks=range(len(rows)), ylim=(len(rows) - 0.4, -0.6))
         axis.set_yticklabels(labels, linespacing=0.9)
+    known = [ends for ends in intervals if ends]
+    if known:  # an unusually long interval does not set the axis: it is cut where a usual one would end
+        usual = float(np.median([high - low for low, high in known]))
+        points += [max(low, (low + high) / 2 - usual) for low, high in known]
+        points += [min(high, (low + high) / 2 + usual) for low, high in known]
     top = axes[0, 0]
-    marks.fit(top, percent=span is not None)
-    if math.isfinite(level):
+    top.set_xlim(limits(points, percent))
+    if percent and math.isfinite(level):
         above = {"transform": top.get_xaxis_transform(), "ha": "center", "va": "bottom"}
-        top.text(level, 1.02, name, color="0.35", fontsize=7.5, **above)
+        top.text(level, 1.02, f"teacher {level:.4g}%", color="0.35", fontsize=7.5, **above)
     return finish_figure(figure, evidence, title, note)
 
 
@@ -2696,17 +2644,14 @@ def draw_differences(evidence: Evidence) -> Figure | None:
     """Paired differences from the first control by ratio, and the subject's from its rival."""
     if not evidence.pairs:
         return None
-    first, headings, note = evidence.controls[0], evidence.ratios, PAIRS_NOTE
+    first = evidence.controls[0]
     wanted = {(method, ""): (method, first) for method in evidence.ranking() if method != first}
     if first != RIVAL and (SUBJECT, RIVAL) in evidence.pairs:
         wanted[SUBJECT, f"minus {RIVAL}"] = (SUBJECT, RIVAL)
     rows: dict[tuple[str, str], Values] = {}
     for key, pair in wanted.items():
         rows[key] = {ratio: c.differences for ratio, c in evidence.pairs[pair].items()}
-    if evidence.main and prediction_applies(evidence.run):
-        headings = [f"{ratio} ({PREDICTION[ratio][2]:+.1f})" for ratio in headings]
-        note += f"\nIn brackets: {SUBJECT} minus {BASELINE} as it was predicted."
-    return draw_rows(evidence, rows, f"Test accuracy minus {first}'s (pp)", note, (0.0, ""), headings)
+    return draw_rows(evidence, rows, f"Test accuracy minus {first}'s (pp)", PAIRS_NOTE)
 
 
 def draw_curve(axis: Axes, records: Sequence[Record], column: str, look: Look) -> None:
@@ -2747,7 +2692,7 @@ def draw_learning(evidence: Evidence) -> Figure | None:
     for axis, ratio in zip(axes.flat, ratios, strict=False):
         for method in methods:
             runs = evidence.records("student", method, ratio)
-            draw_curve(axis, runs, "val_accuracy", evidence.looks[method])
+            draw_curve(axis, runs, "val_accuracy", METHODS[method].look)
         fit_epochs(axis, f"students {ratio}", percent=True)
     note = f"{CURVES_NOTE}\n{evidence.shown_note}"
     if teaching:
@@ -2760,7 +2705,7 @@ def draw_learning(evidence: Evidence) -> Figure | None:
     for axis in axes.flat[count:]:
         axis.remove()
     figure.supylabel("validation accuracy (%)", fontsize=8)
-    return finish_figure(figure, evidence, "Validation accuracy by epoch", note, methods, lines=True)
+    return finish_figure(figure, evidence, "Validation accuracy by epoch", note, methods)
 
 
 def teaching_networks(evidence: Evidence) -> dict[str, Record]:
@@ -2780,25 +2725,23 @@ def draw_costs(evidence: Evidence) -> Figure | None:
             totals[ratio] = total
     if not totals:
         return None
-    longest = max(total.max() for total in totals.values())
-    units = {"hours": 3600, "minutes": 60, "seconds": 1}
-    unit = next(name for name, size in units.items() if longest >= 1.5 * size or size == 1)
-    width = 0.1 * longest / units[unit]
     figure, axes = new_figure(1.1 + 1.2 * len(totals), len(totals), sharex=True)
-    drawn: set[str] = set()
     for axis, (ratio, total) in zip(axes[:, 0], totals.items(), strict=True):
-        marks, place = Marks(evidence), -math.inf
-        for method, cost in total.sort_values().items():
-            place = max(cost / units[unit], place + width)  # equal costs stand side by side
+        for method, cost in (total / 60).items():
             values = values_of(evidence.frame, ratio, method)
-            marks.draw(axis, place + 0.26 * width, width, values, method, (0.0, 100.0))
-        marks.fit(axis, percent=True)
-        drawn |= marks.methods
+            colour, marker, _ = METHODS[method].look
+            style: dict[str, Any] = {"color": colour, "linestyle": "none", "clip_on": False}
+            axis.plot([cost] * len(values), values, **style, marker="_", markersize=14)
+            axis.plot(cost, values.mean(), **style, marker=marker, markersize=6, markeredgecolor="white")
+        axis.set_ylim(limits([y for line in axis.lines for y in line.get_ydata()], percent=True))
         axis.set_title(ratio, loc="left")
         axis.spines.left.set_position(("outward", 6))
-    axes[-1, 0].set(xlim=(0, axes[-1, 0].get_xlim()[1]), xlabel=f"device time with all overheads ({unit})")
+    axes[-1, 0].set(
+        xlim=(0, axes[-1, 0].get_xlim()[1]), xlabel="device time of all runs with all overheads (minutes)"
+    )
     figure.supylabel("test accuracy (%)", fontsize=8)
-    note = f"{RUNS_NOTE}\n{evidence.shown_note}"
+    drawn = set().union(*(total.index for total in totals.values()))
+    note = f"Dashes: runs. Markers: mean.\n{evidence.shown_note}"
     return finish_figure(figure, evidence, "Test accuracy against computing time", note, drawn)
 
 
@@ -2822,7 +2765,7 @@ def draw_calibration(evidence: Evidence) -> Figure | None:
                 table = calibration_bins(evidence.run.logits[job], labels)
                 table = table[table.share * len(labels) >= 20]
                 style = {"linewidth": 0.6, "markersize": 3, "clip_on": False}
-                axis.plot(table.confidence, table.accuracy, ".-", color=evidence.looks[method][0], **style)
+                axis.plot(table.confidence, table.accuracy, ".-", color=METHODS[method].look[0], **style)
         error = values_of(evidence.frame, ratio, method, "test_ece").mean()
         name = f"{textwrap.fill(method, 14)}\n" if ratio == ratios[0] else ""
         if math.isfinite(error):
@@ -2842,7 +2785,7 @@ def draw_temperature(evidence: Evidence) -> Figure | None:
     ratios = [ratio for ratio in evidence.ratios if evidence.records("student", SUBJECT, ratio)]
     figure, axes = new_figure(2.2, 1, len(ratios), sharey=True)
     for axis, ratio in zip(axes[0], ratios, strict=True):
-        draw_curve(axis, evidence.records("student", SUBJECT, ratio), "temperature", evidence.looks[SUBJECT])
+        draw_curve(axis, evidence.records("student", SUBJECT, ratio), "temperature", METHODS[SUBJECT].look)
         fit_epochs(axis, ratio, percent=False)
     axes[0, 0].set(ylabel="temperature", ylim=limits(values, percent=False))
     return finish_figure(figure, evidence, f"{SUBJECT}'s temperature by epoch", CURVES_NOTE)
@@ -2850,13 +2793,12 @@ def draw_temperature(evidence: Evidence) -> Figure | None:
 
 def draw_ablation(evidence: Evidence) -> Figure | None:
     """Paired differences of the extra methods from the subject, one panel per ratio."""
-    copies = {key for key, twin in evidence.twins.items() if twin == SUBJECT}
     rows: dict[tuple[str, str], Values] = {}
     for method in evidence.extra_methods:
         found = {ratio: compare_cells(evidence.frame, ratio, method, SUBJECT) for ratio in evidence.ratios}
         rows[method, ""] = {ratio: c.differences for ratio, c in found.items()}
-    title = f"Other arms minus {SUBJECT}, test accuracy (pp)"
-    return draw_rows(evidence, rows, title, PAIRS_NOTE, (0.0, ""), evidence.ratios, copies=copies)
+    note = f"{PAIRS_NOTE}\nAll at 0: the same as {SUBJECT} by construction."
+    return draw_rows(evidence, rows, f"Other arms minus {SUBJECT}, test accuracy (pp)", note)
 
 
 FIGURES: dict[str, Callable[[Evidence], Figure | None]] = {
@@ -2871,18 +2813,15 @@ FIGURES: dict[str, Callable[[Evidence], Figure | None]] = {
 }
 
 
-def draw_figures(evidence: Evidence, folder: Path) -> list[Path]:
-    """Write the figures that have something to show as PNG and PDF; returns the PNG files."""
+def draw_figures(evidence: Evidence, folder: Path) -> None:
+    """Write the figures that have something to show as PNG and PDF."""
     import matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)
     defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
-    drawn = []
     with matplotlib.rc_context({**defaults, **FIGURE_STYLE}):
         for name, draw in FIGURES.items():
             figure = draw(evidence)
-            if figure is not None:
-                drawn.append(folder / f"{name}.png")
             for kind, left_out in (("png", "Software"), ("pdf", "CreationDate")):  # same data, same bytes
                 path, buffer = folder / f"{name}.{kind}", io.BytesIO()
                 if figure is None:
@@ -2890,11 +2829,9 @@ def draw_figures(evidence: Evidence, folder: Path) -> list[Path]:
                     continue
                 figure.savefig(buffer, format=kind, dpi=300, metadata={left_out: None})
                 write_atomic(path, buffer.getvalue())
-    return drawn
 
 
 # -- report: building blocks --------------------------------------------------------------------------------
-CLASSES_SHOWN = 20  # with more classes than this, only those that differ most
 PAPER = (
     "G. C. Haase and P. H. Dourado da Silva, *HPM-KD: Hierarchical Progressive Multi-Teacher Framework for "
     "Knowledge Distillation and Efficient Model Compression*, "
@@ -2908,15 +2845,13 @@ always goes on, and stays the choice unless the other finalist beats it by more 
 test accuracy is not."""
 ARMS_NOTE = f"""\
 Differences from {SUBJECT} over pairs of runs: below zero, {SUBJECT} is ahead. The p in the table is not
-adjusted: it only describes. {RIVAL} with averaged views is not among the arms: HPM-KD-no-chain comes nearest,
-with all that {SUBJECT} has beside its chain and attention."""
-EXTENSIONS_NOTE = (
-    "Decoupled soft targets (beta) and relations between the images of a batch (gamma) are this project's "
-    "additions to the paper's method."
-)
+adjusted: it only describes. A copy has the same configuration, weights and views by construction: it was not
+trained twice. {RIVAL} with averaged views is not among the arms: HPM-KD-no-chain comes nearest, with all that
+{SUBJECT} has beside its chain and attention."""
 EXTENSIONS = (
-    "Decoupled soft targets: Zhao et al., [arXiv 2203.08679](https://arxiv.org/abs/2203.08679), 2022. "
-    "Relations: Tung and Mori, [arXiv 1907.09682](https://arxiv.org/abs/1907.09682), 2019."
+    "Decoupled soft targets (beta; Zhao et al. 2022, [arXiv 2203.08679](https://arxiv.org/abs/2203.08679)) "
+    "and relations between the images of a batch (gamma; Tung and Mori 2019, [arXiv 1907.09682]"
+    "(https://arxiv.org/abs/1907.09682)) are this project's additions to the paper's method."
 )
 LIMITATIONS = """\
 - One teacher, one chain of assistants, one pilot per ratio: what others would change is not measured.
@@ -2937,33 +2872,27 @@ def bullets(items: Iterable[str]) -> str:
     return "\n".join(f"- {item}" for item in items if item)
 
 
-def filled_columns(rows: Rows) -> dict[str, list[str]]:
-    """The texts of a table's columns by title, without the columns that have no value in any row."""
-    columns = {}
-    for title in rows[0] if rows else ():
-        texts = [" ".join(str(row[title]).split()) for row in rows]
-        if set(texts) - {"", "n/a"}:
-            columns[title] = texts
-    return columns
+def filled_table(rows: Rows) -> pd.DataFrame:
+    """A table of texts, without the columns that have no value in any row."""
+    table = pd.DataFrame(rows).astype(str).replace(r"\s+", " ", regex=True)
+    return table.loc[:, ~table.isin(["", "n/a"]).all()]
 
 
 def markdown_table(rows: Rows) -> str:
     """A Markdown table; "" where there is nothing but the first column."""
-    columns = filled_columns(rows)
-    if len(columns) < 2:
+    table = filled_table(rows)
+    if len(table.columns) < 2:
         return ""
-    rule = []
-    for texts in columns.values():
-        numbers = all(re.match(r"[-+<\[]*\s?\d|n/a$|$", text) for text in texts)
-        alignment = "--:" if numbers else ":--"
-        rule.append(alignment)
-    lines = [list(columns), rule, *zip(*columns.values(), strict=True)]
+    numbers = [table[title].str.match(r"[-+<\[]*\s?\d|n/a$|$").all() for title in table]
+    rule = ["--:" if number else ":--" for number in numbers]
+    lines = [table.columns, rule, *table.to_numpy()]
     return "\n".join(f"| {' | '.join(text.replace('|', '&#124;') for text in line)} |" for line in lines)
 
 
 def embed(evidence: Evidence, name: str) -> str:
     """The figure, if it has been drawn."""
-    return f"![{name.replace('_', ' ')}](figures/{name}.png)" if name in evidence.drawn else ""
+    drawn = (evidence.run.path / "figures" / f"{name}.png").is_file()
+    return f"![{name.replace('_', ' ')}](figures/{name}.png)" if drawn else ""
 
 
 def number_text(value: float, form: str = ".2f") -> str:
@@ -2978,7 +2907,7 @@ def p_text(p: float) -> str:
 
 def interval_text(c: Comparison) -> str:
     """The 95% interval, such as "[-0.10, +0.42]"; "" where there are too few pairs for one."""
-    return "" if c.no_interval or c.n < LEAST_PAIRS else f"[{c.low:+.2f}, {c.high:+.2f}]"
+    return "" if c.no_interval else f"[{c.low:+.2f}, {c.high:+.2f}]"
 
 
 def difference_text(c: Comparison) -> str:
@@ -3001,7 +2930,7 @@ def mean_sd_text(
     if len(values) > 1:
         text += f" ± {number_text(values.std(), form)}"
     if 0 < len(values) < evidence.run.settings.runs:
-        text += f" ({len(values)})"
+        text += f" ({say_count(len(values), 'run')})"
     return text
 
 
@@ -3052,12 +2981,12 @@ def answer_sentence(evidence: Evidence) -> str:
     absent = [name for name in (SUBJECT, BASELINE) if name not in evidence.methods]
     clauses = [f"{name} is not among the methods of this run" for name in absent]
     sentence = ", ".join([*openings, "; ".join([*clauses, say_verdicts(evidence)])]) + "."
-    return sentence[0].upper() + sentence[1:] if openings else sentence
+    return sentence if sentence.startswith(tuple(METHODS)) else sentence[0].upper() + sentence[1:]
 
 
 def say_verdicts(evidence: Evidence) -> str:
     """What the subject's comparisons have shown, then those of the methods that it was not compared with."""
-    pairs, controls = evidence.pairs, evidence.controls
+    pairs = evidence.pairs
     if not pairs:
         return f"{listed(evidence.methods)} is the only method, so that there is nothing to compare"
     asked = {control: by_ratio for (method, control), by_ratio in pairs.items() if method == SUBJECT}
@@ -3066,15 +2995,11 @@ def say_verdicts(evidence: Evidence) -> str:
         if has_verdict(by_ratio):
             subject = "it" if clauses else SUBJECT
             clauses.append(say_comparison(subject, control, by_ratio))
-    for control in controls:
-        others = {}
-        for (method, other), by_ratio in pairs.items():
-            if other == control and method not in (SUBJECT, *asked) and has_verdict(by_ratio):
-                others[method] = by_ratio
-        if len(others) == 1:
-            clauses += [say_comparison(method, control, by_ratio) for method, by_ratio in others.items()]
-        elif others:
-            clauses.append(say_who_beats(control, others))
+    others: dict[str, dict[str, dict[str, Comparison]]] = {}
+    for (method, control), by_ratio in pairs.items():
+        if method not in (SUBJECT, *asked) and has_verdict(by_ratio):
+            others.setdefault(control, {})[method] = by_ratio
+    clauses += [say_who_beats(control, found) for control, found in others.items()]
     if clauses and evidence.ranked:
         clauses.append(say_best(evidence))
     if clauses:
@@ -3107,6 +3032,8 @@ def say_comparison(treatment: str, control: str, by_ratio: Mapping[str, Comparis
 
 def say_who_beats(control: str, others: Mapping[str, Mapping[str, Comparison]]) -> str:
     """Which methods beat a control, such as "A and B beat Direct at every ratio, C at 7x"."""
+    if len(others) == 1:
+        return say_comparison(next(iter(others)), control, next(iter(others.values())))
     found: dict[tuple[str, ...], list[str]] = {}
     for method, by_ratio in others.items():
         ratios = tuple(ratio for ratio, c in by_ratio.items() if verdict(c) == "better")
@@ -3171,9 +3098,7 @@ def say_rule(evidence: Evidence) -> str:
     """What a verdict needs, and how large the families of comparisons are."""
     family = "the ratios"
     if evidence.ranked:
-        sizes = dict.fromkeys(evidence.controls, 0)
-        for (_, control), by_ratio in evidence.pairs.items():
-            sizes[control] += len(by_ratio)
+        sizes = collections.Counter(control for _, control in evidence.pairs for ratio in evidence.ratios)
         family = listed(f"{size} comparisons with {control}" for control, size in sizes.items())
     return (
         f"Verdicts need {LEAST_PAIRS} pairs of runs and a p below {LEVEL:.0%} in the paired t-test, "
@@ -3210,36 +3135,15 @@ def main_table(evidence: Evidence) -> Rows:
 
 
 def say_subject(evidence: Evidence) -> str:
-    """What HPM-KD was at each ratio."""
+    """What HPM-KD was at each ratio; who taught it is told with the pilots."""
     found: dict[str, list[str]] = {}
-    weights = []
     for ratio in evidence.ratios:
         for student in evidence.records("student", SUBJECT, ratio)[:1]:  # all runs have one configuration
-            config = cast(Distillation, student.config)
-            text = say_config(config)
-            if "train" in student.attention:
-                text = say_loss(config)
-                weights.append(f"{say_weights(student, 'train')} (at {ratio})")
-            found.setdefault(text, []).append(ratio)
+            found.setdefault(say_loss(cast(Distillation, student.config)), []).append(ratio)
     if not found:
         return ""
     what = "; ".join(f"{text} at {listed(ratios)}" for text, ratios in found.items())
-    said = f"What {SUBJECT} was: {what}."
-    if "beta" in what or "gamma" in what:
-        said += f" {EXTENSIONS_NOTE}"
-    if weights:
-        weighed = (
-            "Its teachers (1.5x, 2.3x and 5x are assistants), with their mean weights on training images"
-        )
-        said += f" {weighed}: {'; '.join(weights)}."
-    return said
-
-
-def say_weights(student: Record, part: str) -> str:
-    """The attention's mean weight per teacher on some images, such as "teacher 0.71, 1.5x 0.29"."""
-    teachers = cast(Distillation, student.config).teachers
-    weights = zip(teachers, student.attention[part].mean_weight, strict=True)
-    return ", ".join(f"{name} {weight:.2f}" for name, weight in weights)
+    return f"What {SUBJECT} was: {what}. {EXTENSIONS}"
 
 
 def say_costs(evidence: Evidence) -> str:
@@ -3262,8 +3166,8 @@ def say_reservations(evidence: Evidence) -> str:
         parts.append(f"Premise not met at {listed(unmet)}: the teacher is no better than {BASELINE}.")
     guessing = at_chance(evidence)
     if guessing:
-        named = listed(guessing) if len(guessing) <= 3 else f"{len(guessing)} networks (see Notes)"
-        parts.append(f"At chance level, no better than guessing: {named}.")
+        count = say_count(len(guessing), "network")
+        parts.append(f"At chance level, no better than guessing: {count} (see Notes).")
     return " ".join(parts)
 
 
@@ -3275,18 +3179,26 @@ def at_chance(evidence: Evidence) -> list[str]:
 
 # -- report: sections ---------------------------------------------------------------------------------------
 def report_results(evidence: Evidence) -> str:
-    """Retention and networks, with their figures."""
+    """What the students keep and how good their probabilities are, learning curves; the networks."""
     if not evidence.records("student"):
         return ""
     rows: Rows = []
-    for method in evidence.methods:
-        kept = {ratio: mean_sd_text(evidence, ratio, method, "retention") for ratio in evidence.ratios}
-        rows.append({"Method": method, **kept})
+    for ratio, method in itertools.product(evidence.ratios, evidence.methods):
+        row = {"Ratio": ratio, "method": method}
+        row["retention (%)"] = mean_sd_text(evidence, ratio, method, "retention")
+        row["NLL (nats)"] = mean_sd_text(evidence, ratio, method, "test_nll", ".3f")
+        row["ECE (fraction)"] = mean_sd_text(evidence, ratio, method, "test_ece", ".3f")
+        rows.append(row)
     return paragraphs(
         "## Results",
-        "The share of the teacher's test accuracy that the students keep (%):",
+        "On the test images: the share of the teacher's accuracy that is kept (retention), negative "
+        "log-likelihood (NLL) and expected calibration error (ECE, 15 equal-width bins); of the last two "
+        "less is better.",
         markdown_table(rows),
         embed(evidence, "retention_analysis"),
+        embed(evidence, "calibration"),
+        "Validation accuracies are those of `select`, held-out training images.",
+        embed(evidence, "learning_curves"),
         "The networks (assistants teach beside the teacher). Ratios are counted: parameters of the teacher / "
         "those of the network. Latency is rough: the median of a few passes on the device that trained them.",
         network_table(evidence),
@@ -3316,50 +3228,39 @@ def network_table(evidence: Evidence) -> str:
 def report_statistics(evidence: Evidence) -> str:
     """Paired comparisons, hypothesis, trend."""
     rows: Rows = []
-    unmatched, claims = [], []
+    claims = []
     for (treatment, control), by_ratio in evidence.pairs.items():
         for ratio, c in by_ratio.items():
             name = f"{treatment} minus {control}"
             if c.n:
-                rows.append(comparison_row(name, ratio, c))
-            if c.unmatched:
-                unmatched.append(f"{name} at {ratio}: run {listed(c.unmatched)}")
+                row = {"Comparison": name, "ratio": ratio, "pairs": c.n, "mean": number_text(c.mean, "+.2f")}
+                row |= {"95% interval": interval_text(c), "p": p_text(c.t_p), "p (Holm)": p_text(c.holm_p)}
+                rows.append(row | {"detectable": number_text(c.detectable), "verdict": short_verdict(c)})
     if not rows:
         return ""
     if evidence.main and has_verdict(*evidence.pairs.values()):
         claims = [
-            f"Detectable: the true difference that so many pairs find with probability {POWER:g}.",
             f"The hypothesis that {SUBJECT} beats {BASELINE} at 5x and above {hypothesis(evidence.main)}.",
             f"{SUBJECT}'s advantage over {BASELINE} {say_trend(trend_test(evidence.frame))}.",
         ]
     table = [markdown_table(rows)]
     if evidence.ranked:
         table = [f"<details><summary>All {len(rows)} comparisons</summary>", *table, "</details>"]
+    if has_verdict(*evidence.pairs.values()):
+        table.append(f"Detectable: the true difference that so many pairs find with probability {POWER:g}.")
     return paragraphs(
         "## Statistics",
         "Differences of test accuracy (pp) between runs of the same number, taken before rounding:",
         *table,
-        f"Without a partner and not used: {'; '.join(unmatched)}." if unmatched else "",
         *claims,
         embed(evidence, "hpmkd_vs_direct"),
     )
 
 
-def comparison_row(name: str, ratio: str, c: Comparison) -> dict[str, Any]:
-    """What the table of comparisons says about one."""
-    row = {"Comparison": name, "ratio": ratio, "pairs": c.n, "mean": number_text(c.mean, "+.2f")}
-    tested = {"95% interval": "n/a", "p": "n/a", "p (Holm)": "n/a", "detectable": "n/a"}
-    if interval_text(c):
-        tested = {"95% interval": interval_text(c), "p": p_text(c.t_p), "p (Holm)": p_text(c.holm_p)}
-        tested["detectable"] = number_text(c.detectable)
-    return row | tested | {"verdict": short_verdict(c)}
-
-
 def say_trend(trend: Comparison) -> str:
     """How a difference moves with the ratio, to follow "the advantage"."""
-    if not interval_text(trend):
-        reason = trend.no_interval or f"fewer than {LEAST_PAIRS} complete runs"
-        return f"has no measurable trend over the ratio ({reason})"
+    if trend.no_interval:
+        return f"has no measurable trend over the ratio ({trend.no_interval})"
     words = {"better": "grows with", "worse": "shrinks with"}
     word = words.get(verdict(trend), "has no distinguishable trend over")
     return f"{word} the compression ratio ({difference_text(trend)} pp per doubling, p {p_text(trend.t_p)})"
@@ -3375,8 +3276,7 @@ def report_prediction(evidence: Evidence) -> str:
         inside = "n/a"
         if interval_text(c):
             inside = "yes" if c.low <= gain <= c.high else "no"
-        row = {"Ratio": ratio, f"predicted {BASELINE}": f"{baseline:.1f}"}
-        row |= {f"predicted {SUBJECT}": f"{subject:.1f}"}
+        row = {"Ratio": ratio, f"predicted {BASELINE}": baseline, f"predicted {SUBJECT}": subject}
         row |= {"predicted difference": f"{gain:+.1f}", "measured difference": difference_text(c)}
         rows.append(row | {"interval contains the prediction": inside})
     return paragraphs(
@@ -3384,50 +3284,6 @@ def report_prediction(evidence: Evidence) -> str:
         "What was expected before anything was measured (%, pp), beside what was found:",
         markdown_table(rows),
     )
-
-
-def report_beyond_accuracy(evidence: Evidence) -> str:
-    """Likelihood, calibration, learning curves; accuracy per class."""
-    if not evidence.records("student"):
-        return ""
-    rows: Rows = []
-    for ratio, method in itertools.product(evidence.ratios, evidence.methods):
-        row = {"Ratio": ratio, "method": method}
-        row["NLL (nats)"] = mean_sd_text(evidence, ratio, method, "test_nll", ".3f")
-        row["ECE (fraction)"] = mean_sd_text(evidence, ratio, method, "test_ece", ".3f")
-        rows.append(row)
-    return paragraphs(
-        "## Beyond accuracy",
-        "How good the predicted probabilities are: negative log-likelihood (NLL) and expected calibration "
-        "error (ECE, 15 equal-width bins) on the test images; lower is better.",
-        markdown_table(rows),
-        embed(evidence, "calibration"),
-        "Validation accuracies are those of `select`, held-out training images.",
-        embed(evidence, "learning_curves"),
-        report_classes(evidence),
-    )
-
-
-def report_classes(evidence: Evidence) -> str:
-    """Accuracy per class: mean over runs, and over the ratios at which every method has students."""
-    means: dict[str, list[np.ndarray]] = {method: [] for method in evidence.shown}
-    for ratio in evidence.ratios:
-        groups = {method: evidence.records("student", method, ratio) for method in evidence.shown}
-        if all(groups.values()):
-            for method, group in groups.items():
-                means[method].append(np.mean([record.test_class_accuracy for record in group], axis=0))
-    if not all(means.values()):
-        return ""
-    table = pd.DataFrame({method: np.mean(values, axis=0) for method, values in means.items()})
-    classes = evidence.run.index.data.classes
-    shown = (table.max(axis=1) - table.min(axis=1)).nlargest(CLASSES_SHOWN).sort_index().index
-    rows: Rows = []
-    for number in shown:
-        accuracies = {method: number_text(value, ".1f") for method, value in table.loc[number].items()}
-        rows.append({"Class": classes[number], **accuracies})
-    which = f", the {len(rows)} of {len(classes)} that differ most" if len(rows) < len(classes) else ""
-    title = f"### Accuracy per class (%, mean over ratios and runs{which})"
-    return paragraphs(title, evidence.shown_note, markdown_table(rows))
 
 
 def report_costs(evidence: Evidence) -> str:
@@ -3466,7 +3322,7 @@ def report_choices(evidence: Evidence) -> str:
         texts.append(f"**{pilot.method} at {pilot.compression}: {chosen}.** Reason: {pilot.reason}.")
         texts += ["<details><summary>All candidates</summary>", candidate_table(pilot), "</details>"]
     figure = embed(evidence, "temperature")
-    return paragraphs(f"## What {SUBJECT} chose", PILOTS_NOTE, *texts, figure, report_attention(evidence))
+    return paragraphs("## What the pilots chose", PILOTS_NOTE, *texts, figure, report_attention(evidence))
 
 
 def candidate_table(pilot: Record) -> str:
@@ -3493,38 +3349,19 @@ def candidate_table(pilot: Record) -> str:
     return markdown_table(rows)
 
 
-def judge_attention(
-    network: AttentionNetwork, logits: torch.Tensor, labels: torch.Tensor, teachers: Sequence[Network]
-) -> AttentionReport:
-    """How a fitted attention weights some images; its mixture beside uniform weights and single teachers."""
-
-    def judge(weights: torch.Tensor) -> tuple[float, float]:
-        """NLL and accuracy of the mixture with these weights."""
-        predicted = mixture(logits, weights, 1.0).argmax(1)
-        return mixture_nll(logits, weights, labels).item(), percent_correct(predicted, labels)
-
-    weights, count = attention_weights(network, logits), len(teachers)
-    single = [judge(torch.eye(count)[m].expand(len(labels), count)) for m in range(count)]
-    best = min(range(count), key=lambda m: single[m][0])
-    mixtures = {
-        "mixture": judge(weights),
-        "uniform": judge(uniform_weights(logits)),
-        "best_single": single[best],
-    }
-    nll = {f"nll_{name}": value for name, (value, _) in mixtures.items()}
-    accuracy = {f"accuracy_{name}": value for name, (_, value) in mixtures.items()}
-    mean, sd = weights.mean(0).tolist(), weights.std(0).tolist()
-    return AttentionReport(mean_weight=mean, weight_sd=sd, best_single=teachers[best], **nll, **accuracy)
-
-
 def report_attention(evidence: Evidence) -> str:
     """Attention's weights, and whether its mixture beats uniform weights and the best teacher."""
     rows: Rows = []
+    shares = []
     won: dict[str, list[str]] = {"uniform weights": [], "the best single teacher": []}
     for ratio in evidence.ratios:
         for student in evidence.records("student", SUBJECT, ratio)[:1]:  # fitted once for all runs of a ratio
             for part, a in student.attention.items():
-                row = {"Ratio": ratio, "images": part, "mean weights": say_weights(student, part)}
+                teachers = cast(Distillation, student.config).teachers
+                weights = zip(teachers, a.mean_weight, a.weight_sd, strict=True)
+                shown = ", ".join(f"{name} {mean:.2f} ± {sd:.2f}" for name, mean, sd in weights)
+                shares.append(f"{ratio}, `{part}`: {shown}")
+                row = {"Ratio": ratio, "images": part}
                 row["attention"] = f"{a.nll_mixture:.3f} ({a.accuracy_mixture:.2f}%)"
                 row["uniform"] = f"{a.nll_uniform:.3f} ({a.accuracy_uniform:.2f}%)"
                 row["best single"] = f"{a.nll_best_single:.3f} ({a.accuracy_best_single:.2f}%)"
@@ -3542,6 +3379,8 @@ def report_attention(evidence: Evidence) -> str:
         "Attention weights the soft targets of the teachers, image by image. `select` shows whether it "
         "helps: it was not fitted on these images; the teachers have memorised those of `train`.",
         f"On `select` its mixture beats (has a lower NLL than) {found}.",
+        "The weights, mean ± sd over the images:",
+        bullets(shares),
         "NLL in nats (and accuracy) of the mixtures and of the best single teacher:",
         markdown_table(rows),
     )
@@ -3552,12 +3391,11 @@ def report_arms(evidence: Evidence) -> str:
     rows: Rows = []
     for method, ratio in itertools.product(evidence.extra_methods, evidence.ratios):
         c = compare_cells(evidence.frame, ratio, method, SUBJECT)
-        twin = evidence.twins.get((ratio, method))
-        epochs = values_of(evidence.frame, ratio, method, "epochs").mean()
+        done = finished_runs(evidence.frame, ratio, method)
         row = {"Arm": method, "ratio": ratio, "accuracy (%)": mean_sd_text(evidence, ratio, method)}
-        row |= {"epochs": number_text(epochs, ".0f"), f"minus {SUBJECT} (pp)": difference_text(c)}
-        row["p"] = p_text(c.t_p) if interval_text(c) else "n/a"
-        row["remark"] = f"copy of {twin}" if twin else ""
+        row |= {"epochs": number_text(done.epochs.mean(), ".0f"), f"minus {SUBJECT} (pp)": difference_text(c)}
+        row["p"] = p_text(c.t_p)
+        row["remark"] = listed(f"copy of {twin}" for twin in done.same_as.unique() if twin)
         rows.append(row)
     if not rows:
         return ""
@@ -3567,18 +3405,14 @@ def report_arms(evidence: Evidence) -> str:
             found = compare_methods(evidence.frame, SUBJECT, control, evidence.ratios)
             if has_verdict(found):
                 verdicts.append(say_comparison(SUBJECT, control, found))
-    said = (
-        f"**{'; '.join(verdicts)}** (p below {LEVEL:.0%}, Holm-adjusted over the ratios)." if verdicts else ""
-    )
-    copies = "A copy has the same configuration, weights and views by construction: it was not trained twice."
+    said = f"**{'; '.join(verdicts)}** (p below {LEVEL:.0%}, Holm-adjusted over the ratios)."
     return paragraphs(
         "## Ablation and equal cost",
         f"What {SUBJECT} is without each of its parts, and what its controls reach.",
-        said,
+        said if verdicts else "",
         bullets(f"{method}: {METHODS[method].about}." for method in evidence.extra_methods),
         ARMS_NOTE,
         markdown_table(rows),
-        copies if evidence.twins else "",
         embed(evidence, "ablation"),
     )
 
@@ -3683,7 +3517,6 @@ SECTIONS: tuple[Callable[[Evidence], str], ...] = (
     report_results,
     report_statistics,
     report_prediction,
-    report_beyond_accuracy,
     report_costs,
     report_choices,
     report_arms,
@@ -3695,11 +3528,11 @@ SECTIONS: tuple[Callable[[Evidence], str], ...] = (
 
 def write_outputs(run: Run, figures: bool) -> None:
     """Rewrite tables and report from what is finished; with `figures` these too, which takes seconds."""
+    evidence = gather_evidence(run)
     try:
         if figures:
-            draw_figures(gather_evidence(run), run.path / "figures")
+            draw_figures(evidence, run.path / "figures")
     finally:  # a figure that cannot be drawn costs no table
-        evidence = gather_evidence(run)
         files = {
             "results.csv": evidence.frame[CSV_COLUMNS].to_csv(index=False),
             "summary.csv": summary_table(evidence).to_csv(index=False),
@@ -3716,28 +3549,25 @@ def summary_table(evidence: Evidence) -> pd.DataFrame:
     wanted = {"n": ("test_accuracy", "count")}
     for measure in MEASURES:
         wanted |= {f"{measure}_mean": (measure, "mean"), f"{measure}_sd": (measure, "std")}
-    cells = pd.MultiIndex.from_product([methods, evidence.ratios], names=["method", "compression"])
-    done = frame[frame.status == "done"].groupby(["method", "compression"])
+    cells = pd.MultiIndex.from_product([evidence.ratios, methods], names=["compression", "method"])
+    done = frame[frame.status == "done"].groupby(["compression", "method"])
     table = done.agg(**wanted).reindex(cells)
     table["n"] = table.n.fillna(0).astype(int)
 
     endings = {"": "mean", "_low": "low", "_high": "high", "_p": "t_p", "_p_holm": "holm_p"}
-    for control in MAIN_METHODS:
-        for method in methods:
+    for method, control in itertools.product(methods, MAIN_METHODS):
+        if method != control and (control, method) not in evidence.pairs:  # no test is told twice
             by_ratio = evidence.pairs.get((method, control))
             by_ratio = by_ratio or compare_methods(frame, method, control, evidence.ratios)
             for ratio, c in by_ratio.items():
-                if method == control:
-                    c = Comparison()
                 for ending, name in endings.items():
-                    table.loc[(method, ratio), f"minus_{control.lower()}{ending}"] = getattr(c, name)
-    table = table.reset_index().round(6)
-    return table[["compression", *table.columns.drop("compression")]]
+                    table.loc[(ratio, method), f"minus_{control.lower()}{ending}"] = getattr(c, name)
+    return table.reset_index().round(6)
 
 
 def latex_table(evidence: Evidence) -> str:
     """The main table for LaTeX (booktabs), with a comment that says what it shows and what is missing."""
-    table = pd.DataFrame(filled_columns(main_table(evidence)))
+    table = filled_table(main_table(evidence))
     for title in table.columns[2:]:
         signed = table[title].str.replace(r"[-+](?=\d)", r"$\g<0>$", regex=True)
         table[title] = signed.str.replace("±", r"$\pm$")
