@@ -105,6 +105,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.transforms.v2 import Normalize
 from tqdm import tqdm
 
 if typing.TYPE_CHECKING:
@@ -1118,9 +1119,9 @@ class Experiment:
     def infer(self, network: nn.Module, images: torch.Tensor) -> torch.Tensor:
         """Output float32 for normalised images in eval mode; out of memory, half of them at a time."""
         try:
-            with out_of_memory_alike(), self.autocast():
+            with self.autocast():
                 return cast(torch.Tensor, network(images).float())
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
             make_room(len(images), 1, error)
         half = len(images) // 2
         return torch.cat([self.infer(network, images[:half]), self.infer(network, images[half:])])
@@ -1152,7 +1153,10 @@ class DescribedNetwork(nn.Module):
         self.network(images)
         features, few = self.seen_by(method), min(4, len(images))
         with torch.autocast(images.device.type, enabled=False), blamed_on(method, "describe"):
+            versions = [found._version for found in features.values()]
             together = method.describe(features)
+            if versions != [found._version for found in features.values()]:
+                raise MethodFailed("it changes the features, which others see, too: let it change a clone")
             each = [{stage: found[i : i + 1] for stage, found in features.items()} for i in range(few)]
             alone = torch.cat([method.describe(one) for one in each])
             check_description(together, alone, images)
@@ -1182,6 +1186,10 @@ class TeacherOutputs:
         self._refused: dict[str, MethodFailed] = {}  # description -> why it cannot be kept
         self.attentions: dict[tuple[str, ...], tuple[AttentionNetwork, dict[str, AttentionReport]]] = {}
 
+    def clock(self) -> float:
+        """Seconds of a clock that stands still while outputs are computed or waited for."""
+        return time.perf_counter() - self.seconds
+
     def page(self, teachers: Sequence[Network], page: int, part: str = "logits") -> torch.Tensor:
         """What these teachers say of a page, fp16: logits [M, N, C] or a description [M, N, D]."""
         parts = [self._part(job, page, part) for job in self._jobs(teachers)]
@@ -1189,14 +1197,12 @@ class TeacherOutputs:
 
     def descriptions(self, method: type[Method], teachers: Sequence[Network], page: int) -> torch.Tensor:
         """A method's descriptions for a page: fp16 [N, D] of one teacher, [M, N, D] of several."""
-        width = self.experiment.settings.width
-        key = description_key(method, width)
-        for job in self._jobs(teachers):
-            self._network(job)
+        key = description_key(method, self.experiment.settings.width)
+        networks = [self._network(job) for job in self._jobs(teachers)]
         if key in self._refused:
             raise self._refused[key]
         with blamed_on(method, "describe"):
-            sizes = [describe_noise(method, teacher, width).shape[1] for teacher in teachers]
+            sizes = [network.sizes[key] for network in networks]
             if len(set(sizes)) != 1:
                 raise MethodFailed(f"{listed(sizes) or 'no'} numbers of {listed(teachers) or 'no teacher'}")
             found = self.page(teachers, page, key)
@@ -1482,7 +1488,7 @@ def run_pilot(experiment: Experiment, job: Job, record: Record) -> Record:
                 log.warning("%s is out: %s", training.name, error)
                 correct = torch.zeros_like(split.labels, dtype=torch.bool)
             trials[key] = {"correct": correct.cpu(), "seconds": training.seconds}
-            save_progress(run, path, {"fingerprint": whole, "trials": trials})
+            run.save_progress(path, {"fingerprint": whole, "trials": trials})
             training.path.unlink(missing_ok=True)  # what was to be done with the network has been done
         return cast(np.ndarray, trials[key]["correct"].numpy())
 
@@ -1618,12 +1624,13 @@ class Training:
         return self.model
 
     def _epoch(self, epoch: int) -> None:
-        watch, method = Stopwatch(self.experiment.outputs), self.method
+        clock, method = self.experiment.outputs.clock, self.method
+        started = clock()
         self.start_epoch(method, epoch)
-        prepared = watch.seconds
+        prepared = clock() - started
         if self.guard:
             self.guard.find_state(epoch)
-        watch = Stopwatch(self.experiment.outputs)
+        started = clock()
         loss = self._train_epoch(epoch)
         if self.scaler.get_scale() < self.SMALLEST_SCALE:
             raise Diverged("gradients are not finite again and again: try --precision fp32 in a new run")
@@ -1631,7 +1638,7 @@ class Training:
             self.guard.check()
         split = self.experiment.images.select
         accuracy = percent_correct(self.experiment.predict(self.model, split).argmax(1), split.labels)
-        seconds = prepared + watch.seconds
+        seconds = prepared + clock() - started
         self.seconds += seconds
         last_step = min((epoch + 1) * self.steps_per_epoch, self.steps) - 1
         rate = learning_rate(last_step, self.steps, self.experiment.settings.lr)
@@ -1701,12 +1708,11 @@ class Training:
         """One optimizer step on the images `index`; out of memory, again with half the micro-batch."""
         while True:
             try:
-                with out_of_memory_alike():
-                    loss = self._gradients(index, page)
+                loss = self._gradients(index, page)
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
                 return loss
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
                 make_room(self.micro_batch, self.SMALLEST_MICRO_BATCH, error)
                 self.micro_batch = (self.micro_batch + 1) // 2
                 log.warning(
@@ -1734,7 +1740,7 @@ class Training:
 
     def save(self) -> None:
         """Write the checkpoint in progress."""
-        save_training(self)
+        self.experiment.run.save_progress(self.path, self.content())
         self._saved, self._unsaved = time.monotonic(), False
 
     def momentum(self) -> dict[str, torch.Tensor]:
@@ -1770,9 +1776,9 @@ def do_job(experiment: Experiment, job: Job) -> None:
         return
 
     epochs = int(job_epochs(job, settings, run.index.equal_cost_epochs))
-    watch = Stopwatch(experiment.outputs)
+    started = experiment.outputs.clock()
     method = make_method(experiment, job, record.config, page_order(settings.seed, job.page_run, epochs))
-    prepared = watch.seconds
+    prepared = experiment.outputs.clock() - started
     steps = epochs * (len(experiment.images) // settings.batch_size)
     training = Training(experiment, job, job.name, steps, method)
     network = training.run()
@@ -1784,7 +1790,6 @@ def do_job(experiment: Experiment, job: Job) -> None:
         notes=notes_on(training),
         images_per_second=speed,
         attention=method.attention_report,
-        finished=now(),
     )
     run.save_result(job, *evaluate(experiment, network, record))
 
@@ -3603,7 +3608,7 @@ def write_archive(run: Run) -> None:
 # Part 3: the run
 # ============================================================================================================
 # It keeps what has been done, whatever ends the process, and shares the work among processes.
-# It knows the jobs of part 1 by their names and records; it decides no number.
+# It knows the jobs of part 1, their records and their trainings in progress; it decides no number.
 
 
 # -- files --------------------------------------------------------------------------------------------------
@@ -3624,31 +3629,25 @@ def write_atomic(path: Path, payload: bytes) -> None:
     try:
         with open(temporary, "wb") as file:
             file.write(payload)
-        sync(temporary, os.O_RDWR)
+            file.flush()
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in NO_FSYNC:
+                    raise
+                warn_once("the file system has no fsync: what is written could be lost in a power failure")
         os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # Windows cannot open a folder
-            sync(path.parent, os.O_RDONLY)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if error.errno in NO_ROOM:
-            size = say_bytes(len(payload))
-            raise DiskFull(f"no room to write {path.name} ({size}) in {path.parent}") from None
-        reason = error.strerror or error
-        raise UsageError(f"cannot write {path} ({reason}): mend that, then continue with --resume") from None
+        raise refused(f"write {path}", error, "mend that, then continue with --resume") from None
 
 
-def sync(path: Path, flags: int) -> None:
-    """Have a file or folder on the disk; a file system that cannot do that gets one warning."""
-    handle = os.open(path, flags)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in NO_FSYNC:
-            raise
-        warn_once("the file system has no fsync: a power failure, but no crash, could lose what is written")
-    finally:
-        os.close(handle)
+def refused(what: str, error: OSError, remedy: str) -> DiskFull | UsageError:
+    """What to raise where the system does not let us do something."""
+    if error.errno in NO_ROOM:
+        return DiskFull(f"no room to {what}")
+    return UsageError(f"cannot {what} ({error.strerror or first_line(error)}): {remedy}")
 
 
 def patiently(action: Callable[[], T], path: Path, lasting: Sequence[int | None] = NO_FILE) -> T:
@@ -3657,20 +3656,19 @@ def patiently(action: Callable[[], T], path: Path, lasting: Sequence[int | None]
     A network file system, permissions or file handles may be back in a second, and the file is no worse for
     it. Raises `UsageError` if it lasts, and an OSError whose number is among the `lasting` at once.
     """
-    reason = ""
+    remedy = "nothing is lost; mend that, then continue with --resume"
     for pause in (*READ_PAUSES, 0.0):
         try:
             return action()
         except OSError as error:
             if error.errno in lasting:
                 raise
-            reason = error.strerror or first_line(error)
+            problem = refused(f"open {path}", error, remedy)
             if error.errno in NO_ROOM:  # waiting makes none
                 break
-            warn_once(f"{path} cannot be opened now ({reason}): trying again")
+            warn_once(f"{path} cannot be opened now ({error.strerror}): trying again")
             time.sleep(pause)
-    remedy = "nothing is lost; mend that, then continue with --resume"
-    raise UsageError(f"cannot open {path} ({reason}): {remedy}")
+    raise problem
 
 
 def seal(payload: bytes) -> bytes:
@@ -3741,10 +3739,6 @@ def set_aside(path: Path, reason: str) -> None:
     """Move a damaged file out of the way, keep it for inspection, and say so."""
     target = path.with_name(path.name + ".corrupt")
     try:
-        if target.is_dir():
-            shutil.rmtree(target)
-        elif path.is_dir():
-            target.unlink(missing_ok=True)
         os.replace(path, target)
     except FileNotFoundError:  # another worker was faster
         return
@@ -3757,17 +3751,17 @@ def set_aside(path: Path, reason: str) -> None:
 def take_lock(path: Path, seconds: float = 0.0) -> filelock.BaseFileLock | None:
     """Take a lock that ends with its process; None where another process holds it for so many seconds.
 
-    Raises NotImplementedError where the file system has no locks.
+    Where files cannot be locked: a warning, and a lock that holds nothing.
     """
     if not path.parent.is_dir():  # removed: `Run.check_ours` finds out, and filelock would make it anew
         return None
-    lock = filelock.FileLock(path)
+    lock = filelock.FileLock(path, fallback_to_soft=False)
     try:
         patiently(partial(lock.acquire, timeout=seconds), path, (None, *NO_LOCKS))
     except filelock.Timeout:  # an OSError without a number
         return None
     except OSError as error:
-        raise NotImplementedError(first_line(error)) from None
+        warn_once(f"no file can be locked here ({error.strerror}): only one process may work on a run")
     return lock
 
 
@@ -3779,21 +3773,15 @@ def give_back(lock: filelock.BaseFileLock) -> None:
 
 
 def is_held(path: Path) -> bool | None:
-    """Whether a process holds a lock; None where the file system has no locks."""
+    """Whether a process holds a lock; None where files cannot be locked."""
     if not path.exists():
         return False
-    try:
-        lock = take_lock(path)
-    except NotImplementedError:
-        return None
-    if lock is not None:
-        lock.release()
-    return lock is None
-
-
-def has_locks(folder: Path) -> bool:
-    """Whether the file system of a run that is led has locks."""
-    return is_held(folder / "run.lock") is not None
+    lock = take_lock(path)
+    if lock is None:
+        return True
+    held = False if lock.is_locked else None
+    lock.release()
+    return held
 
 
 @contextlib.contextmanager
@@ -3803,21 +3791,15 @@ def hold_folder(folder: Path) -> Iterator[None]:
     The kernel's lock ends with its process and means nothing on a copy. Its file names the holder.
     """
     path = folder / "run.lock"
-    try:
-        lock = take_lock(path, seconds=1.0)  # who asks whether it is held takes it for a moment, too
-    except NotImplementedError as error:
-        log.warning("%s cannot be locked (%s): take care that only one process works on it", folder, error)
-        yield
-        return
+    lock = take_lock(path, seconds=1.0)  # who asks whether it is held takes it for a moment, too
     if lock is None:
         holder = "another process"
         with contextlib.suppress(OSError, ValueError):
-            holder = " ".join(path.read_text().split()) or holder
+            holder = path.read_text().strip() or holder
         raise UsageError(f"{folder} is in use by {holder}: wait for it or stop it")
     try:
-        with contextlib.suppress(OSError, ValueError):
-            if not path.read_text()[:1].isdigit():  # else filelock's own, where there is no flock
-                path.write_text(f"process {os.getpid()} on host {socket.gethostname()}\n")
+        with contextlib.suppress(OSError):  # Windows forbids it, a full disk, too
+            path.write_text(f"process {os.getpid()} on host {socket.gethostname()}\n")
         yield
     finally:
         lock.release()
@@ -3959,11 +3941,11 @@ class Record:
 def tensors_sha256(tensors: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of named tensors: names, types and bytes. Raises `Damaged` for anything else."""
     hasher = hashlib.sha256()
-    for name in sorted(tensors):
+    for name in sorted(tensors, key=str):
         tensor = tensors[name]
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.float32, torch.int64):
             raise Damaged("holds something else than weights")
-        hasher.update(f"{name} {tensor.dtype} ".encode() + tensor.contiguous().numpy().tobytes())
+        hasher.update(f"{name} {tensor.dtype} ".encode() + tensor.detach().contiguous().numpy().tobytes())
     return hasher.hexdigest()
 
 
@@ -3988,7 +3970,6 @@ def blank_record(experiment: Experiment, job: Job) -> Record:
         precision=experiment.precision,
         threads=torch.get_num_threads(),
         torch=str(torch.__version__),
-        finished=now(),
     )
 
 
@@ -4063,11 +4044,6 @@ class Index:
     jobs: dict[str, Record] = field(default_factory=dict)
     merged_from: list[str] = field(default_factory=list)
 
-    @property
-    def last_activity(self) -> str:
-        """When the last session started (ISO 8601; survives copying, unlike file times)."""
-        return max([self.created, *(session.started for session in self.sessions)])
-
 
 class Run:
     """A run folder. The files of the jobs alone decide what is finished; the index is written from them."""
@@ -4140,8 +4116,7 @@ class Run:
     def _check_identity(self, job: Job, record: Record) -> None:
         """Raise `Damaged` unless a record is of this job of this run, done, and of this run's teachers."""
         params, macs = network_cost(job.network, len(self.index.data.classes), self.settings.width)
-        seed = self.settings.seed + job.run
-        about = {"network": job.network, "seed": seed, "params": params, "macs": macs, **self.job_fields(job)}
+        about = {"network": job.network, "params": params, "macs": macs, **self.job_fields(job)}
         if not record.done or any(getattr(record, name) != value for name, value in about.items()):
             raise Damaged(f"is not the file of {job.name} in a run with these settings")
         for name, sha256 in record.taught_by.items():
@@ -4165,58 +4140,59 @@ class Run:
     def refresh(self, touch: bool = True) -> list[Job]:
         """Take in what has ended since the last look; returns it.
 
-        With `touch`, a damaged file is set aside, so that its job is done again, and what a finished job
-        needs no more is removed.
+        What has learned from that is looked at again: what was done again may teach something else. With
+        `touch`, a damaged file is set aside, so that its job is done again, and what a finished job needs no
+        more is removed.
         """
         if touch:
             self.check_ours()
-        fresh = self._take_in(self.left, touch)
-        if any(job.kind != "student" for job in fresh):  # one that was done again may teach something else
-            known = [job for job in self.jobs if job.name in self.records and job not in fresh]
-            pupils = [job for job in known if job.teacher_networks]
-            for job in pupils:
-                del self.records[job.name]
-            self._take_in(pupils, touch)
-        return fresh
-
-    def _take_in(self, jobs: Sequence[Job], touch: bool) -> list[Job]:
-        """Put the records of those jobs that have ended, and whose files are sound, into `records`."""
-        ended = []
-        for job in jobs:
-            try:
-                record = self._ended(job)
-            except Damaged as error:
-                if touch:
-                    set_aside(self.file(job), f"{error}, so this job is done again;")
+        fresh: list[Job] = []
+        for job in self.jobs:  # what teaches comes first
+            known = job.name in self.records
+            if known and not (fresh and {*teachers_of(job), pilot_of(job)} & {*fresh}):
                 continue
+            self.records.pop(job.name, None)
+            record = self._ended(job, touch)
             if record is None:
                 continue
             self.records[job.name] = record
-            ended.append(job)
+            if not known:
+                fresh.append(job)
             if touch and record.done:  # what it needs no more goes, also where a killed process left it
                 written = [*self.progress_files(job), *self.checkpoints.glob(f".{job.name}[._]*.tmp")]
                 for path in (*written, self.file(job, "attempts"), self.file(job, "lock")):
                     with contextlib.suppress(OSError):  # Windows removes no file that is open
                         path.unlink(missing_ok=True)
-        return ended
+        return fresh
 
-    def _ended(self, job: Job) -> Record | None:
-        """The record of a job that is done or has failed, else None. Raises `Damaged`."""
-        with contextlib.suppress(FileNotFoundError):
+    def _ended(self, job: Job, touch: bool) -> Record | None:
+        """The record of a job that is done or has failed, else None."""
+        try:
             record, tensors = self.load(job)
             if self.labels is not None and "test_logits" in tensors:
                 self.logits[job.name] = tensors["test_logits"].numpy()
             return record
+        except Damaged as error:
+            if touch:
+                set_aside(self.file(job), f"{error}, so this job is done again;")
+            return None
+        except FileNotFoundError:
+            pass
         with contextlib.suppress(FileNotFoundError, Damaged):
             record = from_plain(Record, load_plain(self.file(job, "failed")), "record")
             if record.failure and (record.job, record.fingerprint) == (job.name, self.fingerprint(job)):
                 return record
         return None
 
+    def save_progress(self, path: Path, content: dict[str, Any]) -> None:
+        """Write a checkpoint."""
+        self.check_ours()
+        save_checkpoint(path, content)
+
     def save_result(self, job: Job, record: Record, tensors: dict[str, Any]) -> None:
         """Write a job's result. Its checkpoints in progress go when this has been read back (`refresh`)."""
-        self.check_ours()
-        save_checkpoint(self.file(job), {"record": to_plain(record), **tensors})
+        plain = to_plain(replace(record, finished=now()))
+        self.save_progress(self.file(job), {"record": plain, **tensors})
 
     def fail(self, job: Job, reason: str, final: bool = False) -> None:
         """Record a failure. One that is `final` would come again, so that `--resume` does not try."""
@@ -4252,8 +4228,7 @@ class Run:
         except (DiskFull, UsageError, Stopped):
             raise
         except Exception as error:  # a report that cannot be written costs no training
-            reason = first_line(error)
-            log.error("figures or report could not be written (%s): experiment.log says where", reason)
+            log.error("figures or report could not be written (%s): see experiment.log", first_line(error))
             log.error("the report failed", exc_info=error)
         self._written = time.monotonic()
         if figures:
@@ -4353,12 +4328,6 @@ def check_plugins(wanted: Mapping[str, str], loaded: Mapping[str, str]) -> None:
             raise UsageError(f"--plugin {name} is another file than this run's ({difference}): {remedy}")
 
 
-def save_progress(run: Run, path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint in progress."""
-    run.check_ours()
-    save_checkpoint(path, content)
-
-
 def load_progress(
     path: Path, fingerprint: str, check: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any] | None:
@@ -4369,16 +4338,13 @@ def load_progress(
             raise Damaged("belongs to another run or to other settings")
         check(content)
         return content
-    except (Damaged, AttributeError, KeyError, TypeError, ValueError) as error:
-        set_aside(path, f"{error}, so its training starts again;")
     except FileNotFoundError:
         pass
+    except Damaged as error:
+        set_aside(path, f"{error}, so its training starts again;")
+    except (AttributeError, KeyError, TypeError, ValueError):
+        set_aside(path, "holds something else than a checkpoint, so its training starts again;")
     return None
-
-
-def save_training(training: Training) -> None:
-    """Write the checkpoint of a training in progress."""
-    save_progress(training.experiment.run, training.path, training.content())
 
 
 def restore_training(training: Training) -> None:
@@ -4402,8 +4368,7 @@ def restore_training(training: Training) -> None:
     training.history = from_plain(list[Epoch], content["history"])
     training.seconds, training.micro_batch = content["seconds"], content["micro_batch"]
     training.carried = content["carried"]
-    done = len(training.history)
-    log.info("%s continues after epoch %d of %d", training.name, done, training.epochs)
+    log.info("%s continues after epoch %d of %d", training.name, len(training.history), training.epochs)
 
 
 def load_trials(path: Path, fingerprint: str, example: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -4438,12 +4403,18 @@ class PageStore:
     def __init__(self, run_folder: Path) -> None:
         self.places = [run_folder / ".pages"]
         self.full: set[Path] = set()  # places that take no more pages; what they hold stays of use
-        with contextlib.suppress(OSError):  # no usable temporary folder
-            user = os.getuid() if hasattr(os, "getuid") else 0
-            self.places.insert(0, Path(tempfile.gettempdir()) / f"exp1b_teacher_outputs_{user}")
-            for folder in self.places[0].iterdir():
+        user = os.getuid() if hasattr(os, "getuid") else 0
+        try:
+            shared = Path(tempfile.gettempdir()) / f"exp1b_teacher_outputs_{user}"
+            shared.mkdir(exist_ok=True, mode=0o700)
+            if shared.lstat().st_uid != user:
+                raise PermissionError(errno.EACCES, "it belongs to another user", str(shared))
+            for folder in shared.iterdir():
                 if time.time() - folder.stat().st_mtime > self.KEEP_SECONDS:
                     shutil.rmtree(folder, ignore_errors=True)
+            self.places.insert(0, shared)
+        except OSError as error:
+            warn_once(f"teacher outputs are kept in the run folder, not in the temporary one: {error}")
 
     @property
     def usable(self) -> list[Path]:
@@ -4468,10 +4439,10 @@ class PageStore:
         """Write the parts of a page, in the first place that has room."""
         for place in self.usable:
             try:
-                folder = self._folder(place, key)
+                (place / key).mkdir(parents=True, exist_ok=True)
                 for part, values in parts.items():
                     content = {"page": [key, page, part], "values": values}
-                    save_checkpoint(folder / f"page_{page:03d}_{part}", content)
+                    save_checkpoint(place / key / f"page_{page:03d}_{part}", content)
                 return
             except (DiskFull, UsageError, OSError) as error:
                 self.full.add(place)
@@ -4487,14 +4458,15 @@ class PageStore:
         raise. Where there are no locks two processes may compute the same page, which does no harm.
         """
         lock: filelock.BaseFileLock | None = None
-        name, held = f"page_{page:03d}.lock", True
-        unlocked = (IndexError, OSError, UsageError, NotImplementedError)  # no place for pages, or no locks
-        with contextlib.suppress(*unlocked):
-            place = self.usable[0]
-            lock = take_lock(self._folder(place, key) / name)
+        held = True
+        with contextlib.suppress(IndexError, OSError, UsageError, DiskFull):  # no place
+            path = self.usable[0] / key / f"page_{page:03d}.lock"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = take_lock(path)
             while lock is None and wait is not None:
                 wait()
-                lock = take_lock(self._folder(place, key) / name, seconds=0.5)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lock = take_lock(path, seconds=0.5)
             held = lock is not None
         try:
             yield held
@@ -4509,15 +4481,6 @@ class PageStore:
         with contextlib.suppress(OSError, IndexError):  # not there, or not empty
             self.places[-1].rmdir()
 
-    def _folder(self, place: Path, key: str) -> Path:
-        """The folder of a teacher's pages in a place. Raises `UsageError` where that is another user's."""
-        place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if hasattr(os, "getuid") and (place.is_symlink() or place.stat().st_uid != os.getuid()):
-            raise UsageError(f"{place} belongs to another user")
-        folder = place / key
-        folder.mkdir(exist_ok=True, mode=0o700)
-        return folder
-
 
 def load_student(path: str | Path) -> nn.Module:
     """A trained network from its .pt file, in eval mode: images in [0, 1] to logits.
@@ -4528,23 +4491,7 @@ def load_student(path: str | Path) -> nn.Module:
     record = from_plain(Record, content.get("record"))
     network = CifarResNet(ARCHITECTURES[record.network], record.classes, record.width)
     network.load_state_dict(content["model"])
-    return nn.Sequential(Standardise(record.mean, record.std), network).eval()
-
-
-class Standardise(nn.Module):
-    """Images [n, 3, 32, 32] less their mean, by their sd, per channel: torchvision's cannot be exported."""
-
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """The standardised images."""
-        return (images - self.mean) / self.std
+    return nn.Sequential(Normalize(record.mean, record.std), network).eval()
 
 
 # -- workers ------------------------------------------------------------------------------------------------
@@ -4589,11 +4536,7 @@ class Worker:
 
     def take(self, job: Job) -> bool:
         """Do a job unless another process is doing it, and then return False."""
-        try:
-            lock = take_lock(self.run.file(job, "lock"))
-        except NotImplementedError:  # no locks here: this is the only worker
-            self.attempt(job)
-            return True
+        lock = take_lock(self.run.file(job, "lock"))
         if lock is None:
             return False
         try:
@@ -4672,32 +4615,22 @@ def make_experiment(
     return Experiment(run, device, Images(data, run.settings.seed, device.torch), session, progress)
 
 
-def work(experiment: Experiment, writes: bool, prepared: Callable[[], object]) -> str:
-    """Do this process's share of a run; returns why it stopped early ("" when nothing is left to do).
+def work(experiment: Experiment, writes: bool, prepared: Callable[[], object]) -> None:
+    """Do this process's share of a run. Raises `Stopped`.
 
     `prepared` is called when the speeds are known, before anything is trained.
     """
     try:
         experiment.run.refresh()
-        experiment.progress.estimate.speeds = measure_speeds(experiment)
+        measure_speeds(experiment, [job.network for job in experiment.run.left[:1]])  # epochs say more later
         prepared()
         Worker(experiment, writes).work()
-        if not experiment.run.left:
-            remove_pages(experiment)
-    except DeviceLost:
-        raise
-    except Stopped as stop:
-        return str(stop)
+        run, outputs = experiment.run, experiment.outputs
+        if not run.left:  # nothing can use the pages of its teachers any more
+            teachers = [job for job in run.jobs if job.kind in ("teacher", "assistant")]
+            outputs.store.remove(outputs.key(job) for job in teachers if job.name in run.records)
     finally:
-        experiment.progress.close()
-    return ""
-
-
-def remove_pages(experiment: Experiment) -> None:
-    """Remove the pages of a run's teachers: nothing is left that could use them."""
-    run, outputs = experiment.run, experiment.outputs
-    teachers = [job for job in run.jobs if job.kind in ("teacher", "assistant")]
-    outputs.store.remove(outputs.key(job) for job in teachers if job.name in run.records)
+        experiment.progress.bar.close()
 
 
 def priorities(jobs: Sequence[Job], settings: Settings, equal_cost: Mapping[str, int]) -> dict[str, float]:
@@ -4767,21 +4700,18 @@ class Estimate:
         return max([self.work_seconds(left) / self.workers, *chain.values()])
 
 
-def measure_speeds(experiment: Experiment, networks: Sequence[str] | None = None) -> dict[str, float]:
-    """Multiply-accumulates per second of each network, by three real steps of training after a first one.
+def measure_speeds(experiment: Experiment, networks: Iterable[str]) -> None:
+    """Let the estimate learn how fast networks are, by three real steps of training after a first one.
 
-    By default of the first job that is left: epochs say more later. A step of over 3 s is not repeated; a
-    network that does not fit into the memory is left out.
+    A step of over 3 s is not repeated; a network that does not fit into the memory is left out.
     """
-    if networks is None:
-        networks = [job.network for job in experiment.run.left[:1]]
-    images, settings, speeds = experiment.images, experiment.settings, dict[str, float]()
+    images, settings = experiment.images, experiment.settings
     batch = torch.arange(min(settings.batch_size, len(images)), device=images.device)
     for name in networks:
         release_freed_memory()
         network = experiment.place(build_network(name, len(images.classes), settings.width)).train()
         times: list[float] = []
-        with contextlib.suppress(torch.OutOfMemoryError), out_of_memory_alike():
+        try:
             while len(times) < 2 or (len(times) < 4 and times[-1] < 3.0):
                 experiment.session.check()
                 started = time.perf_counter()
@@ -4791,9 +4721,10 @@ def measure_speeds(experiment: Experiment, networks: Sequence[str] | None = None
                 loss.backward()
                 loss.item()  # waits for the device
                 times.append(time.perf_counter() - started)
-            macs = 3 * network_cost(name, len(images.classes), settings.width)[1] * len(batch)
-            speeds[name] = macs / max(1e-9, float(np.median(times[1:])))
-    return speeds
+            experiment.progress.estimate.learn(name, len(batch), float(np.median(times[1:])))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
 
 
 class Progress:
@@ -4809,14 +4740,13 @@ class Progress:
         self, run: Run, workers: int, bar: bool = False, publish: Callable[[str], object] | None = None
     ) -> None:
         """`publish` is told what this process is doing, for a bar in another process."""
-        self.run, self.publish = run, publish
-        index = run.index
+        self.run, index = run, run.index
+        self.tell = publish or self.show  # takes what this process is doing, "" while it waits
+        self.watched = bar or publish is not None  # whether somebody sees that
         self.estimate = Estimate(run.settings, index.data.train, workers, index.equal_cost_epochs)
         self.after_epoch: Callable[[], object] = lambda: None  # called when an epoch has been saved
-        self.bar: Any = None
-        if bar:
-            style: dict[str, Any] = {"bar_format": "{n_fmt}/{total_fmt} |{bar:10}| {desc}", "leave": False}
-            self.bar = tqdm(total=len(run.jobs), file=sys.stdout, dynamic_ncols=True, **style)
+        look: dict[str, Any] = {"bar_format": "{n_fmt}/{total_fmt} |{bar:10}| {desc}", "leave": False}
+        self.bar = tqdm(total=len(run.jobs), file=sys.stdout, dynamic_ncols=True, disable=not bar, **look)
         self._last_line = self._last_step = time.monotonic()
         self._last_job = ""
 
@@ -4836,11 +4766,6 @@ class Progress:
         images = steps * self.run.settings.batch_size
         return self.estimate.seconds(network, 3 * self.estimate.macs(network) * images)
 
-    @property
-    def watched(self) -> bool:
-        """Whether somebody sees what this process is doing."""
-        return self.bar is not None or self.publish is not None
-
     def step(self, training: Training, step: int) -> None:
         """A training step begins: shown where somebody watches."""
         if self.watched and time.monotonic() - self._last_step > self.BAR_SECONDS:
@@ -4848,16 +4773,9 @@ class Progress:
             share = step / min(training.steps, training.steps_per_epoch)
             self.tell(f"{training.job.label} epoch {len(training.history) + share:.1f}/{training.epochs}")
 
-    def tell(self, text: str) -> None:
-        """Show what this process is doing, "" while it waits, or have another process show it."""
-        if self.publish is not None:
-            self.publish(text)
-        else:
-            self.show([text])
-
-    def show(self, texts: Sequence[str]) -> None:
+    def show(self, *texts: str) -> None:
         """Bring the bar up to date: jobs that have ended, the time left, what is running, the last result."""
-        if self.bar is None:
+        if self.bar.disable:
             return
         left = self.run.left
         self.bar.n = len(self.run.jobs) - len(left)
@@ -4903,11 +4821,6 @@ class Progress:
         done = f"{total - len(self.run.left):>{len(str(total))}}"
         log.info("[%s/%d] %-36s %s", done, total, name, text, extra={"quiet": quiet})
 
-    def close(self) -> None:
-        """Remove the bar."""
-        if self.bar is not None:
-            self.bar.close()
-
 
 def latency_ms(experiment: Experiment, network: nn.Module) -> dict[str, float]:
     """Milliseconds per image, by batch size, on this device: median of many passes after a warm-up."""
@@ -4923,18 +4836,6 @@ def latency_ms(experiment: Experiment, network: nn.Module) -> dict[str, float]:
     return result
 
 
-class Stopwatch:
-    """Seconds since it was made, without those spent on computing teacher outputs or waiting for them."""
-
-    def __init__(self, outputs: TeacherOutputs) -> None:
-        self._outputs, self._started, self._before = outputs, time.perf_counter(), outputs.seconds
-
-    @property
-    def seconds(self) -> float:
-        """Seconds so far."""
-        return time.perf_counter() - self._started - (self._outputs.seconds - self._before)
-
-
 # ============================================================================================================
 # Part 4: the machine and the command line
 # ============================================================================================================
@@ -4943,9 +4844,6 @@ class Stopwatch:
 
 
 # -- platform, clock, signals, log --------------------------------------------------------------------------
-PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib")  # whose versions are recorded
-
-
 @dataclass(frozen=True)
 class Platform:
     """Where this process runs, and which folders that gives it."""
@@ -4965,10 +4863,7 @@ def detect_platform(root: Path = Path("/")) -> Platform:
 
 
 def is_watched() -> bool:
-    """Whether output goes to a terminal or to a notebook that runs this in its own process (`%run`)."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if type(shell).__name__ == "ZMQInteractiveShell":
-        return True
+    """Whether output goes to a terminal that can draw a bar."""
     with contextlib.suppress(AttributeError, ValueError, OSError):  # no stdout, a closed one, no terminal
         return min(os.get_terminal_size(sys.stdout.fileno())) > 0  # without a size no bar can be drawn
     return False
@@ -5000,12 +4895,11 @@ class Session:
 
     def limit(self, hours: float | None, kaggle: bool) -> None:
         """Set the deadline: so many hours from now; without a number Kaggle's, from the session's start."""
-        age = 0.0
+        begun = time.time()
         if hours is None and kaggle:
-            hours, age = KAGGLE_SESSION_HOURS, session_age_seconds()
+            hours, begun = KAGGLE_SESSION_HOURS, begun - session_age_seconds()
         if hours is not None:
-            seconds = 3600 * hours
-            self.deadline = time.time() - age + seconds - min(120.0, 0.02 * seconds)
+            self.deadline = begun + 3600 * hours - min(120.0, 72 * hours)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -5110,9 +5004,8 @@ def find_devices(wanted: str, kaggle: bool, allow_cpu: bool) -> list[Device]:
 
     On Kaggle a session without a GPU would silently burn hours: there the CPU must be asked for.
     """
-    cuda, count = torch.cuda, 0
-    if wanted != "cpu" and cuda.is_available():
-        count = cuda.device_count()
+    cuda = torch.cuda
+    count = cuda.device_count() if wanted != "cpu" and cuda.is_available() else 0
     if wanted == "auto" and kaggle and not (count or allow_cpu):
         remedy = "choose Settings > Accelerator > GPU T4 x2 and run again (or add --device cpu)"
         raise UsageError(f"this Kaggle session has no GPU: {remedy}")
@@ -5127,14 +5020,11 @@ def find_devices(wanted: str, kaggle: bool, allow_cpu: bool) -> list[Device]:
 def probe(device: Device) -> None:
     """Raise `UsageError` unless a first convolution works on the device; it takes memory there."""
     try:
-        if device.kind == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         image, kernel = (torch.ones(1, 1, size, size, device=device.torch) for size in (4, 3))
         F.conv2d(image, kernel).sum().item()
     except RuntimeError as error:
-        remedy = (
-            "is another process using all of it? Wait for that one, or hide the GPU with CUDA_VISIBLE_DEVICES"
-        )
+        remedy = "does another process use all of it? Wait for that one, or hide it with CUDA_VISIBLE_DEVICES"
         if "no kernel image" in str(error) or "not compiled" in str(error):
             remedy = (
                 "this build of torch has no code for it. Choose the accelerator GPU T4 x2, or install a "
@@ -5249,7 +5139,7 @@ def release_freed_memory() -> None:
 def versions() -> dict[str, str]:
     """Versions of everything that could change a result."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in ("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
@@ -5269,19 +5159,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return alike or isinstance(error, torch.OutOfMemoryError)
 
 
-@contextlib.contextmanager
-def out_of_memory_alike() -> Iterator[None]:
-    """Make `torch.OutOfMemoryError` of every error that means it."""
-    try:
-        yield
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise torch.OutOfMemoryError(first_line(error)) from error
-        raise
+def make_room(images: int, least: int, error: RuntimeError) -> None:
+    """After so many images at a time did not fit: free what is cached, or raise `JobFailed` at the least.
 
-
-def make_room(images: int, least: int, error: BaseException) -> None:
-    """After so many images at a time did not fit: free what is cached, or raise `JobFailed` at the least."""
+    Raises the error again if it says something else.
+    """
+    if not is_out_of_memory(error):
+        raise error
     if images <= least:
         what = f"out of memory even with {say_count(images, 'image')} at a time ({first_line(error)})"
         raise JobFailed(f"{what}: --resume on a larger device") from None
@@ -5301,7 +5185,6 @@ MIRRORS = {
 }
 ATTACHABLE = {"CIFAR10": "pankrzysiu/cifar10-python", "CIFAR100": "fedesoriano/cifar100"}  # on Kaggle
 MIRROR_SECONDS, HOME_SECONDS = 900.0, 4_500.0  # time limit per source: 170 MB at 190 and at 38 kB/s
-NUMPY_WARNING = r"dtype\(\): align should be passed"  # numpy 2.4, about what numpy 1 wrote into the files
 STALL_SECONDS = 20.0  # a source that sends nothing for this long is given up
 FILE_LIMIT = 200_000_000  # bytes of a download; the archives have 170 MB
 Check = Callable[[], None]  # is called now and then, and raises when the session ends
@@ -5386,8 +5269,7 @@ def read_source(name: str, source: Path) -> RawData:
             payloads = {file: archive.extractfile(f"{reader.base_folder}/{file}").read() for file in md5s}
     else:
         payloads = {file: read_checked(source / file, md5) for file, md5 in md5s.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", NUMPY_WARNING)
+    with warnings.catch_warnings(action="ignore"):  # numpy 2.4 warns of what numpy 1 wrote into the files
         contents = {file: pickle.loads(payload, encoding="latin1") for file, payload in payloads.items()}
 
     def part(batches: Iterable[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
@@ -5427,7 +5309,7 @@ def download_sources(name: str, folder: Path, problems: list[str], check: Check)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"cannot create {folder} ({error.strerror}) for the data") from None
+            raise refused(f"create {folder}", error, "give another --output-dir") from None
         write_atomic(path, payload)
         yield path
         path.unlink(missing_ok=True)  # it was not what it should be: the next source is wanted
@@ -5477,9 +5359,7 @@ class RawData:
 SPARE_COLOURS = ("#D55E00", "#009E73", "#56B4E9", "#A89C00", "#CC79A7", "#8C564B", "#444444")
 SPARE_MARKERS = ("X", "P", "<", "p", "D", "*", "h", ">")
 SPARE_LINES = (":", "--", "-.", "-")
-SPARE_LOOKS: tuple[Look, ...] = tuple(
-    (SPARE_COLOURS[i % 7], SPARE_MARKERS[i % 8], SPARE_LINES[i % 4]) for i in range(56)
-)
+SPARE_LOOKS = tuple(zip(SPARE_COLOURS * 8, SPARE_MARKERS * 7, SPARE_LINES * 14, strict=True))  # 56
 HELPERS: dict[Path, dict[str, Path]] = {}  # plugin -> module -> file: what its import has brought in
 KNOWN_MODULES: set[str] = set()  # all that were imported when the plugins had been
 
@@ -5500,9 +5380,10 @@ def load_plugins(paths: Sequence[Path]) -> dict[str, str]:
             if all(method.source_sha256 != known for method in METHODS.values()):
                 import_plugin(path, source)  # unless an earlier command of this process has
             found[path.name] = source_sha256(path, source)
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            reason = getattr(error, "strerror", None) or error
-            raise UsageError(f"--plugin {path} cannot be read ({reason}): give a Python file") from None
+        except OSError as error:
+            raise UsageError(
+                f"--plugin {path} cannot be read ({error.strerror}): give a Python file"
+            ) from None
     KNOWN_MODULES.update(sys.modules)
     return found
 
@@ -5566,9 +5447,10 @@ def plugin_file(method: type[Method]) -> Path:
 def modules_below(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     """Which of these modules lie in a folder or below, with their files; not what is installed there."""
     found, installed = {}, {"site-packages", "dist-packages", "lib-dynload"}
+    own = {"run_exp1b_kaggle", "__main__", __name__}
     for name in names:
         file = Path(getattr(sys.modules[name], "__file__", None) or "")
-        standard = name.partition(".")[0] in sys.stdlib_module_names or name in ("run_exp1b_kaggle", __name__)
+        standard = name.partition(".")[0] in sys.stdlib_module_names or name in own
         if file.is_relative_to(folder) and not standard and not installed & set(file.parts):
             found[name] = file
     return found
@@ -5679,43 +5561,24 @@ def fixed_randomness() -> Iterator[None]:
             random.setstate(python_state)
 
 
-DESCRIBED_NOISE: dict[tuple[type[Method], str, int], torch.Tensor | MethodFailed] = {}
-
-
-def describe_noise(method: type[Method], network: str, width: int) -> torch.Tensor:
-    """What a method describes of four images' made-up features, on the CPU: [4, D]. Raises `MethodFailed`."""
-    key = method, network, width
-    if key not in DESCRIBED_NOISE:
-        channels = ARCHITECTURES[network].outputs(width)
-        sizes = dict(zip(STAGES, (32, 16, 8, 4), strict=True))
-        scales = np.array([0.1, 1, 10, 100], dtype=np.float32).reshape(4, 1, 1, 1)
-        features: dict[str, torch.Tensor] = {}
-        for stage in method.stages:
-            shape = 4, channels[stage], sizes[stage], sizes[stage]
-            noise = scales * np.abs(rng(0, f"noise {stage}").standard_normal(shape, dtype=np.float32))
-            features[stage] = torch.from_numpy(noise).to(memory_format=torch.channels_last)
-        try:
-            DESCRIBED_NOISE[key] = described_only(method, features)
-        except MethodFailed as error:
-            DESCRIBED_NOISE[key] = error
-    found = DESCRIBED_NOISE[key]
-    if isinstance(found, MethodFailed):
-        raise found
-    return found
-
-
-def described_only(method: type[Method], features: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A method's description, float32 [n, D]. Raises `MethodFailed` if it does more than describe."""
-    versions = [found._version for found in features.values()]
-    with torch.no_grad(), fixed_randomness(), unchanged(method), blamed_on(method, "describe"):
-        description = method.describe(features).float()
-        if description.device.type != "cpu":
-            raise MethodFailed(f"it returns a tensor on {description.device} for features on the CPU")
-        if description.ndim != 2 or not 0 < description.shape[1] <= MOST_NUMBERS:
-            what = f"{list(description.shape)} for {len(description)} images"
-            raise MethodFailed(f"it returns {what}, not [n, D] with D at most {MOST_NUMBERS}: pool them")
-        if versions != [found._version for found in features.values()]:
-            raise MethodFailed("it changes the features, which others see, too: let it change a clone")
+@cache
+def describe_noise(method: type[Method], network: str, width: int) -> torch.Tensor | None:
+    """What a method describes of four images' made-up features, on the CPU: [4, D]; None if it fails."""
+    channels = ARCHITECTURES[network].outputs(width)
+    sizes = dict(zip(STAGES, (32, 16, 8, 4), strict=True))
+    scales = np.array([0.1, 1, 10, 100], dtype=np.float32).reshape(4, 1, 1, 1)
+    features: dict[str, torch.Tensor] = {}
+    for stage in method.stages:
+        shape = 4, channels[stage], sizes[stage], sizes[stage]
+        noise = scales * np.abs(rng(0, f"noise {stage}").standard_normal(shape, dtype=np.float32))
+        features[stage] = torch.from_numpy(noise).to(memory_format=torch.channels_last)
+    try:
+        with torch.no_grad(), fixed_randomness(), blamed_on(method, "describe"):
+            description = method.describe(features).float()
+            check_shape(description, features[method.stages[0]])
+    except MethodFailed as error:  # `DescribedNetwork.add` says so when its jobs are done
+        warn_once(str(error))
+        return None
     return description
 
 
@@ -5723,11 +5586,18 @@ def description_key(method: type[Method], width: int) -> str:
     """Name of a method's description in the pages: methods that describe the same share it."""
     owner = next(base for base in method.__mro__ if "describe" in vars(base))
     what = [owner.__qualname__, method.source_sha256 if is_plugin(method) else "", *method.stages]
-    try:
-        noise = describe_noise(method, "teacher", width).numpy().tobytes()
-    except MethodFailed:  # `DescribedNetwork.add` says so when its jobs are done
-        noise = method.name.encode()
-    return hashlib.sha256(" ".join(what).encode() + noise).hexdigest()[:16]
+    noise = describe_noise(cast(Any, method), "teacher", width)  # mypy does not know that classes have hashes
+    said = method.name.encode() if noise is None else noise.numpy().tobytes()
+    return hashlib.sha256(" ".join(what).encode() + said).hexdigest()[:16]
+
+
+def check_shape(description: torch.Tensor, images: torch.Tensor) -> None:
+    """Raise `MethodFailed` unless a method's description is [n, D], on the device of the n images."""
+    if description.ndim != 2 or len(description) != len(images) or description.device != images.device:
+        what = f"{list(description.shape)} on {description.device}"
+        raise MethodFailed(f"it returns {what} for {len(images)} images on {images.device}, not [n, D]")
+    if not 0 < description.shape[1] <= MOST_NUMBERS:
+        raise MethodFailed(f"{description.shape[1]} numbers per image, {MOST_NUMBERS} at most: pool them")
 
 
 def check_description(together: torch.Tensor, alone: torch.Tensor, images: torch.Tensor) -> None:
@@ -5736,11 +5606,7 @@ def check_description(together: torch.Tensor, alone: torch.Tensor, images: torch
     A page is computed in chunks, and its rows are used in any batch: an image's description may depend on
     nothing but the image. `alone`: the description of the first few of them, one at a time.
     """
-    if together.ndim != 2 or len(together) != len(images) or together.device != images.device:
-        what = f"{list(together.shape)} on {together.device}"
-        raise MethodFailed(f"it returns {what} for {len(images)} images on {images.device}, not [n, D]")
-    if not 0 < together.shape[1] <= MOST_NUMBERS:
-        raise MethodFailed(f"{together.shape[1]} numbers per image, {MOST_NUMBERS} at most: pool them")
+    check_shape(together, images)
     largest = together.abs().amax(0)
     lost = (together.half() - together).abs() > 0.01 * largest.max()
     if not largest.max() <= FP16_MOST or lost.any():
@@ -5754,7 +5620,9 @@ class PluginGuard:
 
     def __init__(self, training: Training) -> None:
         self.training, self.method = training, type(training.method)
-        self.shared, self.structure = marks_of(self.method), structure_of(training.trained.state_dict())
+        self.own = own_modules(self.method)
+        self.shared = state_of(shared_by(self.method), self.own)
+        self.structure = structure_of(training.trained.state_dict())
 
     def find_state(self, epoch: int) -> None:
         """Warn of state that a resume would lose: what a method that was made anew for this epoch lacks.
@@ -5764,17 +5632,17 @@ class PluginGuard:
         training, method = self.training, self.training.method
         if training.job.kind != "student" or epoch == 0 or epoch not in (1, training.epochs - 1):
             return
-        own, shared = own_modules(self.method), marks_of(self.method)
-        with unchanged(self.method):
-            anew = make_method(training.experiment, training.job, method.config, method.pages)
-            anew.features, anew.module = method.features, training.module_of(anew)
-            if anew.module is not None:
-                anew.module.load_state_dict(cast(nn.Module, method.module).state_dict())
-            # It draws what the method has drawn, so that the generators stand as before.
-            training.start_epoch(anew, epoch)
-            others = vars(anew)
-            found = {name for name, value in vars(method).items() if not alike(value, others.get(name), own)}
-        found |= {name for name, marks in shared.items() if marks != self.shared.get(name)}
+        shared = state_of(shared_by(self.method), self.own)
+        anew = make_method(training.experiment, training.job, method.config, method.pages)
+        anew.features, anew.module = method.features, training.module_of(anew)
+        if anew.module is not None:
+            anew.module.load_state_dict(cast(nn.Module, method.module).state_dict())
+        # It draws what the method has drawn, so that the generators stand as before.
+        training.start_epoch(anew, epoch)
+        here, there = state_of(vars(method), self.own), state_of(vars(anew), self.own)
+        found = {name for name, held in here.items() if held != there.get(name, [])}
+        found |= {name for name, held in shared.items() if held != self.shared.get(name, [])}
+        self.shared = state_of(shared_by(self.method), self.own)  # what the trial has changed is none
         if found - set(training.carried):
             training.carried = sorted({*training.carried, *found})
             where = "from epoch to epoch outside modules(): a resume starts without it"
@@ -5787,10 +5655,8 @@ class PluginGuard:
         if set(training.trained.parameters()) != set(training.optimizer.state):
             outside.append("what modules() lacked at the start")
         if outside:
-            raise MethodFailed(
-                f"{self.method.name} holds parameters that nothing trains or saves ({listed(outside)}): "
-                "return them from modules(), or call requires_grad_(False)"
-            )
+            what = f"{self.method.name} holds parameters that nothing trains or saves ({listed(outside)})"
+            raise MethodFailed(f"{what}: return them from modules(), or call requires_grad_(False)")
         if structure_of(training.trained.state_dict()) != self.structure:
             raise MethodFailed(f"{self.method.name}: what modules() returns has got other buffers since")
         file = plugin_file(self.method)
@@ -5810,7 +5676,7 @@ def leaves_of(value: Any, own: Collection[str], seen: dict[int, Any]) -> Iterato
     `own`: names of the modules whose objects are looked into; `seen`: what was looked into already.
     """
     if isinstance(value, torch.Tensor | np.ndarray | np.generic | int | float | str):
-        if not isinstance(value, torch.Tensor) or value.is_leaf:  # else it will be computed again
+        if not isinstance(value, torch.Tensor) or (value.is_leaf and not value.is_sparse):
             yield value
         return
     if id(value) in seen:
@@ -5862,54 +5728,18 @@ def shared_by(method: type[Method]) -> dict[str, Any]:
     return {name: value for name, value in held.items() if not name.startswith("__")}
 
 
-@contextlib.contextmanager
-def unchanged(method: type[Method]) -> Iterator[None]:
-    """A plugin's file and classes hold afterwards what they hold now: what is only tried leaves nothing."""
-    own = own_modules(method) - {__name__}
-    owners: list[Any] = [sys.modules[name] for name in own]
-    owners += [base for base in method.__mro__ if base.__module__ in own]
-    before = [(owner, dict(vars(owner))) for owner in owners]
-    containers = [value for _, held in before for value in held.values() if type(value) in (dict, list, set)]
-    copies = [container.copy() for container in containers]
-    try:
-        yield
-    finally:
-        for owner, held in before:
-            for name in vars(owner).keys() - held.keys():
-                delattr(owner, name)
-            for name, value in held.items():
-                if vars(owner)[name] is not value:
-                    setattr(owner, name, value)
-        for container, copied in zip(containers, copies, strict=True):
-            if any(a is not b for a, b in itertools.zip_longest(parts_of(container), parts_of(copied))):
-                container.clear()
-                (container.extend if isinstance(container, list) else container.update)(copied)
-
-
-def marks_of(method: type[Method]) -> dict[str, list[Any]]:
-    """By variable that the objects of a method share, what changes when it is set or changed in place."""
-    marks: dict[str, list[Any]] = {}
-    for name, value in shared_by(method).items():
-        marks[name] = []
-        for leaf in leaves_of(value, own_modules(method), {}):
+def state_of(variables: Mapping[str, Any], own: Collection[str]) -> dict[str, list[str]]:
+    """What each variable holds, as texts that can be compared; NaN is like NaN. `own`: see `leaves_of`."""
+    state: dict[str, list[str]] = {}
+    for name, value in variables.items():
+        state[name] = []
+        for leaf in leaves_of(value, own, {}):
             if isinstance(leaf, torch.Tensor):
-                leaf = id(leaf), 0 if leaf.is_inference() else leaf._version
-            elif isinstance(leaf, np.ndarray):
-                leaf = zlib.crc32(leaf.tobytes())
-            marks[name].append(leaf)
-    return marks
-
-
-def alike(one: Any, other: Any, own: Collection[str]) -> bool:
-    """Whether two values hold the same, as far as that can be seen; `own`: see `leaves_of`."""
-    for a, b in itertools.zip_longest(leaves_of(one, own, {}), leaves_of(other, own, {})):
-        if type(a) is not type(b) or getattr(a, "shape", ()) != getattr(b, "shape", ()):
-            return False
-        with contextlib.suppress(RuntimeError, TypeError):  # sparse tensors cannot be compared
-            same: Any = (a == b) | ((a != a) & (b != b))  # NaN is like NaN
-            if not (same.all() if hasattr(same, "all") else same):
-                return False
-    return True
+                leaf = leaf.detach().cpu().float().numpy()
+            if isinstance(leaf, np.ndarray):
+                leaf = leaf.shape, zlib.crc32(leaf.tobytes())
+            state[name].append(repr(leaf))
+    return state
 
 
 # -- command line -------------------------------------------------------------------------------------------
@@ -5919,6 +5749,7 @@ TAKEN = {  # by action: the settings that it takes; the others take all
     "report_only": ("mode", "dataset", "output_dir", "data_dir", "plugin"),
     "merge": ("output_dir", "data_dir", "plugin"),
 }
+
 EXAMPLES = """\
 examples, each after python run_exp1b_kaggle.py:
   --mode smoke                   does everything work here? (minutes)
@@ -5950,10 +5781,7 @@ def flag(name: str) -> str:
 
 def new_settings(given: Mapping[str, Any]) -> Settings:
     """Settings of a new run: defaults, the preset of the mode, what was given. Raises `UsageError`."""
-    mode = given.get("mode", Settings.mode)
-    if mode not in PRESETS:
-        raise UsageError(f"--mode knows {', '.join(MODES)}, not {mode}")
-    settings = Settings(**{**PRESETS[mode], "mode": mode, **given})
+    settings = Settings(**{**PRESETS[given.get("mode", Settings.mode)], **given})
     validate(settings)
     return settings
 
@@ -5964,9 +5792,7 @@ def validate(settings: Settings) -> None:
         value, span = getattr(settings, declared.name), declared.metadata["span"]
         choices = declared.metadata["options"].get("choices")
         if span and value is not None and not span[0] <= value <= span[1]:
-            raise UsageError(
-                f"{flag(declared.name)} must lie between {span[0]:g} and {span[1]:g}, not {value}"
-            )
+            raise UsageError(f"{flag(declared.name)} must lie in {span[0]:g} to {span[1]:g}, not {value}")
         if choices and value not in choices:
             raise UsageError(f"{flag(declared.name)} knows {', '.join(choices)}, not {value}")
     if settings.width % 8:
@@ -5975,9 +5801,7 @@ def validate(settings: Settings) -> None:
     choose_from("--methods", settings.methods, choosable_methods())
     for name in ("ablation", "equal_cost"):
         if getattr(settings, name) and SUBJECT not in settings.methods:
-            raise UsageError(
-                f"{flag(name)} compares with {SUBJECT}, which --methods leaves out: add {SUBJECT}"
-            )
+            raise UsageError(f"{flag(name)} compares with {SUBJECT}: add {SUBJECT} to --methods")
 
 
 def choosable_methods() -> list[str]:
@@ -6179,26 +6003,33 @@ def find_run(args: Namespace, platform: Platform) -> Path:
 def newest_run(args: Namespace, platform: Platform, wanted: Mapping[str, Any]) -> Path | None:
     """The run in --output-dir; else the last active one with settings as `wanted`, if there is any.
 
-    It is looked for in the output folder, then in Kaggle's inputs; under the name of --output-dir, if given.
+    It is looked for in the output folder, then in Kaggle's inputs: there alone, and under the name of
+    --output-dir, if that is given.
     """
-    given = args.given.get("output_dir")
+    given: Path | None = args.given.get("output_dir")
     if given is not None and is_run(given):
-        return Path(given)
+        return given
     for folders in run_folders(platform):
         found: list[tuple[str, str]] = []
+        refused: list[tuple[str, UsageError]] = []
         for path in folders:
-            if given is not None and path.name != given.name:
+            if given is not None and (path.name != given.name or path.parent == platform.output_root):
                 continue
             try:
                 index = load_index(path, args.plugins)
             except UsageError as error:
                 log.warning("not considered: %s: %s", path, error)
+                refused.append((last_activity(path), error))
                 continue
             settings = index.settings
             if wanted.get("precision") == index.precision:  # whether it was asked for or chosen
                 settings = replace(settings, precision=index.precision)
             if all(getattr(settings, name) == value for name, value in wanted.items()):
-                found.append((index.last_activity, str(path)))
+                found.append((last_activity(path), str(path)))
+        if args.resume is True and not wanted:  # never another run than the newest, without a word
+            for moment, reason in refused:
+                if moment > max(found, default=("", ""))[0]:
+                    raise reason
         if len(found) > 1:
             log.info("%d runs match; the newest is used: %s", len(found), max(found)[1])
         if found:
@@ -6222,7 +6053,10 @@ def adopt(path: Path, args: Namespace, platform: Platform) -> Path:
     """A run that lies in a read-only input mount, copied to the output folder; the mount is never written."""
     if not any(path.resolve().is_relative_to(root.resolve()) for root in platform.inputs):
         return path
-    target = Path(args.given.get("output_dir") or platform.output_root / path.name)
+    target = platform.output_root / path.name
+    given: Path | None = args.given.get("output_dir")
+    if given is not None and given.resolve() != path.resolve():
+        target = given
     if target.exists():
         raise UsageError(f"{target} exists already: remove it or give another --output-dir")
     copied = target.with_name(f".{target.name}.partial")
@@ -6234,7 +6068,7 @@ def adopt(path: Path, args: Namespace, platform: Platform) -> Path:
             folder.chmod(0o755)  # the mount's are read-only
     except OSError as error:
         shutil.rmtree(copied, ignore_errors=True)
-        raise UsageError(f"cannot copy {path} to {target} ({first_line(error)}): give --output-dir") from None
+        raise refused(f"copy {path} to {target}", error, "give --output-dir") from None
     os.replace(copied, target)
     return target
 
@@ -6272,7 +6106,7 @@ def open_run(args: Namespace, platform: Platform, session: Session) -> Iterator[
             run.clean()
             run.forget_failures()
             check_fits(run, platform)
-            enter_session(run, settings, args, devices)
+            enter_session(run, index.settings if index else settings, args, devices)
             if not settings.fresh_teacher:
                 reuse_finished(run, platform)
             run.refresh()
@@ -6305,14 +6139,12 @@ def choose_folder(args: Namespace, platform: Platform) -> tuple[Path, bool]:
 def new_run_folder(root: Path, kind: str) -> Path:
     """Make a run folder, named after the time, that no other process has made: later ones get a number."""
     name, number = f"exp1b_{kind}_{datetime.datetime.now():%Y%m%d_%H%M%S}", 1
-    path = root / name
     while True:
-        try:
+        path = root / (name if number == 1 else f"{name}_{number}")
+        with contextlib.suppress(FileExistsError):
             make_run_folder(path, exist_ok=False)
             return path
-        except FileExistsError:
-            number += 1
-            path = root / f"{name}_{number}"
+        number += 1
 
 
 def make_run_folder(path: Path, exist_ok: bool = True) -> None:
@@ -6324,10 +6156,7 @@ def make_run_folder(path: Path, exist_ok: bool = True) -> None:
     except OSError as error:
         if isinstance(error, FileExistsError) and not exist_ok:
             raise
-        if error.errno in NO_ROOM:
-            raise DiskFull(f"no room to make {path}") from None
-        what = f"cannot create {error.filename}: {error.strerror}"
-        raise UsageError(f"{what}; choose another --output-dir") from None
+        raise refused(f"create {error.filename}", error, "choose another --output-dir") from None
 
 
 def continued_settings(index: Index, given: Mapping[str, Any]) -> Settings:
@@ -6397,7 +6226,8 @@ def make_index(
     if index.data.sha256 != data.sha256:
         raise UsageError(f"the data found ({data.source}) are not the run's: give the right --data-dir")
     epochs = {**equal_cost_epochs(settings), **index.equal_cost_epochs}  # what has begun keeps its length
-    return replace(index, plugins={**index.plugins, **args.plugins}, equal_cost_epochs=epochs)
+    plugins = {**index.plugins, **args.plugins}
+    return replace(index, settings=settings, plugins=plugins, equal_cost_epochs=epochs)
 
 
 def check_fits(run: Run, platform: Platform) -> None:
@@ -6408,15 +6238,14 @@ def check_fits(run: Run, platform: Platform) -> None:
     batch, train, path = run.settings.batch_size, run.index.data.train, run.path
     if batch > train:
         raise UsageError(f"--batch-size {batch} is larger than the {train} training images: make it smaller")
-    if not platform.kaggle:
+    root = platform.output_root
+    if not (platform.kaggle and path.resolve().is_relative_to(root.resolve())):
         return
     needed, pages = disk_bytes(run.settings), page_bytes(run.settings)
     place = PageStore(path).places[0]
-    cache = place if place.exists() else place.parent
-    if not (cache.is_dir() and os.access(cache, os.W_OK) and shutil.disk_usage(cache).free > pages):
+    if place.is_relative_to(path) or shutil.disk_usage(place).free < pages:
         needed += pages  # they will fall into the run folder
-    inside = path.resolve().is_relative_to(platform.output_root.resolve())
-    root, others = platform.output_root if inside else path.parent, 0
+    others = 0
     for file in root.rglob("*"):
         with contextlib.suppress(OSError):
             if file.is_file() and not file.is_relative_to(path):
@@ -6444,26 +6273,20 @@ def page_bytes(settings: Settings) -> int:
     numbers: dict[str, int] = {}  # by teacher, per image: logits and descriptions
     for name in ARCHITECTURES:
         methods = described_by(jobs, name, settings.width).values()
-        sizes = [description_size(method, name, settings.width) for method in methods]
-        numbers[name] = classes + sum(sizes)
-    images = settings.train_size or images
-    return sum(2 * images * numbers[name] for name, _ in pages_used(jobs, settings))
+        noises = [describe_noise(cast(Any, method), name, settings.width) for method in methods]
+        numbers[name] = classes + sum(noise.shape[1] for noise in noises if noise is not None)
+    rows = trained_images(settings.train_size or images)
+    return sum(2 * rows * numbers[name] for name, _ in pages_used(jobs, settings))
 
 
-def description_size(method: type[Method], network: str, width: int) -> int:
-    """Numbers per image that a method describes of a network's features; 0, with a warning, if it fails."""
-    try:
-        return describe_noise(method, network, width).shape[1]
-    except MethodFailed as error:
-        warn_once(str(error))
-        return 0
+def trained_images(images: int) -> int:
+    """How many of so many training images are trained on: all that are not held out."""
+    return images - 2 * (images // 20)
 
 
-def enter_session(run: Run, settings: Settings, args: Namespace, devices: Sequence[Device]) -> None:
+def enter_session(run: Run, before: Settings, args: Namespace, devices: Sequence[Device]) -> None:
     """Enter this session into the index, with a note of what has changed since the last one."""
-    index, before = run.index, run.index.settings
-    run.settings = index.settings = settings
-    run.jobs = planned_jobs(settings)
+    index, settings = run.index, run.settings
     grown = []
     for name in setting_names("scope"):
         old, new = getattr(before, name), getattr(settings, name)
@@ -6505,8 +6328,7 @@ def note_changes(index: Index, last: SessionRecord, session: SessionRecord) -> N
 
 def reuse_finished(run: Run, platform: Platform) -> None:
     """Copy the teachers and pilots that an earlier run has finished with identical settings and data."""
-    jobs = [job for job in run.jobs if job.kind != "student"]
-    wanted = [job for job in jobs if not run.file(job).exists()]
+    wanted = [job for job in run.jobs if job.kind != "student" and not run.file(job).exists()]
     if not wanted:
         return
     folders = dict.fromkeys([*runs_in([run.path.parent]), *itertools.chain(*run_folders(platform))])
@@ -6556,15 +6378,14 @@ def do_share(args: Namespace, opened: Opened, platform: Platform, session: Sessi
     group, workers = Group.find(), worker_count(run.settings, devices)
     try:
         if group.size == 1 and workers > 1:
-            if has_locks(run.path):
+            if is_held(run.path / "run.lock") is not None:
                 return launch(args, run, devices, platform, session, leads)
             log.warning("%s: its file system has no locks, which several workers need: one worker", run.path)
         progress = Progress(run, workers, platform.watched)
         device = devices[group.local_rank % len(devices)]
         experiment = make_experiment(run, device, devices, data, session, progress)
-        if leads:
-            return work(experiment, True, partial(progress.announce, session))
-        return work(experiment, False, lambda: None)
+        work(experiment, leads, partial(progress.announce, session))
+        return ""
     except Stopped as stop:
         return str(stop)
 
@@ -6672,8 +6493,6 @@ def launch(
 
     This process passes signals on, and keeps index, report and progress bar meanwhile.
     """
-    if not os.environ.get("OMP_WAIT_POLICY"):
-        os.environ["OMP_WAIT_POLICY"] = "passive"  # spinning workers slow each other down
     workers, problem = worker_count(run.settings, devices), None
     progress = Progress(run, workers, platform.watched)
     mandate = Namespace(given={**args.given, "output_dir": run.path})
@@ -6686,7 +6505,7 @@ def launch(
                 progress.estimate.speeds = measured[0]
                 if leads:
                     progress.announce(session)
-            progress.show([member.text for member in crew.members])
+            progress.show(*(member.text for member in crew.members))
             try:
                 fresh = run.refresh()
                 if leads:
@@ -6696,7 +6515,7 @@ def launch(
             if session.signal or problem:
                 crew.end(session.signal or signal.SIGTERM)
     finally:
-        progress.close()
+        progress.bar.close()
         crew.kill()
     if problem is not None:
         raise problem
@@ -6726,7 +6545,8 @@ def worker_main(
             progress = Progress(run, worker_count(run.settings, devices), publish=publish)
             device = devices[number % len(devices)]
             experiment = make_experiment(run, device, devices, data, session, progress)
-            outcome = work(experiment, False, lambda: tell(pipe, "speeds", progress.estimate.speeds))
+            work(experiment, False, lambda: tell(pipe, "speeds", progress.estimate.speeds))
+            outcome = ""
         except DeviceLost as lost:
             log.error("this worker stops: %s", lost)
             sys.exit(1)
@@ -6749,14 +6569,12 @@ def tell(pipe: connection.Connection, kind: str, value: object) -> None:
 
 def follow_parent(session: Session) -> None:
     """End this worker, in order if it can, when its parent is gone: another process may lead the run then."""
-    parent = multiprocessing.parent_process()
 
     def watch() -> None:
-        if parent is not None:
-            parent.join()
-            session.signal = session.signal or signal.SIGTERM
-            time.sleep(10)
-            os._exit(1)
+        cast(Any, multiprocessing.parent_process()).join()
+        session.signal = session.signal or signal.SIGTERM
+        time.sleep(10)
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -6769,7 +6587,7 @@ def join_run(args: Namespace, platform: Platform, session: Session) -> int:
     """
     path = Path(args.given["output_dir"])
     await_leader(path, session)
-    if not has_locks(path):
+    if is_held(path / "run.lock") is None:
         log.warning("the file system of %s has no locks, so only the process that leads can work there", path)
         return 0
     start_logging(path / "experiment.log", f"[{socket.gethostname()} {os.getpid()}] ")
@@ -6810,9 +6628,9 @@ def await_leader(path: Path, session: Session) -> None:
     waited = 0.0
     while True:
         session.check()
-        if lock.exists() and not has_locks(path):
-            return  # nobody can see whether it is held
         led = is_held(lock)
+        if led is None:
+            return  # nobody can see whether it is held
         with contextlib.suppress(OSError):
             # The lock's file is written when it is taken, the index when all is prepared.
             if led and state.stat().st_mtime >= lock.stat().st_mtime:
@@ -6878,7 +6696,7 @@ def show_status(args: Namespace, platform: Platform) -> int:
     spent = sum(record.train_seconds for record in run.records.values() if not record.same_as)
     done, jobs = len(run.records) - len(failed), len(run.jobs)
     what = f"{settings.mode}, {settings.dataset}, width {settings.width}, {run.index.precision}"
-    print(f"{path}\n{what}, last session {run.index.last_activity}")
+    print(f"{path}\n{what}, last session {last_activity(path)}")
     print(f"{done} of {jobs} jobs done, {len(failed)} failed, {len(left)} left", end="; ")
     print(f"{say_time(spent)} of training so far")
     finished = [record for record in run.records.values() if record.done]
@@ -6947,13 +6765,12 @@ def show_plan(args: Namespace, platform: Platform) -> int:
     with session.listening():
         progress = Progress(run, worker_count(settings, devices))
         experiment = make_experiment(run, devices[0], devices, data, session, progress)
-        speeds = measure_speeds(experiment, list(dict.fromkeys(job.network for job in run.jobs)))
-    images, workers = size - 2 * (size // 20), worker_count(settings, devices)
-    estimate = Estimate(settings, images, workers, planned.equal_cost_epochs, speeds)
+        measure_speeds(experiment, dict.fromkeys(job.network for job in run.jobs))
+    estimate = replace(progress.estimate, images=trained_images(size))
     print(f"{settings.mode}, {settings.dataset}, {size:,} training images, width {settings.width}")
     print_plan(estimate, run.left)
     names = listed(dict.fromkeys(device.name for device in devices))
-    print(f"measured on {names}, {precision}, {say_count(workers, 'worker')}")
+    print(f"measured on {names}, {precision}, {say_count(estimate.workers, 'worker')}")
     folder, kept, cache = map(say_bytes, (disk_bytes(settings), KAGGLE_DISK_BYTES, page_bytes(settings)))
     print(f"disk: {folder} in the run folder (Kaggle keeps {kept}), {cache} of cache elsewhere")
     return 0
@@ -7069,7 +6886,7 @@ def merged_files(run: Run, sources: Sequence[Path]) -> list[Path]:
 
 
 def last_activity(path: Path) -> str:
-    """When a run's last session started, also of a run that needs a plugin; "" where that cannot be read."""
+    """When a run's last session started, unlike file times also in a copy; "" where that cannot be read."""
     for name in (STATE_NAME, STATE_NAME + ".bak"):
         with contextlib.suppress(OSError, Damaged, KeyError, TypeError):
             content = load_plain(path / "checkpoints" / name)
@@ -7147,7 +6964,4 @@ def main(argv: Sequence[str] | None = None, root: Path = Path("/")) -> int:
 if __name__ == "__main__":
     if "__file__" in globals():
         sys.exit(main())
-    print(
-        "save this as run_exp1b_kaggle.py (%%writefile in a cell of its own), then: !python "
-        "run_exp1b_kaggle.py --mode smoke"
-    )
+    print("save this as run_exp1b_kaggle.py (by %%writefile), then: !python run_exp1b_kaggle.py --mode smoke")

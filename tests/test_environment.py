@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import SMALL
 from lab import do, lab_data, open_lab, shortcuts, student
-from toy import cut_networks, new_toy
+from toy import cut_networks, new_toy, stopped_at_once
 
 import run_exp1b_kaggle as exp
 
@@ -162,7 +162,7 @@ def test_the_first_lines_say_what_computes_and_what_does_not(
         torch.accelerator, "current_accelerator", lambda *_, **__: torch.device(kind or "cpu")
     )
     monkeypatch.setattr(exp, "processor_name", lambda: "the processor")
-    monkeypatch.setattr(exp, "work", lambda *_, **__: "session clock")
+    monkeypatch.setattr(exp, "work", stopped_at_once)
     assert new_toy(toy / "run") == 0
     first = capsys.readouterr().out.splitlines()[:3]
     assert "device: CPU: the processor; fp32, 1 worker of 1 thread" in first

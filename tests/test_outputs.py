@@ -207,17 +207,17 @@ def test_what_a_full_place_holds_is_used_and_removed(
 
 
 def test_waiting_for_another_process_is_no_training(taught: exp.Experiment, tmp_path: Path) -> None:
-    """The seconds count among those of the teacher outputs, which a stopwatch leaves out."""
+    """The seconds count among those of the teacher outputs, which the clock leaves out."""
     outputs = apart(taught, tmp_path)
     folder = tmp_path / outputs.key(teacher(taught))
     folder.mkdir()
     lock = filelock.FileLock(folder / "page_005.lock", thread_local=False)
     lock.acquire()
     threading.Timer(0.6, lock.release).start()
-    watch, begun = exp.Stopwatch(outputs), time.perf_counter()
+    started, begun = outputs.clock(), time.perf_counter()
     page(outputs, 5)
     assert outputs.seconds > 0.5
-    assert watch.seconds < time.perf_counter() - begun - 0.5
+    assert outputs.clock() - started < time.perf_counter() - begun - 0.5
 
 
 def test_pages_of_a_killed_run_go_after_some_days(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import heapq
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,7 +118,11 @@ def test_plan_says_what_there_is_to_do(
 ) -> None:
     """Jobs per kind, hours, sessions and disk add up, at made-up speeds; nothing is written; 80 columns suffice."""
     speeds = {name: 3 * exp.network_cost(name, 10, 64)[1] * 128 / 0.36 for name in exp.ARCHITECTURES}
-    monkeypatch.setattr(exp, "measure_speeds", lambda _, networks: {name: speeds[name] for name in networks})
+
+    def measured(experiment: exp.Experiment, networks: Iterable[str]) -> None:
+        experiment.progress.estimate.speeds = {name: speeds[name] for name in networks}
+
+    monkeypatch.setattr(exp, "measure_speeds", measured)
     monkeypatch.chdir(tmp_path)
     assert exp.main(["--plan", "--mode", mode, "--device", "cpu", "--workers", "2"]) == 0
     said = capsys.readouterr().out
@@ -186,7 +191,7 @@ def test_the_time_left_is_known_before_the_first_epoch_and_learns_from_epochs(tm
     experiment = open_lab(tmp_path, compression=("5x",))
     estimate = experiment.progress.estimate
     assert estimate.seconds_left(experiment.run.left) == 0, "nothing is known yet"
-    estimate.speeds = exp.measure_speeds(experiment)
+    exp.measure_speeds(experiment, ["teacher"])
     assert list(estimate.speeds) == ["teacher"]
     jobs, classes = experiment.run.left, len(experiment.images.classes)
     work = sum(exp.job_macs(job, experiment.settings, {}) for job in jobs)
@@ -261,7 +266,7 @@ def test_every_way_to_say_out_of_memory_is_understood(
         for action in (
             lambda training=training: training._step(torch.arange(60), 0),
             lambda training=training: experiment.infer(training.model, images),
-            lambda: exp.measure_speeds(experiment),
+            lambda: exp.measure_speeds(experiment, ["7x"]),
         ):
             with (
                 contextlib.nullcontext()
@@ -334,7 +339,7 @@ def test_the_pages_of_a_plan_are_those_that_are_computed(monkeypatch: pytest.Mon
     assert pages() == dict.fromkeys(("teacher", "1.5x", "2.3x", "5x"), orders[0] | orders[1]) | {"7x": set()}
     count = len(orders[0] | orders[1])
     described = 4 * 10 + exp.PROJECTED  # the logits of all, the descriptions of the teacher
-    assert exp.page_bytes(settings) == count * exp.DATASETS["CIFAR10"][1] * described * 2
+    assert exp.page_bytes(settings) == count * 45_000 * described * 2
 
     default = exp.HPMKD.default("7x")
     of_two, of_all = (replace(default, weight=0.0, teachers=default.teachers[:n]) for n in (2, 4))
@@ -348,4 +353,4 @@ def test_the_pages_of_a_plan_are_those_that_are_computed(monkeypatch: pytest.Mon
         "a candidate of the pilot, for its first rung"
     )
     count = sum(map(len, found.values()))
-    assert exp.page_bytes(settings) == count * exp.DATASETS["CIFAR10"][1] * 10 * 2, "without descriptions"
+    assert exp.page_bytes(settings) == count * 45_000 * 10 * 2, "without descriptions"

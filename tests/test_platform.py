@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import results_without_times
-from toy import TOY, new_toy, tree
+from toy import TOY, new_toy, stopped_at_once, tree
 
 import run_exp1b_kaggle as exp
 
@@ -188,9 +188,9 @@ def test_run_folders_are_made_in_the_working_folder(kaggle: Path, toy_run: Path)
 
 
 def test_elsewhere_they_are_made_here(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exp, "work", lambda *_, **__: "session clock")
+    monkeypatch.setattr(exp, "work", stopped_at_once)
     assert exp.main(TOY) == 0
-    (folder,) = toy.glob("exp1b_*")
+    (folder,) = toy.glob("exp1b_smoke_*")
     assert exp.re.fullmatch(r"exp1b_smoke_\d{8}_\d{6}", folder.name)
 
 
@@ -227,9 +227,12 @@ def test_a_length_that_is_given_counts_from_now_and_leaves_time_for_the_report(
     root = kaggle if on_kaggle else kaggle / "elsewhere"
     monkeypatch.setattr(exp, "session_age_seconds", lambda: 7200.0)
     monkeypatch.setattr(exp.time, "time", lambda: 1e9)
-    monkeypatch.setattr(
-        exp, "work", lambda experiment, *_, **__: seen.append(experiment.session.deadline) or "session clock"
-    )
+
+    def work(experiment: exp.Experiment, *_: object) -> None:
+        seen.append(experiment.session.deadline)
+        raise exp.Stopped("session clock")
+
+    monkeypatch.setattr(exp, "work", work)
     assert exp.main([*TOY, "--output-dir", str(toy / "run"), "--max-hours", str(hours)], root=root) == 0
     assert seen == [pytest.approx(1e9 + 3600 * hours - margin)]
 
@@ -238,9 +241,12 @@ def test_kaggle_has_a_deadline_by_default(kaggle: Path, monkeypatch: pytest.Monk
     seen: list[float | None] = []
     monkeypatch.setattr(exp.time, "time", lambda: 1e9)
     monkeypatch.setattr(exp, "session_age_seconds", lambda: 600.0)
-    monkeypatch.setattr(
-        exp, "work", lambda experiment, *_, **__: seen.append(experiment.session.deadline) or "session clock"
-    )
+
+    def work(experiment: exp.Experiment, *_: object) -> None:
+        seen.append(experiment.session.deadline)
+        raise exp.Stopped("session clock")
+
+    monkeypatch.setattr(exp, "work", work)
     assert exp.main([*TOY, "--output-dir", str(kaggle / "kaggle/working/run")], root=kaggle) == 0
     assert seen == [pytest.approx(1e9 - 600 + 11.5 * 3600 - 120)]
     assert exp.main([*TOY, "--output-dir", str(kaggle / "run")], root=kaggle / "elsewhere") == 0
@@ -264,7 +270,7 @@ def test_a_kaggle_session_without_gpu_stops_with_the_remedy(
 @pytest.mark.parametrize("options", [["--mode", "smoke"], ["--mode", "quick", "--device", "cpu"]])
 def test_unless_it_is_meant(kaggle: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(exp, "work", lambda *_, **__: "session clock")
+    monkeypatch.setattr(exp, "work", stopped_at_once)
     assert (
         exp.main([*options, "--dataset", "CIFAR10", "--train-size", "300", "--threads", "1"], root=kaggle)
         == 0
@@ -279,7 +285,7 @@ def test_secrets_in_the_environment_are_not_written(
 ) -> None:
     """Kaggle's variables hold live tokens."""
     monkeypatch.setenv("KAGGLE_USER_SECRETS_TOKEN", "t0ken-that-nobody-may-see")
-    monkeypatch.setattr(exp, "work", lambda *_, **__: "session clock")
+    monkeypatch.setattr(exp, "work", stopped_at_once)
     assert new_toy(toy / "run") == 0
     written = b"".join(path.read_bytes() for path in (toy / "run").rglob("*") if path.is_file())
     assert b"t0ken" not in written + capsys.readouterr().out.encode()
@@ -361,10 +367,12 @@ def test_a_temporary_folder_that_cannot_be_used_costs_one_warning(
     toy: Path, toy_run: Path, capsys: Capture
 ) -> None:
     """Pages are only a cache: they go into the run folder, and are gone at the end."""
-    exp.PageStore(toy).places[0].write_text("a file where the folder should be")
+    folder = exp.PageStore(toy).places[0]
+    folder.rmdir()
+    folder.write_text("a file where the folder should be")
     exp.warn_once.cache_clear()
     assert new_toy(toy / "run") == 0
-    assert capsys.readouterr().out.count("teacher outputs cannot be kept in") == 1
+    assert capsys.readouterr().out.count("teacher outputs are kept in the run folder") == 1
     assert results_without_times(toy / "run") == results_without_times(toy_run)
     assert list((toy / "run").rglob("page_*")) == []
 
@@ -375,7 +383,7 @@ def test_a_temporary_folder_that_cannot_be_used_costs_one_warning(
 @pytest.fixture
 def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that are opened and closed, but train nothing."""
-    monkeypatch.setattr(exp, "work", lambda *_, **__: "session clock")
+    monkeypatch.setattr(exp, "work", stopped_at_once)
 
 
 @pytest.mark.usefixtures("untrained")
@@ -541,10 +549,12 @@ def test_pages_that_fall_into_the_run_folder_are_counted(
     monkeypatch.setattr(exp, "KAGGLE_DISK_BYTES", 6_000_000)
     monkeypatch.setattr(exp, "disk_bytes", lambda *_: 5_000_000)
     monkeypatch.setattr(exp, "page_bytes", lambda *_: 2_000_000)
-    monkeypatch.setattr(exp, "work", lambda *_, **__: "session clock")
+    monkeypatch.setattr(exp, "work", stopped_at_once)
     monkeypatch.setattr(exp.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(space, 0, space))
     if space == 0:
-        exp.PageStore(kaggle).places[0].write_text("a file where the folder should be")
+        folder = exp.PageStore(kaggle).places[0]
+        folder.rmdir()
+        folder.write_text("a file where the folder should be")
     assert exp.main(TOY, root=kaggle) == (2 if counted else 0)
     assert ("this run needs about 7 MB" in capsys.readouterr().out) == counted
 

@@ -24,6 +24,7 @@ from toy import (
     epochs_in_log,
     new_toy,
     resume,
+    stopped_at_once,
     struck,
     tree,
 )
@@ -318,6 +319,21 @@ def test_of_several_inputs_the_newest_is_copied(
     assert [path.name for path in (kaggle / "kaggle/working").iterdir()] == ["run_a"]
 
 
+def test_the_newest_run_is_continued_or_refused_and_no_older_one(
+    copied: Path, toy: Path, monkeypatch: pytest.MonkeyPatch, redone: list[str], capsys: Capture
+) -> None:
+    """The newest needs a plugin, which this command does not give; an older one would go on without."""
+    monkeypatch.chdir(toy)
+    shutil.copytree(copied, toy / "exp1b_older")
+    started(toy / "exp1b_older", "2001")
+    started(copied, "2999")
+    edit_index(copied, plugins={"mine.py": "1" * 64})
+    before = tree(toy)
+    assert exp.main(AGAIN) == 2
+    assert "add --plugin mine.py" in capsys.readouterr().out.splitlines()[-1]
+    assert (tree(toy), redone) == (before, [])
+
+
 def test_an_input_given_by_hand_is_copied_too(kaggle: Path, toy_run: Path, redone: list[str]) -> None:
     """Into the output folder, once; the next session finds the copy by its name."""
     source = kaggle / "kaggle/input/earlier/run"
@@ -326,6 +342,24 @@ def test_an_input_given_by_hand_is_copied_too(kaggle: Path, toy_run: Path, redon
     assert exp.main([*AGAIN, "--output-dir", str(kaggle / "kaggle/working/run")], root=kaggle) == 0
     assert tree(source) == before
     assert (kaggle / "kaggle/working/run/results.csv").exists()
+
+
+def test_an_input_itself_given_by_hand_is_copied_under_its_name(
+    kaggle: Path, toy_run: Path, redone: list[str]
+) -> None:
+    source = kaggle / "kaggle/input/earlier/run"
+    shutil.copytree(toy_run, source)
+    assert exp.main([*AGAIN, "--output-dir", str(source)], root=kaggle) == 0
+    assert (kaggle / "kaggle/working/run/results.csv").exists()
+
+
+def test_a_named_folder_means_no_run_of_that_name_elsewhere(
+    copied: Path, toy: Path, redone: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(toy)
+    before = tree(copied)
+    assert exp.main([*AGAIN, "--output-dir", str(toy / "elsewhere" / copied.name)]) == 2
+    assert (tree(copied), redone) == (before, [])
 
 
 def test_a_copy_takes_neither_lock_nor_rubbish_along(kaggle: Path, toy_run: Path, redone: list[str]) -> None:
@@ -372,7 +406,7 @@ def test_report_only_of_an_input_works_on_a_copy(kaggle: Path, toy_run: Path) ->
 @pytest.fixture
 def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that are opened and closed, but train nothing."""
-    monkeypatch.setattr(exp, "work", lambda *_, **__: "session clock")
+    monkeypatch.setattr(exp, "work", stopped_at_once)
 
 
 @pytest.mark.usefixtures("untrained")

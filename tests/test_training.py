@@ -516,7 +516,8 @@ def test_every_kind_of_job_on_a_second_device(tmp_path: Path) -> None:
             assert not list(experiment.run.path.rglob("*.corrupt"))
             exp.do_job(experiment, student(experiment, "HPM-KD-no-attention", "5x"))
             networks = ["teacher", "1.5x", "2.3x", "5x"]
-            assert list(exp.measure_speeds(experiment, networks)) == networks
+            exp.measure_speeds(experiment, networks)
+            assert set(networks) <= set(experiment.progress.estimate.speeds)
     with second_device():
         network = experiment.place(exp.build_network("5x", 10, 8))
         assert set(exp.latency_ms(experiment, network)) == {"1", "256"}

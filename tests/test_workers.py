@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import signal
 import socket
@@ -30,12 +29,6 @@ OPTIONS = [
 ]  # fmt: skip
 EVERY_EPOCH = ROOT / "tests/every_epoch.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-
-
-def plugin_text() -> str:
-    """The method of one's own that README shows."""
-    section = (ROOT / "README_KAGGLE.md").read_text().split("Add your own method", 1)[1]
-    return re.search(r"```python\n(.*?)```", section, re.S)[1]  # type: ignore[index]
 
 
 def start(
@@ -67,40 +60,40 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-def test_two_workers_with_a_plugin_equal_one_worker(
+def test_the_gallery_with_two_workers_and_a_kill_equals_one_worker(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The plugin trains, pairs, and is in table and report; --resume needs it, and refuses another file."""
-    plugin = tmp_path / "at.py"
-    plugin.write_text(plugin_text())
-    options = [
-        *OPTIONS,
-        "--plugin",
-        str(plugin),
-        "--methods",
-        "Direct",
-        "HPM-KD",
-        "AT",
-        "--teacher-epochs",
-        "1",
-        "--student-epochs",
-        "1",
-    ]
+    """All eight published methods beside the main ones; --resume needs the plugin, and refuses another file."""
+    plugin = tmp_path / "published.py"
+    shutil.copyfile(ROOT / "tests/published_methods.py", plugin)
+    methods = ["Direct", "TraditionalKD", "HPM-KD", "DKD", "DIST", "LSKD", "TAKD", "AT", "SP", "RKD", "Hint"]
+    options = [*OPTIONS, "--plugin", str(plugin), "--teacher-epochs", "1", "--methods", *methods]
     assert in_child(lambda: exp.main([*options, "--output-dir", str(tmp_path / "1")])) == 0
-    code, out = finish(start(tmp_path / "2", *options, "--workers", "2"))
+
+    process = start(tmp_path / "2", *options, "--workers", "2", script=EVERY_EPOCH)
+    wait_until(lambda: len(list((tmp_path / "2/checkpoints").glob("student_*.pt"))) >= 3)
+    wait_for_progress(tmp_path / "2")
+    workers = workers_of(process)
+    process.kill()
+    finish(process)
+    assert_gone(workers)
+    again = ["--resume", "--output-dir", str(tmp_path / "2")]
+    capfd.readouterr()
+    assert in_child(lambda: exp.main(again)) == 2
+    assert "add --plugin published.py" in capfd.readouterr().out
+
+    code, out = finish(
+        start(tmp_path / "2", "--resume", "--workers", "2", "--threads", "1", "--plugin", str(plugin))
+    )
     assert code == 0, out
     assert "finished: " in out.strip().splitlines()[-1]
     assert results_without_times(tmp_path / "1") == results_without_times(tmp_path / "2")
     table = pd.read_csv(tmp_path / "2/results.csv")
-    assert set(table.method) == {"Direct", "HPM-KD", "AT"} and (table.status == "done").all()
+    assert set(table.method) == set(methods) and (table.status == "done").all()
     report = (tmp_path / "2/experiment_report.md").read_text()
     assert "AT minus Direct" in report and exp.hashlib.sha256(plugin.read_bytes()).hexdigest()[:12] in report
 
-    again = ["--resume", "--output-dir", str(tmp_path / "2")]
-    capfd.readouterr()
-    assert in_child(lambda: exp.main(again)) == 2
-    assert "add --plugin at.py" in capfd.readouterr().out
-    plugin.write_text(plugin_text() + "\n# another file\n")
+    plugin.write_text(plugin.read_text() + "\n# another file\n")
     assert in_child(lambda: exp.main([*again, "--plugin", str(plugin)])) == 2
     assert "another file" in capfd.readouterr().out
 
