@@ -50,7 +50,7 @@ def test_two_workers_on_a_strange_machine(tmp_path: Path) -> None:
     script = f"hostname job-x.internal; mount -t tmpfs -o size=32k none {small}; export TMPDIR={small}; trap '' HUP"
     script += "; mount -t tmpfs -o ro none /dev/shm"
     folder = tmp_path / "run"
-    methods = ["--methods", "Direct", "TraditionalKD", "--teacher-epochs", "4", "--workers", "2"]
+    methods = ["--methods", "Direct", "TraditionalKD", "--workers", "2"]
     process = start(folder, *OPTIONS, *methods, prefix=in_namespace(script), script=EVERY_EPOCH)
     wait_for(folder, "checkpoints/*.progress")
     process.send_signal(signal.SIGHUP)
