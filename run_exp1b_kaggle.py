@@ -1303,8 +1303,8 @@ class AttentionNetwork(nn.Module):
     """Scores teachers per image from what they say: log-probabilities, entropies, pairwise agreement.
 
     It does not see the student, so that the weights cannot drift to whichever teacher is easiest to match.
-    It is fitted on images that no teacher was trained on, and used on views of images that they have
-    memorised: the report judges it on both.
+    It is fitted on images that no teacher was trained on, and used on views of images that they were trained
+    on: the report judges it on both.
     """
 
     HIDDEN, DROPOUT, ENTROPY_BONUS, STEPS, RATE = 128, 0.2, 0.01, 200, 0.01
@@ -2856,12 +2856,15 @@ trained twice. {RIVAL} with averaged views is not among the arms: HPM-KD-no-chai
 EXTENSIONS = (
     "Decoupled soft targets (beta; Zhao et al. 2022, [arXiv 2203.08679](https://arxiv.org/abs/2203.08679)) "
     "and relations between the images of a batch (gamma; Tung and Mori 2019, [arXiv 1907.09682]"
-    "(https://arxiv.org/abs/1907.09682)) are this project's additions to the paper's method."
+    "(https://arxiv.org/abs/1907.09682)) are this project's additions to the paper's method, as are averaged "
+    "views."
 )
+SAME_DEPTH = ("5x", "7x")  # both students are ResNet-10
 LIMITATIONS = """\
 - One teacher, one chain of assistants, one pilot per ratio: what others would change is not measured.
 - One family of networks (CIFAR ResNets), one data set. Depth changes with the ratio (ResNet-18 at 2.3x,
   ResNet-10 at 5x and 7x): a trend that includes 2.3x may be one over depth.
+- The intervals cover the spread between runs: another teacher, or other test images, would add to it.
 - HPM-KD, and whatever else has a pilot, uses the labels of held-out images (attention, pilots); Direct and
   TraditionalKD do not."""
 Rows = list[dict[str, Any]]  # of a table: each has the same titles
@@ -3084,7 +3087,10 @@ def report_answer(evidence: Evidence) -> str:
     if evidence.pairs:
         caption += ", and differences between paired runs (percentage points, pp)"
     if evidence.teacher:
-        remarks.append(f"The teacher (ResNet-50) reaches {evidence.teacher.test_accuracy:.2f}%.")
+        size = (
+            f"ResNet-50 of width {run.settings.width}, {evidence.teacher.params / 1e6:.1f} million parameters"
+        )
+        remarks.append(f"The teacher ({size}) reaches {evidence.teacher.test_accuracy:.2f}%.")
     if has_verdict(*evidence.pairs.values()):
         caption += " with 95% intervals"
         remarks += [say_rule(evidence), say_leads(evidence)]
@@ -3148,7 +3154,9 @@ def say_subject(evidence: Evidence) -> str:
     if not found:
         return ""
     what = "; ".join(f"{text} at {listed(ratios)}" for text, ratios in found.items())
-    return f"What {SUBJECT} was: {what}. {EXTENSIONS}"
+    kept = [pilot.chosen == 0 for pilot in evidence.records("pilot", SUBJECT)]
+    default = " (its default: no pilot chose another)" if all(kept) else ""
+    return f"What {SUBJECT} was{default}: {what}. {EXTENSIONS}"
 
 
 def say_costs(evidence: Evidence) -> str:
@@ -3197,8 +3205,8 @@ def report_results(evidence: Evidence) -> str:
     return paragraphs(
         "## Results",
         "On the test images: the share of the teacher's accuracy that is kept (retention), negative "
-        "log-likelihood (NLL) and expected calibration error (ECE, 15 equal-width bins); of the last two "
-        "less is better.",
+        "log-likelihood (NLL) and expected calibration error (ECE, 15 equal-width bins); lower NLL and ECE "
+        "are better.",
         markdown_table(rows),
         embed(evidence, "retention_analysis"),
         embed(evidence, "calibration"),
@@ -3248,6 +3256,11 @@ def report_statistics(evidence: Evidence) -> str:
             f"The hypothesis that {SUBJECT} beats {BASELINE} at 5x and above {hypothesis(evidence.main)}.",
             f"{SUBJECT}'s advantage over {BASELINE} {say_trend(trend_test(evidence.frame))}.",
         ]
+        if {"2.3x", *SAME_DEPTH} <= evidence.main.keys():
+            shallow = evidence.frame[evidence.frame.compression.isin(SAME_DEPTH)]
+            claims[-1] += (
+                f" Among networks of one depth ({listed(SAME_DEPTH)}) it {say_trend(trend_test(shallow))}."
+            )
     table = [markdown_table(rows)]
     if evidence.ranked:
         table = [f"<details><summary>All {len(rows)} comparisons</summary>", *table, "</details>"]
@@ -3310,7 +3323,9 @@ def report_costs(evidence: Evidence) -> str:
         "Device time of all of a method's students as if the method had been run alone. A *page* is one view "
         "(crop and flip) of every training image; a teacher's outputs for it are computed once for all jobs.",
         markdown_table(rows),
-        f"Sharing the pages saves {saved.idxmax()} {say_time(saved.max())}." if saved.max() >= 1 else "",
+        f"Without sharing the pages {saved.idxmax()} would take {say_time(saved.max())} more (computed)."
+        if saved.max() >= 1
+        else "",
         caveat,
         embed(evidence, "cost_vs_accuracy"),
     )
@@ -3382,7 +3397,7 @@ def report_attention(evidence: Evidence) -> str:
     return paragraphs(
         "### Attention",
         "Attention weights the soft targets of the teachers, image by image. `select` shows whether it "
-        "helps: it was not fitted on these images; the teachers have memorised those of `train`.",
+        "helps: these images are new to it and to the teachers, which were trained on those of `train`.",
         f"On `select` its mixture beats (has a lower NLL than) {found}.",
         "The weights, mean ± sd over the images:",
         bullets(shares),
@@ -3446,8 +3461,8 @@ linearly to zero; pad-4 crop and flip; precision {index.precision}; width
     warning = f"**The experiment was extended after results were seen** ({late}): no p-value allows for that."
     return paragraphs(
         "## Protocol",
-        "The methods differ in their loss, with what it trains beside the student; Direct-equal-cost in its "
-        "epochs; and in nothing else.",
+        "A student's training differs between methods in the loss, with what that trains beside the student; "
+        "in Direct-equal-cost's epochs; and in nothing else.",
         text,
         "## Sessions",
         "When and where the networks were trained:",
@@ -3467,7 +3482,15 @@ def report_reservations(evidence: Evidence) -> str:
     for column in ("device", "precision"):
         if done[column].nunique() > 1:
             notes.append(f"The students differ in {column}: {listed(done[column].unique())}.")
-    limits = LIMITATIONS
+    settings = run.settings
+    epochs = say_count(settings.student_epochs, "epoch")
+    limits = (
+        f"{LIMITATIONS}\n- Students of width {settings.width} (of {FULL_WIDTH}) trained for {epochs}: wider "
+    )
+    limits += (
+        f"ones, or longer training, may rank the methods otherwise. {SUBJECT}'s default was developed on "
+    )
+    limits += "training images of CIFAR-10."
     judged = {ratio: c for ratio, c in evidence.main.items() if interval_text(c)}
     if judged:
         sizes = [f"{c.detectable:.2f} pp at {ratio} (n = {c.n})" for ratio, c in judged.items()]
