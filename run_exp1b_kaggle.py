@@ -2514,9 +2514,11 @@ def prediction_applies(run: Run) -> bool:
 
 def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
     """A figure of `height` inches that belongs to no window, and its axes [rows, columns]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(FIGURE_INCHES, height), layout="constrained")
+    FigureCanvasAgg(figure)  # else matplotlib 3.10 imports pyplot
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
@@ -2802,7 +2804,9 @@ def draw_ablation(evidence: Evidence) -> Figure | None:
     for method in evidence.extra_methods:
         found = {ratio: compare_cells(evidence.frame, ratio, method, SUBJECT) for ratio in evidence.ratios}
         rows[method, ""] = {ratio: c.differences for ratio, c in found.items()}
-    note = f"{PAIRS_NOTE}\nAll at 0: the same as {SUBJECT} by construction."
+    note = PAIRS_NOTE
+    if (evidence.frame.same_as == SUBJECT).any():
+        note += f"\nAll at 0: the same as {SUBJECT} by construction."
     return draw_rows(evidence, rows, f"Other arms minus {SUBJECT}, test accuracy (pp)", note)
 
 
@@ -3278,7 +3282,8 @@ def report_statistics(evidence: Evidence) -> str:
 def say_trend(trend: Comparison) -> str:
     """How a difference moves with the ratio, to follow "the advantage"."""
     if trend.no_interval:
-        return f"has no measurable trend over the ratio ({trend.no_interval})"
+        reason = trend.no_interval.replace("pairs", "runs at every ratio")
+        return f"has no measurable trend over the ratio ({reason})"
     words = {"better": "grows with", "worse": "shrinks with"}
     word = words.get(verdict(trend), "has no distinguishable trend over")
     return f"{word} the compression ratio ({difference_text(trend)} pp per doubling, p {p_text(trend.t_p)})"
@@ -3482,24 +3487,25 @@ def report_reservations(evidence: Evidence) -> str:
     for column in ("device", "precision"):
         if done[column].nunique() > 1:
             notes.append(f"The students differ in {column}: {listed(done[column].unique())}.")
-    settings = run.settings
-    epochs = say_count(settings.student_epochs, "epoch")
-    limits = (
-        f"{LIMITATIONS}\n- Students of width {settings.width} (of {FULL_WIDTH}) trained for {epochs}: wider "
+    epochs, limits = say_count(run.settings.student_epochs, "epoch"), [LIMITATIONS]
+    limits.append(
+        f"- Students of width {run.settings.width} ({FULL_WIDTH} is the full one) trained for {epochs}: other "
+        f"widths, or longer training, may rank the methods otherwise. {SUBJECT}'s default was developed on "
+        "training images of CIFAR-10."
     )
-    limits += (
-        f"ones, or longer training, may rank the methods otherwise. {SUBJECT}'s default was developed on "
-    )
-    limits += "training images of CIFAR-10."
     judged = {ratio: c for ratio, c in evidence.main.items() if interval_text(c)}
     if judged:
         sizes = [f"{c.detectable:.2f} pp at {ratio} (n = {c.n})" for ratio, c in judged.items()]
         needed = [f"{min(c.runs_needed, 1000)} at {ratio}" for ratio, c in judged.items()]
-        limits += f"\n- Few runs: a true difference from {BASELINE} below {listed(sizes)} has less than "
-        limits += f"{POWER:.0%} chance of p < {LEVEL:.0%}, and less still after Holm's adjustment. To find "
-        limits += f"{RELEVANT_PP} pp at this spread takes so many runs: {listed(needed)} (1000: or more)."
+        limits.append(
+            f"- Few runs: a true difference from {BASELINE} below {listed(sizes)} has less than {POWER:.0%} "
+            f"chance of p < {LEVEL:.0%}, and less still after Holm's adjustment. To find {RELEVANT_PP} pp at "
+            f"this spread takes so many runs: {listed(needed)} (1000: or more)."
+        )
     if "ablation" not in {METHODS[arm].option for arm in evidence.extra_methods}:
-        limits += f"\n- {RIVAL} was not tuned as {SUBJECT} was (`--ablation`): a gain may be one of tuning."
+        limits.append(
+            f"- {RIVAL} was not tuned as {SUBJECT} was (`--ablation`): a gain may be one of tuning."
+        )
     return paragraphs(
         "## Missing or failed",
         bullets(gaps) or "Nothing is missing, nothing failed.",
@@ -3507,7 +3513,7 @@ def report_reservations(evidence: Evidence) -> str:
         bullets(notes) or "None.",
         "## Limitations",
         "What the numbers above cannot show:",
-        limits,
+        "\n".join(limits),
     )
 
 
@@ -3608,7 +3614,10 @@ def latex_table(evidence: Evidence) -> str:
 % Teacher (ResNet-50): {teacher}. {scope}.
 """
     alignment = "ll".ljust(len(table.columns), "r")  # the ratio and the method, then numbers
-    return head + table.to_latex(index=False, escape=False, column_format=alignment)
+    # By hand: pandas 2.2 imports matplotlib for it, which may not be importable.
+    titles, *rows = (" & ".join(row) + r" \\" for row in [table.columns, *table.to_numpy()])
+    lines = [rf"\begin{{tabular}}{{{alignment}}}", r"\toprule", titles, r"\midrule", *rows, r"\bottomrule"]
+    return head + "\n".join(lines) + "\n\\end{tabular}\n"
 
 
 def write_archive(run: Run) -> None:
@@ -3778,13 +3787,14 @@ def take_lock(path: Path, seconds: float = 0.0) -> filelock.BaseFileLock | None:
     """
     if not path.parent.is_dir():  # removed: `Run.check_ours` finds out, and filelock would make it anew
         return None
-    lock = filelock.FileLock(path, fallback_to_soft=False)
+    lock = filelock.FileLock(path)
     try:
         patiently(partial(lock.acquire, timeout=seconds), path, (None, *NO_LOCKS))
     except filelock.Timeout:  # an OSError without a number
         return None
-    except OSError as error:
-        warn_once(f"no file can be locked here ({error.strerror}): only one process may work on a run")
+    except (OSError, NotImplementedError) as error:  # NotImplementedError: of filelock before 4
+        what = f"files cannot be locked ({first_line(error)})"
+        warn_once(f"{what}: take care that only one process works on a run")
     return lock
 
 
@@ -3818,11 +3828,12 @@ def hold_folder(folder: Path) -> Iterator[None]:
     if lock is None:
         holder = "another process"
         with contextlib.suppress(OSError, ValueError):
-            holder = path.read_text().strip() or holder
+            holder = " ".join(path.read_text().split()) or holder
         raise UsageError(f"{folder} is in use by {holder}: wait for it or stop it")
     try:
-        with contextlib.suppress(OSError):  # Windows forbids it, a full disk, too
-            path.write_text(f"process {os.getpid()} on host {socket.gethostname()}\n")
+        with contextlib.suppress(OSError, ValueError):
+            if not path.read_text()[:1].isdigit():  # else filelock's own, where there is no flock
+                path.write_text(f"process {os.getpid()} on host {socket.gethostname()}\n")
         yield
     finally:
         lock.release()
@@ -4432,10 +4443,11 @@ class PageStore:
             shared.mkdir(exist_ok=True, mode=0o700)
             if shared.lstat().st_uid != user:
                 raise PermissionError(errno.EACCES, "it belongs to another user", str(shared))
-            for folder in shared.iterdir():
-                if time.time() - folder.stat().st_mtime > self.KEEP_SECONDS:
-                    shutil.rmtree(folder, ignore_errors=True)
             self.places.insert(0, shared)
+            for folder in shared.iterdir():
+                with contextlib.suppress(FileNotFoundError):  # another process was faster
+                    if time.time() - folder.stat().st_mtime > self.KEEP_SECONDS:
+                        shutil.rmtree(folder, ignore_errors=True)
         except OSError as error:
             warn_once(f"teacher outputs are kept in the run folder, not in the temporary one: {error}")
 
@@ -5596,10 +5608,10 @@ def describe_noise(method: type[Method], network: str, width: int) -> torch.Tens
         noise = scales * np.abs(rng(0, f"noise {stage}").standard_normal(shape, dtype=np.float32))
         features[stage] = torch.from_numpy(noise).to(memory_format=torch.channels_last)
     try:
-        with torch.no_grad(), fixed_randomness(), blamed_on(method, "describe"):
+        with torch.no_grad(), fixed_randomness(), unchanged(method), blamed_on(method, "describe"):
             description = method.describe(features).float()
             check_shape(description, features[method.stages[0]])
-    except MethodFailed as error:  # `DescribedNetwork.add` says so when its jobs are done
+    except MethodFailed as error:
         warn_once(str(error))
         return None
     return description
@@ -5656,16 +5668,16 @@ class PluginGuard:
         if training.job.kind != "student" or epoch == 0 or epoch not in (1, training.epochs - 1):
             return
         shared = state_of(shared_by(self.method), self.own)
-        anew = make_method(training.experiment, training.job, method.config, method.pages)
-        anew.features, anew.module = method.features, training.module_of(anew)
-        if anew.module is not None:
-            anew.module.load_state_dict(cast(nn.Module, method.module).state_dict())
-        # It draws what the method has drawn, so that the generators stand as before.
-        training.start_epoch(anew, epoch)
-        here, there = state_of(vars(method), self.own), state_of(vars(anew), self.own)
+        with unchanged(self.method):
+            anew = make_method(training.experiment, training.job, method.config, method.pages)
+            anew.features, anew.module = method.features, training.module_of(anew)
+            if anew.module is not None:
+                anew.module.load_state_dict(cast(nn.Module, method.module).state_dict())
+            # It draws what the method has drawn, so that the generators stand as before.
+            training.start_epoch(anew, epoch)
+            here, there = state_of(vars(method), self.own), state_of(vars(anew), self.own)
         found = {name for name, held in here.items() if held != there.get(name, [])}
         found |= {name for name, held in shared.items() if held != self.shared.get(name, [])}
-        self.shared = state_of(shared_by(self.method), self.own)  # what the trial has changed is none
         if found - set(training.carried):
             training.carried = sorted({*training.carried, *found})
             where = "from epoch to epoch outside modules(): a resume starts without it"
@@ -5698,9 +5710,12 @@ def leaves_of(value: Any, own: Collection[str], seen: dict[int, Any]) -> Iterato
 
     `own`: names of the modules whose objects are looked into; `seen`: what was looked into already.
     """
-    if isinstance(value, torch.Tensor | np.ndarray | np.generic | int | float | str):
-        if not isinstance(value, torch.Tensor) or (value.is_leaf and not value.is_sparse):
+    if isinstance(value, torch.Tensor):
+        if value.is_leaf and value.layout == torch.strided and not value.is_meta:  # others are not stored
             yield value
+        return
+    if isinstance(value, np.ndarray | np.generic | int | float | str):
+        yield value
         return
     if id(value) in seen:
         return
@@ -5751,6 +5766,30 @@ def shared_by(method: type[Method]) -> dict[str, Any]:
     return {name: value for name, value in held.items() if not name.startswith("__")}
 
 
+@contextlib.contextmanager
+def unchanged(method: type[Method]) -> Iterator[None]:
+    """A plugin's file and classes hold afterwards what they hold now: what is only tried leaves nothing."""
+    own = own_modules(method) - {__name__}
+    owners: list[Any] = [sys.modules[name] for name in own]
+    owners += [base for base in method.__mro__ if base.__module__ in own]
+    before = [(owner, dict(vars(owner))) for owner in owners]
+    containers = [value for _, held in before for value in held.values() if type(value) in (dict, list, set)]
+    copies = [container.copy() for container in containers]
+    try:
+        yield
+    finally:
+        for owner, held in before:
+            for name in vars(owner).keys() - held.keys():
+                delattr(owner, name)
+            for name, value in held.items():
+                if vars(owner)[name] is not value:
+                    setattr(owner, name, value)
+        for container, copied in zip(containers, copies, strict=True):
+            if any(a is not b for a, b in itertools.zip_longest(parts_of(container), parts_of(copied))):
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(copied)
+
+
 def state_of(variables: Mapping[str, Any], own: Collection[str]) -> dict[str, list[str]]:
     """What each variable holds, as texts that can be compared; NaN is like NaN. `own`: see `leaves_of`."""
     state: dict[str, list[str]] = {}
@@ -5758,8 +5797,8 @@ def state_of(variables: Mapping[str, Any], own: Collection[str]) -> dict[str, li
         state[name] = []
         for leaf in leaves_of(value, own, {}):
             if isinstance(leaf, torch.Tensor):
-                leaf = leaf.detach().cpu().float().numpy()
-            if isinstance(leaf, np.ndarray):
+                leaf = leaf.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+            if isinstance(leaf, np.ndarray) and leaf.dtype != object:
                 leaf = leaf.shape, zlib.crc32(leaf.tobytes())
             state[name].append(repr(leaf))
     return state
@@ -5815,7 +5854,9 @@ def validate(settings: Settings) -> None:
         value, span = getattr(settings, declared.name), declared.metadata["span"]
         choices = declared.metadata["options"].get("choices")
         if span and value is not None and not span[0] <= value <= span[1]:
-            raise UsageError(f"{flag(declared.name)} must lie in {span[0]:g} to {span[1]:g}, not {value}")
+            raise UsageError(
+                f"{flag(declared.name)} must lie between {span[0]:g} and {span[1]:g}, not {value}"
+            )
         if choices and value not in choices:
             raise UsageError(f"{flag(declared.name)} knows {', '.join(choices)}, not {value}")
     if settings.width % 8:
@@ -6034,7 +6075,7 @@ def newest_run(args: Namespace, platform: Platform, wanted: Mapping[str, Any]) -
         return given
     for folders in run_folders(platform):
         found: list[tuple[str, str]] = []
-        refused: list[tuple[str, UsageError]] = []
+        unread: list[tuple[str, str]] = []
         for path in folders:
             if given is not None and (path.name != given.name or path.parent == platform.output_root):
                 continue
@@ -6042,17 +6083,19 @@ def newest_run(args: Namespace, platform: Platform, wanted: Mapping[str, Any]) -
                 index = load_index(path, args.plugins)
             except UsageError as error:
                 log.warning("not considered: %s: %s", path, error)
-                refused.append((last_activity(path), error))
+                unread.append((last_activity(path), f"{path}: {error}"))
                 continue
             settings = index.settings
             if wanted.get("precision") == index.precision:  # whether it was asked for or chosen
                 settings = replace(settings, precision=index.precision)
             if all(getattr(settings, name) == value for name, value in wanted.items()):
                 found.append((last_activity(path), str(path)))
-        if args.resume is True and not wanted:  # never another run than the newest, without a word
-            for moment, reason in refused:
-                if moment > max(found, default=("", ""))[0]:
-                    raise reason
+        if (
+            args.resume is True
+            and not wanted
+            and max(unread, default=("", "")) > max(found, default=("", ""))
+        ):
+            raise UsageError(f"the newest run cannot be continued: {max(unread)[1]}; or give --output-dir")
         if len(found) > 1:
             log.info("%d runs match; the newest is used: %s", len(found), max(found)[1])
         if found:
@@ -6407,7 +6450,10 @@ def do_share(args: Namespace, opened: Opened, platform: Platform, session: Sessi
         progress = Progress(run, workers, platform.watched)
         device = devices[group.local_rank % len(devices)]
         experiment = make_experiment(run, device, devices, data, session, progress)
-        work(experiment, leads, partial(progress.announce, session))
+        prepared: Callable[[], object] = partial(progress.announce, session)
+        if not leads:
+            prepared = str  # who leads has said it
+        work(experiment, leads, prepared)
         return ""
     except Stopped as stop:
         return str(stop)
@@ -6911,9 +6957,9 @@ def merged_files(run: Run, sources: Sequence[Path]) -> list[Path]:
 def last_activity(path: Path) -> str:
     """When a run's last session started, unlike file times also in a copy; "" where that cannot be read."""
     for name in (STATE_NAME, STATE_NAME + ".bak"):
-        with contextlib.suppress(OSError, Damaged, KeyError, TypeError):
+        with contextlib.suppress(OSError, UsageError, Damaged, KeyError, TypeError):
             content = load_plain(path / "checkpoints" / name)
-            return str(max(content["created"], *(session["started"] for session in content["sessions"])))
+            return str(max([content["created"], *(session["started"] for session in content["sessions"])]))
     return ""
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from test_workers import EVERY_EPOCH, OPTIONS, finish, start
-from toy import new_toy, resume
+from toy import in_child, new_toy, resume
 
 import run_exp1b_kaggle as exp
 
@@ -118,7 +118,7 @@ def test_without_any_temporary_folder(
     assert not (toy / "run/.pages").exists(), "removed with the last job"
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_gets_warnings(
     toy: Path, toy_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, number: int
 ) -> None:
@@ -129,8 +129,8 @@ def test_a_file_system_without_locks_gets_warnings(
     assert new_toy(toy / "run", "--workers", "2") == 0
     said = capsys.readouterr().out
     assert said.count("has no locks, which several workers need: one worker") == 1
-    assert said.count("no file can be locked here") == 1
-    assert "only one process may work on a run" in said
+    assert said.count("files cannot be locked") == 1
+    assert "take care that only one process works on a run" in said
     assert pd.read_csv(toy / "run/results.csv").test_accuracy.equals(
         pd.read_csv(toy_run / "results.csv").test_accuracy
     )
@@ -168,6 +168,37 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(
     command = [sys.executable, "-c", POLICY, exp.__file__, name]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == used
+
+
+def test_without_flock_a_killed_process_does_not_block_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ENOSYS: filelock then uses a file that names its process."""
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    def hold(forever: bool) -> int:
+        try:
+            with exp.hold_folder(tmp_path):
+                (tmp_path / "held").touch()
+                while forever:
+                    time.sleep(1)
+        except exp.UsageError as error:
+            assert f"is in use by {first.pid} " in str(error)
+            return 2
+        return 0
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    first = multiprocessing.get_context("fork").Process(target=hold, args=(True,))
+    first.start()
+    try:
+        wait_for(tmp_path, "held")
+        assert in_child(lambda: hold(False)) == 2
+    finally:
+        first.kill()
+        first.join()
+    assert in_child(lambda: hold(False)) == 0
 
 
 @pytest.mark.parametrize("kaggle", [False, True])

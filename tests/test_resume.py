@@ -330,7 +330,7 @@ def test_the_newest_run_is_continued_or_refused_and_no_older_one(
     edit_index(copied, plugins={"mine.py": "1" * 64})
     before = tree(toy)
     assert exp.main(AGAIN) == 2
-    assert "add --plugin mine.py" in capsys.readouterr().out.splitlines()[-1]
+    assert "add --plugin mine.py; or give --output-dir" in capsys.readouterr().out.splitlines()[-1]
     assert (tree(toy), redone) == (before, [])
 
 
