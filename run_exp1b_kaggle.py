@@ -3489,8 +3489,8 @@ def report_reservations(evidence: Evidence) -> str:
             notes.append(f"The students differ in {column}: {listed(done[column].unique())}.")
     epochs, limits = say_count(run.settings.student_epochs, "epoch"), [LIMITATIONS]
     limits.append(
-        f"- Students of width {run.settings.width} ({FULL_WIDTH} is the full one) trained for {epochs}: other "
-        f"widths, or longer training, may rank the methods otherwise. {SUBJECT}'s default was developed on "
+        f"- Students of width {run.settings.width} ({FULL_WIDTH} is the full one) trained for {epochs}: with "
+        f"other widths, or longer, the methods may rank otherwise. {SUBJECT}'s default was developed on "
         "training images of CIFAR-10."
     )
     judged = {ratio: c for ratio, c in evidence.main.items() if interval_text(c)}
