@@ -2530,10 +2530,10 @@ def finish_figure(
 
     handles: list[Any] = []
     for method in in_order(methods):
-        colour, marker, line = METHODS[method].look
-        handles.append(Line2D([], [], label=method, color=colour, marker=marker, linestyle=line))
+        colour, marker, _ = METHODS[method].look
+        handles.append(Line2D([], [], label=method, color=colour, marker=marker, linestyle="none"))
     options: dict[str, Any] = {"loc": "outside upper left", "alignment": "left", "borderpad": 0}
-    options |= {"handlelength": 2.8, "columnspacing": 1.4}
+    options |= {"handlelength": 0.8, "columnspacing": 1.4}
     options |= {"title": title, "title_fontproperties": {"size": 9.5, "weight": "bold"}}
     for columns in (3, 2, 1):  # names are never cut: as many columns as there is room for
         legend = figure.legend(handles=handles, ncols=columns, **options)
