@@ -6654,6 +6654,11 @@ def join_run(args: Namespace, platform: Platform, session: Session) -> int:
 
     It writes neither index nor report. It goes on when that process ends: what it has done is not lost.
     """
+    version = importlib.metadata.version("filelock")
+    if int(version.partition(".")[0]) < 4:  # it empties a lock's file where one only looks whether it is held
+        raise UsageError(
+            f"to help with a run needs filelock 4 or newer, not {version}: pip install -U filelock"
+        )
     path = Path(args.given["output_dir"])
     await_leader(path, session)
     if is_held(path / "run.lock") is None:

@@ -353,6 +353,14 @@ def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     return capsys.readouterr().out.strip().splitlines()[-1]
 
 
+def test_joining_needs_a_filelock_that_leaves_locks_as_they_are(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(exp.importlib.metadata, "version", lambda _: "3.20.0")
+    assert exp.main(["--join", "--output-dir", str(toy / "run")]) == 2
+    assert "needs filelock 4 or newer, not 3.20.0" in capsys.readouterr().out
+
+
 def test_joining_needs_a_folder_and_a_leader(
     toy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
