@@ -2542,7 +2542,7 @@ def finish_figure(
         legend.remove()
     if evidence.missing:
         note += f"\nMissing: {'; '.join(evidence.missing)}."
-    wrapped = [textwrap.fill(text, 84, max_lines=2, placeholder=" ...") for text in note.splitlines() if text]
+    wrapped = [textwrap.fill(text, 84, max_lines=2) for text in note.splitlines() if text]
     style = {"fontsize": 6.5, "color": "0.3", "linespacing": 1.3}
     figure.supxlabel("\n".join(wrapped), x=0.012, ha="left", **style)
     return figure
