@@ -2,8 +2,9 @@
 """Experiment 1B: does HPM-KD compress a ResNet-50 better than direct training, the more the higher the ratio?
 
 A CIFAR ResNet-50 teacher is trained once. Students with 2.3x, 5x and 7x fewer parameters are trained by three
-methods (Direct, TraditionalKD, HPM-KD) in several paired runs. The script loses nothing when the session
-dies, uses every GPU, and writes figures and a report whose every sentence is computed from the data.
+methods (Direct, TraditionalKD, HPM-KD) in several paired runs. The script uses every GPU, and writes figures
+and a report whose numbers and verdicts are computed from the data. A session that dies costs the epoch in
+progress and at most 30 seconds more.
 
     python run_exp1b_kaggle.py --mode smoke                      # minutes, no GPU, no download: does it work?
     python run_exp1b_kaggle.py --mode quick                      # CIFAR-10, 3 runs: the experiment
@@ -266,7 +267,11 @@ class Settings:
     width: int = fixed(FULL_WIDTH, "channels of the first stage; 16: a quarter as wide as 64", int, (8, 256))
     train_size: int | None = fixed(None, "use only this many training images, held-out ones included", int)
     seed: int = fixed(
-        42, "run i has its weights and batch order from seed + i, its views from both", int, (0, 2**31 - 1)
+        42,
+        "run i has its weights and batch order from seed + i, its views from both: seeds of independent "
+        "experiments are further apart than --runs",
+        int,
+        (0, 2**31 - 1),
     )
     precision: str = fixed("auto", "auto: by the device's capability", choices=("auto", *PRECISIONS))
     deterministic: bool = fixed(False, "bit-equal results on a GPU, at a cost in speed")
@@ -485,8 +490,8 @@ class Architecture:
         }
 
 
-# Widths (of the last stage, at 7x of all) are set so that the counted ratio is within 1% of the nominal one:
-# with 10 classes 1.490, 2.298, 4.987, 7.006.
+# The last stage's width, at 7x every stage's, is set so that the counted ratio is within 1% of the nominal
+# one: with 10 classes 1.490, 2.298, 4.987, 7.006.
 ARCHITECTURES = {
     "teacher": Architecture(Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),  # ResNet-50
     "1.5x": Architecture(BasicBlock, (2, 2, 2, 2), (64, 128, 256, 648)),  # blocks of ResNet-18
@@ -638,9 +643,10 @@ def relation_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 def temperature_at(schedule: str, start: float, epochs: int, losses: Sequence[float]) -> float:
     """Temperature of the next epoch, a pure function of the training losses so far (HPM-KD, component 3).
 
-    constant: T0. The others move in [2, 6]. cosine: T0 to 2 over the epochs. loss: T0 while the smoothed loss
-    is at its running maximum, 2 at its minimum (where a loss that only falls always is). convergence: T0 - 2
-    damped by the slope of the loss relative to its first slope, so that T rises again as training settles.
+    constant: T0. The others move between 2 and T0. cosine: from T0 to 2 over the epochs. loss: T0 while the
+    smoothed loss is at its running maximum, 2 at its minimum (where a loss that only falls always is).
+    convergence: T0 - 2 damped by the slope of the loss relative to its first slope, so that T rises again as
+    training settles.
     """
     if schedule == "constant":
         return start
@@ -654,8 +660,7 @@ def temperature_at(schedule: str, start: float, epochs: int, losses: Sequence[fl
     elif schedule == "convergence" and len(smooth) >= 2:
         first = abs(smooth[1] - smooth[0])
         share = math.exp(-abs(smooth[-1] - smooth[-2]) / first) if first > 0 else 1.0
-    temperature = TEMPERATURE_MIN + (start - TEMPERATURE_MIN) * share
-    return min(max(temperature, TEMPERATURE_MIN), TEMPERATURE_MAX)
+    return TEMPERATURE_MIN + (start - TEMPERATURE_MIN) * share
 
 
 def mixture(teacher_logits: torch.Tensor, weights: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -902,7 +907,7 @@ class HPMKD(TraditionalKD):
 
     @classmethod
     def default(cls, compression: str) -> Distillation:
-        """The default configuration, found in development (tests/README.md): the incumbent of every pilot."""
+        """The default, found in development (tests/README.md); candidate 1 of every pilot of HPM-KD."""
         chain = cls.teachers(compression)
         several = len(chain) > 1
         return Distillation(0.5, 4.0, "cosine", chain, several, view_share=0.5, beta=2.0, weight=3_000.0)
@@ -1440,9 +1445,10 @@ def successive_halving(
 ) -> Halving:
     """Choose among candidates with `budget` training steps (Jamieson and Talwalkar 2016, arXiv 1502.07943).
 
-    `evaluate(rung, candidate, steps)` trains a candidate anew on its own complete schedule and says which
-    images [n] it gets right. Each rung keeps the better half. Candidate 0 is always kept, and stays the
-    choice unless the other finalist beats it by more than one paired standard error over the images.
+    `evaluate(rung, candidate, steps)` trains a candidate anew, with a learning rate that falls to zero in so
+    many steps, and says which images [n] it gets right. Each rung keeps the better half. Candidate 0 is
+    always kept, and stays the choice unless the other finalist beats it by more than one paired standard
+    error over the images.
     """
     alive, result = list(range(candidates)), Halving()
     for rung, share in enumerate(rung_shares(candidates)):
@@ -1555,7 +1561,7 @@ class Training:
 
     SMALLEST_MICRO_BATCH = 4
     SAVE_SECONDS = 30.0  # the least time between two checkpoints, each at an epoch's end
-    DIVERGED = 1e4  # times the loss at the start
+    DIVERGED = 1e4  # times the first epoch's mean loss, or 1 if that is larger
     SMALLEST_SCALE = 2.0**-10  # of losses in fp16: it halves whenever a gradient is not finite
 
     def __init__(self, experiment: Experiment, job: Job, name: str, steps: int, method: Method) -> None:
@@ -2054,8 +2060,8 @@ def equal_cost_epochs(settings: Settings) -> dict[str, int]:
 # ============================================================================================================
 # Part 2: the answer
 # ============================================================================================================
-# It turns the records of a run into comparisons, costs, tables, figures and a report.
-# Every sentence is computed. It reads what part 1 has measured and changes none of it.
+# It turns the records of a run into comparisons, costs, tables, figures and a report. Numbers and verdicts
+# are computed, explanations are fixed texts. It reads what part 1 has measured and changes none of it.
 
 
 # -- statistics ---------------------------------------------------------------------------------------------
@@ -2624,7 +2630,7 @@ def draw_rows(
     figure, axes = new_figure(height, len(ratios), sharex=True)
     style: dict[str, Any] = {"color": "black", "linewidth": 1.2}
     if percent:
-        style = {"color": "0.35", "linestyle": (0, (1, 1.2))}
+        style = {"color": "0.35", "linestyle": (0, (1, 1.2)), "clip_on": False}
     points, intervals = [level], []
     for axis, ratio in zip(axes[:, 0], ratios, strict=True):
         axis.axvline(level, zorder=1.5, **style)
@@ -2652,13 +2658,14 @@ def draw_differences(evidence: Evidence) -> Figure | None:
     if not evidence.pairs:
         return None
     first = evidence.controls[0]
-    wanted = {(method, ""): (method, first) for method in evidence.ranking() if method != first}
+    wanted = [(method, first) for method in evidence.ranking() if method != first]
     if first != RIVAL and (SUBJECT, RIVAL) in evidence.pairs:
-        wanted[SUBJECT, f"minus {RIVAL}"] = (SUBJECT, RIVAL)
+        wanted.append((SUBJECT, RIVAL))
     rows: dict[tuple[str, str], Values] = {}
-    for key, pair in wanted.items():
-        rows[key] = {ratio: c.differences for ratio, c in evidence.pairs[pair].items()}
-    return draw_rows(evidence, rows, f"Test accuracy minus {first}'s (pp)", PAIRS_NOTE)
+    for method, control in wanted:
+        by_ratio = evidence.pairs[method, control]
+        rows[method, f"minus {control}"] = {ratio: c.differences for ratio, c in by_ratio.items()}
+    return draw_rows(evidence, rows, "Differences of test accuracy between paired runs (pp)", PAIRS_NOTE)
 
 
 def draw_curve(axis: Axes, records: Sequence[Record], column: str, look: Look) -> None:
@@ -2744,11 +2751,15 @@ def draw_costs(evidence: Evidence) -> Figure | None:
         axis.set_title(ratio, loc="left")
         axis.spines.left.set_position(("outward", 6))
     axes[-1, 0].set(
-        xlim=(0, axes[-1, 0].get_xlim()[1]), xlabel="device time of all runs with all overheads (minutes)"
+        xlim=(0, axes[-1, 0].get_xlim()[1]),
+        xlabel="device time of the ratio's runs, all overheads included (minutes)",
     )
     figure.supylabel("test accuracy (%)", fontsize=8)
     drawn = set().union(*(total.index for total in totals.values()))
-    note = f"Dashes: runs. Markers: mean.\n{evidence.shown_note}"
+    note = (
+        "Dashes: runs. Markers: mean. Every panel is charged the whole teacher, as if it were the only ratio."
+    )
+    note += f"\n{evidence.shown_note}"
     return finish_figure(figure, evidence, "Test accuracy against computing time", note, drawn)
 
 
@@ -2850,8 +2861,10 @@ PILOTS_NOTE = """\
 Before the students train, a pilot compares short trainings of several configurations in *rungs*: all
 candidates train for the same number of steps, and the better half goes on to the next rung. Candidate 1
 always goes on, and stays the choice unless the other finalist beats it by more than one standard error on
-`select` (held-out images). So the validation accuracy of a method with a pilot is slightly optimistic; its
-test accuracy is not."""
+`select` (held-out images). Any other is dropped where others of its rung were better, even if it was better
+than candidate 1. A rung shorter than an epoch cannot tell schedules of T or averaged views apart. The
+validation accuracy of a method with a pilot is slightly optimistic, because `select` chose; its test accuracy
+is not."""
 ARMS_NOTE = f"""\
 Differences from {SUBJECT} over pairs of runs: below zero, {SUBJECT} is ahead. The p in the table is not
 adjusted: it only describes. A copy has the same configuration, weights and views by construction: it was not
@@ -3265,6 +3278,10 @@ def report_statistics(evidence: Evidence) -> str:
             claims[-1] += (
                 f" Among networks of one depth ({listed(SAME_DEPTH)}) it {say_trend(trend_test(shallow))}."
             )
+        claims.append(say_closed(evidence))
+        if (SUBJECT, RIVAL) in evidence.pairs:
+            trend = trend_test(evidence.frame, SUBJECT, RIVAL)
+            claims.append(f"{SUBJECT}'s advantage over {RIVAL} {say_trend(trend)}.")
     table = [markdown_table(rows)]
     if evidence.ranked:
         table = [f"<details><summary>All {len(rows)} comparisons</summary>", *table, "</details>"]
@@ -3287,6 +3304,18 @@ def say_trend(trend: Comparison) -> str:
     words = {"better": "grows with", "worse": "shrinks with"}
     word = words.get(verdict(trend), "has no distinguishable trend over")
     return f"{word} the compression ratio ({difference_text(trend)} pp per doubling, p {p_text(trend.t_p)})"
+
+
+def say_closed(evidence: Evidence) -> str:
+    """How much of the distance from the baseline to the teacher the subject makes up for."""
+    parts = []
+    for ratio, c in evidence.main.items():
+        teacher = values_of(evidence.frame, ratio, BASELINE, "teacher_accuracy").mean()
+        distance = teacher - values_of(evidence.frame, ratio, BASELINE).mean()
+        if c.n and distance > 0:
+            parts.append(f"{c.mean / distance:.0%} at {ratio}")
+    what = f"the distance from {BASELINE} to the teacher"
+    return f"Of {what}, which depends on the ratio too, it closes {listed(parts)}." if parts else ""
 
 
 def report_prediction(evidence: Evidence) -> str:
@@ -3319,10 +3348,14 @@ def report_costs(evidence: Evidence) -> str:
         times = cost[COST_COLUMNS[1:-1]].rename(lambda name: name.replace("_", " "))
         row = {"Method": method, "students": f"{cost.students:.0f}"}
         rows.append(row | {name: say_time(time) if time else "" for name, time in times.items()})
-    saved, caveat = costs.unshared - costs.teacher_outputs, ""
-    if "equal_cost" not in {METHODS[method].option for method in evidence.extra_methods}:
-        caveat = f"{BASELINE} for as long as {SUBJECT} takes was not trained (`--equal-cost`): "
-        caveat += "a gain may be one of computation."
+    saved, caveat, settings = costs.unshared - costs.teacher_outputs, "", evidence.run.settings
+    if SUBJECT in evidence.methods and not settings.equal_cost:
+        bought = equal_cost_epochs(replace(settings, equal_cost=True))
+        epochs = listed(f"{count} at {ratio}" for ratio, count in bought.items())
+        caveat = (
+            f"For the computation of {SUBJECT}, {BASELINE} could train longer (epochs: {epochs}; here "
+            f"{settings.student_epochs}). It did not (`--equal-cost`): a gain may be one of computation."
+        )
     return paragraphs(
         "## Costs",
         "Device time of all of a method's students as if the method had been run alone. A *page* is one view "
@@ -3344,10 +3377,20 @@ def report_choices(evidence: Evidence) -> str:
     texts = []
     for pilot in sorted(pilots, key=lambda pilot: (pilot.method != SUBJECT, RATIOS[pilot.compression])):
         chosen = say_config(pilot.candidates[pilot.chosen].config)
+        lengths = listed(f"{epochs:.1f}" for epochs in rung_epochs(pilot, evidence.run.settings))
         texts.append(f"**{pilot.method} at {pilot.compression}: {chosen}.** Reason: {pilot.reason}.")
+        texts.append(f"Epochs by rung: {lengths} (a student has {evidence.run.settings.student_epochs}).")
         texts += ["<details><summary>All candidates</summary>", candidate_table(pilot), "</details>"]
     figure = embed(evidence, "temperature")
     return paragraphs("## What the pilots chose", PILOTS_NOTE, *texts, figure, report_attention(evidence))
+
+
+def rung_epochs(pilot: Record, settings: Settings) -> list[float]:
+    """How many epochs each candidate of a rung was trained."""
+    budget = PILOT_SHARE * settings.student_epochs
+    tried = [len(candidate.accuracies) for candidate in pilot.candidates]
+    shares = enumerate(rung_shares(len(tried)))
+    return [budget * share / sum(length > rung for length in tried) for rung, share in shares]
 
 
 def candidate_table(pilot: Record) -> str:
@@ -3370,7 +3413,7 @@ def candidate_table(pilot: Record) -> str:
         row |= {"T0": f"{config.temperature:g}", "schedule": config.schedule}
         row |= {"teachers": " + ".join(config.teachers)}
         row |= {"% by rung": ", ".join(f"{accuracy:.2f}" for accuracy in candidate.accuracies)}
-        rows.append(row | {"minus # 1 (pp ± se)": lead, "outcome": outcome})
+        rows.append(row | {"last rung minus # 1 (pp ± se)": lead, "outcome": outcome})
     return markdown_table(rows)
 
 
@@ -3466,8 +3509,9 @@ linearly to zero; pad-4 crop and flip; precision {index.precision}; width
     warning = f"**The experiment was extended after results were seen** ({late}): no p-value allows for that."
     return paragraphs(
         "## Protocol",
-        "A student's training differs between methods in the loss, with what that trains beside the student; "
-        "in Direct-equal-cost's epochs; and in nothing else.",
+        "A student's training differs between methods in the loss and in nothing else, but that a method may "
+        "train a module beside the student, and that Direct-equal-cost has more epochs. Before it, attention "
+        "and pilots use the labels of held-out images.",
         text,
         "## Sessions",
         "When and where the networks were trained:",
@@ -3499,8 +3543,8 @@ def report_reservations(evidence: Evidence) -> str:
         needed = [f"{min(c.runs_needed, 1000)} at {ratio}" for ratio, c in judged.items()]
         limits.append(
             f"- Few runs: a true difference from {BASELINE} below {listed(sizes)} has less than {POWER:.0%} "
-            f"chance of p < {LEVEL:.0%}, and less still after Holm's adjustment. To find {RELEVANT_PP} pp at "
-            f"this spread takes so many runs: {listed(needed)} (1000: or more)."
+            f"chance of p < {LEVEL:.0%}, and less still after Holm's adjustment. Runs needed to find "
+            f"{RELEVANT_PP} pp at this spread (at most 1000 are counted): {listed(needed)}."
         )
     if "ablation" not in {METHODS[arm].option for arm in evidence.extra_methods}:
         limits.append(

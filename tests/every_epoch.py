@@ -1,4 +1,7 @@
-"""The script as a process that saves every epoch, for tests that kill it: python tests/every_epoch.py <options>."""
+"""The script as a process that saves every epoch and draws one figure, for tests that kill it.
+
+python tests/every_epoch.py <options>
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import run_exp1b_kaggle as exp
 
+
+def main(options: list[str]) -> int:
+    """exp.main, with one figure."""
+    for name in list(exp.FIGURES)[1:]:
+        del exp.FIGURES[name]
+    return exp.main(options)
+
+
 exp.Training.SAVE_SECONDS = 0.0  # in its workers too, which import this file anew
 
 if __name__ == "__main__":
-    sys.exit(exp.main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

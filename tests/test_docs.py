@@ -222,7 +222,9 @@ def ablation_text() -> str:
         for arm, (d, p) in arms.items()
         if arm != "TunedKD" and p < 0.05
     ]
-    said.append(f"Parts whose absence three runs show, before any adjustment: {exp.listed(shown) or 'none'}.")
+    said.append(
+        f"Parts whose removal changes the accuracy (p below 5%, not adjusted): {exp.listed(shown) or 'none'}."
+    )
     found = tuned.std() * exp.detectable_effect(len(tuned))
     needed = exp.runs_needed(tuned.std())
     said.append(f"From TunedKD, three runs find a true difference of {found:.1f} pp with 80% probability;")
@@ -236,16 +238,16 @@ def answer_text() -> str:
 
 
 def parts_table() -> str:
-    """The script's parts with their rooms, as its comments name them, and about how many lines each has."""
+    """The script's parts with their contents, as its comments name them, and about how many lines each has."""
     source = text_of("run_exp1b_kaggle.py")
     _, *parts = re.split(r"^# =+\n# Part (.*)\n# =+$", source, flags=re.MULTILINE)
     rows = []
     for name, text in zip(parts[::2], parts[1::2], strict=True):
         titles = re.findall(r"^# -- (.*?) --+$", text, re.MULTILINE)
-        rooms = dict.fromkeys(title.partition(":")[0] for title in titles)
-        rows.append([name.replace(": the", " The"), "; ".join(rooms), about(text.count("\n"))])
+        contents = dict.fromkeys(title.partition(":")[0] for title in titles)
+        rows.append([name.replace(": the", " The"), "; ".join(contents), about(text.count("\n"))])
     rows.append(["the whole script, with its head", "", about(source.count("\n"))])
-    return table(["part", "rooms", "lines, about"], rows)
+    return table(["part", "contents", "lines, about"], rows)
 
 
 def about(count: int) -> str:
@@ -344,7 +346,7 @@ def test_the_method_is_the_scripts() -> None:
     text = " ".join(text_of(README).split())
     plain = exp.TraditionalKD.configure("7x", None)
     assert f"alpha {plain.alpha:g}, T {plain.temperature:g}" in text
-    assert f"T between {exp.TEMPERATURE_MIN:g} and {exp.TEMPERATURE_MAX:g}" in text
+    assert f"T starts between {exp.TEMPERATURE_MIN:g} and {exp.TEMPERATURE_MAX:g}" in text
     assert f"assistants at {exp.listed(exp.ASSISTANTS)}" in text
     numbers = {8: "eight", 9: "nine", 10: "ten", 12: "twelve", 16: "sixteen"}
     sizes = {numbers[len(exp.HPMKD.candidates(ratio))] for ratio in exp.RATIOS}

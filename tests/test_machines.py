@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_workers import EVERY_EPOCH, OPTIONS, finish, start
+from test_workers import OPTIONS, finish, start
 from toy import in_child, new_toy, resume
 
 import run_exp1b_kaggle as exp
@@ -51,7 +51,7 @@ def test_two_workers_on_a_strange_machine(tmp_path: Path) -> None:
     script += "; mount -t tmpfs -o ro none /dev/shm"
     folder = tmp_path / "run"
     methods = ["--methods", "Direct", "TraditionalKD", "--workers", "2"]
-    process = start(folder, *OPTIONS, *methods, prefix=in_namespace(script), script=EVERY_EPOCH)
+    process = start(folder, *OPTIONS, *methods, prefix=in_namespace(script))
     wait_for(folder, "checkpoints/*.progress")
     process.send_signal(signal.SIGHUP)
     code, out = finish(process)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import every_epoch
 import filelock
 import pandas as pd
 import pytest
@@ -27,22 +28,12 @@ OPTIONS = [
     "--mode", "smoke", "--width", "8", "--train-size", "200", "--batch-size", "60", "--teacher-epochs", "2", "--student-epochs",
     "2", "--runs", "1", "--threads", "1", "--device", "cpu", "--precision", "fp32", "--compression", "2.3x", "--fresh-teacher",
 ]  # fmt: skip
-EVERY_EPOCH = ROOT / "tests/every_epoch.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
-def start(
-    folder: Path, *options: str, prefix: tuple[str, ...] = (), script: Path = ROOT / "run_exp1b_kaggle.py"
-) -> subprocess.Popen[str]:
-    """Start the script as a user does."""
-    command = [
-        *prefix,
-        sys.executable,
-        str(script),
-        *options,
-        "--output-dir",
-        str(folder),
-    ]
+def start(folder: Path, *options: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """Start the script as a user does, with every epoch saved."""
+    command = [*prefix, sys.executable, every_epoch.__file__, *options, "--output-dir", str(folder)]
     return subprocess.Popen(
         command,
         cwd=folder.parent,
@@ -68,9 +59,9 @@ def test_the_gallery_with_two_workers_and_a_kill_equals_one_worker(
     shutil.copyfile(ROOT / "tests/published_methods.py", plugin)
     methods = ["Direct", "TraditionalKD", "HPM-KD", "DKD", "DIST", "LSKD", "TAKD", "AT", "SP", "RKD", "Hint"]
     options = [*OPTIONS, "--plugin", str(plugin), "--teacher-epochs", "1", "--methods", *methods]
-    assert in_child(lambda: exp.main([*options, "--output-dir", str(tmp_path / "1")])) == 0
+    assert in_child(lambda: every_epoch.main([*options, "--output-dir", str(tmp_path / "1")])) == 0
 
-    process = start(tmp_path / "2", *options, "--workers", "2", script=EVERY_EPOCH)
+    process = start(tmp_path / "2", *options, "--workers", "2")
     wait_until(lambda: len(list((tmp_path / "2/checkpoints").glob("student_*.pt"))) >= 3)
     wait_for_progress(tmp_path / "2")
     workers = workers_of(process)
@@ -79,7 +70,7 @@ def test_the_gallery_with_two_workers_and_a_kill_equals_one_worker(
     assert_gone(workers)
     again = ["--resume", "--output-dir", str(tmp_path / "2")]
     capfd.readouterr()
-    assert in_child(lambda: exp.main(again)) == 2
+    assert in_child(lambda: every_epoch.main(again)) == 2
     assert "add --plugin published.py" in capfd.readouterr().out
 
     code, out = finish(
@@ -94,7 +85,7 @@ def test_the_gallery_with_two_workers_and_a_kill_equals_one_worker(
     assert "AT minus Direct" in report and exp.hashlib.sha256(plugin.read_bytes()).hexdigest()[:12] in report
 
     plugin.write_text(plugin.read_text() + "\n# another file\n")
-    assert in_child(lambda: exp.main([*again, "--plugin", str(plugin)])) == 2
+    assert in_child(lambda: every_epoch.main([*again, "--plugin", str(plugin)])) == 2
     assert "another file" in capfd.readouterr().out
 
 
@@ -109,7 +100,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with filelock.FileLock(shared / "alone.lock"):
         folder = shared / "alone"
         if not (shared / "alone.done").exists():
-            assert in_child(lambda: exp.main([*COMPARED, "--output-dir", str(folder)])) == 0
+            assert in_child(lambda: every_epoch.main([*COMPARED, "--output-dir", str(folder)])) == 0
             (shared / "alone.done").touch()
     return folder
 
@@ -165,7 +156,7 @@ def test_a_stop_a_dead_parent_and_a_dead_worker_lose_nothing(tmp_path: Path, alo
     folder = tmp_path / "run"
     again = ["--resume", "--threads", "1"]
 
-    process = start(folder, *COMPARED, "--workers", "2", script=EVERY_EPOCH)
+    process = start(folder, *COMPARED, "--workers", "2")
     wait_for_progress(folder)
     first, second = workers_of(process)
     os.kill(first, signal.SIGKILL)
@@ -180,14 +171,14 @@ def test_a_stop_a_dead_parent_and_a_dead_worker_lose_nothing(tmp_path: Path, alo
     assert "stopped by SIGTERM" in out.strip().splitlines()[-1]
     assert_gone(workers)
 
-    process = start(folder, *again, "--workers", "2", script=EVERY_EPOCH)
+    process = start(folder, *again, "--workers", "2")
     wait_for_progress(folder)
     workers = workers_of(process)
     process.kill()
     finish(process)
     assert_gone(workers)
 
-    assert in_child(lambda: exp.main([*again, "--output-dir", str(folder)])) == 0
+    assert in_child(lambda: every_epoch.main([*again, "--output-dir", str(folder)])) == 0
     assert results_without_times(folder) == results_without_times(alone)
     assert leftovers(folder) == []
 
@@ -228,7 +219,9 @@ def test_who_joined_goes_on_when_the_leader_is_killed(tmp_path: Path, alone: Pat
     last = out.strip().splitlines()[-1]
     assert "nothing is left to do here: 3 of 3 jobs of the run done; nobody leads it any more" in last
     before = (folder / "experiment.log").read_text().count(" epoch ")
-    assert in_child(lambda: exp.main(["--resume", "--device", "cpu", "--output-dir", str(folder)])) == 0
+    assert (
+        in_child(lambda: every_epoch.main(["--resume", "--device", "cpu", "--output-dir", str(folder)])) == 0
+    )
     assert (folder / "experiment.log").read_text().count(" epoch ") == before, "nothing is trained again"
     assert results_without_times(folder) == results_without_times(alone)
     assert leftovers(folder) == []

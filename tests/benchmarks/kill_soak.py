@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
 from conftest import results_without_times
-from test_workers import COMPARED, EVERY_EPOCH, finish, running_workers, start
+from test_workers import COMPARED, finish, running_workers, start
 from toy import POINTS, attempt, epochs_in_log, install_toy, leftovers, repeated
 
 import run_exp1b_kaggle as exp
@@ -54,7 +54,7 @@ def kill_workers_until_done(folder: Path, choice: random.Random, workers: int) -
     kills = {"at a named point": 0, "at a random moment": 0}
     while True:
         options = ["--resume", "--threads", "1"] if exp.is_run(folder) else COMPARED
-        process = start(folder, *options, "--workers", str(workers), script=EVERY_EPOCH)
+        process = start(folder, *options, "--workers", str(workers))
         while process.poll() is None:
             time.sleep(choice.random() * 15)
             victims = [process.pid] if choice.random() < 0.3 else running_workers(process)
