@@ -37,6 +37,7 @@ The method: Haase and Dourado da Silva, "HPM-KD", arXiv 2512.09886. The file has
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036 (an older one would only say that some attribute is missing)
@@ -45,6 +46,9 @@ if sys.version_info < (3, 11):  # noqa: UP036 (an older one would only say that 
     sys.exit(2)
 if __name__ == "__main__" and not os.environ.get("OMP_WAIT_POLICY"):
     os.environ["OMP_WAIT_POLICY"] = "passive"  # spinning threads take other programs' cores
+# Until everything is imported, Ctrl-C ends the program without a traceback.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import collections
@@ -71,7 +75,6 @@ import random
 import re
 import shlex
 import shutil
-import signal
 import socket
 import tarfile
 import tempfile
@@ -705,6 +708,7 @@ class Distillation:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "teachers", tuple(self.teachers))
+        object.__setattr__(self, "attention", bool(self.attention))
         if self.schedule not in typing.get_args(Schedule):
             raise ValueError(f"schedule {self.schedule!r} is none of {', '.join(typing.get_args(Schedule))}")
         spans = {"alpha": (0, 1), "temperature": (1e-3, 1e3), "view_share": (0, 1)}
@@ -1140,14 +1144,33 @@ class DescribedNetwork(nn.Module):
         super().__init__()
         self.network = network
         self.found = collect_features(network, dict.fromkeys(s for method in methods for s in method.stages))
-        self.methods: list[type[Method]] = []
+        self.methods: dict[str, type[Method]] = {}  # by the names of their descriptions
+        self.failed: dict[str, MethodFailed] = {}
         self.sizes = {"logits": network.classifier.out_features}  # numbers per image, by part of the output
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits and descriptions, float32, of normalised images [n, 3, 32, 32]."""
         logits = self.network(images)
         with torch.autocast(images.device.type, enabled=False):
-            return torch.cat([logits, *(method.describe(self.seen_by(method)) for method in self.methods)], 1)
+            return torch.cat([logits, *(self.describe(key, images) for key in self.methods)], 1)
+
+    def describe(self, key: str, images: torch.Tensor) -> torch.Tensor:
+        """What a method describes of the last forward pass; NaN from its first failure on.
+
+        Its own jobs then fail. The logits of the page, and the descriptions of others, are good.
+        """
+        method, size = self.methods[key], self.sizes[key]
+        if key not in self.failed:
+            try:
+                with blamed_on(method, "describe"):
+                    description = method.describe(self.seen_by(method)).float()
+                    check_shape(description, images)
+                    if description.shape[1] != size:
+                        raise MethodFailed(f"{description.shape[1]} numbers per image, and {size} before")
+                    return description
+            except MethodFailed as error:
+                self.failed[key] = error
+        return images.new_full((len(images), size), math.nan)
 
     def seen_by(self, method: type[Method]) -> dict[str, torch.Tensor]:
         """The features of the last forward pass that a method describes."""
@@ -1165,7 +1188,7 @@ class DescribedNetwork(nn.Module):
             each = [{stage: found[i : i + 1] for stage, found in features.items()} for i in range(few)]
             alone = torch.cat([method.describe(one) for one in each])
             check_description(together, alone, images)
-        self.methods.append(method)
+        self.methods[key] = method
         self.sizes[key] = together.shape[1]
 
 
@@ -1210,7 +1233,11 @@ class TeacherOutputs:
             sizes = [network.sizes[key] for network in networks]
             if len(set(sizes)) != 1:
                 raise MethodFailed(f"{listed(sizes) or 'no'} numbers of {listed(teachers) or 'no teacher'}")
-            found = self.page(teachers, page, key)
+        found = self.page(teachers, page, key)
+        for network in networks:
+            if key in network.failed:
+                raise network.failed[key]
+        with blamed_on(method, "describe"):
             if not found.isfinite().all():
                 raise MethodFailed("a description is not finite, or too large for fp16")
         return found[0] if len(found) == 1 else found
@@ -1648,7 +1675,8 @@ class Training:
         self.seconds += seconds
         last_step = min((epoch + 1) * self.steps_per_epoch, self.steps) - 1
         rate = learning_rate(last_step, self.steps, self.experiment.settings.lr)
-        temperature = None if method.temperature is None else float(method.temperature)
+        with blamed_on(type(method), "start_epoch"):
+            temperature = None if method.temperature is None else float(method.temperature)
         self.history.append(Epoch(loss, accuracy, rate, seconds, temperature))
         self._unsaved = True
         self.experiment.progress.epoch_done(self)
@@ -1656,10 +1684,13 @@ class Training:
     def start_epoch(self, method: Method, epoch: int) -> None:
         """Give a method what it sees in an epoch, and let it get ready."""
         method.page = method.pages[epoch]
+        method.features.clear()  # of held-out images
         if method.stages:
             described = [name for name in self.teachers if name in method.described(self.job.compression)]
             outputs = self.experiment.outputs
             method.descriptions = outputs.descriptions(type(method), described, method.page)
+        if self.guard and method is self.method:
+            self.guard.before_epoch(epoch)
         seed_globally(self.experiment.settings.seed, self.job.run, epoch)
         with blamed_on(type(method), "start_epoch"):
             method.start_epoch(epoch, [past.loss for past in self.history])
@@ -1737,6 +1768,8 @@ class Training:
                 loss = self.method.loss(logits, part)
                 if not isinstance(loss, torch.Tensor) or loss.shape != () or not loss.requires_grad:
                     raise MethodFailed("it returns no scalar tensor with a gradient")
+                if self.guard and len(part) == len(index):
+                    self.guard.check_gradients()
                 loss = loss * (len(part) / len(index))
                 self.scaler.scale(loss).backward()
                 if next(self.model.parameters()).grad is None:
@@ -3389,8 +3422,9 @@ def rung_epochs(pilot: Record, settings: Settings) -> list[float]:
     """How many epochs each candidate of a rung was trained."""
     budget = PILOT_SHARE * settings.student_epochs
     tried = [len(candidate.accuracies) for candidate in pilot.candidates]
-    shares = enumerate(rung_shares(len(tried)))
-    return [budget * share / sum(length > rung for length in tried) for rung, share in shares]
+    shares = rung_shares(len(tried))
+    counts = [sum(length > rung for length in tried) for rung in range(len(shares))]
+    return [budget * share / count for share, count in zip(shares, counts, strict=True) if count]
 
 
 def candidate_table(pilot: Record) -> str:
@@ -3522,15 +3556,16 @@ linearly to zero; pad-4 crop and flip; precision {index.precision}; width
 
 def report_reservations(evidence: Evidence) -> str:
     """What is missing or failed, notes, limitations."""
-    run, done = evidence.run, evidence.frame[evidence.frame.status == "done"]
+    run = evidence.run
     gaps = [f"Missing: {gap}." for gap in evidence.missing]
     gaps += [f"Failed: {name} ({run.records[name].failure})." for name in run.failed]
     notes = list(run.index.notes)
     notes += [f"{record.job}: {note}" for record in run.records.values() for note in record.notes]
     notes += [f"{name} is at chance level." for name in at_chance(evidence)]
-    for column in ("device", "precision"):
-        if done[column].nunique() > 1:
-            notes.append(f"The students differ in {column}: {listed(done[column].unique())}.")
+    for name in ("device", "precision", "torch", "threads"):
+        found = {str(getattr(record, name)) for record in run.records.values() if record.done} - {""}
+        if len(found) > 1:
+            notes.append(f"The networks were not all trained with the same {name}: {listed(sorted(found))}.")
     epochs, limits = say_count(run.settings.student_epochs, "epoch"), [LIMITATIONS]
     limits.append(
         f"- Students of width {run.settings.width} ({FULL_WIDTH} is the full one) trained for {epochs}: with "
@@ -4303,9 +4338,11 @@ class Run:
         figures = final or time.monotonic() - self._drawn > self.FIGURE_SECONDS
         try:
             write_outputs(self, figures)
-        except (DiskFull, UsageError, Stopped):
+        except (DiskFull, Stopped):
             raise
         except Exception as error:  # a report that cannot be written costs no training
+            if final and isinstance(error, UsageError):
+                raise
             log.error("figures or report could not be written (%s): see experiment.log", first_line(error))
             log.error("the report failed", exc_info=error)
         self._written = time.monotonic()
@@ -4487,11 +4524,11 @@ class PageStore:
             shared.mkdir(exist_ok=True, mode=0o700)
             if shared.lstat().st_uid != user:
                 raise PermissionError(errno.EACCES, "it belongs to another user", str(shared))
-            self.places.insert(0, shared)
             for folder in shared.iterdir():
                 with contextlib.suppress(FileNotFoundError):  # another process was faster
                     if time.time() - folder.stat().st_mtime > self.KEEP_SECONDS:
                         shutil.rmtree(folder, ignore_errors=True)
+            self.places.insert(0, shared)
         except OSError as error:
             warn_once(f"teacher outputs are kept in the run folder, not in the temporary one: {error}")
 
@@ -4634,6 +4671,7 @@ class Worker:
 
     def attempt(self, job: Job) -> None:
         """Do a job. One that cannot be done, or that has ended its process twice, is marked failed."""
+        ended = True
         try:
             self.count_attempt(job)
             do_job(self.experiment, job)
@@ -4645,9 +4683,12 @@ class Worker:
         except (Stopped, DiskFull, UsageError):
             raise
         except Exception as error:
+            ended = False  # a device that is lost counts like a process that has died
             self.crashed(job, error)
+            ended = True
         finally:  # a process that dies does not get here: that is what is counted
-            self.run.file(job, "attempts").unlink(missing_ok=True)
+            if ended:
+                self.run.file(job, "attempts").unlink(missing_ok=True)
         self.experiment.progress.tell("")
 
     def count_attempt(self, job: Job) -> None:
@@ -4667,12 +4708,17 @@ class Worker:
         """After an error that nobody expected: fail this job, and go on unless the device is lost."""
         log.error("%s crashed", job.name, exc_info=error)
         what = f"{type(error).__name__}: {first_line(error)}"
-        self.run.fail(job, f"it crashed ({what}): --resume tries again, experiment.log says where")
         error.__traceback__ = None  # the crashed training's tensors live in its frames
+        if is_plugin(job.method_class) and "device-side assert" in what:
+            file = plugin_file(job.method_class).name
+            self.run.fail(
+                job, f"{what}: an index out of range in {file}? --device cpu says where", final=True
+            )
         try:
             probe(self.experiment.device)
         except UsageError:
             raise DeviceLost(f"the loss of {self.experiment.device.name} ({what})") from None
+        self.run.fail(job, f"it crashed ({what}): --resume tries again, experiment.log says where")
 
 
 def report_progress(run: Run, progress: Progress, fresh: Sequence[Job]) -> None:
@@ -4691,7 +4737,13 @@ def make_experiment(
         torch.cuda.set_device(device.torch)
     probe(device)
     configure_torch(thread_count(run.settings, devices), run.settings.deterministic)
-    return Experiment(run, device, Images(data, run.settings.seed, device.torch), session, progress)
+    try:
+        images = Images(data, run.settings.seed, device.torch)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UsageError(f"{device.name} has no memory for the data: stop what else uses it") from None
+    return Experiment(run, device, images, session, progress)
 
 
 def work(experiment: Experiment, writes: bool, prepared: Callable[[], object]) -> None:
@@ -5174,8 +5226,8 @@ class Group:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             return cls(*(int(os.environ[name]) for name in names))
         tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))  # srun sets it, sbatch does not
-        if "SLURM_STEP_ID" not in os.environ or tasks == 1:
-            return cls()
+        if "SLURM_STEP_ID" not in os.environ or tasks == 1 or "SLURM_PTY_PORT" in os.environ:
+            return cls()  # the last: a shell that srun has opened, in which one process is started
         rank, local_rank = (int(os.environ[f"SLURM_{name}"]) for name in ("PROCID", "LOCALID"))
         return cls(rank, tasks, local_rank)  # srun binds each of its processes to cores of its own
 
@@ -5511,6 +5563,9 @@ def import_plugin(path: Path, source: bytes) -> None:
     finally:
         sys.path.remove(folder)
         torch.set_default_dtype(torch.float32)  # what it has set would be all methods' own
+        torch.set_default_device(None)
+        torch.set_grad_enabled(True)
+        torch.set_float32_matmul_precision("highest")
         HELPERS[path] = modules_below(path.parent, set(sys.modules) - before)
         sys.modules.update(others)
     for name, method in METHODS.items():
@@ -5523,14 +5578,17 @@ def plugin_file(method: type[Method]) -> Path:
     return Path(getattr(sys.modules.get(method.__module__), "__file__", None) or "")
 
 
+INSTALLED = {"site-packages", "dist-packages", "lib-dynload"}  # folders of packages that pip has brought in
+
+
 def modules_below(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     """Which of these modules lie in a folder or below, with their files; not what is installed there."""
-    found, installed = {}, {"site-packages", "dist-packages", "lib-dynload"}
+    found = {}
     own = {"run_exp1b_kaggle", "__main__", __name__}
     for name in names:
         file = Path(getattr(sys.modules[name], "__file__", None) or "")
         standard = name.partition(".")[0] in sys.stdlib_module_names or name in own
-        if file.is_relative_to(folder) and not standard and not installed & set(file.parts):
+        if file.is_relative_to(folder) and not standard and not INSTALLED & set(file.parts):
             found[name] = file
     return found
 
@@ -5539,9 +5597,10 @@ def place_in_plugin(error: BaseException, path: Path) -> str:
     """Where in a plugin, or in a module beside it, an error arose: "mine.py, line 3"; "" if nowhere."""
     place = ""
     for frame in traceback.extract_tb(error.__traceback__):
-        own = Path(frame.filename).is_relative_to(path.parent)
+        file = Path(frame.filename)
+        own = file.is_relative_to(path.parent) and not INSTALLED & set(file.parts)
         if own and frame.filename != import_plugin.__code__.co_filename:
-            place = f"{Path(frame.filename).name}, line {frame.lineno}"
+            place = f"{file.name}, line {frame.lineno}"
     return "" if isinstance(error, SyntaxError) else place  # its message says it
 
 
@@ -5558,8 +5617,10 @@ def check_name(method: type[Method], name: str) -> None:
 def adapt_plugin(method: type[Method]) -> None:
     """Give a plugin's method a look and a description, and check it. Raises `UsageError`."""
     method.option, method.twin = "methods", ""
+    shared = METHODS.get(method.pilot, method)  # whose pilot it would use
     owner = next(base for base in method.__mro__ if "candidates" in vars(base))
-    if "pilot" not in vars(method) and is_plugin(owner):  # another loss has another best configuration
+    own = is_plugin(owner) or any(method.candidates(r) != shared.candidates(r) for r in RATIOS)
+    if "pilot" not in vars(method) and own:  # another loss, other teachers: another best configuration
         method.pilot = method.name
     number = sum(is_plugin(known) for known in METHODS.values())
     if "look" not in vars(method):
@@ -5581,6 +5642,13 @@ def adapt_plugin(method: type[Method]) -> None:
         check(False, f"look {method.look!r} is no colour, marker and line ({first_line(error)})")
     known = not isinstance(method.stages, str) and set(method.stages) <= set(STAGES)
     check(known, f"stages are a tuple of {', '.join(STAGES)}")
+    method.stages = tuple(stage for stage in STAGES if stage in method.stages)  # the order of all features
+    classes = [vars(base) for base in method.__mro__ if is_plugin(base) and issubclass(base, Method)]
+    overwritten = OVERWRITTEN & set().union(*classes)
+    check(
+        not overwritten,
+        f"{listed(sorted(overwritten))} would be overwritten: see configure() and start_epoch()",
+    )
     pilots = [known.name for known in METHODS.values() if known.pilot == known.name]
     check(method.pilot in ("", method.name, *pilots), f"there is no pilot {method.pilot!r}: {listed(pilots)}")
     for ratio in RATIOS:
@@ -5592,10 +5660,18 @@ def adapt_plugin(method: type[Method]) -> None:
         if method.pilot == method.name:
             whole = len(candidates) >= 2 and all(type(c) is Distillation for c in candidates)
             check(whole, f"candidates({ratio!r}) must be a list of at least two Distillation")
-        for config in filter(None, [method.configure(ratio, None), *candidates]):
+        pilot = METHODS.get(method.pilot, method)
+        chosen = [method.configure(ratio, c) for c in (None, *pilot.candidates(ratio))]
+        for config in filter(None, [*chosen, *candidates]):
             check(type(config) is Distillation, f"configure({ratio!r}) is no Distillation")
             other = bool(teachers) and not set(config.teachers) <= set(teachers)
             check(not other, f"a configuration at {ratio} has other teachers than teachers({ratio!r})")
+
+
+# What the script sets in every object of a method: the same name in a class would have no effect.
+OVERWRITTEN = set(
+    "experiment config pages page temperature module descriptions features soft_targets".split()
+)
 
 
 @contextlib.contextmanager
@@ -5608,7 +5684,7 @@ def blamed_on(method: type[Method], what: str) -> Iterator[None]:
         yield
     except (Stopped, DiskFull, UsageError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         others = isinstance(error, JobFailed) and not isinstance(error, MethodFailed)
         if not is_plugin(method) or others or is_out_of_memory(error) or "CUDA error" in str(error):
             raise
@@ -5700,32 +5776,53 @@ class PluginGuard:
     def __init__(self, training: Training) -> None:
         self.training, self.method = training, type(training.method)
         self.own = own_modules(self.method)
-        self.shared = state_of(shared_by(self.method), self.own)
         self.structure = structure_of(training.trained.state_dict())
+        self.shared: dict[str, list[str]] | None = None  # what all objects of the method share, at the start
+        self.module_before: dict[str, Any] = {}  # of a method's module, before the epoch that is looked at
+
+    def looks_at(self, epoch: int) -> bool:
+        """Whether `find_state` looks for state in an epoch: in students' second and last ones."""
+        return self.training.job.kind == "student" and epoch in {1, self.training.epochs - 1} - {0}
+
+    def before_epoch(self, epoch: int) -> None:
+        """Keep what `find_state` compares with; the teachers' descriptions of the epoch are there already."""
+        if self.shared is None:
+            self.shared = state_of(shared_by(self.method), self.own)
+        module = self.training.method.module
+        if module is not None and self.looks_at(epoch):
+            self.module_before = copy.deepcopy(module.state_dict())
 
     def find_state(self, epoch: int) -> None:
         """Warn of state that a resume would lose: what a method that was made anew for this epoch lacks.
 
-        Looked for in students' second and last epochs, when the method itself has started the epoch.
+        Called when the method itself has started the epoch.
         """
         training, method = self.training, self.training.method
-        if training.job.kind != "student" or epoch == 0 or epoch not in (1, training.epochs - 1):
+        if not self.looks_at(epoch):
             return
         shared = state_of(shared_by(self.method), self.own)
         with unchanged(self.method):
             anew = make_method(training.experiment, training.job, method.config, method.pages)
             anew.features, anew.module = method.features, training.module_of(anew)
             if anew.module is not None:
-                anew.module.load_state_dict(cast(nn.Module, method.module).state_dict())
-            # It draws what the method has drawn, so that the generators stand as before.
-            training.start_epoch(anew, epoch)
+                anew.module.load_state_dict(self.module_before)
+            try:  # it draws what the method has drawn, so that the generators stand as before
+                training.start_epoch(anew, epoch)
+            except MethodFailed as error:
+                what = "in a method made anew, as a resume would make it; what lasts belongs in modules()"
+                raise MethodFailed(f"{error} ({what})") from None
             here, there = state_of(vars(method), self.own), state_of(vars(anew), self.own)
         found = {name for name, held in here.items() if held != there.get(name, [])}
-        found |= {name for name, held in shared.items() if held != self.shared.get(name, [])}
+        found |= {name for name, held in shared.items() if held != (self.shared or {}).get(name, [])}
         if found - set(training.carried):
             training.carried = sorted({*training.carried, *found})
             where = "from epoch to epoch outside modules(): a resume starts without it"
             log.warning("%s keeps %s %s", self.method.name, listed(training.carried), where)
+
+    def check_gradients(self) -> None:
+        """Raise `MethodFailed` if `loss` has left gradients: those of what it returns would be added."""
+        if any(weight.grad is not None for weight in self.training.optimizer.state):
+            raise MethodFailed("it calls backward() itself: return the sum of all losses instead")
 
     def check(self) -> None:
         """Raise `MethodFailed` for what nothing trains or saves, and for what spoils the other methods."""
@@ -5742,6 +5839,12 @@ class PluginGuard:
         late = modules_below(file.parent, set(sys.modules) - KNOWN_MODULES)
         if late and file in HELPERS:
             raise MethodFailed(f"{file.name} imports {listed(late)} in a function: import it at the top")
+        if not training.history and training.method.module is not None:
+            momentum = training.momentum()
+            trained = [name for name, weight in training.trained.named_parameters() if weight.requires_grad]
+            still = [name for name in trained if name.startswith("module.") and not momentum[name].any()]
+            if still:
+                warn_once(f"{self.method.name}: in an epoch no gradient has reached {listed(still)}")
 
 
 def own_modules(method: type[Method]) -> set[str]:
@@ -5755,7 +5858,7 @@ def leaves_of(value: Any, own: Collection[str], seen: dict[int, Any]) -> Iterato
     `own`: names of the modules whose objects are looked into; `seen`: what was looked into already.
     """
     if isinstance(value, torch.Tensor):
-        if value.is_leaf and value.layout == torch.strided and not value.is_meta:  # others are not stored
+        if value.layout == torch.strided and not value.is_meta:  # others are not stored
             yield value
         return
     if isinstance(value, np.ndarray | np.generic | int | float | str):
@@ -5780,8 +5883,12 @@ def parts_of(value: Any) -> list[Any]:
     if isinstance(value, list | tuple | collections.deque):
         return list(value)
     if isinstance(value, nn.Module):
-        shown = [part for name, part in vars(value).items() if not name.startswith("_")]
-        return [*shown, value._parameters, value._buffers, value._modules]
+        every = {name for name in vars(nn.Module()) if name.startswith("_")}  # what every module has
+        shown = [part for name, part in vars(value).items() if name not in every]
+        kept = [part for part in shown if not isinstance(part, torch.Tensor) or part.is_leaf]
+        return [*kept, value._parameters, value._buffers, value._modules]
+    if isinstance(value, torch.optim.Optimizer):
+        return [value.state, value.param_groups]
     if isinstance(value, np.random.Generator):
         return [value.bit_generator.state]
     if isinstance(value, random.Random):
@@ -5840,10 +5947,11 @@ def state_of(variables: Mapping[str, Any], own: Collection[str]) -> dict[str, li
     for name, value in variables.items():
         state[name] = []
         for leaf in leaves_of(value, own, {}):
+            trains = isinstance(leaf, torch.Tensor) and leaf.is_leaf and leaf.requires_grad
             if isinstance(leaf, torch.Tensor):
                 leaf = leaf.detach().cpu().reshape(-1).view(torch.uint8).numpy()
             if isinstance(leaf, np.ndarray) and leaf.dtype != object:
-                leaf = leaf.shape, zlib.crc32(leaf.tobytes())
+                leaf = leaf.shape, zlib.crc32(leaf.tobytes()), trains
             state[name].append(repr(leaf))
     return state
 
@@ -6127,19 +6235,17 @@ def newest_run(args: Namespace, platform: Platform, wanted: Mapping[str, Any]) -
                 index = load_index(path, args.plugins)
             except UsageError as error:
                 log.warning("not considered: %s: %s", path, error)
-                unread.append((last_activity(path), f"{path}: {error}"))
+                stored = stored_index(path).get("settings")
+                if not isinstance(stored, dict) or all(stored.get(n, v) == v for n, v in wanted.items()):
+                    unread.append((last_activity(path), f"{path}: {error}"))
                 continue
             settings = index.settings
             if wanted.get("precision") == index.precision:  # whether it was asked for or chosen
                 settings = replace(settings, precision=index.precision)
             if all(getattr(settings, name) == value for name, value in wanted.items()):
                 found.append((last_activity(path), str(path)))
-        if (
-            args.resume is True
-            and not wanted
-            and max(unread, default=("", "")) > max(found, default=("", ""))
-        ):
-            raise UsageError(f"the newest run cannot be continued: {max(unread)[1]}; or give --output-dir")
+        if args.resume != "auto" and max(unread, default=("", "")) > max(found, default=("", "")):
+            raise UsageError(f"the newest run cannot be used: {max(unread)[1]}; or give --output-dir")
         if len(found) > 1:
             log.info("%d runs match; the newest is used: %s", len(found), max(found)[1])
         if found:
@@ -6155,8 +6261,14 @@ def run_folders(platform: Platform) -> Iterator[list[Path]]:
 
 def runs_in(folders: Iterable[Path]) -> list[Path]:
     """The run folders that lie in one of these folders. One with a dot in front is no whole copy."""
-    found = [path.parent for folder in folders for path in sorted(folder.glob("*/checkpoints"))]
-    return [path for path in found if not path.name.startswith(".") and is_run(path)]
+    found = []
+    for path in (path.parent for folder in folders for path in sorted(folder.glob("*/checkpoints"))):
+        try:
+            if not path.name.startswith(".") and is_run(path):
+                found.append(path)
+        except UsageError as error:  # somebody else's, perhaps
+            log.warning("not considered: %s", error)
+    return found
 
 
 def adopt(path: Path, args: Namespace, platform: Platform) -> Path:
@@ -6203,7 +6315,8 @@ def open_run(args: Namespace, platform: Platform, session: Session) -> Iterator[
             log.info("run_exp1b_kaggle.py %s, run folder %s", VERSION, path)
             index = load_index(path, args.plugins) if is_run(path) else None
             settings = continued_settings(index, args.given) if index else new_settings(args.given)
-            if args.plugins and not any(is_plugin(METHODS[name]) for name in settings.methods):
+            used = {plugin_file(METHODS[name]).name for name in settings.methods}
+            if args.plugins and not used & args.plugins.keys():
                 unused = [name for name, method in METHODS.items() if is_plugin(method)]
                 log.warning("--plugin registers %s, but --methods names none of them", listed(unused))
             devices = choose_devices(settings, platform)
@@ -6212,12 +6325,15 @@ def open_run(args: Namespace, platform: Platform, session: Session) -> Iterator[
             data = load_run_data(settings, path, platform, session)
             count = f"{len(data.train_labels):,}"
             log.info("data: %s, %s training images (%s)", data.name, count, data.source)
-            run = Run(path, make_index(index, settings, precision, data, args), data.test_labels)
+            plugins = {name: sha256 for name, sha256 in args.plugins.items() if name in used}
+            run = Run(path, make_index(index, settings, precision, data, plugins), data.test_labels)
             run.clean()
             run.forget_failures()
             check_fits(run, platform)
             enter_session(run, index.settings if index else settings, args, devices)
             if not settings.fresh_teacher:
+                # Should it be killed while it copies: --resume finds the copy; who joins waits for the index.
+                save_plain(run.checkpoints / f"{STATE_NAME}.bak", to_plain(run.index))
                 reuse_finished(run, platform)
             run.refresh()
             run.save_index()
@@ -6328,15 +6444,15 @@ def describe_data(data: RawData, seed: int) -> DataDescription:
 
 
 def make_index(
-    index: Index | None, settings: Settings, precision: str, data: RawData, args: Namespace
+    index: Index | None, settings: Settings, precision: str, data: RawData, plugins: dict[str, str]
 ) -> Index:
     """A new index, or the run's own. Raises `UsageError` if the data are not the run's."""
     if index is None:
-        return new_index(settings, precision, describe_data(data, settings.seed), args.plugins)
+        return new_index(settings, precision, describe_data(data, settings.seed), plugins)
     if index.data.sha256 != data.sha256:
         raise UsageError(f"the data found ({data.source}) are not the run's: give the right --data-dir")
     epochs = {**equal_cost_epochs(settings), **index.equal_cost_epochs}  # what has begun keeps its length
-    plugins = {**index.plugins, **args.plugins}
+    plugins = {**index.plugins, **plugins}
     return replace(index, settings=settings, plugins=plugins, equal_cost_epochs=epochs)
 
 
@@ -6608,7 +6724,7 @@ def launch(
     """
     workers, problem = worker_count(run.settings, devices), None
     progress = Progress(run, workers, platform.watched)
-    mandate = Namespace(given={**args.given, "output_dir": run.path})
+    mandate = Namespace(given={**args.given, "output_dir": run.path, "device": devices[0].kind})
     crew = Crew(workers, mandate, platform, session.deadline)
     try:
         while crew.working:
@@ -6625,7 +6741,8 @@ def launch(
                     report_progress(run, progress, fresh)
             except (Stopped, DiskFull, UsageError) as error:
                 problem = problem or error
-            if session.signal or problem:
+            late = session.deadline is not None and time.time() > session.deadline + END_SECONDS
+            if session.signal or problem or late:
                 crew.end(session.signal or signal.SIGTERM)
     finally:
         progress.bar.close()
@@ -6743,21 +6860,24 @@ def await_leader(path: Path, session: Session) -> None:
     """Wait for a process that leads the run and has prepared it; `UsageError` where none comes."""
     lock, state = path / "run.lock", path / "checkpoints" / STATE_NAME
     log.info("waiting until a process leads the run in %s and has prepared it", path)
-    waited = 0.0
+    waited, prepared = 0.0, 0
     while True:
         session.check()
         led = is_held(lock)
         if led is None:
             return  # nobody can see whether it is held
-        with contextlib.suppress(OSError):
-            # The lock's file is written when it is taken, the index when all is prepared.
-            if led and state.stat().st_mtime >= lock.stat().st_mtime:
-                return
+        try:  # the lock's file is written when it is taken, the index when all is prepared
+            ready = led and state.stat().st_mtime >= lock.stat().st_mtime
+        except OSError:
+            ready = False
+        prepared = prepared + 1 if ready else 0
+        if prepared == 2:  # seen once, it may have been held by another one that waits and looks
+            return
         waited = 0.0 if led else waited + 1.0
         if waited > JOIN_SECONDS:
             none = f"no process leads a run in {path} (waited {say_time(JOIN_SECONDS)})"
             raise UsageError(f"{none}: start one there without --join, or check the path")
-        time.sleep(1.0)
+        time.sleep(0.5 + random.random())
 
 
 def conclude(args: Namespace, run: Run, session: Session, reason: str) -> int:
@@ -6935,10 +7055,14 @@ def merge_runs(args: Namespace, platform: Platform) -> int:
         target = new_run_folder(platform.output_root, "merged")
     whole = target.with_name(f".{target.name}.partial")
     shutil.rmtree(whole, ignore_errors=True)
-    make_run_folder(whole)
-    for source in files:
-        write_atomic(whole / "checkpoints" / source.name, source.read_bytes())
-    Run(whole, index).save_index()
+    try:
+        make_run_folder(whole)
+        for source in files:
+            write_atomic(whole / "checkpoints" / source.name, patiently(source.read_bytes, source))
+        Run(whole, index).save_index()
+    except BaseException:
+        shutil.rmtree(whole, ignore_errors=True)
+        raise
     for folder in (target / "checkpoints", target / "figures", target):
         if folder.is_dir():
             folder.rmdir()  # empty, or this is an error
@@ -7003,12 +7127,21 @@ def merged_files(run: Run, sources: Sequence[Path]) -> list[Path]:
     return list(files.values())
 
 
+def stored_index(path: Path) -> dict[str, Any]:
+    """A run's index, or its copy, as it is stored, whatever version wrote it; {} where none can be read."""
+    for name in (STATE_NAME, STATE_NAME + ".bak"):
+        with contextlib.suppress(OSError, UsageError, Damaged):
+            content = load_plain(path / "checkpoints" / name)
+            if isinstance(content, dict):
+                return content
+    return {}
+
+
 def last_activity(path: Path) -> str:
     """When a run's last session started, unlike file times also in a copy; "" where that cannot be read."""
-    for name in (STATE_NAME, STATE_NAME + ".bak"):
-        with contextlib.suppress(OSError, UsageError, Damaged, KeyError, TypeError):
-            content = load_plain(path / "checkpoints" / name)
-            return str(max([content["created"], *(session["started"] for session in content["sessions"])]))
+    content = stored_index(path)
+    with contextlib.suppress(KeyError, TypeError):
+        return str(max([content["created"], *(session["started"] for session in content["sessions"])]))
     return ""
 
 
@@ -7081,5 +7214,7 @@ def main(argv: Sequence[str] | None = None, root: Path = Path("/")) -> int:
 
 if __name__ == "__main__":
     if "__file__" in globals():
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.exit(main())
     print("save this as run_exp1b_kaggle.py (by %%writefile), then: !python run_exp1b_kaggle.py --mode smoke")

@@ -104,6 +104,7 @@ def test_a_merge_that_was_killed_leaves_nothing_that_hinders_the_next(
             owner = exp.Run if point == "save_index" else exp
             patch.setattr(owner, point, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             merge(five, two)
+        assert not list(toy.glob(".*"))
         if point == "report_on":
             assert exp.main(["--report-only", "--output-dir", str(toy / "merged")]) == 0
         else:

@@ -93,6 +93,12 @@ def test_descriptions_are_of_the_views_that_the_student_sees(taught: Path, tmp_p
         assert all(feature.requires_grad for feature in features.values())
 
 
+def test_features_are_in_the_networks_order() -> None:
+    """Also of stages that are named in another one: else a teacher's would meet another stage of the student."""
+    attributes = {"__module__": __name__, "stages": ("stage4", "stage2")}
+    assert exp.register("Deepest")(type("Deepest", (Maps,), attributes)).stages == ("stage2", "stage4")
+
+
 def test_several_teachers_give_a_description_each(taught: Path, tmp_path: Path) -> None:
     class Two(Maps):
         @classmethod
@@ -375,6 +381,7 @@ def test_state_that_a_resume_would_lose_is_told(taught: Path, tmp_path: Path) ->
         ({"candidates": classmethod(lambda cls, ratio: [1, 2])}, "at least two"),
         ({"configure": classmethod(lambda cls, ratio, chosen: {"alpha": 1})}, "no Distillation"),
         ({"look": ("no colour", "o", "-")}, "no colour"),
+        ({"temperature": 2.0}, "temperature would be overwritten"),
     ],
 )
 def test_a_method_that_could_not_be_trained_is_refused(changes: dict[str, Any], text: str) -> None:
@@ -398,6 +405,21 @@ def test_candidates_of_its_own_are_enough_for_a_pilot(taught: Path, tmp_path: Pa
     assert lab.run.records[job.name].config.alpha == 0.1
     other = exp.register("Other")(type("Other", (Mine,), {"__module__": __name__}))
     assert other.pilot == "Other", "another loss has another best weight"
+
+
+def test_teachers_of_its_own_are_those_that_teach() -> None:
+    """HPM-KD's pilot would choose others."""
+
+    @exp.register("Alone")
+    class Alone(exp.HPMKD):
+        @classmethod
+        def teachers(cls, compression: str) -> tuple[exp.Network, ...]:
+            return ("teacher",)
+
+    assert Alone.pilot == "Alone"
+    assert {config.teachers for config in Alone.candidates("7x")} == {("teacher",)}
+    with pytest.raises(exp.UsageError, match="other teachers than teachers"):
+        exp.register("Wrong")(type("Wrong", (Alone,), {"__module__": __name__, "pilot": "HPM-KD"}))
 
 
 def test_the_looks_of_many_methods_differ() -> None:

@@ -244,7 +244,50 @@ class KeepsTheGraph(exp.Method):
         return self.last
 
 
+class RaisesLater(InfiniteLater):
+    """It fails for images that it is not tried with."""
+
+    calls: ClassVar[int] = 0
+
+    @classmethod
+    def describe(cls, features: Mapping[str, torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+        if not super().describe(features).isfinite().all():
+            raise ValueError("a singular matrix")
+        return Maps.describe(features)
+
+
+class OwnBackward(exp.Method):
+    def modules(self, student: Any, teacher: Any) -> nn.Module:
+        return nn.Linear(10, 1)
+
+    def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        self.module(logits.detach()).square().mean().backward()
+        return super().loss(logits, index)
+
+
+class Exits(exp.Method):
+    def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        raise SystemExit("what I say")
+
+
+class MadeInTheFirstEpoch(exp.Method):
+    def start_epoch(self, epoch: int, losses: Any) -> None:
+        if epoch == 0:
+            self.centres = torch.zeros(10)
+        self.used = self.centres + 1
+
+
+class TemperaturePerClass(exp.Method):
+    def start_epoch(self, epoch: int, losses: Any) -> None:
+        self.temperature = torch.full((10,), 4.0)
+
+
 MISTAKES = {
+    RaisesLater: "describe of .* (test_plugins.py, line .*): ValueError: a singular matrix",
+    OwnBackward: "loss of .*: it calls backward() itself",
+    Exits: "loss of .* (test_plugins.py, line .*): SystemExit: what I say",
+    MadeInTheFirstEpoch: "AttributeError: .* (in a method made anew, as a resume would make it",
+    TemperaturePerClass: "start_epoch of .* (test_plugins.py, line .*): .*Error",
     InPlace: "changes the features",
     TooSmall: "does not fit into fp16: scale it",
     PartlyBatchwise: "depends on the other images, or on chance",
@@ -359,7 +402,70 @@ class Late(exp.Method):
         return super().loss(logits, index)
 
 
+class Private(nn.Module):
+    """What it holds is no parameter, no buffer, and not public."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._place = 0
+
+
+class PrivateInAModule(exp.Method):
+    def modules(self, student: Any, teacher: Any) -> nn.Module:
+        return Private()
+
+    def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        self.module._place += 1
+        return super().loss(logits, index)
+
+
+class WithItsGraph(exp.Method):
+    """Detached when it is read."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.centre: torch.Tensor | None = None
+
+    def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        before = logits.mean(0) if self.centre is None else self.centre.detach()
+        self.centre = 0.9 * before + 0.1 * logits.mean(0)
+        return super().loss(logits, index) + self.centre.square().mean()
+
+
+class Freezes(exp.Method):
+    """In the second epoch: after a resume in the third one it trains."""
+
+    def modules(self, student: Any, teacher: Any) -> nn.Module:
+        return nn.Linear(10, 1)
+
+    def start_epoch(self, epoch: int, losses: Any) -> None:
+        if epoch == 1:
+            self.module.requires_grad_(False)
+
+    def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return super().loss(logits, index) + self.module(logits).square().mean()
+
+
+class OwnOptimizer(exp.Method):
+    """It leaves no gradient behind."""
+
+    def modules(self, student: Any, teacher: Any) -> nn.Module:
+        module = nn.Linear(10, 1)
+        self.optimizer = torch.optim.Adam(module.parameters())
+        return module
+
+    def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        self.module(logits.detach()).square().mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return super().loss(logits, index)
+
+
 STATE = {
+    PrivateInAModule: "module",
+    WithItsGraph: "centre",
+    Freezes: "module",
+    OwnOptimizer: "optimizer",
     InStartEpoch: "factor",
     OwnGenerator: "generator",
     InADict: "means",
@@ -394,7 +500,7 @@ def test_state_that_a_resume_would_lose_is_told(
     expected = f"its method keeps {STATE[method]} outside modules(): a resume loses it"
     for name, stops in (("whole", ()), ("cut", (3 * 3 + 1,))):
         notes = trained(taught, tmp_path / name, "Stateful", stops).notes
-        assert notes == [expected] or (method is Late and name == "cut")
+        assert notes == [expected] or (method in (Late, Freezes) and name == "cut")
 
 
 class Sound(exp.TraditionalKD):
@@ -415,10 +521,12 @@ class Sound(exp.TraditionalKD):
         normed = nn.utils.parametrizations.weight_norm(nn.Linear(10, 2))
         self.head = nn.Sequential(nn.BatchNorm1d(10), normed).eval()
         self.head.register_forward_hook(lambda *_: None)
+        self.head.register_buffer("factor", torch.ones(()))
         return self.head
 
     def start_epoch(self, epoch: int, losses: Any) -> None:
         super().start_epoch(epoch, losses)
+        self.module.factor.mul_(0.5)
         self.generator = np.random.default_rng(epoch)
         self.noise = torch.randn(10)
 
@@ -436,6 +544,42 @@ def test_sound_methods_are_left_in_peace(taught: Path, tmp_path: Path) -> None: 
         records.append(trained(taught, tmp_path / name, "Sound", stops))
     assert Sound.made == len(Sound.cache) == 4, "what is only tried leaves nothing"
     assert records[0].notes == [] and repr(untimed(records[0])) == repr(untimed(records[1]))
+
+
+class DrawsWhatItDescribes(Base):
+    """All its objects share a matrix, which is the same in every process."""
+
+    matrix: ClassVar[torch.Tensor | None] = None
+
+    @classmethod
+    def describe(cls, features: Mapping[str, torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+        flat = features["stage4"].mean((2, 3))
+        if cls.matrix is None:
+            cls.matrix = torch.randn(flat.shape[1], 3)
+        return flat @ cls.matrix
+
+
+def test_what_only_describe_makes_is_no_state(taught: Path, tmp_path: Path) -> None:  # noqa: F811
+    exp.register("Drawn")(DrawsWhatItDescribes)
+    assert trained(taught, tmp_path / "lab", "Drawn", ()).notes == []
+
+
+def test_a_module_without_a_gradient_is_told(
+    taught: Path,  # noqa: F811
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    @exp.register("Detached")
+    class Detached(exp.Method):
+        def modules(self, student: Any, teacher: Any) -> nn.Module:
+            return nn.ModuleDict({"used": nn.Linear(10, 1), "unused": nn.Linear(10, 1)})
+
+        def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+            return super().loss(logits, index) + self.module["used"](logits).square().mean()
+
+    trained(taught, tmp_path / "lab", "Detached", ())
+    said = "Detached: in an epoch no gradient has reached module.unused.weight and module.unused.bias"
+    assert caplog.messages.count(said) == 1
 
 
 # ---- Configurations --------------------------------------------------------------------------------------------------
@@ -649,6 +793,10 @@ def test_an_import_leaves_the_process_as_it_was(plugins: Any) -> None:  # noqa: 
     plugins(value="float(torch.rand(1)) + numpy.random.rand()", imports=draws)
     first = exp.METHODS["mine"].SCALE
     assert torch.get_default_dtype() is torch.float32
+    switches = "import torch\ntorch.set_default_device('meta')\ntorch.set_grad_enabled(False)\n"
+    plugins(value="1", imports=f"{switches}torch.set_float32_matmul_precision('high')\n")
+    assert torch.zeros(1).device.type == "cpu" and torch.is_grad_enabled()
+    assert torch.get_float32_matmul_precision() == "highest"
     assert torch.equal(torch.get_rng_state(), before[0]) and np.random.get_state()[2] == before[1]
     torch.manual_seed(5)
     plugins(value="float(torch.rand(1)) + numpy.random.rand()", imports=draws, again=True)

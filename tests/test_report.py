@@ -576,13 +576,13 @@ def test_notes_and_mixed_hardware(tmp_path):
             "student_5x_HPM-KD_run1",
             notes=["micro-batch 64 after running out of memory"],
             device="Tesla P100",
+            torch="2.0",
         )
     )
     assert "- the session of today ran on another GPU" in report
-    assert (
-        "- student_5x_HPM-KD_run1: micro-batch 64" in report
-        and "differ in device: Tesla T4 and Tesla P100" in report
-    )
+    assert "- student_5x_HPM-KD_run1: micro-batch 64" in report
+    assert "not all trained with the same device: Tesla P100 and Tesla T4." in report
+    assert "not all trained with the same torch: 2.0" in report
 
 
 def test_power_is_a_limitation(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from toy import (
     TEACHER,
     TOY,
     epochs_in_log,
+    in_child,
     new_toy,
     resume,
     stopped_at_once,
@@ -237,6 +239,42 @@ def test_a_run_that_cannot_be_used_is_named_and_passed_over(copied: Path, toy: P
     assert f"{copied}\nsmoke, CIFAR10, " in out
 
 
+@pytest.mark.parametrize("command", [["--resume"], ["--mode", "smoke", "--resume"], ["--status"]])
+def test_an_older_run_does_not_take_the_place_of_the_newest(
+    copied: Path, toy: Path, capsys: Capture, command: list[str]
+) -> None:
+    shutil.copytree(copied, toy / "newest")
+    started(toy / "newest", "2999-01-01T00:00:00+00:00")
+    edit_index(toy / "newest", plugins={"mine.py": "0"})
+    assert exp.main(command) == 2
+    assert "the newest run cannot be used" in last_line(capsys)
+
+
+PLUGIN = """
+import run_exp1b_kaggle as exp
+
+@exp.register("Mine")
+class Mine(exp.Direct):
+    pass
+"""
+
+
+@pytest.mark.usefixtures("untrained")
+def test_a_plugin_that_is_not_used_binds_no_run(toy: Path, capsys: Capture) -> None:
+    """Edited later, or left out, it would refuse the run for nothing."""
+    (toy / "mine.py").write_text(PLUGIN)
+    methods = dict(exp.METHODS)
+    try:
+        assert new_toy(toy / "run", "--fresh-teacher", "--plugin", "mine.py") == 0
+        assert "--methods names none of them" in capsys.readouterr().out
+        assert index_of(toy / "run").plugins == {}
+        assert resume(toy / "run", "--plugin", "mine.py", "--methods", "Direct", "Mine") == 0
+        assert exp.load_plain(toy / "run/checkpoints" / exp.STATE_NAME)["plugins"].keys() == {"mine.py"}
+    finally:
+        exp.METHODS.clear()
+        exp.METHODS.update(methods)
+
+
 def test_a_new_run_over_an_existing_one_is_refused(copied: Path, capsys: Capture) -> None:
     before = tree(copied)
     assert new_toy(copied) == 2
@@ -420,6 +458,38 @@ def test_an_identical_finished_teacher_is_reused(copied: Path, toy: Path, capsys
     assert index_of(toy / "shorter").jobs.keys() == {TEACHER}
     weights = [index_of(folder).jobs[TEACHER].weights_sha256 for folder in (copied, toy / "same")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.usefixtures("untrained")
+def test_a_run_that_is_killed_while_it_copies_a_teacher_goes_on(copied: Path, toy: Path) -> None:
+    save = exp.Run.save_result
+
+    def killed(run: exp.Run, *given: Any) -> None:
+        save(run, *given)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def started() -> int:
+        exp.Run.save_result = killed  # type: ignore[method-assign]
+        return new_toy(toy / "part")
+
+    assert in_child(started) == "SIGKILL"
+    assert resume(toy / "part") == 0
+    assert index_of(toy / "part").jobs.keys() == {TEACHER, ASSISTANT, SECOND_ASSISTANT, PILOT}
+
+
+@pytest.mark.usefixtures("untrained")
+def test_a_folder_of_somebody_else_hinders_nobody(copied: Path, toy: Path, monkeypatch: Any) -> None:
+    is_run = exp.is_run
+
+    def denied(path: Path) -> bool:
+        if path.name == "bob":
+            raise exp.UsageError(f"cannot open {path} (Permission denied)")
+        return is_run(path)
+
+    (toy / "bob/checkpoints").mkdir(parents=True)
+    monkeypatch.setattr(exp, "is_run", denied)
+    assert new_toy(toy / "mine") == 0
+    assert index_of(toy / "mine").jobs.keys() == {TEACHER, ASSISTANT, SECOND_ASSISTANT, PILOT}
 
 
 @pytest.mark.usefixtures("untrained")

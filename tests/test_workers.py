@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, results_without_times
 from lab import open_lab, shortcuts, student, teacher
-from toy import in_child, leftovers, tree
+from toy import in_child, leftovers, new_toy, tree
 
 import run_exp1b_kaggle as exp
 
@@ -319,11 +319,12 @@ TORCHRUN = {
         ({}, exp.Group()),
         (SRUN, exp.Group(3, 4, 1)),
         ({**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, exp.Group()),
+        ({**SRUN, "SLURM_PTY_PORT": "40000"}, exp.Group()),
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, exp.Group()),  # sbatch without srun
         (TORCHRUN, exp.Group(5, 8, 1, 4)),
         ({**SRUN, **TORCHRUN}, exp.Group(5, 8, 1, 4)),  # srun that starts torchrun
     ],
-    ids=["alone", "srun", "srun of one", "sbatch", "torchrun", "torchrun below srun"],
+    ids=["alone", "srun", "srun of one", "a shell", "sbatch", "torchrun", "torchrun below srun"],
 )
 def test_what_a_launcher_says(
     environment: dict[str, str], group: exp.Group, monkeypatch: pytest.MonkeyPatch
@@ -402,7 +403,38 @@ def test_a_process_that_joins_waits_until_the_run_is_prepared(
     monkeypatch.setattr(exp.time, "sleep", sleep)
     with exp.hold_folder(copied):
         exp.await_leader(copied, exp.Session())
-    assert len(waits) == 3
+    assert len(waits) == 4, "and looks twice: another one that waits may have held the lock for a moment"
+
+
+def test_the_parent_gives_its_workers_the_device_and_ends_those_that_are_late(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that is started again without its GPU must not go on on the CPU; one may hang in a driver."""
+    ended: list[int] = []
+    given: list[dict[str, Any]] = []
+
+    class Hanging:
+        def __init__(self, count: int, mandate: Any, *_: Any) -> None:
+            given.append(mandate.given)
+            self.members, self.working = [], [self] * count
+
+        def listen(self, _: float) -> None:
+            pass
+
+        def end(self, number: int) -> None:
+            ended.append(number)
+            self.working = []
+
+        def kill(self) -> None:
+            pass
+
+        def reason(self) -> str:
+            return "session clock"
+
+    monkeypatch.setattr(exp, "Crew", Hanging)
+    monkeypatch.setattr(exp, "END_SECONDS", -1e6)
+    assert new_toy(toy / "run", "--workers", "2", "--max-hours", "1", "--device", "auto") == 0
+    assert ended == [signal.SIGTERM] and given[0]["device"] == "cpu"
 
 
 # ---- Claims --------------------------------------------------------------------------------------------------
