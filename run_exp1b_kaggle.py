@@ -47,8 +47,9 @@ if sys.version_info < (3, 11):  # noqa: UP036 (an older one would only say that 
 if __name__ == "__main__" and not os.environ.get("OMP_WAIT_POLICY"):
     os.environ["OMP_WAIT_POLICY"] = "passive"  # spinning threads take other programs' cores
 # Until everything is imported, Ctrl-C ends the program without a traceback.
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__" and "__file__" in globals():
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import collections
@@ -1145,7 +1146,7 @@ class DescribedNetwork(nn.Module):
         self.network = network
         self.found = collect_features(network, dict.fromkeys(s for method in methods for s in method.stages))
         self.methods: dict[str, type[Method]] = {}  # by the names of their descriptions
-        self.failed: dict[str, MethodFailed] = {}
+        self.failed: dict[str, str] = {}  # description -> why
         self.sizes = {"logits": network.classifier.out_features}  # numbers per image, by part of the output
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -1169,7 +1170,7 @@ class DescribedNetwork(nn.Module):
                         raise MethodFailed(f"{description.shape[1]} numbers per image, and {size} before")
                     return description
             except MethodFailed as error:
-                self.failed[key] = error
+                self.failed[key] = str(error)
         return images.new_full((len(images), size), math.nan)
 
     def seen_by(self, method: type[Method]) -> dict[str, torch.Tensor]:
@@ -1211,7 +1212,7 @@ class TeacherOutputs:
         self.experiment, self.store = experiment, store
         self.seconds = 0.0  # of computing pages and waiting for them: counted apart from training
         self._networks: dict[str, DescribedNetwork] = {}  # by checksum of their weights
-        self._refused: dict[str, MethodFailed] = {}  # description -> why it cannot be kept
+        self._refused: dict[str, str] = {}  # description -> why it cannot be kept
         self.attentions: dict[tuple[str, ...], tuple[AttentionNetwork, dict[str, AttentionReport]]] = {}
 
     def clock(self) -> float:
@@ -1228,7 +1229,7 @@ class TeacherOutputs:
         key = description_key(method, self.experiment.settings.width)
         networks = [self._network(job) for job in self._jobs(teachers)]
         if key in self._refused:
-            raise self._refused[key]
+            raise MethodFailed(self._refused[key])
         with blamed_on(method, "describe"):
             sizes = [network.sizes[key] for network in networks]
             if len(set(sizes)) != 1:
@@ -1236,7 +1237,7 @@ class TeacherOutputs:
         found = self.page(teachers, page, key)
         for network in networks:
             if key in network.failed:
-                raise network.failed[key]
+                raise MethodFailed(network.failed[key])
         with blamed_on(method, "describe"):
             if not found.isfinite().all():
                 raise MethodFailed("a description is not finite, or too large for fp16")
@@ -1288,7 +1289,8 @@ class TeacherOutputs:
             chunks.append(torch.cat([storable(logits), descriptions.half()], 1))
         columns = torch.cat(chunks).cpu().split(list(network.sizes.values()), 1)
         parts = {name: part.contiguous() for name, part in zip(network.sizes, columns, strict=True)}
-        self.store.save(self.key(job), page, parts)
+        sound = {name: part for name, part in parts.items() if name not in network.failed}
+        self.store.save(self.key(job), page, sound)
         self.seconds += time.perf_counter() - started
         return parts
 
@@ -1312,7 +1314,7 @@ class TeacherOutputs:
                 with experiment.autocast(), fixed_randomness():
                     described.add(key, method, some)
             except MethodFailed as error:  # its own jobs fail; those of other methods go on
-                self._refused[key] = error
+                self._refused[key] = str(error)
         self._networks[weights] = described
         return described
 
@@ -3347,8 +3349,8 @@ def say_closed(evidence: Evidence) -> str:
         distance = teacher - values_of(evidence.frame, ratio, BASELINE).mean()
         if c.n and distance > 0:
             parts.append(f"{c.mean / distance:.0%} at {ratio}")
-    what = f"the distance from {BASELINE} to the teacher"
-    return f"Of {what}, which depends on the ratio too, it closes {listed(parts)}." if parts else ""
+    what = f"of the distance from {BASELINE} to the teacher, which changes with the ratio, too"
+    return f"{SUBJECT} closes {listed(parts)} {what}." if parts else ""
 
 
 def report_prediction(evidence: Evidence) -> str:
@@ -3410,21 +3412,13 @@ def report_choices(evidence: Evidence) -> str:
     texts = []
     for pilot in sorted(pilots, key=lambda pilot: (pilot.method != SUBJECT, RATIOS[pilot.compression])):
         chosen = say_config(pilot.candidates[pilot.chosen].config)
-        lengths = listed(f"{epochs:.1f}" for epochs in rung_epochs(pilot, evidence.run.settings))
+        per_epoch = evidence.run.index.data.train // evidence.run.settings.batch_size
+        lengths = listed(f"{steps / per_epoch:.1f}" for steps in pilot.candidates[0].steps)
         texts.append(f"**{pilot.method} at {pilot.compression}: {chosen}.** Reason: {pilot.reason}.")
         texts.append(f"Epochs by rung: {lengths} (a student has {evidence.run.settings.student_epochs}).")
         texts += ["<details><summary>All candidates</summary>", candidate_table(pilot), "</details>"]
     figure = embed(evidence, "temperature")
     return paragraphs("## What the pilots chose", PILOTS_NOTE, *texts, figure, report_attention(evidence))
-
-
-def rung_epochs(pilot: Record, settings: Settings) -> list[float]:
-    """How many epochs each candidate of a rung was trained."""
-    budget = PILOT_SHARE * settings.student_epochs
-    tried = [len(candidate.accuracies) for candidate in pilot.candidates]
-    shares = rung_shares(len(tried))
-    counts = [sum(length > rung for length in tried) for rung in range(len(shares))]
-    return [budget * share / count for share, count in zip(shares, counts, strict=True) if count]
 
 
 def candidate_table(pilot: Record) -> str:
@@ -3543,9 +3537,9 @@ linearly to zero; pad-4 crop and flip; precision {index.precision}; width
     warning = f"**The experiment was extended after results were seen** ({late}): no p-value allows for that."
     return paragraphs(
         "## Protocol",
-        "A student's training differs between methods in the loss and in nothing else, but that a method may "
-        "train a module beside the student, and that Direct-equal-cost has more epochs. Before it, attention "
-        "and pilots use the labels of held-out images.",
+        "Between methods only the loss differs. Two exceptions: a method may train a module beside the "
+        "student, and Direct-equal-cost has more epochs. Attention and pilots, which come before, use labels "
+        "of held-out images.",
         text,
         "## Sessions",
         "When and where the networks were trained:",
@@ -3562,8 +3556,10 @@ def report_reservations(evidence: Evidence) -> str:
     notes = list(run.index.notes)
     notes += [f"{record.job}: {note}" for record in run.records.values() for note in record.notes]
     notes += [f"{name} is at chance level." for name in at_chance(evidence)]
-    for name in ("device", "precision", "torch", "threads"):
-        found = {str(getattr(record, name)) for record in run.records.values() if record.done} - {""}
+    finished = [record for record in run.records.values() if record.done]
+    used = {name: {getattr(r, name) for r in finished} - {""} for name in ("device", "precision", "torch")}
+    used["number of threads"] = {str(r.threads) for r in finished if r.device.startswith("CPU")}
+    for name, found in used.items():
         if len(found) > 1:
             notes.append(f"The networks were not all trained with the same {name}: {listed(sorted(found))}.")
     epochs, limits = say_count(run.settings.student_epochs, "epoch"), [LIMITATIONS]
@@ -4709,14 +4705,14 @@ class Worker:
         log.error("%s crashed", job.name, exc_info=error)
         what = f"{type(error).__name__}: {first_line(error)}"
         error.__traceback__ = None  # the crashed training's tensors live in its frames
-        if is_plugin(job.method_class) and "device-side assert" in what:
-            file = plugin_file(job.method_class).name
-            self.run.fail(
-                job, f"{what}: an index out of range in {file}? --device cpu says where", final=True
-            )
+        index = (
+            is_plugin(job.method_class) and "device-side assert" in what
+        )  # out of range: it would come again
         try:
             probe(self.experiment.device)
         except UsageError:
+            if index:
+                self.run.fail(job, f"an index out of range ({what}): --device cpu says where", final=True)
             raise DeviceLost(f"the loss of {self.experiment.device.name} ({what})") from None
         self.run.fail(job, f"it crashed ({what}): --resume tries again, experiment.log says where")
 
@@ -5226,8 +5222,9 @@ class Group:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             return cls(*(int(os.environ[name]) for name in names))
         tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))  # srun sets it, sbatch does not
-        if "SLURM_STEP_ID" not in os.environ or tasks == 1 or "SLURM_PTY_PORT" in os.environ:
-            return cls()  # the last: a shell that srun has opened, in which one process is started
+        in_a_shell = "SLURM_PTY_PORT" in os.environ and os.isatty(0)  # that srun has opened
+        if "SLURM_STEP_ID" not in os.environ or tasks == 1 or in_a_shell:
+            return cls()
         rank, local_rank = (int(os.environ[f"SLURM_{name}"]) for name in ("PROCID", "LOCALID"))
         return cls(rank, tasks, local_rank)  # srun binds each of its processes to cores of its own
 
@@ -5644,11 +5641,8 @@ def adapt_plugin(method: type[Method]) -> None:
     check(known, f"stages are a tuple of {', '.join(STAGES)}")
     method.stages = tuple(stage for stage in STAGES if stage in method.stages)  # the order of all features
     classes = [vars(base) for base in method.__mro__ if is_plugin(base) and issubclass(base, Method)]
-    overwritten = OVERWRITTEN & set().union(*classes)
-    check(
-        not overwritten,
-        f"{listed(sorted(overwritten))} would be overwritten: see configure() and start_epoch()",
-    )
+    hidden = set().union(*classes) & {*HIDDEN, "soft_targets" if issubclass(method, TraditionalKD) else ""}
+    check(not hidden, f"{listed(sorted(hidden))} would have no effect: see configure() and start_epoch()")
     pilots = [known.name for known in METHODS.values() if known.pilot == known.name]
     check(method.pilot in ("", method.name, *pilots), f"there is no pilot {method.pilot!r}: {listed(pilots)}")
     for ratio in RATIOS:
@@ -5668,10 +5662,8 @@ def adapt_plugin(method: type[Method]) -> None:
             check(not other, f"a configuration at {ratio} has other teachers than teachers({ratio!r})")
 
 
-# What the script sets in every object of a method: the same name in a class would have no effect.
-OVERWRITTEN = set(
-    "experiment config pages page temperature module descriptions features soft_targets".split()
-)
+# What the script sets in a method's objects: it would hide a class's attribute of that name.
+HIDDEN = set("experiment config pages page temperature module descriptions features".split())
 
 
 @contextlib.contextmanager
@@ -5777,7 +5769,7 @@ class PluginGuard:
         self.training, self.method = training, type(training.method)
         self.own = own_modules(self.method)
         self.structure = structure_of(training.trained.state_dict())
-        self.shared: dict[str, list[str]] | None = None  # what all objects of the method share, at the start
+        self.shared: dict[str, list[str]] = {}  # what all objects of the method share, at the start
         self.module_before: dict[str, Any] = {}  # of a method's module, before the epoch that is looked at
 
     def looks_at(self, epoch: int) -> bool:
@@ -5786,7 +5778,7 @@ class PluginGuard:
 
     def before_epoch(self, epoch: int) -> None:
         """Keep what `find_state` compares with; the teachers' descriptions of the epoch are there already."""
-        if self.shared is None:
+        if not self.shared:
             self.shared = state_of(shared_by(self.method), self.own)
         module = self.training.method.module
         if module is not None and self.looks_at(epoch):
@@ -5812,8 +5804,9 @@ class PluginGuard:
                 what = "in a method made anew, as a resume would make it; what lasts belongs in modules()"
                 raise MethodFailed(f"{error} ({what})") from None
             here, there = state_of(vars(method), self.own), state_of(vars(anew), self.own)
-        found = {name for name, held in here.items() if held != there.get(name, [])}
-        found |= {name for name, held in shared.items() if held != (self.shared or {}).get(name, [])}
+        steps = {name for name in vars(method).keys() - vars(anew).keys() if has_graph(vars(method)[name])}
+        found = {name for name, held in here.items() if held != there.get(name, [])} - steps
+        found |= {name for name, held in shared.items() if held != self.shared.get(name, [])}
         if found - set(training.carried):
             training.carried = sorted({*training.carried, *found})
             where = "from epoch to epoch outside modules(): a resume starts without it"
@@ -5847,6 +5840,11 @@ class PluginGuard:
                 warn_once(f"{self.method.name}: in an epoch no gradient has reached {listed(still)}")
 
 
+def has_graph(value: Any) -> bool:
+    """Whether a value is a tensor that was computed with a gradient: in a method, one step's result."""
+    return isinstance(value, torch.Tensor) and not value.is_leaf
+
+
 def own_modules(method: type[Method]) -> set[str]:
     """Names of a plugin and of the modules that it has brought in."""
     return {method.__module__, *HELPERS.get(plugin_file(method), {})}
@@ -5875,7 +5873,7 @@ def leaves_of(value: Any, own: Collection[str], seen: dict[int, Any]) -> Iterato
 
 
 def parts_of(value: Any) -> list[Any]:
-    """What a container, a module or a generator of random numbers holds; nothing of any other value."""
+    """What a container, a module, an optimizer or a random generator holds; nothing of any other value."""
     if isinstance(value, dict):
         return [*value, *value.values()]
     if isinstance(value, set | frozenset):
@@ -5885,8 +5883,7 @@ def parts_of(value: Any) -> list[Any]:
     if isinstance(value, nn.Module):
         every = {name for name in vars(nn.Module()) if name.startswith("_")}  # what every module has
         shown = [part for name, part in vars(value).items() if name not in every]
-        kept = [part for part in shown if not isinstance(part, torch.Tensor) or part.is_leaf]
-        return [*kept, value._parameters, value._buffers, value._modules]
+        return [*itertools.filterfalse(has_graph, shown), value._parameters, value._buffers, value._modules]
     if isinstance(value, torch.optim.Optimizer):
         return [value.state, value.param_groups]
     if isinstance(value, np.random.Generator):
@@ -6267,7 +6264,7 @@ def runs_in(folders: Iterable[Path]) -> list[Path]:
             if not path.name.startswith(".") and is_run(path):
                 found.append(path)
         except UsageError as error:  # somebody else's, perhaps
-            log.warning("not considered: %s", error)
+            warn_once(f"not considered: {error}")
     return found
 
 
@@ -6315,7 +6312,9 @@ def open_run(args: Namespace, platform: Platform, session: Session) -> Iterator[
             log.info("run_exp1b_kaggle.py %s, run folder %s", VERSION, path)
             index = load_index(path, args.plugins) if is_run(path) else None
             settings = continued_settings(index, args.given) if index else new_settings(args.given)
-            used = {plugin_file(METHODS[name]).name for name in settings.methods}
+            methods = [METHODS[name] for name in settings.methods]
+            methods += [METHODS[method.pilot] for method in methods if method.pilot]
+            used = {plugin_file(base).name for method in methods for base in method.__mro__}
             if args.plugins and not used & args.plugins.keys():
                 unused = [name for name, method in METHODS.items() if is_plugin(method)]
                 log.warning("--plugin registers %s, but --methods names none of them", listed(unused))
@@ -6332,8 +6331,9 @@ def open_run(args: Namespace, platform: Platform, session: Session) -> Iterator[
             check_fits(run, platform)
             enter_session(run, index.settings if index else settings, args, devices)
             if not settings.fresh_teacher:
-                # Should it be killed while it copies: --resume finds the copy; who joins waits for the index.
-                save_plain(run.checkpoints / f"{STATE_NAME}.bak", to_plain(run.index))
+                if index is None:
+                    # Killed while it copies teachers, --resume needs this. Who joins waits for the index.
+                    save_plain(run.checkpoints / f"{STATE_NAME}.bak", to_plain(run.index))
                 reuse_finished(run, platform)
             run.refresh()
             run.save_index()
@@ -6722,7 +6722,7 @@ def launch(
 
     This process passes signals on, and keeps index, report and progress bar meanwhile.
     """
-    workers, problem = worker_count(run.settings, devices), None
+    workers, problem, late = worker_count(run.settings, devices), None, False
     progress = Progress(run, workers, platform.watched)
     mandate = Namespace(given={**args.given, "output_dir": run.path, "device": devices[0].kind})
     crew = Crew(workers, mandate, platform, session.deadline)
@@ -6751,7 +6751,8 @@ def launch(
         raise problem
     if session.signal:
         return signal.Signals(session.signal).name
-    return crew.reason() if run.left else ""
+    reason = crew.reason() if run.left else ""
+    return "session clock" if reason and late else reason
 
 
 def worker_main(

@@ -14,13 +14,13 @@ import run_exp1b_kaggle as exp
 
 
 def main(options: list[str]) -> int:
-    """exp.main, with one figure."""
+    """exp.main, with one figure; in a process of its own, which it changes."""
     for name in list(exp.FIGURES)[1:]:
         del exp.FIGURES[name]
     return exp.main(options)
 
 
-exp.Training.SAVE_SECONDS = 0.0  # in its workers too, which import this file anew
-
+if __name__ in ("__main__", "__mp_main__"):  # the second: in its workers
+    exp.Training.SAVE_SECONDS = 0.0
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

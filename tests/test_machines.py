@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_workers import OPTIONS, finish, start
+from test_workers import OPTIONS, SCRIPT, finish, start
 from toy import in_child, new_toy, resume
 
 import run_exp1b_kaggle as exp
@@ -93,7 +93,15 @@ def test_several_workers_without_any_device_that_works_are_one_line(tmp_path: Pa
     """Each tries its own; the first one's reason is the run's."""
     (tmp_path / "no_device.py").write_text(NO_DEVICE)
     code, out = finish(
-        start(tmp_path / "run", *DIRECT, "--workers", "2", "--plugin", str(tmp_path / "no_device.py"))
+        start(
+            tmp_path / "run",
+            *DIRECT,
+            "--workers",
+            "2",
+            "--plugin",
+            str(tmp_path / "no_device.py"),
+            script=SCRIPT,
+        )
     )
     assert code == 2, out
     assert out.strip().splitlines()[-1] == "error: no device works: replace them"

@@ -381,7 +381,7 @@ def test_state_that_a_resume_would_lose_is_told(taught: Path, tmp_path: Path) ->
         ({"candidates": classmethod(lambda cls, ratio: [1, 2])}, "at least two"),
         ({"configure": classmethod(lambda cls, ratio, chosen: {"alpha": 1})}, "no Distillation"),
         ({"look": ("no colour", "o", "-")}, "no colour"),
-        ({"temperature": 2.0}, "temperature would be overwritten"),
+        ({"temperature": 2.0}, "temperature would have no effect"),
     ],
 )
 def test_a_method_that_could_not_be_trained_is_refused(changes: dict[str, Any], text: str) -> None:

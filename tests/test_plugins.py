@@ -500,7 +500,7 @@ def test_state_that_a_resume_would_lose_is_told(
     expected = f"its method keeps {STATE[method]} outside modules(): a resume loses it"
     for name, stops in (("whole", ()), ("cut", (3 * 3 + 1,))):
         notes = trained(taught, tmp_path / name, "Stateful", stops).notes
-        assert notes == [expected] or (method in (Late, Freezes) and name == "cut")
+        assert notes == ([] if method in (Late, Freezes) and name == "cut" else [expected])
 
 
 class Sound(exp.TraditionalKD):
@@ -532,6 +532,7 @@ class Sound(exp.TraditionalKD):
 
     def loss(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         noise = float(self.generator.random()) * self.noise
+        self.step = logits.square().mean()  # for this step alone
         return super().loss(logits + noise, index) + self.head(logits).square().mean() * (
             not self.module.training
         )

@@ -468,6 +468,25 @@ def test_controls_that_were_not_trained_are_named(tmp_path):
     bare, full = write(fake_run(tmp_path)), write(fake_run(tmp_path, ablation=True, equal_cost=True))
     assert "(`--equal-cost`)" in bare and "(`--ablation`)" in bare
     assert "(`--equal-cost`)" not in full and "(`--ablation`)" not in full
+    planned = exp.equal_cost_epochs(fake_run(tmp_path, equal_cost=True).settings)
+    longer = exp.listed(f"{count} at {ratio}" for ratio, count in planned.items())
+    assert f"could train longer (epochs: {longer}; here 20)" in bare
+
+
+def test_the_distance_to_the_teacher_that_is_closed(tmp_path):
+    """Also where nothing is closed, or there is no distance."""
+    run = fake_run(tmp_path)
+    values = {"teacher_resnet50_CIFAR10": 90.0}
+    for number in (1, 2, 3):
+        values |= {
+            f"student_2.3x_Direct_run{number}": 85.0,
+            f"student_2.3x_HPM-KD_run{number}": 84.0 + number,
+        }
+        values |= {f"student_5x_Direct_run{number}": 80.0, f"student_5x_HPM-KD_run{number}": 76.5 + number}
+        values |= {f"student_7x_Direct_run{number}": 91.0, f"student_7x_HPM-KD_run{number}": 90.0 + number}
+    for name, accuracy in values.items():
+        change(run, name, test_accuracy=accuracy)
+    assert "HPM-KD closes 20% at 2.3x and -15% at 5x of the distance from Direct to the teacher" in write(run)
 
 
 def test_pilot_table(tmp_path):
@@ -570,6 +589,7 @@ def test_sessions_and_protocol(tmp_path):
 def test_notes_and_mixed_hardware(tmp_path):
     run = fake_run(tmp_path, 2)
     run.index.notes = ["the session of today ran on another GPU"]
+    change(run, "student_5x_Direct_run1", torch="2.1")
     report = write(
         change(
             run,
@@ -582,7 +602,7 @@ def test_notes_and_mixed_hardware(tmp_path):
     assert "- the session of today ran on another GPU" in report
     assert "- student_5x_HPM-KD_run1: micro-batch 64" in report
     assert "not all trained with the same device: Tesla P100 and Tesla T4." in report
-    assert "not all trained with the same torch: 2.0" in report
+    assert "not all trained with the same torch: 2.0, 2.1 and 2.10.0." in report
 
 
 def test_power_is_a_limitation(tmp_path):

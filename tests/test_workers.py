@@ -31,9 +31,14 @@ OPTIONS = [
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
-def start(folder: Path, *options: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """Start the script as a user does, with every epoch saved."""
-    command = [*prefix, sys.executable, every_epoch.__file__, *options, "--output-dir", str(folder)]
+SCRIPT = ROOT / "run_exp1b_kaggle.py"
+
+
+def start(
+    folder: Path, *options: str, prefix: tuple[str, ...] = (), script: str | Path = every_epoch.__file__
+) -> subprocess.Popen[str]:
+    """Start the script as a user does; by default with every epoch saved, and one figure."""
+    command = [*prefix, sys.executable, str(script), *options, "--output-dir", str(folder)]
     return subprocess.Popen(
         command,
         cwd=folder.parent,
@@ -247,7 +252,7 @@ exp.work.__globals__["probe"] = busy  # a worker's module is a copy of its funct
 def test_a_worker_whose_device_is_busy_leaves_the_work_to_the_others(tmp_path: Path) -> None:
     (tmp_path / "busy.py").write_text(BUSY)
     options = [*OPTIONS, "--plugin", str(tmp_path / "busy.py"), "--methods", "Direct", "Mine"]
-    code, out = finish(start(tmp_path / "run", *options, "--workers", "2"))
+    code, out = finish(start(tmp_path / "run", *options, "--workers", "2", script=SCRIPT))
     assert code == 0, out
     assert "this worker stops: the second device is busy" in out
     assert out.strip().splitlines()[-1].startswith("finished: 3 of 3 jobs done")
@@ -275,7 +280,7 @@ def test_a_mistake_in_a_plugin_fails_its_jobs_alone(tmp_path: Path) -> None:
     """With two workers as with one."""
     (tmp_path / "broken.py").write_text(BROKEN)
     options = [*OPTIONS, "--plugin", str(tmp_path / "broken.py"), "--methods", "Direct", "Broken", "Large"]
-    code, out = finish(start(tmp_path / "run", *options, "--workers", "2"))
+    code, out = finish(start(tmp_path / "run", *options, "--workers", "2", script=SCRIPT))
     assert code == 1, out
     last = out.strip().splitlines()[-1]
     assert last.startswith("finished: 2 of 4 jobs done; 2 failed"), last
@@ -319,12 +324,22 @@ TORCHRUN = {
         ({}, exp.Group()),
         (SRUN, exp.Group(3, 4, 1)),
         ({**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, exp.Group()),
-        ({**SRUN, "SLURM_PTY_PORT": "40000"}, exp.Group()),
+        ({**SRUN, "SLURM_PTY_PORT": "40000", "terminal": "1"}, exp.Group()),
+        ({**SRUN, "SLURM_PTY_PORT": "40000"}, exp.Group(3, 4, 1)),
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, exp.Group()),  # sbatch without srun
         (TORCHRUN, exp.Group(5, 8, 1, 4)),
         ({**SRUN, **TORCHRUN}, exp.Group(5, 8, 1, 4)),  # srun that starts torchrun
     ],
-    ids=["alone", "srun", "srun of one", "a shell", "sbatch", "torchrun", "torchrun below srun"],
+    ids=[
+        "alone",
+        "srun",
+        "srun of one",
+        "a shell",
+        "srun in one",
+        "sbatch",
+        "torchrun",
+        "torchrun below srun",
+    ],
 )
 def test_what_a_launcher_says(
     environment: dict[str, str], group: exp.Group, monkeypatch: pytest.MonkeyPatch
@@ -333,6 +348,7 @@ def test_what_a_launcher_says(
         monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "isatty", lambda _: "terminal" in environment)
     assert exp.Group.find() == group
     devices = [exp.Device("cpu", 0, "CPU")]
     assert exp.worker_count(exp.Settings(workers=3), devices) == (group.size if group.size > 1 else 3)
@@ -429,8 +445,9 @@ def test_the_parent_gives_its_workers_the_device_and_ends_those_that_are_late(
             pass
 
         def reason(self) -> str:
-            return "session clock"
+            return "SIGTERM"
 
+    monkeypatch.setattr(exp, "find_devices", lambda *_: [exp.Device("cpu", 0, "CPU")])
     monkeypatch.setattr(exp, "Crew", Hanging)
     monkeypatch.setattr(exp, "END_SECONDS", -1e6)
     assert new_toy(toy / "run", "--workers", "2", "--max-hours", "1", "--device", "auto") == 0
