@@ -17,7 +17,7 @@ import signal
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,10 @@ KERNEL_KEYS = {
 }  # fmt: skip
 NOT_TRIED = "Nothing was tried on Kaggle itself so far"  # said once, in "Where it runs"
 EVIDENCE = ROOT / ".github/evidence"
-ABLATION = EVIDENCE / "ablation"
-NOT_YET_IN_EVIDENCE = {"HPM-KD-coupled", "HPM-KD-no-relations", "HPM-KD-paper"}
-ABLATION_ARMS = [
-    name
-    for name, method in exp.METHODS.items()
-    if method.option == "ablation" and name not in NOT_YET_IN_EVIDENCE
-]
+AT_7X = EVIDENCE / "7x"  # the run with all published methods and the ablation
+PUBLISHED = ("DKD", "DIST", "LSKD", "TAKD", "AT", "SP", "RKD", "Hint")
+ABLATION_ARMS = [name for name, method in exp.METHODS.items() if method.option == "ablation"]
+TUNED = ("TunedKD", "DKD")  # controls whose setting a pilot has chosen, too
 CASES = [
     (1, 5.0e12),
     (2, 5.0e12),
@@ -190,16 +187,36 @@ def hours_table() -> str:
 def evidence_text() -> str:
     """Answer, main table, the sentence below it, trend and times, as the evidence's report has them."""
     report = (EVIDENCE / exp.REPORT_NAME).read_text(encoding="utf-8")
-    parts = [part.strip() for part in report.partition("\n## ")[0].split("\n\n")]
-    shown = [part for part in parts if part and not part.startswith(("# ", "![", "- "))]
     [trend] = re.findall(rf"^{exp.SUBJECT}'s advantage over {exp.BASELINE} .*$", report, re.MULTILINE)
+    [closed] = re.findall(rf"^{exp.SUBJECT} closes .*$", report, re.MULTILINE)
     [times] = re.findall(r"^- (Device time per student.*)$", report, re.MULTILINE)
-    return "\n\n".join([*shown, trend, times])
+    return "\n\n".join([first_screen(report), trend, closed, times])
+
+
+def first_screen(report: str) -> str:
+    """Answer, main table and the sentence below it."""
+    parts = [part.strip() for part in report.partition("\n## ")[0].split("\n\n")]
+    return "\n\n".join(part for part in parts if part and not part.startswith(("# ", "![", "- ")))
+
+
+def ranking_text() -> str:
+    """The first screen of the run with all methods, and what it says of the controls that were tuned."""
+    accuracy, arms = ablation_results()
+    accuracy = pd.concat({"7x": accuracy}, axis=1)
+    said = []
+    for name in TUNED:
+        family = PUBLISHED if name in PUBLISHED else [name]
+        shown = compared(accuracy, [exp.SUBJECT], name)["7x", exp.SUBJECT].rpartition(" ")[0]
+        word = compared(accuracy, family, exp.SUBJECT)["7x", name].rpartition(" ")[2]
+        words = {"worse": "beats", "better": "is worse than", "unclear": "is not distinguishable from"}
+        said.append(f"{exp.SUBJECT} {words[word]} {name} ({shown} pp)")
+    report = (AT_7X / exp.REPORT_NAME).read_text(encoding="utf-8")
+    return f"{first_screen(report)}\n\nThe controls that a pilot has tuned, too: **{'; '.join(said)}**."
 
 
 def ablation_results() -> tuple[pd.DataFrame, dict[str, tuple[pd.Series, float]]]:
     """Test accuracies by run and method; and for each arm its differences from HPM-KD and their p."""
-    results = pd.read_csv(ABLATION / "results.csv")
+    results = pd.read_csv(AT_7X / "results.csv")
     accuracy = results.pivot(index="run", columns="method", values="test_accuracy")
     differences = {arm: accuracy[arm] - accuracy[exp.SUBJECT] for arm in ABLATION_ARMS}
     return accuracy, {arm: (d, float(stats.ttest_1samp(d, 0).pvalue)) for arm, d in differences.items()}
@@ -207,23 +224,20 @@ def ablation_results() -> tuple[pd.DataFrame, dict[str, tuple[pd.Series, float]]
 
 def ablation_text() -> str:
     """The table of the ablation, as its report has it, and what follows from it."""
-    report = (ABLATION / exp.REPORT_NAME).read_text(encoding="utf-8")
+    report = (AT_7X / exp.REPORT_NAME).read_text(encoding="utf-8")
     section = report.partition("## Ablation and equal cost")[2].partition("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
 
     accuracy, arms = ablation_results()
-    reached = exp.listed(f"{name} {accuracy[name].mean():.2f}" for name in exp.MAIN_METHODS)
-    said = [f"Below zero, HPM-KD is ahead. The main methods reach (%): {reached}."]
-    tuned, p = arms["TunedKD"]
-    word = "not distinguishable from" if p >= 0.05 else "better than" if tuned.mean() < 0 else "worse than"
-    said.append(f"**HPM-KD is {word} TunedKD** (p {p:.3f}).")
+    said = [f"Below zero, HPM-KD, with {accuracy[exp.SUBJECT].mean():.2f}%, is ahead."]
+    tuned, _ = arms["TunedKD"]
     shown = [
         f"{arm} ({d.mean():+.2f} pp, p {p:.3f})"
         for arm, (d, p) in arms.items()
         if arm != "TunedKD" and p < 0.05
     ]
     said.append(
-        f"Parts whose removal changes the accuracy (p below 5%, not adjusted): {exp.listed(shown) or 'none'}."
+        f"Arms that differ from {exp.SUBJECT} (p below 5%, not adjusted): {exp.listed(shown) or 'none'}."
     )
     found = tuned.std() * exp.detectable_effect(len(tuned))
     needed = exp.runs_needed(tuned.std())
@@ -259,6 +273,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "answer": answer_text,
     "parts": parts_table,
     "evidence": evidence_text,
+    "ranking": ranking_text,
     "ablation": ablation_text,
     "settings": settings_table,
     "presets": presets_table,
@@ -542,19 +557,40 @@ def holm_adjusted(p: pd.Series) -> pd.Series:
     return steps.cummax().clip(upper=1)[p.index]
 
 
-def compared(accuracy: pd.DataFrame, method: str, control: str) -> dict[str, str]:
-    """What the main table says about two methods, by ratio; `accuracy` has a column per (ratio, method)."""
-    ratios = accuracy.columns.unique(0)
-    differences = {ratio: accuracy[ratio, method] - accuracy[ratio, control] for ratio in ratios}
-    p = pd.Series({ratio: stats.ttest_1samp(d, 0).pvalue for ratio, d in differences.items()})
+def compared(accuracy: pd.DataFrame, methods: Sequence[str], control: str) -> dict[tuple[str, str], str]:
+    """What a table says about methods and a control, one family of comparisons, by ratio and method.
+
+    `accuracy` has a column per (ratio, method).
+    """
+    cells = [(ratio, method) for ratio in accuracy.columns.unique(0) for method in methods]
+    differences = {cell: accuracy[cell] - accuracy[cell[0], control] for cell in cells}
+    p = pd.Series([stats.ttest_1samp(d, 0).pvalue for d in differences.values()])
     said = {}
-    for ratio, d in differences.items():
+    for (cell, d), adjusted in zip(differences.items(), holm_adjusted(p), strict=True):
         low, high = stats.t.interval(0.95, len(d) - 1, d.mean(), d.sem())
         verdict = "unclear"
-        if holm_adjusted(p)[ratio] < 0.05:
+        if adjusted < 0.05:
             verdict = "better" if d.mean() > 0 else "worse"
-        said[ratio] = f"{d.mean():+.2f} [{low:+.2f}, {high:+.2f}] {verdict}"
+        said[cell] = f"{d.mean():+.2f} [{low:+.2f}, {high:+.2f}] {verdict}"
     return said
+
+
+def check_main_table(text: str, accuracy: pd.DataFrame, methods: Sequence[str], one_family: bool) -> None:
+    """Every cell of a first screen's table; with many methods all comparisons with a control are one family."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    controls = [title.removeprefix("minus ") for title in header[3:]]
+    assert controls == list(exp.MAIN_METHODS[: len(controls)])
+    order = [(exp.RATIOS[row[0]], -float(row[2].partition(" ")[0])) for row in rows]
+    assert order == sorted(order)
+    assert {(row[0], row[1]) for row in rows} == {(r, m) for r in accuracy.columns.unique(0) for m in methods}
+    for ratio, method, shown, *cells in rows:
+        values = accuracy[ratio, method]
+        assert shown == f"{values.mean():.2f} ± {values.std():.2f}"
+        for cell, control in zip(cells, controls, strict=True):
+            later = methods[methods.index(control) + 1 :]
+            family = later if one_family else [method]
+            assert cell == (compared(accuracy, family, control)[ratio, method] if method in later else "")
 
 
 def test_the_evidence_follows_from_its_results() -> None:
@@ -562,17 +598,7 @@ def test_the_evidence_follows_from_its_results() -> None:
     results = pd.read_csv(EVIDENCE / "results.csv")
     accuracy = results.pivot(index="run", columns=["compression", "method"], values="test_accuracy")
     text = evidence_text()
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert header[3:] == [f"minus {exp.BASELINE}", f"minus {exp.RIVAL}"]
-    order = [(exp.RATIOS[row[0]], -float(row[2].partition(" ")[0])) for row in rows]
-    assert order == sorted(order) and {(row[0], row[1]) for row in rows} == set(accuracy.columns)
-    for ratio, method, shown, *cells in rows:
-        values = accuracy[ratio, method]
-        assert shown == f"{values.mean():.2f} ± {values.std():.2f}"
-        for cell, control in zip(cells, (exp.BASELINE, exp.RIVAL), strict=True):
-            later = exp.MAIN_METHODS.index(method) > exp.MAIN_METHODS.index(control)
-            assert cell == (compared(accuracy, method, control)[ratio] if later else "")
+    check_main_table(text, accuracy, exp.MAIN_METHODS, one_family=False)
 
     lead = accuracy.xs(exp.SUBJECT, axis=1, level=1) - accuracy.xs(exp.RIVAL, axis=1, level=1)
     found = math.sqrt(lead.var().mean()) * exp.detectable_effect(len(lead))  # at the pooled sd
@@ -582,6 +608,9 @@ def test_the_evidence_follows_from_its_results() -> None:
     assert f"million parameters) reaches {results.teacher_accuracy.iloc[0]:.2f}%." in text
 
     gains = accuracy.xs(exp.SUBJECT, axis=1, level=1) - accuracy.xs(exp.BASELINE, axis=1, level=1)
+    distance = results.teacher_accuracy.iloc[0] - accuracy.xs(exp.BASELINE, axis=1, level=1).mean()
+    for ratio, share in (gains.mean() / distance).items():
+        assert f"{share:.0%} at {ratio}" in text
     counted = results.groupby("compression").ratio_actual.mean()[gains.columns]
     for ratios in (["2.3x", "5x", "7x"], ["5x", "7x"]):
         doublings = np.log2(counted[ratios])
@@ -596,28 +625,52 @@ def test_the_evidence_follows_from_its_results() -> None:
         assert row.test_accuracy_sd == pytest.approx(values.std(), abs=1e-5)
 
 
+def test_the_ranking_follows_from_its_results() -> None:
+    """Every number of its table, worked out anew as above."""
+    accuracy, _ = ablation_results()
+    methods = (*exp.MAIN_METHODS, *PUBLISHED)
+    check_main_table(ranking_text(), pd.concat({"7x": accuracy}, axis=1), methods, one_family=True)
+    own = pd.read_csv(EVIDENCE / "results.csv").query("compression == '7x'")
+    same = own.pivot(index="run", columns="method", values="test_accuracy")
+    assert same.equals(accuracy[same.columns]), "the same seeds, in another run"
+
+
+def test_what_the_readme_says_of_the_ablation() -> None:
+    """Which parts make the difference."""
+    accuracy, arms = ablation_results()
+    said = " ".join(text_of(README).split())
+    assert f"(`HPM-KD-paper`) it loses {-arms['HPM-KD-paper'][0].mean():.1f} pp" in said
+    parts = [p for arm, (_, p) in arms.items() if arm not in ("TunedKD", "HPM-KD-paper")]
+    assert ("show no loss" in said) == (min(p for p in parts if p == p) >= 0.05)
+    tuned = accuracy["TunedKD"] - accuracy["TraditionalKD"]
+    assert (
+        f"Tuning explains {tuned.mean():.1f} pp: HPM-KD is {-arms['TunedKD'][0].mean():.1f} pp ahead" in said
+    )
+
+
 def test_the_ablation_follows_from_its_results() -> None:
     """Every number of its table, worked out anew as above."""
-    results = pd.read_csv(ABLATION / "results.csv")
+    results = pd.read_csv(AT_7X / "results.csv")
     accuracy, arms = ablation_results()
     rows = [
         line.strip("| ").split(" | ") for line in ablation_text().splitlines()[2:] if line.startswith("|")
     ]
     assert [row[0] for row in rows] == list(arms)
-    for arm, ratio, shown, epochs, difference, p, *_ in rows:
+    for arm, ratio, shown, epochs, difference, p, *remark in rows:
         d, expected = arms[arm]
         low, high = stats.t.interval(0.95, len(d) - 1, d.mean(), d.sem())
         assert ({ratio}, {epochs}) == (set(results.compression), set(results.epochs.astype(str)))
         assert shown == f"{accuracy[arm].mean():.2f} ± {accuracy[arm].std():.2f}"
+        if (d == 0).all():  # the pilot kept the default, so that the arm is HPM-KD itself
+            assert (difference, p, remark) == ("+0.00", "n/a", ["copy of HPM-KD"])
+            continue
         assert difference == f"{d.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
-        assert p == f"{expected:.3f}"
-    said = "not distinguishable from plain distillation with a tuned alpha"
-    assert (said in " ".join(text_of(INDEX).split())) == (arms["TunedKD"][1] >= 0.05)
+        assert p == (f"{expected:.3f}" if expected >= 0.001 else "< 0.001")
 
 
 def test_the_evidences_figures_are_shown() -> None:
     assert "](.github/figures/accuracy_vs_compression.png)" in text_of(README)
-    reports = (".github/evidence/experiment_report.md", ".github/evidence/ablation/experiment_report.md")
+    reports = (".github/evidence/experiment_report.md", ".github/evidence/7x/experiment_report.md")
     for name in (README, INDEX, *reports):
         for link in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text_of(name)):
             assert (ROOT / name).parent.joinpath(link).read_bytes().startswith(b"\x89PNG")
@@ -633,7 +686,7 @@ def test_the_reading_guide_names_what_is_there() -> None:
 
 def test_lengths() -> None:
     """What people write stays short; the generated tables are as long as the results are."""
-    for document, most in ((README, 310), (INDEX, 100)):
+    for document, most in ((README, 325), (INDEX, 100)):
         written = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", text_of(document), flags=re.DOTALL)
         assert len(written.splitlines()) <= most
 
