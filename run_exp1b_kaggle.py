@@ -2700,7 +2700,7 @@ def draw_differences(evidence: Evidence) -> Figure | None:
     for method, control in wanted:
         by_ratio = evidence.pairs[method, control]
         rows[method, f"minus {control}"] = {ratio: c.differences for ratio, c in by_ratio.items()}
-    return draw_rows(evidence, rows, "Differences of test accuracy between paired runs (pp)", PAIRS_NOTE)
+    return draw_rows(evidence, rows, "Differences of test accuracy (pp)", PAIRS_NOTE)
 
 
 def draw_curve(axis: Axes, records: Sequence[Record], column: str, look: Look) -> None:
@@ -2787,7 +2787,7 @@ def draw_costs(evidence: Evidence) -> Figure | None:
         axis.spines.left.set_position(("outward", 6))
     axes[-1, 0].set(
         xlim=(0, axes[-1, 0].get_xlim()[1]),
-        xlabel="device time of the ratio's runs, all overheads included (minutes)",
+        xlabel="device time of all runs with all overheads (minutes)",
     )
     figure.supylabel("test accuracy (%)", fontsize=8)
     drawn = set().union(*(total.index for total in totals.values()))
