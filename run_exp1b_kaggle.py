@@ -2786,15 +2786,13 @@ def draw_costs(evidence: Evidence) -> Figure | None:
         axis.set_title(ratio, loc="left")
         axis.spines.left.set_position(("outward", 6))
     axes[-1, 0].set(
-        xlim=(0, axes[-1, 0].get_xlim()[1]),
-        xlabel="device time of all runs with all overheads (minutes)",
+        xlim=(0, axes[-1, 0].get_xlim()[1]), xlabel="device time of all runs with all overheads (minutes)"
     )
     figure.supylabel("test accuracy (%)", fontsize=8)
     drawn = set().union(*(total.index for total in totals.values()))
-    note = (
-        "Dashes: runs. Markers: mean. Every panel is charged the whole teacher, as if it were the only ratio."
-    )
-    note += f"\n{evidence.shown_note}"
+    note = f"Dashes: runs. Markers: mean.\n{evidence.shown_note}"
+    if len(totals) > 1:
+        note += "\nEvery panel is charged the whole teacher, as if it were the only ratio."
     return finish_figure(figure, evidence, "Test accuracy against computing time", note, drawn)
 
 
