@@ -2693,14 +2693,15 @@ def draw_differences(evidence: Evidence) -> Figure | None:
     if not evidence.pairs:
         return None
     first = evidence.controls[0]
-    wanted = [(method, first) for method in evidence.ranking() if method != first]
+    title = f"Test accuracy minus {first}'s"
+    wanted = {(method, ""): (method, first) for method in evidence.ranking() if method != first}
     if first != RIVAL and (SUBJECT, RIVAL) in evidence.pairs:
-        wanted.append((SUBJECT, RIVAL))
+        wanted[SUBJECT, f"minus {RIVAL}"] = (SUBJECT, RIVAL)
+        title += ", or as labelled"
     rows: dict[tuple[str, str], Values] = {}
-    for method, control in wanted:
-        by_ratio = evidence.pairs[method, control]
-        rows[method, f"minus {control}"] = {ratio: c.differences for ratio, c in by_ratio.items()}
-    return draw_rows(evidence, rows, "Differences of test accuracy (pp)", PAIRS_NOTE)
+    for key, pair in wanted.items():
+        rows[key] = {ratio: c.differences for ratio, c in evidence.pairs[pair].items()}
+    return draw_rows(evidence, rows, f"{title} (pp)", PAIRS_NOTE)
 
 
 def draw_curve(axis: Axes, records: Sequence[Record], column: str, look: Look) -> None:
