@@ -4666,7 +4666,6 @@ class Worker:
 
     def attempt(self, job: Job) -> None:
         """Do a job. One that cannot be done, or that has ended its process twice, is marked failed."""
-        ended = True
         try:
             self.count_attempt(job)
             do_job(self.experiment, job)
@@ -4678,11 +4677,9 @@ class Worker:
         except (Stopped, DiskFull, UsageError):
             raise
         except Exception as error:
-            ended = False  # a device that is lost counts like a process that has died
             self.crashed(job, error)
-            ended = True
-        finally:  # a process that dies does not get here: that is what is counted
-            if ended:
+        finally:  # what is counted: a process that died, which does not get here, and a device that was lost
+            if not isinstance(sys.exception(), DeviceLost):
                 self.run.file(job, "attempts").unlink(missing_ok=True)
         self.experiment.progress.tell("")
 
@@ -4704,13 +4701,10 @@ class Worker:
         log.error("%s crashed", job.name, exc_info=error)
         what = f"{type(error).__name__}: {first_line(error)}"
         error.__traceback__ = None  # the crashed training's tensors live in its frames
-        index = (
-            is_plugin(job.method_class) and "device-side assert" in what
-        )  # out of range: it would come again
         try:
             probe(self.experiment.device)
         except UsageError:
-            if index:
+            if is_plugin(job.method_class) and "device-side assert" in what:  # it would come again
                 self.run.fail(job, f"an index out of range ({what}): --device cpu says where", final=True)
             raise DeviceLost(f"the loss of {self.experiment.device.name} ({what})") from None
         self.run.fail(job, f"it crashed ({what}): --resume tries again, experiment.log says where")
@@ -5803,8 +5797,8 @@ class PluginGuard:
                 what = "in a method made anew, as a resume would make it; what lasts belongs in modules()"
                 raise MethodFailed(f"{error} ({what})") from None
             here, there = state_of(vars(method), self.own), state_of(vars(anew), self.own)
-        steps = {name for name in vars(method).keys() - vars(anew).keys() if has_graph(vars(method)[name])}
-        found = {name for name, held in here.items() if held != there.get(name, [])} - steps
+        scratch = {name for name in here.keys() - there.keys() if has_graph(vars(method)[name])}
+        found = {name for name, held in here.items() if held != there.get(name, [])} - scratch
         found |= {name for name, held in shared.items() if held != self.shared.get(name, [])}
         if found - set(training.carried):
             training.carried = sorted({*training.carried, *found})

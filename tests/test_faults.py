@@ -639,6 +639,7 @@ def test_a_lost_device_ends_the_session_and_not_every_job(
     assert last.startswith("stopped by the loss of CPU")
     assert "CUDA error: an illegal memory access was encountered)" in last
     assert f"{len(JOBS) - 2} of {len(JOBS)} jobs done; continue with" in last, "it has not failed: it goes on"
+    assert (copied / f"checkpoints/{DIRECT}.attempts").exists(), "it counts like a process that has died"
     assert "continue with: python run_exp1b_kaggle.py --resume" in last
     assert resume(copied) == 0
     assert results_without_times(copied) == results_without_times(toy_run)

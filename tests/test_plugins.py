@@ -71,7 +71,9 @@ def test_descriptions_are_told_apart_by_what_they_are() -> None:
     assert exp.description_key(others, 8) == keys[0], "the same numbers are kept once"
 
 
-def test_a_matrix_that_is_drawn_when_it_is_needed_is_the_same_in_every_process() -> None:
+def drawing() -> type[exp.Method]:
+    """A class whose objects share a matrix, which is drawn when it is needed."""
+
     class Random(Base):
         matrix: ClassVar[torch.Tensor | None] = None
 
@@ -82,7 +84,11 @@ def test_a_matrix_that_is_drawn_when_it_is_needed_is_the_same_in_every_process()
                 cls.matrix = torch.randn(flat.shape[1], 3) + np.random.rand() + random.random()
             return flat @ cls.matrix
 
-    keys = set()
+    return Random
+
+
+def test_a_matrix_that_is_drawn_when_it_is_needed_is_the_same_in_every_process() -> None:
+    Random, keys = drawing(), set()
     for seed in (1, 2):
         exp.seed_globally(seed, 0, 0)
         before = torch.get_rng_state()
@@ -547,21 +553,8 @@ def test_sound_methods_are_left_in_peace(taught: Path, tmp_path: Path) -> None: 
     assert records[0].notes == [] and repr(untimed(records[0])) == repr(untimed(records[1]))
 
 
-class DrawsWhatItDescribes(Base):
-    """All its objects share a matrix, which is the same in every process."""
-
-    matrix: ClassVar[torch.Tensor | None] = None
-
-    @classmethod
-    def describe(cls, features: Mapping[str, torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
-        flat = features["stage4"].mean((2, 3))
-        if cls.matrix is None:
-            cls.matrix = torch.randn(flat.shape[1], 3)
-        return flat @ cls.matrix
-
-
 def test_what_only_describe_makes_is_no_state(taught: Path, tmp_path: Path) -> None:  # noqa: F811
-    exp.register("Drawn")(DrawsWhatItDescribes)
+    exp.register("Drawn")(drawing())
     assert trained(taught, tmp_path / "lab", "Drawn", ()).notes == []
 
 

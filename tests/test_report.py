@@ -499,6 +499,9 @@ def test_pilot_table(tmp_path):
     assert f"| 2 | 1 | 3,000 | 4 | cosine | {chain} | 60.20, 71.20 | +0.30 ± 0.60 | chosen |" in report
     assert "| 8 | 2 | 3,000 | 3 | cosine | teacher + 1.5x | 60.80 | +2.10 ± 0.60 | dropped |" in report
     assert report.count("<details>") == report.count("</details>") == 3
+    assert report.count("Epochs by rung: 0.7 and 1.4 (a student has 20).") == 3, (
+        "240 and 480 of 351 steps each"
+    )
 
 
 def test_decoupled_targets_and_relations_are_said(tmp_path):
