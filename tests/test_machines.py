@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_workers import OPTIONS, SCRIPT, finish, start
+from test_workers import OPTIONS, SCRIPT, finish, hold, start, wait_for_two_students
 from toy import in_child, new_toy, resume
 
 import run_exp1b_kaggle as exp
@@ -51,9 +51,10 @@ def test_two_workers_on_a_strange_machine(tmp_path: Path) -> None:
     script += "; mount -t tmpfs -o ro none /dev/shm"
     folder = tmp_path / "run"
     methods = ["--methods", "Direct", "TraditionalKD", "--workers", "2"]
-    process = start(folder, *OPTIONS, *methods, prefix=in_namespace(script))
-    wait_for(folder, "checkpoints/*.progress")
-    process.send_signal(signal.SIGHUP)
+    with hold(folder):
+        process = start(folder, *OPTIONS, *methods, prefix=in_namespace(script))
+        wait_for_two_students(folder)
+        process.send_signal(signal.SIGHUP)
     code, out = finish(process)
     assert code == 0, out
     assert (pd.read_csv(folder / "results.csv").status == "done").all()

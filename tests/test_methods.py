@@ -18,7 +18,7 @@ from torch import nn
 
 import run_exp1b_kaggle as exp
 
-pytestmark = pytest.mark.usefixtures("small_networks")
+pytestmark = pytest.mark.usefixtures("shallow_networks")
 
 
 @pytest.fixture(autouse=True)

@@ -10,14 +10,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import every_epoch
 import filelock
 import pandas as pd
 import pytest
+import small_script
 from conftest import ROOT, results_without_times
 from lab import open_lab, shortcuts, student, teacher
 from toy import in_child, leftovers, new_toy, tree
@@ -28,25 +28,32 @@ OPTIONS = [
     "--mode", "smoke", "--width", "8", "--train-size", "200", "--batch-size", "60", "--teacher-epochs", "2", "--student-epochs",
     "2", "--runs", "1", "--threads", "1", "--device", "cpu", "--precision", "fp32", "--compression", "2.3x", "--fresh-teacher",
 ]  # fmt: skip
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
 SCRIPT = ROOT / "run_exp1b_kaggle.py"
 
 
 def start(
-    folder: Path, *options: str, prefix: tuple[str, ...] = (), script: str | Path = every_epoch.__file__
+    folder: Path, *options: str, prefix: tuple[str, ...] = (), script: str | Path = small_script.__file__
 ) -> subprocess.Popen[str]:
-    """Start the script as a user does; by default with every epoch saved, and one figure."""
-    command = [*prefix, sys.executable, str(script), *options, "--output-dir", str(folder)]
+    """Start the script as a user does; by default with small networks, and students that are held by `hold`."""
     return subprocess.Popen(
-        command,
+        [*prefix, sys.executable, str(script), *options, "--output-dir", str(folder)],
         cwd=folder.parent,
-        env=ENVIRONMENT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HOLD": str(folder.parent / "hold")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[Callable[[int], object]]:
+    """Meanwhile no student of the run in `folder` is trained for more than one epoch, or for as many as one allows."""
+    file = folder.parent / "hold"
+    file.write_text("1")
+    yield lambda epochs: file.write_text(str(epochs))
+    file.unlink()
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -55,46 +62,70 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, out
 
 
+MISTAKES = """
+
+import run_exp1b_kaggle as exp
+
+@exp.register("Broken")
+class Broken(exp.Direct):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        undefined
+
+@exp.register("Large")
+class Large(exp.Direct):
+    def start_epoch(self, *arguments):
+        raise exp.torch.OutOfMemoryError("no memory")
+"""
+
+
 @pytest.mark.slow
 def test_the_gallery_with_two_workers_and_a_kill_equals_one_worker(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """All eight published methods beside the main ones; --resume needs the plugin, and refuses another file."""
-    plugin = tmp_path / "published.py"
-    shutil.copyfile(ROOT / "tests/published_methods.py", plugin)
+    """All eight published methods beside the main ones; two with a mistake fail alone, with two workers as with one.
+
+    --resume needs the plugin, and refuses another file.
+    """
+    plugin = tmp_path / "mine.py"
+    plugin.write_text((ROOT / "tests/published_methods.py").read_text() + MISTAKES)
     methods = ["Direct", "TraditionalKD", "HPM-KD", "DKD", "DIST", "LSKD", "TAKD", "AT", "SP", "RKD", "Hint"]
-    options = [*OPTIONS, "--plugin", str(plugin), "--teacher-epochs", "1", "--methods", *methods]
-    assert in_child(lambda: every_epoch.main([*options, "--output-dir", str(tmp_path / "1")])) == 0
+    options = [*OPTIONS, "--plugin", str(plugin), "--methods", *methods, "Broken", "Large"]
+    assert in_child(lambda: small_script.main([*options, "--output-dir", str(tmp_path / "1")])) == 1
 
     process = start(tmp_path / "2", *options, "--workers", "2")
     wait_until(lambda: len(list((tmp_path / "2/checkpoints").glob("student_*.pt"))) >= 3)
-    wait_for_progress(tmp_path / "2")
-    workers = workers_of(process)
-    process.kill()
-    finish(process)
-    assert_gone(workers)
+    with hold(tmp_path / "2"):
+        wait_for_two_students(tmp_path / "2")
+        workers = workers_of(process)
+        process.kill()
+        finish(process)
+        assert_gone(workers)
     again = ["--resume", "--output-dir", str(tmp_path / "2")]
     capfd.readouterr()
-    assert in_child(lambda: every_epoch.main(again)) == 2
-    assert "add --plugin published.py" in capfd.readouterr().out
+    assert in_child(lambda: small_script.main(again)) == 2
+    assert "add --plugin mine.py" in capfd.readouterr().out
 
     code, out = finish(
         start(tmp_path / "2", "--resume", "--workers", "2", "--threads", "1", "--plugin", str(plugin))
     )
-    assert code == 0, out
-    assert "finished: " in out.strip().splitlines()[-1]
+    assert code == 1, out
+    assert "finished: 15 of 17 jobs done; 2 failed" in out.strip().splitlines()[-1]
+    assert "started again" not in (tmp_path / "2/experiment.log").read_text()
+    assert not list(tmp_path.glob("2/checkpoints/*.lock"))
     assert results_without_times(tmp_path / "1") == results_without_times(tmp_path / "2")
     table = pd.read_csv(tmp_path / "2/results.csv")
-    assert set(table.method) == set(methods) and (table.status == "done").all()
+    assert set(table.method[table.status == "done"]) == set(methods)
+    assert set(table.method[table.status == "failed"]) == {"Broken", "Large"}
     report = (tmp_path / "2/experiment_report.md").read_text()
     assert "AT minus Direct" in report and exp.hashlib.sha256(plugin.read_bytes()).hexdigest()[:12] in report
 
     plugin.write_text(plugin.read_text() + "\n# another file\n")
-    assert in_child(lambda: every_epoch.main([*again, "--plugin", str(plugin)])) == 2
+    assert in_child(lambda: small_script.main([*again, "--plugin", str(plugin)])) == 2
     assert "another file" in capfd.readouterr().out
 
 
-COMPARED = [*OPTIONS, "--methods", "Direct", "TraditionalKD", "--teacher-epochs", "6"]
+COMPARED = [*OPTIONS, "--methods", "Direct", "TraditionalKD", "--student-epochs", "4"]
 
 
 @pytest.fixture(scope="session")
@@ -105,20 +136,20 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with filelock.FileLock(shared / "alone.lock"):
         folder = shared / "alone"
         if not (shared / "alone.done").exists():
-            assert in_child(lambda: every_epoch.main([*COMPARED, "--output-dir", str(folder)])) == 0
+            assert in_child(lambda: small_script.main([*COMPARED, "--output-dir", str(folder)])) == 0
             (shared / "alone.done").touch()
     return folder
 
 
-def wait_for_progress(folder: Path) -> None:
-    """Wait until a job saves an epoch from now on."""
-    begun, deadline = time.time(), time.monotonic() + 200
-    while time.monotonic() < deadline:
-        with contextlib.suppress(FileNotFoundError):  # a job has just ended
-            if any(path.stat().st_mtime > begun for path in folder.glob("checkpoints/*.progress")):
-                return
-        time.sleep(0.05)
-    raise AssertionError("no epoch was saved")
+def wait_for_two_students(folder: Path, epochs: int = 1) -> None:
+    """Wait until two students have been trained for so many epochs and are held."""
+    wait_until(lambda: len(students_at(folder, epochs)) == 2)
+
+
+def students_at(folder: Path, epochs: int) -> list[Path]:
+    """The checkpoints in progress of students that have been trained for so many epochs."""
+    found = folder.glob("checkpoints/student_*.progress")
+    return [path for path in found if len(exp.load_checkpoint(path)["history"]) == epochs]
 
 
 def running_workers(process: subprocess.Popen[str]) -> list[int]:
@@ -161,29 +192,32 @@ def test_a_stop_a_dead_parent_and_a_dead_worker_lose_nothing(tmp_path: Path, alo
     folder = tmp_path / "run"
     again = ["--resume", "--threads", "1"]
 
-    process = start(folder, *COMPARED, "--workers", "2")
-    wait_for_progress(folder)
-    first, second = workers_of(process)
-    os.kill(first, signal.SIGKILL)
-    wait_until(lambda: len(running_workers(process)) == 2 and first not in running_workers(process))
-    assert second in running_workers(process), "nobody else is disturbed"
-    workers = running_workers(process)
-    wait_for_progress(folder)
-    process.send_signal(signal.SIGTERM)
-    code, out = finish(process)
-    assert code == 143, out
-    assert out.count("died (SIGKILL) and is started again; the others go on") == 1
-    assert "stopped by SIGTERM" in out.strip().splitlines()[-1]
-    assert_gone(workers)
+    with hold(folder) as allow:
+        process = start(folder, *COMPARED, "--workers", "2")
+        wait_for_two_students(folder)
+        first, second = workers_of(process)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: len(running_workers(process)) == 2 and first not in running_workers(process))
+        workers = running_workers(process)
+        assert second in workers, "nobody else is disturbed"
+        allow(2)
+        wait_for_two_students(folder, 2)
+        process.send_signal(signal.SIGTERM)
+        code, out = finish(process)
+        assert code == 143, out
+        assert out.count("died (SIGKILL) and is started again; the others go on") == 1
+        assert "stopped by SIGTERM" in out.strip().splitlines()[-1]
+        assert_gone(workers)
 
-    process = start(folder, *again, "--workers", "2")
-    wait_for_progress(folder)
-    workers = workers_of(process)
-    process.kill()
-    finish(process)
-    assert_gone(workers)
+        process = start(folder, *again, "--workers", "2")
+        allow(3)
+        wait_for_two_students(folder, 3)
+        workers = workers_of(process)
+        process.kill()
+        finish(process)
+        assert_gone(workers)
 
-    assert in_child(lambda: every_epoch.main([*again, "--output-dir", str(folder)])) == 0
+    assert in_child(lambda: small_script.main([*again, "--output-dir", str(folder)])) == 0
     assert results_without_times(folder) == results_without_times(alone)
     assert leftovers(folder) == []
 
@@ -192,20 +226,20 @@ def test_a_stop_a_dead_parent_and_a_dead_worker_lose_nothing(tmp_path: Path, alo
 def test_processes_join_a_run_and_are_killed(tmp_path: Path, alone: Path) -> None:
     """One comes before there is a run, one in the middle; each does a job and is killed: the leader does it to its end."""
     folder = tmp_path / "run"
-    early = start(folder, *COMPARED, "--join")
-    leader = start(folder, *COMPARED)
-    wait_until(lambda: len(list(folder.glob("checkpoints/*.lock"))) == 2)
-    early.kill()
-    late = start(folder, "--join", "--device", "cpu")
-    wait_until(
-        lambda: "joined the run" in (folder / "experiment.log").read_text().split("joined the run", 1)[1]
-    )
-    late.send_signal(signal.SIGTERM)
-    code, out = finish(late)
-    assert code == 143, out
-    assert "stopped by SIGTERM" in out and "the process that leads it writes the report" in out
+    with hold(folder) as allow:
+        early = start(folder, *COMPARED, "--join")
+        leader = start(folder, *COMPARED)
+        wait_for_two_students(folder)
+        early.kill()
+        finish(early)
+        late = start(folder, "--join", "--device", "cpu")
+        allow(2)
+        wait_for_two_students(folder, 2)
+        late.send_signal(signal.SIGTERM)
+        code, out = finish(late)
+        assert code == 143, out
+        assert "stopped by SIGTERM" in out and "the process that leads it writes the report" in out
     code, out = finish(leader)
-    finish(early)
     assert code == 0, out
     assert results_without_times(folder) == results_without_times(alone)
     assert leftovers(folder) == []
@@ -215,17 +249,18 @@ def test_processes_join_a_run_and_are_killed(tmp_path: Path, alone: Path) -> Non
 def test_who_joined_goes_on_when_the_leader_is_killed(tmp_path: Path, alone: Path) -> None:
     """The kernel gives the leader's claim to who waits; the next leader has only to write the report."""
     folder = tmp_path / "run"
-    leader, joined = start(folder, *COMPARED), start(folder, *COMPARED, "--join")
-    wait_until(lambda: len(list(folder.glob("checkpoints/*.lock"))) == 2)
-    leader.kill()
-    finish(leader)
+    with hold(folder):
+        leader, joined = start(folder, *COMPARED), start(folder, *COMPARED, "--join")
+        wait_for_two_students(folder)
+        leader.kill()
+        finish(leader)
     code, out = finish(joined)
     assert code == 0, out
     last = out.strip().splitlines()[-1]
     assert "nothing is left to do here: 3 of 3 jobs of the run done; nobody leads it any more" in last
     before = (folder / "experiment.log").read_text().count(" epoch ")
     assert (
-        in_child(lambda: every_epoch.main(["--resume", "--device", "cpu", "--output-dir", str(folder)])) == 0
+        in_child(lambda: small_script.main(["--resume", "--device", "cpu", "--output-dir", str(folder)])) == 0
     )
     assert (folder / "experiment.log").read_text().count(" epoch ") == before, "nothing is trained again"
     assert results_without_times(folder) == results_without_times(alone)
@@ -244,7 +279,7 @@ def busy(device):
     if multiprocessing.current_process().name == "worker 2":
         raise exp.UsageError("the second device is busy: wait")
 
-exp.work.__globals__["probe"] = busy  # a worker's module is a copy of its functions' globals
+exp.probe = busy
 """
 
 
@@ -252,52 +287,29 @@ exp.work.__globals__["probe"] = busy  # a worker's module is a copy of its funct
 def test_a_worker_whose_device_is_busy_leaves_the_work_to_the_others(tmp_path: Path) -> None:
     (tmp_path / "busy.py").write_text(BUSY)
     options = [*OPTIONS, "--plugin", str(tmp_path / "busy.py"), "--methods", "Direct", "Mine"]
-    code, out = finish(start(tmp_path / "run", *options, "--workers", "2", script=SCRIPT))
+    code, out = finish(start(tmp_path / "run", *options, "--workers", "2"))
     assert code == 0, out
     assert "this worker stops: the second device is busy" in out
     assert out.strip().splitlines()[-1].startswith("finished: 3 of 3 jobs done")
     assert (pd.read_csv(tmp_path / "run/results.csv").status == "done").all()
 
 
-BROKEN = """
-import run_exp1b_kaggle as exp
-
-@exp.register("Broken")
-class Broken(exp.Direct):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        undefined
-
-@exp.register("Large")
-class Large(exp.Direct):
-    def start_epoch(self, *arguments):
-        raise exp.torch.OutOfMemoryError("no memory")
-"""
-
-
-@pytest.mark.slow
-def test_a_mistake_in_a_plugin_fails_its_jobs_alone(tmp_path: Path) -> None:
-    """With two workers as with one."""
-    (tmp_path / "broken.py").write_text(BROKEN)
-    options = [*OPTIONS, "--plugin", str(tmp_path / "broken.py"), "--methods", "Direct", "Broken", "Large"]
-    code, out = finish(start(tmp_path / "run", *options, "--workers", "2", script=SCRIPT))
-    assert code == 1, out
-    last = out.strip().splitlines()[-1]
-    assert last.startswith("finished: 2 of 4 jobs done; 2 failed"), last
-    assert "started again" not in out
-    assert not list(tmp_path.glob("run/checkpoints/*.lock"))
-
-
 @pytest.mark.slow
 def test_torchrun_starts_processes_that_share_a_run(tmp_path: Path, alone: Path) -> None:
     """Rank 0 leads, the other one joins; the results are those of one process, digit for digit."""
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    torchrun = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        "--no-python",
+    )
     folder = tmp_path / "run"
-    command = [sys.executable, *torchrun, str(ROOT / "run_exp1b_kaggle.py"), *COMPARED]
-    process = subprocess.Popen(
-        [*command, "--output-dir", str(folder)], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, cwd=tmp_path,
-    )  # fmt: skip
+    with hold(folder):
+        process = start(folder, *COMPARED, prefix=torchrun)
+        wait_for_two_students(folder)
     code, out = finish(process)
     assert code == 0, out
     assert results_without_times(folder) == results_without_times(alone)

@@ -1,6 +1,6 @@
 """A toy experiment for the reliability tests: every kind of job and file in about two seconds, and ways to hurt it.
 
-The networks are cut to one block per stage, the data set is a few hundred images of noise in CIFAR-10's format that arrive
+The networks are cut to one block per stage (small_script.py), the data set is a few hundred images of noise in CIFAR-10's format that arrive
 by a pretended download, one small figure is drawn and the report has one section. What reads, writes, resumes and reports is the script's own.
 """
 
@@ -21,6 +21,7 @@ from typing import IO, Any
 import pytest
 import torch
 from matplotlib.figure import Figure
+from small_script import ONE_BLOCK_PER_STAGE, forward
 from test_data import install
 from torchvision.datasets import CIFAR10
 
@@ -39,11 +40,12 @@ JOBS = [
 TEACHER, ASSISTANT, SECOND_ASSISTANT, PILOT, DIRECT, KD, HPMKD = JOBS
 
 
-def cut_networks(patch: pytest.MonkeyPatch) -> None:
-    """One block per stage."""
-    for name, last in (("teacher", 64), ("1.5x", 64), ("2.3x", 64), ("5x", 56), ("7x", 48)):
-        block = exp.Bottleneck if name == "teacher" else exp.BasicBlock
-        patch.setitem(exp.ARCHITECTURES, name, exp.Architecture(block, (1, 1, 1, 1), (64, 64, 64, last)))
+def cut_networks(patch: pytest.MonkeyPatch, all_pixels: bool = False) -> None:
+    """One block per stage and, unless `all_pixels` are needed, a quarter of the pixels."""
+    for name, architecture in ONE_BLOCK_PER_STAGE.items():
+        patch.setitem(exp.ARCHITECTURES, name, architecture)
+    if not all_pixels:
+        patch.setattr(exp.CifarResNet, "forward", forward)
     patch.setattr(exp, "network_cost", exp.cache(exp.network_cost.__wrapped__))
 
 
@@ -51,6 +53,8 @@ def install_toy(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """Make the script's experiments toys, working in `folder` (run folders are made there, teacher outputs below it)."""
     cut_networks(patch)
     patch.setattr(exp.AttentionNetwork, "STEPS", 3)
+    candidates = exp.HPMKD.candidates.__func__  # type: ignore[attr-defined]
+    patch.setattr(exp.HPMKD, "candidates", classmethod(lambda cls, ratio: candidates(cls, ratio)[::3]))
     patch.setattr(exp, "latency_ms", lambda *_: {})
     patch.setattr(exp, "measure_speeds", lambda *_: {})
     patch.setattr(exp.Run, "REPORT_SECONDS", 0.0)

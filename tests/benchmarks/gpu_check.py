@@ -43,17 +43,17 @@ SMALL = [
 ]  # a part of smoke
 TINY = [
     "--methods", "Direct", "TraditionalKD", "--runs", "1", "--compression", "7x", "--train-size", "200", "--batch-size", "60",
-    "--teacher-epochs", "1", "--student-epochs", "1", "--device", "cpu", "--threads", "1",
+    "--teacher-epochs", "1", "--student-epochs", "1", "--device", "cpu", "--threads", "1", "--width", "8",
 ]  # fmt: skip
 EPOCHS = 4  # of each method; the first is the warm-up
 
 
-def run_smoke(name: str, options: Sequence[str]) -> pd.DataFrame:
+def run_smoke(name: str, options: Sequence[str], script: str = "run_exp1b_kaggle.py") -> pd.DataFrame:
     """Run smoke as a program on one device and say how it ended; returns its results (empty if there are none)."""
-    script, hidden = str(ROOT / "run_exp1b_kaggle.py"), os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": hidden.split(",")[0]}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, script, "--mode", "smoke", "--fresh-teacher", *options]
+        command = [sys.executable, str(ROOT / script), "--mode", "smoke", "--fresh-teacher", *options]
         command += ["--output-dir", f"{folder}/run"]
         started = time.perf_counter()
         ended = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -67,9 +67,9 @@ def run_smoke(name: str, options: Sequence[str]) -> pd.DataFrame:
         return pd.read_csv(table) if table.exists() else pd.DataFrame()
 
 
-def say_runs(smoke: Sequence[str], small: Sequence[str], workers: Sequence[int]) -> None:
-    """Smoke with its accuracies, then a smaller run with so many workers each time; with these options."""
-    results = run_smoke("smoke", smoke)
+def say_runs(script: str, smoke: Sequence[str], small: Sequence[str], workers: Sequence[int]) -> None:
+    """Smoke by this script with its accuracies, then a smaller run with so many workers each time; with these options."""
+    results = run_smoke("smoke", smoke, script)
     if len(results):
         means = results.groupby(["compression", "method"]).test_accuracy.mean()
         for (ratio, method), accuracy in means.items():
@@ -145,9 +145,10 @@ def main() -> int:
         return 2
     started, raw = time.perf_counter(), cifar_like(chosen.images)
     chosen.device, precisions, workers = "cuda", exp.PRECISIONS, (1, 2)
-    smoke, small = ["--device", "cuda"], ["--device", "cuda", *SMALL]
+    script, smoke, small = "run_exp1b_kaggle.py", ["--device", "cuda"], ["--device", "cuda", *SMALL]
     if chosen.cpu:
         chosen.device, precisions, workers, smoke, small = "cpu", ("fp32",), (2,), TINY, TINY
+        script = "tests/small_script.py"
 
     with experiment(chosen, raw) as made:  # in the precision that a run would choose
         say_device(made)
@@ -158,7 +159,7 @@ def main() -> int:
     for precision in precisions:
         with experiment(argparse.Namespace(**{**vars(chosen), "precision": precision}), raw) as made:
             say_networks(made, chosen.steps)
-    say_runs(smoke, small, workers)
+    say_runs(script, smoke, small, workers)
     say("minutes_in_all", (time.perf_counter() - started) / 60)
     return 0
 
