@@ -514,8 +514,10 @@ def drawn_in_a_child(folder: Path, variables: dict[str, str], style: str = "") -
     return {path.name: path.read_bytes() for path in (folder / "run/figures").glob("*")}
 
 
-def test_the_users_style_and_notebook_do_not_matter(tmp_path: Path) -> None:
-    plain = drawn_in_a_child(tmp_path / "plain", {})
+def test_the_users_style_and_notebook_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exp, "FIGURES", {"temperature": exp.draw_temperature})
+    exp.draw_figures(exp.gather_evidence(fake_run(tmp_path / "run", 3, ratios=("5x",))), tmp_path / "plain")
+    plain = {path.name: path.read_bytes() for path in (tmp_path / "plain").iterdir()}
     notebook = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     assert set(plain) == {"temperature.png", "temperature.pdf"}
     assert plain == drawn_in_a_child(tmp_path / "styled", notebook, STYLED)

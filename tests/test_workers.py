@@ -49,7 +49,7 @@ def start(
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[Callable[[int], object]]:
-    """Meanwhile no student of the run in `folder` is trained for more than one epoch, or for as many as one allows."""
+    """Meanwhile students of the run in `folder` stop after one epoch, or after as many as what this gives is called with."""
     file = folder.parent / "hold"
     file.write_text("1")
     yield lambda epochs: file.write_text(str(epochs))

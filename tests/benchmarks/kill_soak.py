@@ -26,6 +26,14 @@ from toy import POINTS, attempt, epochs_in_log, install_toy, leftovers, repeated
 
 import run_exp1b_kaggle as exp
 
+LONGER = [
+    *COMPARED,
+    "--teacher-epochs",
+    "60",
+    "--student-epochs",
+    "60",
+]  # else most kills come before the first epoch
+
 
 def kill_until_done(folder: Path, choice: random.Random) -> dict[str, int]:
     """Continue a toy, each session killed somewhere, until one ends by itself; how often it was killed, by what."""
@@ -53,7 +61,7 @@ def kill_workers_until_done(folder: Path, choice: random.Random, workers: int) -
     """The same for a small experiment with several workers; a job that has failed of the kills is done again."""
     kills = {"at a named point": 0, "at a random moment": 0}
     while True:
-        options = ["--resume", "--threads", "1"] if exp.is_run(folder) else COMPARED
+        options = ["--resume", "--threads", "1"] if exp.is_run(folder) else LONGER
         process = start(folder, *options, "--workers", str(workers))
         while process.poll() is None:
             time.sleep(choice.random() * 15)
@@ -91,7 +99,7 @@ def main() -> int:
             install_toy(patch, work)
             assert attempt(work / "reference", ["--fresh-teacher"]) == 0
         else:
-            assert finish(start(work / "reference", *COMPARED))[0] == 0
+            assert finish(start(work / "reference", *LONGER))[0] == 0
         expected = results_without_times(work / "reference")
         while time.monotonic() - begun < 60 * options.minutes or not totals["runs finished"]:
             folder = work / f"run{totals['runs finished']}"
