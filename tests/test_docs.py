@@ -647,6 +647,9 @@ def test_what_the_readme_says_of_the_ablation() -> None:
         f"Tuning alone gains {tuned.mean():.1f} pp: HPM-KD is {-arms['TunedKD'][0].mean():.1f} pp ahead"
         in said
     )
+    rows = [line.split(" | ") for line in ranking_text().splitlines() if line.endswith("unclear |")]
+    assert [row[1] for row in rows if row[1] in PUBLISHED] == ["Hint", "DKD", "SP", "DIST"]
+    assert "there: Hint (2015), DKD with a tuned beta, SP and DIST." in said
 
 
 def test_the_ablation_follows_from_its_results() -> None:
