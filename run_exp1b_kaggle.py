@@ -100,7 +100,7 @@ from typing import Any, ClassVar, Literal, NoReturn, TypeVar, cast
 import filelock
 import numpy as np
 import pandas as pd
-import scipy
+import scipy.special  # its other parts load when they are used, which saves half a second
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,7 +26,7 @@ ONE_BLOCK_PER_STAGE = {
     )
     for name, last in (("teacher", 64), ("1.5x", 64), ("2.3x", 64), ("5x", 56), ("7x", 48))
 }
-FORWARD, EPOCH = exp.CifarResNet.forward, exp.Training._epoch
+FORWARD, STEP = exp.CifarResNet.forward, exp.Training._step
 
 
 def forward(network: exp.CifarResNet, images: torch.Tensor) -> torch.Tensor:
@@ -33,12 +34,13 @@ def forward(network: exp.CifarResNet, images: torch.Tensor) -> torch.Tensor:
     return FORWARD(network, images[:, :, ::2, ::2])
 
 
-def epoch_when_allowed(training: exp.Training, epoch: int) -> None:
-    """A training's epoch (from 0), as soon as the test allows it."""
-    while training.job.kind == "student" and epoch >= epochs_allowed():
-        training.experiment.session.check()
+def step_when_allowed(training: exp.Training, *arguments: Any) -> torch.Tensor:
+    """A training step, as soon as the test allows its epoch; or as soon as a signal has come, which is the script's to handle."""
+    while training.job.kind == "student" and len(training.history) >= epochs_allowed():
+        if training.experiment.session.signal:
+            break
         time.sleep(0.02)
-    EPOCH(training, epoch)
+    return STEP(training, *arguments)
 
 
 def epochs_allowed() -> float:
@@ -56,7 +58,7 @@ def shrink() -> None:
     exp.network_cost.cache_clear()
     exp.Training.SAVE_SECONDS = 0.0
     if "HOLD" in os.environ:
-        exp.Training._epoch = epoch_when_allowed  # type: ignore[method-assign]
+        exp.Training._step = step_when_allowed  # type: ignore[method-assign]
     for name in list(exp.FIGURES)[1:]:
         del exp.FIGURES[name]
 

@@ -100,3 +100,4 @@ def test_a_benchmark_prints_finite_figures(name: str, tmp_path: Path) -> None:
     assert device is None or device.startswith("CPU")
     assert all(math.isfinite(float(value)) for value in figures.values()), said
     assert set(wanted) <= set(figures), said
+    assert {value for figure, value in figures.items() if figure.endswith("exit_code")} <= {"0"}, said

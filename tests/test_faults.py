@@ -112,7 +112,7 @@ def test_a_kill_between_a_finished_job_and_its_old_checkpoints(copied: Path, toy
 def test_kills_at_random_moments(toy: Path, toy_run: Path) -> None:
     """Eight sessions of growing random length; then one that finishes."""
     moment = random.Random(5)
-    kills: list[Kill] = [("", 0, 0.3 + moment.random() * (0.5 + 0.3 * i)) for i in range(8)]
+    kills: list[Kill] = [("", 0, 0.2 + moment.random() * (0.2 + 0.2 * i)) for i in range(8)]
     assert len(finish_after_kills(toy / "run", kills)) >= 3
     assert_as_if_undisturbed(toy / "run", toy_run)
 

@@ -488,7 +488,7 @@ from pathlib import Path
 import run_exp1b_kaggle as exp
 from fake_state import fake_run
 
-assert not any(name.startswith("matplotlib") for name in sys.modules), "matplotlib is imported late"
+assert not any(name.startswith(("matplotlib", "scipy.stats")) for name in sys.modules), "they are imported late"
 exp.FIGURES = {"temperature": exp.draw_temperature}
 before = dict(os.environ)
 run = fake_run(Path(sys.argv[1]) / "run", 3, ratios=("5x",))

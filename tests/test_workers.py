@@ -20,7 +20,7 @@ import pytest
 import small_script
 from conftest import ROOT, results_without_times
 from lab import open_lab, shortcuts, student, teacher
-from toy import in_child, leftovers, new_toy, tree
+from toy import epochs_in_log, in_child, leftovers, new_toy, tree
 
 import run_exp1b_kaggle as exp
 
@@ -37,8 +37,9 @@ def start(
     folder: Path, *options: str, prefix: tuple[str, ...] = (), script: str | Path = small_script.__file__
 ) -> subprocess.Popen[str]:
     """Start the script as a user does; by default with small networks, and students that are held by `hold`."""
+    by = [] if "torchrun" in prefix else [sys.executable]
     return subprocess.Popen(
-        [*prefix, sys.executable, str(script), *options, "--output-dir", str(folder)],
+        [*prefix, *by, str(script), *options, "--output-dir", str(folder)],
         cwd=folder.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HOLD": str(folder.parent / "hold")},
         stdout=subprocess.PIPE,
@@ -49,16 +50,24 @@ def start(
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[Callable[[int], object]]:
-    """Meanwhile students of the run in `folder` stop after one epoch, or after as many as what this gives is called with."""
+    """Meanwhile the students of runs beside `folder` wait after their first epoch.
+
+    Gives a function that lets them train so many epochs.
+    """
     file = folder.parent / "hold"
     file.write_text("1")
-    yield lambda epochs: file.write_text(str(epochs))
-    file.unlink()
+    try:
+        yield lambda epochs: file.write_text(str(epochs))
+    finally:
+        file.unlink()
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and output."""
-    out, _ = process.communicate(timeout=400)
+    """Exit code and output; it is killed if it does not end."""
+    try:
+        out, _ = process.communicate(timeout=400)
+    finally:
+        process.kill()
     return process.returncode, out
 
 
@@ -219,6 +228,8 @@ def test_a_stop_a_dead_parent_and_a_dead_worker_lose_nothing(tmp_path: Path, alo
 
     assert in_child(lambda: small_script.main([*again, "--output-dir", str(folder)])) == 0
     assert results_without_times(folder) == results_without_times(alone)
+    epochs = epochs_in_log(folder)
+    assert len(set(epochs)) == len(epochs), "a job goes on from its last epoch"
     assert leftovers(folder) == []
 
 
@@ -242,6 +253,8 @@ def test_processes_join_a_run_and_are_killed(tmp_path: Path, alone: Path) -> Non
     code, out = finish(leader)
     assert code == 0, out
     assert results_without_times(folder) == results_without_times(alone)
+    epochs = epochs_in_log(folder)
+    assert len(set(epochs)) == len(epochs), "a job goes on from its last epoch"
     assert leftovers(folder) == []
 
 
@@ -264,6 +277,8 @@ def test_who_joined_goes_on_when_the_leader_is_killed(tmp_path: Path, alone: Pat
     )
     assert (folder / "experiment.log").read_text().count(" epoch ") == before, "nothing is trained again"
     assert results_without_times(folder) == results_without_times(alone)
+    epochs = epochs_in_log(folder)
+    assert len(set(epochs)) == len(epochs), "a job goes on from its last epoch"
     assert leftovers(folder) == []
 
 
@@ -279,15 +294,16 @@ def busy(device):
     if multiprocessing.current_process().name == "worker 2":
         raise exp.UsageError("the second device is busy: wait")
 
-exp.probe = busy
+exp.work.__globals__["probe"] = busy  # a worker's module is a copy of its functions' globals
 """
 
 
 @pytest.mark.slow
 def test_a_worker_whose_device_is_busy_leaves_the_work_to_the_others(tmp_path: Path) -> None:
+    """By the script itself, whose workers import it under another name."""
     (tmp_path / "busy.py").write_text(BUSY)
     options = [*OPTIONS, "--plugin", str(tmp_path / "busy.py"), "--methods", "Direct", "Mine"]
-    code, out = finish(start(tmp_path / "run", *options, "--workers", "2"))
+    code, out = finish(start(tmp_path / "run", *options, "--workers", "2", script=SCRIPT))
     assert code == 0, out
     assert "this worker stops: the second device is busy" in out
     assert out.strip().splitlines()[-1].startswith("finished: 3 of 3 jobs done")
@@ -297,15 +313,7 @@ def test_a_worker_whose_device_is_busy_leaves_the_work_to_the_others(tmp_path: P
 @pytest.mark.slow
 def test_torchrun_starts_processes_that_share_a_run(tmp_path: Path, alone: Path) -> None:
     """Rank 0 leads, the other one joins; the results are those of one process, digit for digit."""
-    torchrun = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-        "--no-python",
-    )
+    torchrun = ("torchrun", "--nproc-per-node", "2", "--standalone")
     folder = tmp_path / "run"
     with hold(folder):
         process = start(folder, *COMPARED, prefix=torchrun)

@@ -53,6 +53,7 @@ def install_toy(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """Make the script's experiments toys, working in `folder` (run folders are made there, teacher outputs below it)."""
     cut_networks(patch)
     patch.setattr(exp.AttentionNetwork, "STEPS", 3)
+    # Three candidates of eight: still two rungs.
     candidates = exp.HPMKD.candidates.__func__  # type: ignore[attr-defined]
     patch.setattr(exp.HPMKD, "candidates", classmethod(lambda cls, ratio: candidates(cls, ratio)[::3]))
     patch.setattr(exp, "latency_ms", lambda *_: {})
