@@ -31,16 +31,9 @@ from throughput import images_per_second, matrix_product_rate
 
 import run_exp1b_kaggle as exp
 
-SMALL = [
-    "--methods",
-    "Direct",
-    "TraditionalKD",
-    "--runs",
-    "2",
-    "--compression",
-    "5x",
-    "7x",
-]  # a part of smoke
+SCRIPT = "run_exp1b_kaggle.py"
+# A part of smoke.
+SMALL = ["--methods", "Direct", "TraditionalKD", "--runs", "2", "--compression", "5x", "7x"]
 TINY = [
     "--methods", "Direct", "TraditionalKD", "--runs", "1", "--compression", "7x", "--train-size", "200", "--batch-size", "60",
     "--teacher-epochs", "1", "--student-epochs", "1", "--device", "cpu", "--threads", "1", "--width", "8",
@@ -48,7 +41,7 @@ TINY = [
 EPOCHS = 4  # of each method; the first is the warm-up
 
 
-def run_smoke(name: str, options: Sequence[str], script: str = "run_exp1b_kaggle.py") -> pd.DataFrame:
+def run_smoke(name: str, options: Sequence[str], script: str = SCRIPT) -> pd.DataFrame:
     """Run smoke as a program on one device and say how it ended; returns its results (empty if there are none)."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": hidden.split(",")[0]}
@@ -145,7 +138,7 @@ def main() -> int:
         return 2
     started, raw = time.perf_counter(), cifar_like(chosen.images)
     chosen.device, precisions, workers = "cuda", exp.PRECISIONS, (1, 2)
-    script, smoke, small = "run_exp1b_kaggle.py", ["--device", "cuda"], ["--device", "cuda", *SMALL]
+    script, smoke, small = SCRIPT, ["--device", "cuda"], ["--device", "cuda", *SMALL]
     if chosen.cpu:
         chosen.device, precisions, workers, smoke, small = "cpu", ("fp32",), (2,), TINY, TINY
         script = "tests/small_script.py"
