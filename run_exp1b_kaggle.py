@@ -4782,6 +4782,7 @@ class Estimate:
     workers: int
     equal_cost: Mapping[str, int]
     speeds: dict[str, float] = field(default_factory=dict)  # network -> multiply-accumulates per second
+    trained: dict[str, float] = field(default_factory=dict)  # job in progress -> share of its epochs
 
     def macs(self, network: str) -> int:
         """Multiply-accumulates of a network for one image."""
@@ -4797,8 +4798,9 @@ class Estimate:
         return macs / self.speeds.get(network, float(np.median(known)))
 
     def job_seconds(self, job: Job) -> float:
-        """Expected training seconds of a job, without the teachers' passes."""
-        return self.seconds(job.network, job_macs(job, self.settings, self.equal_cost) * self.images)
+        """Expected training seconds that are left of a job, without the teachers' passes."""
+        macs = job_macs(job, self.settings, self.equal_cost) * self.images
+        return self.seconds(job.network, macs) * (1 - self.trained.get(job.name, 0.0))
 
     def page_seconds(self, left: Sequence[Job]) -> float:
         """Expected seconds of the teachers' passes over the training images for the jobs that are left."""
@@ -4902,16 +4904,18 @@ class Progress:
         self.bar.set_description_str("; ".join(part for part in parts if part))
 
     def epoch_done(self, training: Training) -> None:
-        """Log an epoch, with the time left for its job and for the experiment."""
+        """Log an epoch, with the time left for the experiment."""
         epoch, number = training.history[-1], len(training.history)
         steps = min(training.steps_per_epoch, training.steps - (number - 1) * training.steps_per_epoch)
         self.estimate.learn(training.job.network, steps * self.run.settings.batch_size, epoch.seconds)
+        if training.job.kind != "pilot":  # it has several trainings
+            self.estimate.trained[training.job.name] = number / training.epochs
 
         shown = training.job.kind == "teacher" and not self.watched
         if time.monotonic() - self._last_line > self.LINE_SECONDS:
             self._last_line, shown = time.monotonic(), True
         temperature = f"  T {epoch.temperature:4.2f}" if epoch.temperature else ""
-        left = max((training.epochs - number) * epoch.seconds, self.estimate.seconds_left(self.run.left))
+        left = self.estimate.seconds_left(self.run.left)
         text = f"epoch {number:3d}/{training.epochs:<3d}  loss {epoch.loss:7.4f}  "
         text += f"val {epoch.val_accuracy:6.2f}%{temperature}  {epoch.seconds:6.1f} s  left {say_time(left)}"
         self.line(training.name, text, quiet=not shown)

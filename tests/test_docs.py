@@ -625,6 +625,15 @@ def test_the_evidence_follows_from_its_results() -> None:
         assert row.test_accuracy_sd == pytest.approx(values.std(), abs=1e-5)
 
 
+def test_the_readme_shows_the_run_at_full_width() -> None:
+    results = pd.read_csv(EVIDENCE / "full_width/results.csv").set_index("method")
+    reached = results.test_accuracy
+    said = f"Direct reached {reached['Direct']:.2f}%, TraditionalKD {reached['TraditionalKD']:.2f}%, HPM-KD "
+    said += f"{reached['HPM-KD']:.2f}% and the teacher {results.teacher_accuracy.iloc[0]:.2f}%"
+    assert said in " ".join(text_of(README).split())
+    assert results.params["Direct"] == exp.network_cost("7x", 10, exp.FULL_WIDTH)[0]
+
+
 def test_the_ranking_follows_from_its_results() -> None:
     """Every number of its table, worked out anew as above."""
     accuracy, _ = ablation_results()

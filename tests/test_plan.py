@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL
-from lab import do, open_lab, shortcuts, student
+from lab import do, open_lab, shortcuts, student, teacher
 
 import run_exp1b_kaggle as exp
 
@@ -213,6 +213,20 @@ def test_the_time_left_is_known_before_the_first_epoch_and_learns_from_epochs(tm
     assert list(estimate.speeds) == ["teacher", "5x"]
     epoch = experiment.run.records["student_5x_Direct_run1"].history[-1]
     assert experiment.progress.epoch_seconds("5x", 3) == pytest.approx(epoch.seconds)
+
+
+def test_the_time_left_shrinks_with_every_epoch_of_a_job(tmp_path: Path) -> None:
+    """Not at the job's end alone: the teacher takes hours."""
+    experiment = open_lab(tmp_path, compression=("5x",), teacher_epochs=4)
+    estimate, job = experiment.progress.estimate, teacher(experiment)
+    seen: list[float] = []
+    with shortcuts(steps=False), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "learn", lambda *_: estimate.speeds.update(teacher=1e9))  # always as fast
+        estimate.learn("teacher", 0, 0)
+        whole, rest = estimate.job_seconds(job), estimate.seconds_left(experiment.run.left)
+        experiment.progress.after_epoch = lambda: seen.append(estimate.seconds_left(experiment.run.left))
+        do(experiment, job)
+    assert seen == pytest.approx([rest - whole * done / 4 for done in (1, 2, 3, 4)])
 
 
 # ---- Out of memory -------------------------------------------------------------------------------------------
