@@ -356,3 +356,15 @@ def test_an_error_in_a_plugin_says_where(
         plugins(imports=imports or beside)
     assert str(caught.value).endswith(place)
     assert "mine" not in exp.METHODS
+
+
+def test_an_error_in_a_package_beside_a_plugin_is_at_the_plugins_line(
+    plugins: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A virtual environment may lie in the plugin's folder: its packages are not the plugin's own files."""
+    packages = tmp_path / "venv/lib/site-packages"
+    packages.mkdir(parents=True)
+    (packages / "exp1b_package.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(packages)
+    with pytest.raises(exp.UsageError, match=r"division by zero, mine\.py, line 2\)$"):
+        plugins(imports="import exp1b_package")

@@ -291,6 +291,15 @@ def test_every_way_to_say_out_of_memory_is_understood(
         monkeypatch.undo()
 
 
+def test_no_memory_for_the_data_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise SHORTAGES[0]
+
+    monkeypatch.setattr(exp, "Images", full)
+    with pytest.raises(exp.UsageError, match=r"^CPU has no memory for the data: stop what else uses it$"):
+        open_lab(tmp_path / "run")
+
+
 def test_inference_halves_as_far_as_needed(tmp_path: Path) -> None:
     experiment = open_lab(tmp_path)
     network = exp.build_network("7x", 10, 8).eval()

@@ -139,6 +139,15 @@ def test_strange_variables_and_settings_change_nothing(toy_run: Path, tmp_path: 
     )
 
 
+def test_ctrl_c_while_packages_are_imported_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "filelock.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(
+        [sys.executable, exp.__file__, "--status"], env=environment, capture_output=True, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, b"", b"")
+
+
 # ---- Where we are ----------------------------------------------------------------------------------------------------
 
 

@@ -553,6 +553,29 @@ def test_sound_methods_are_left_in_peace(taught: Path, tmp_path: Path) -> None: 
     assert records[0].notes == [] and repr(untimed(records[0])) == repr(untimed(records[1]))
 
 
+def test_an_index_out_of_range_on_a_gpu_is_the_plugins_mistake(
+    taught: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It loses the device to this process and would lose it again: a resume must not meet it for ever."""
+    exp.register("Sound")(Sound)
+    lab = lab_with(taught, tmp_path / "lab", "Sound", "HPM-KD")
+
+    def lost(device: exp.Device) -> None:
+        raise exp.UsageError("the device fails")
+
+    monkeypatch.setattr(exp, "probe", lost)
+    error = RuntimeError("CUDA error: device-side assert triggered")
+    for name in ("Sound", "HPM-KD"):
+        with pytest.raises(exp.DeviceLost, match="device-side assert"):
+            exp.Worker(lab, writes=False).crashed(student(lab, name, "5x"), error)
+    lab.run.refresh()
+    assert lab.run.failed == ["student_5x_Sound_run1"]
+    failed = lab.run.records["student_5x_Sound_run1"]
+    assert failed.final and failed.failure.startswith("an index out of range (RuntimeError: CUDA error")
+
+
 def test_what_only_describe_makes_is_no_state(taught: Path, tmp_path: Path) -> None:  # noqa: F811
     exp.register("Drawn")(drawing())
     assert trained(taught, tmp_path / "lab", "Drawn", ()).notes == []
