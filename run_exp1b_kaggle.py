@@ -2880,6 +2880,7 @@ def draw_figures(evidence: Evidence, folder: Path) -> None:
                     path.unlink(missing_ok=True)  # left from an earlier state
                     continue
                 figure.savefig(buffer, format=kind, dpi=300, metadata={left_out: None})
+                figure.set_layout_engine("none")  # it is done: the PDF has the same one
                 write_atomic(path, buffer.getvalue())
 
 

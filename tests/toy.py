@@ -21,7 +21,7 @@ from typing import IO, Any
 import pytest
 import torch
 from matplotlib.figure import Figure
-from small_script import ONE_BLOCK_PER_STAGE, forward
+from small_script import ONE_BLOCK_PER_STAGE, forward, three_candidates
 from test_data import install
 from torchvision.datasets import CIFAR10
 
@@ -53,9 +53,7 @@ def install_toy(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """Make the script's experiments toys, working in `folder` (run folders are made there, teacher outputs below it)."""
     cut_networks(patch)
     patch.setattr(exp.AttentionNetwork, "STEPS", 3)
-    # Three candidates of eight: still two rungs.
-    candidates = exp.HPMKD.candidates.__func__  # type: ignore[attr-defined]
-    patch.setattr(exp.HPMKD, "candidates", classmethod(lambda cls, ratio: candidates(cls, ratio)[::3]))
+    patch.setattr(exp.HPMKD, "candidates", classmethod(three_candidates))
     patch.setattr(exp, "latency_ms", lambda *_: {})
     patch.setattr(exp, "measure_speeds", lambda *_: {})
     patch.setattr(exp.Run, "REPORT_SECONDS", 0.0)
