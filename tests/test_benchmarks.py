@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import small_script
 from conftest import ROOT
 
 FOLDER = ROOT / "tests/benchmarks"
@@ -21,7 +22,7 @@ SCRIPTS = {  # arguments, and figures that must be among what is printed
             "fp32_teacher_training_share_of_the_matrix_product_rate",
             "7x_distillation_epoch_over_Direct",
             "smoke_7x_TraditionalKD_test_accuracy",
-            "small_run_2_workers_seconds",
+            "small_run_1_workers_seconds",
         ],
     ),
     "kill_soak": (["--minutes", "0.01"], ["runs finished", "wrong results"]),
@@ -71,7 +72,11 @@ SCRIPTS = {  # arguments, and figures that must be among what is printed
 
 
 def run_script(name: str, arguments: list[str], output: Path) -> None:
-    """Run a benchmark as a program, in this (forked) process: what it patches ends with it, and torch need not be imported again."""
+    """Run a benchmark as a program, with small networks.
+
+    This process is forked: what it patches ends with it, and torch need not be imported again.
+    """
+    small_script.shrink()
     handle = os.open(output, os.O_CREAT | os.O_WRONLY)
     os.dup2(handle, 1)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
