@@ -93,17 +93,8 @@ exp.make_experiment.__globals__["probe"] = fails  # a worker's module is a copy 
 def test_several_workers_without_any_device_that_works_are_one_line(tmp_path: Path) -> None:
     """Each tries its own; the first one's reason is the run's."""
     (tmp_path / "no_device.py").write_text(NO_DEVICE)
-    code, out = finish(
-        start(
-            tmp_path / "run",
-            *DIRECT,
-            "--workers",
-            "2",
-            "--plugin",
-            str(tmp_path / "no_device.py"),
-            script=SCRIPT,
-        )
-    )
+    options = [*DIRECT, "--workers", "2", "--plugin", str(tmp_path / "no_device.py")]
+    code, out = finish(start(tmp_path / "run", *options, script=SCRIPT))
     assert code == 2, out
     assert out.strip().splitlines()[-1] == "error: no device works: replace them"
     assert "started again" not in out and "Traceback" not in out

@@ -40,13 +40,18 @@ JOBS = [
 TEACHER, ASSISTANT, SECOND_ASSISTANT, PILOT, DIRECT, KD, HPMKD = JOBS
 
 
+COST = {
+    all_pixels: exp.cache(exp.network_cost.__wrapped__) for all_pixels in (False, True)
+}  # of cut networks
+
+
 def cut_networks(patch: pytest.MonkeyPatch, all_pixels: bool = False) -> None:
     """One block per stage and, unless `all_pixels` are needed, a quarter of the pixels."""
     for name, architecture in ONE_BLOCK_PER_STAGE.items():
         patch.setitem(exp.ARCHITECTURES, name, architecture)
     if not all_pixels:
         patch.setattr(exp.CifarResNet, "forward", forward)
-    patch.setattr(exp, "network_cost", exp.cache(exp.network_cost.__wrapped__))
+    patch.setattr(exp, "network_cost", COST[all_pixels])
 
 
 def install_toy(patch: pytest.MonkeyPatch, folder: Path) -> None:
