@@ -1640,6 +1640,7 @@ class Training:
     def run(self) -> nn.Module:
         """Train to the end, from the last checkpoint if there is one. Raises `Stopped` or `JobFailed`."""
         restore_training(self)
+        self.experiment.progress.count(self)
         steps = min(self.steps, self.steps_per_epoch)
         expected = self.experiment.progress.epoch_seconds(self.job.network, steps)
         for epoch in range(len(self.history), self.epochs):
@@ -4783,7 +4784,7 @@ class Estimate:
     workers: int
     equal_cost: Mapping[str, int]
     speeds: dict[str, float] = field(default_factory=dict)  # network -> multiply-accumulates per second
-    trained: dict[str, float] = field(default_factory=dict)  # job in progress -> share of its epochs
+    trained: dict[str, float] = field(default_factory=dict)  # job of this session -> share of its epochs
 
     def macs(self, network: str) -> int:
         """Multiply-accumulates of a network for one image."""
@@ -4872,7 +4873,10 @@ class Progress:
         self._last_job = ""
 
     def announce(self, session: Session) -> None:
-        """Before anything is trained: how long it will take, and whether it will finish in this session."""
+        """Before anything is trained: how long it will take, and whether it will finish in this session.
+
+        A job in progress still counts as a whole one.
+        """
         left = self.run.left
         seconds = self.estimate.seconds_left(left)
         text = f"jobs: {len(left)} of {len(self.run.jobs)} to do, about {say_time(seconds)}"
@@ -4904,13 +4908,17 @@ class Progress:
         parts = [f"{say_time(seconds)} left" if seconds else "", *texts, self._last_job]
         self.bar.set_description_str("; ".join(part for part in parts if part))
 
+    def count(self, training: Training) -> None:
+        """Take in how many epochs of a job are done (not of a pilot, which has several trainings)."""
+        if training.job.kind != "pilot":
+            self.estimate.trained[training.job.name] = len(training.history) / training.epochs
+
     def epoch_done(self, training: Training) -> None:
         """Log an epoch, with the time left for the experiment."""
         epoch, number = training.history[-1], len(training.history)
         steps = min(training.steps_per_epoch, training.steps - (number - 1) * training.steps_per_epoch)
         self.estimate.learn(training.job.network, steps * self.run.settings.batch_size, epoch.seconds)
-        if training.job.kind != "pilot":  # it has several trainings
-            self.estimate.trained[training.job.name] = number / training.epochs
+        self.count(training)
 
         shown = training.job.kind == "teacher" and not self.watched
         if time.monotonic() - self._last_line > self.LINE_SECONDS:
@@ -6623,7 +6631,8 @@ class Member:
     process: multiprocessing.process.BaseProcess
     pipe: connection.Connection
     text: str = "starting"  # what it is doing
-    speeds: dict[str, Any] = field(default_factory=dict)  # of the networks, once it has measured them
+    speeds: dict[str, float] = field(default_factory=dict)  # of the networks, once it has measured them
+    trained: dict[str, float] = field(default_factory=dict)  # its jobs -> share of their epochs
     outcome: str | Exception | None = None  # why it ended; None: it has not said so
 
 
@@ -6730,6 +6739,8 @@ def launch(
                 progress.estimate.speeds = measured[0]
                 if leads:
                     progress.announce(session)
+            for member in crew.members:
+                progress.estimate.trained |= member.trained
             progress.show(*(member.text for member in crew.members))
             try:
                 fresh = run.refresh()
@@ -6770,6 +6781,7 @@ def worker_main(
             devices = find_devices(run.settings.device, platform.kaggle, allow_cpu=True)
             publish = partial(tell, pipe, "text") if platform.watched else None
             progress = Progress(run, worker_count(run.settings, devices), publish=publish)
+            progress.after_epoch = lambda: tell(pipe, "trained", progress.estimate.trained)
             device = devices[number % len(devices)]
             experiment = make_experiment(run, device, devices, data, session, progress)
             work(experiment, False, lambda: tell(pipe, "speeds", progress.estimate.speeds))

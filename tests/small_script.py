@@ -1,4 +1,5 @@
-"""The script with networks that train in seconds, one figure, and a checkpoint of every epoch: for tests of its processes.
+"""The script for tests of its processes: networks that train in seconds, three candidates of HPM-KD's eight, one figure, and a
+checkpoint of every epoch.
 
     python tests/small_script.py <options>
 

@@ -22,7 +22,7 @@ SCRIPTS = {  # arguments, and figures that must be among what is printed
             "fp32_teacher_training_share_of_the_matrix_product_rate",
             "7x_distillation_epoch_over_Direct",
             "smoke_7x_TraditionalKD_test_accuracy",
-            "small_run_1_workers_seconds",
+            "small_run_2_workers_seconds",
         ],
     ),
     "kill_soak": (["--minutes", "0.01"], ["runs finished", "wrong results"]),

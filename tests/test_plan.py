@@ -216,7 +216,7 @@ def test_the_time_left_is_known_before_the_first_epoch_and_learns_from_epochs(tm
 
 
 def test_the_time_left_shrinks_with_every_epoch_of_a_job(tmp_path: Path) -> None:
-    """Not at the job's end alone: the teacher takes hours."""
+    """Not at the job's end alone: the teacher takes hours. A resume counts what was done before."""
     experiment = open_lab(tmp_path, compression=("5x",), teacher_epochs=4)
     estimate, job = experiment.progress.estimate, teacher(experiment)
     seen: list[float] = []
@@ -225,6 +225,21 @@ def test_the_time_left_shrinks_with_every_epoch_of_a_job(tmp_path: Path) -> None
         estimate.learn("teacher", 0, 0)
         whole, rest = estimate.job_seconds(job), estimate.seconds_left(experiment.run.left)
         experiment.progress.after_epoch = lambda: seen.append(estimate.seconds_left(experiment.run.left))
+        patch.setattr(exp.Training, "SAVE_SECONDS", 0.0)
+        epoch = exp.Training._epoch
+
+        def stop_in_the_third(training: exp.Training, number: int) -> None:
+            if number == 2:
+                raise exp.Stopped("SIGTERM")
+            epoch(training, number)
+
+        patch.setattr(exp.Training, "_epoch", stop_in_the_third)
+        for _ in range(2):  # the second time nothing is trained
+            estimate.trained.clear()
+            with pytest.raises(exp.Stopped):
+                do(experiment, job)
+            assert estimate.trained == {job.name: 0.5}
+        patch.setattr(exp.Training, "_epoch", epoch)
         do(experiment, job)
     assert seen == pytest.approx([rest - whole * done / 4 for done in (1, 2, 3, 4)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ import pytest
 import small_script
 from conftest import ROOT, results_without_times
 from lab import open_lab, shortcuts, student, teacher
-from toy import epochs_in_log, in_child, leftovers, new_toy, tree
+from toy import AGAIN, DIRECT, epochs_in_log, in_child, leftovers, new_toy, resume, tree
 
 import run_exp1b_kaggle as exp
 
@@ -466,6 +467,47 @@ def test_the_parent_gives_its_workers_the_device_and_ends_those_that_are_late(
     monkeypatch.setattr(exp, "END_SECONDS", -1e6)
     assert new_toy(toy / "run", "--workers", "2", "--max-hours", "1", "--device", "auto") == 0
     assert ended == [signal.SIGTERM] and given[0]["device"] == "cpu"
+
+
+def test_the_parent_counts_the_epochs_of_its_workers(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A worker tells it every epoch: the time left shrinks also while a job of hours is trained."""
+    (copied / f"checkpoints/{DIRECT}.pt").unlink()
+    told: list[tuple[str, Any]] = []
+    here, there = multiprocessing.Pipe(duplex=False)
+    args = exp.parse_args([*AGAIN, "--output-dir", str(copied)])
+    worker = (0, there, args, exp.detect_platform(), None)
+    process = multiprocessing.get_context("fork").Process(target=exp.worker_main, args=worker)
+    process.start()
+    while not told or told[-1][0] != "outcome":
+        assert here.poll(60)
+        told.append(here.recv())
+    process.join()
+    assert [value for kind, value in told if kind == "trained"] == [{DIRECT: n / 3} for n in (1, 2, 3)]
+
+    (copied / f"checkpoints/{DIRECT}.pt").unlink()
+    shown: list[float] = []
+
+    class Telling(exp.Crew):
+        def __init__(self, *_: Any) -> None:
+            self.members, self.ending = [exp.Member(None, None, speeds={"5x": 1e9})], 0.0  # type: ignore[arg-type]
+
+        def listen(self, _: float) -> None:
+            member = self.members[0]
+            member.trained = {DIRECT: len(shown) / 2}
+            member.outcome = "SIGTERM" if len(shown) == 2 else None
+
+        def kill(self) -> None:
+            pass
+
+    def show(progress: exp.Progress, *_: str) -> None:
+        shown.append(progress.estimate.seconds_left(progress.run.left))
+
+    monkeypatch.setattr(exp, "Crew", Telling)
+    monkeypatch.setattr(exp.Progress, "show", show)
+    resume(copied, "--workers", "2")
+    assert shown[0] > 0 and shown == pytest.approx([shown[0], shown[0] / 2, 0.0])
 
 
 # ---- Claims --------------------------------------------------------------------------------------------------

@@ -40,9 +40,8 @@ JOBS = [
 TEACHER, ASSISTANT, SECOND_ASSISTANT, PILOT, DIRECT, KD, HPMKD = JOBS
 
 
-COST = {
-    all_pixels: exp.cache(exp.network_cost.__wrapped__) for all_pixels in (False, True)
-}  # of cut networks
+# What cut networks cost, by whether they see all pixels: counted once for all toys. ARCHITECTURES must hold no others then.
+COST = {all_pixels: exp.cache(exp.network_cost.__wrapped__) for all_pixels in (False, True)}
 
 
 def cut_networks(patch: pytest.MonkeyPatch, all_pixels: bool = False) -> None:

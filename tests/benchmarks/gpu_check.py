@@ -140,7 +140,7 @@ def main() -> int:
     chosen.device, precisions, workers = "cuda", exp.PRECISIONS, (1, 2)
     script, smoke, small = SCRIPT, ["--device", "cuda"], ["--device", "cuda", *SMALL]
     if chosen.cpu:
-        chosen.device, precisions, workers, smoke, small = "cpu", ("fp32",), (1,), TINY, TINY
+        chosen.device, precisions, workers, smoke, small = "cpu", ("fp32",), (2,), TINY, TINY
         script = "tests/small_script.py"
 
     with experiment(chosen, raw) as made:  # in the precision that a run would choose
