@@ -39,10 +39,11 @@ def start(
 ) -> subprocess.Popen[str]:
     """Start the script as a user does; by default with small networks, and students that are held by `hold`."""
     by = [] if "torchrun" in prefix else [sys.executable]
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])  # for torchrun
     return subprocess.Popen(
         [*prefix, *by, str(script), *options, "--output-dir", str(folder)],
         cwd=folder.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HOLD": str(folder.parent / "hold")},
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HOLD": str(folder.parent / "hold")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
