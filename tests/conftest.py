@@ -129,6 +129,7 @@ def redone(monkeypatch: pytest.MonkeyPatch, toy_run: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def half_trained(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the finished toy whose Direct student has only two of its three epochs. Read only."""
+    from lab import stop_before_epoch
     from toy import DIRECT, install_toy, resume
 
     folder = tmp_path_factory.mktemp("half") / "run"
@@ -137,14 +138,7 @@ def half_trained(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         install_toy(patch, folder.parent)
         shutil.copytree(toy_run, folder)
         (folder / f"checkpoints/{DIRECT}.pt").unlink()
-        epoch = exp.Training._epoch
-
-        def stop(training: exp.Training, number: int) -> None:
-            if number == 2:
-                raise exp.Stopped("session clock")
-            epoch(training, number)
-
-        patch.setattr(exp.Training, "_epoch", stop)
+        stop_before_epoch(patch, 2)
         assert resume(folder) == 0
     return folder
 

@@ -107,6 +107,18 @@ def shortcuts(chosen: int | None = None, steps: bool = True) -> Iterator[pytest.
         yield patch
 
 
+def stop_before_epoch(patch: pytest.MonkeyPatch, number: int) -> None:
+    """Trainings stop before their epoch `number`, counted from 0."""
+    epoch = exp.Training._epoch
+
+    def stop(training: exp.Training, current: int) -> None:
+        if current == number:
+            raise exp.Stopped("session clock")
+        epoch(training, current)
+
+    patch.setattr(exp.Training, "_epoch", stop)
+
+
 def untimed(record: exp.Record) -> exp.Record:
     """A record without what depends on the clock."""
     history = [dataclasses.replace(epoch, seconds=0.0) for epoch in record.history]

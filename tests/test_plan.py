@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL
-from lab import do, open_lab, shortcuts, student, teacher
+from lab import do, open_lab, shortcuts, stop_before_epoch, student, teacher
 
 import run_exp1b_kaggle as exp
 
@@ -226,20 +226,13 @@ def test_the_time_left_shrinks_with_every_epoch_of_a_job(tmp_path: Path) -> None
         whole, rest = estimate.job_seconds(job), estimate.seconds_left(experiment.run.left)
         experiment.progress.after_epoch = lambda: seen.append(estimate.seconds_left(experiment.run.left))
         patch.setattr(exp.Training, "SAVE_SECONDS", 0.0)
-        epoch = exp.Training._epoch
-
-        def stop_in_the_third(training: exp.Training, number: int) -> None:
-            if number == 2:
-                raise exp.Stopped("SIGTERM")
-            epoch(training, number)
-
-        patch.setattr(exp.Training, "_epoch", stop_in_the_third)
-        for _ in range(2):  # the second time nothing is trained
-            estimate.trained.clear()
-            with pytest.raises(exp.Stopped):
-                do(experiment, job)
-            assert estimate.trained == {job.name: 0.5}
-        patch.setattr(exp.Training, "_epoch", epoch)
+        with pytest.MonkeyPatch.context() as stopped:
+            stop_before_epoch(stopped, 2)
+            for _ in range(2):  # the second time nothing is trained
+                estimate.trained.clear()
+                with pytest.raises(exp.Stopped):
+                    do(experiment, job)
+                assert estimate.trained == {job.name: 0.5}
         do(experiment, job)
     assert seen == pytest.approx([rest - whole * done / 4 for done in (1, 2, 3, 4)])
 

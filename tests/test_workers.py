@@ -73,6 +73,13 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, out
 
 
+def assert_clean(folder: Path) -> None:
+    """Every job went on from its last epoch, and nothing is left behind."""
+    epochs = epochs_in_log(folder)
+    assert len(set(epochs)) == len(epochs)
+    assert leftovers(folder) == []
+
+
 MISTAKES = """
 
 import run_exp1b_kaggle as exp
@@ -123,9 +130,7 @@ def test_the_gallery_with_two_workers_and_a_kill_equals_one_worker(
     assert code == 1, out
     assert "finished: 15 of 17 jobs done; 2 failed" in out.strip().splitlines()[-1]
     assert "started again" not in (tmp_path / "2/experiment.log").read_text()
-    assert leftovers(tmp_path / "2") == []
-    epochs = epochs_in_log(tmp_path / "2")
-    assert len(set(epochs)) == len(epochs), "a job goes on from its last epoch"
+    assert_clean(tmp_path / "2")
     assert results_without_times(tmp_path / "1") == results_without_times(tmp_path / "2")
     table = pd.read_csv(tmp_path / "2/results.csv")
     assert set(table.method[table.status == "done"]) == set(methods)
@@ -223,9 +228,7 @@ def test_a_dead_worker_and_a_stop_lose_nothing(tmp_path: Path, alone: Path) -> N
     again = ["--resume", "--threads", "1", "--output-dir", str(folder)]
     assert in_child(lambda: small_script.main(again)) == 0
     assert results_without_times(folder) == results_without_times(alone)
-    epochs = epochs_in_log(folder)
-    assert len(set(epochs)) == len(epochs), "a job goes on from its last epoch"
-    assert leftovers(folder) == []
+    assert_clean(folder)
 
 
 @pytest.mark.slow
@@ -248,9 +251,7 @@ def test_processes_join_a_run_and_are_killed(tmp_path: Path, alone: Path) -> Non
     code, out = finish(leader)
     assert code == 0, out
     assert results_without_times(folder) == results_without_times(alone)
-    epochs = epochs_in_log(folder)
-    assert len(set(epochs)) == len(epochs), "a job goes on from its last epoch"
-    assert leftovers(folder) == []
+    assert_clean(folder)
 
 
 @pytest.mark.slow
@@ -272,9 +273,7 @@ def test_who_joined_goes_on_when_the_leader_is_killed(tmp_path: Path, alone: Pat
     )
     assert (folder / "experiment.log").read_text().count(" epoch ") == before, "nothing is trained again"
     assert results_without_times(folder) == results_without_times(alone)
-    epochs = epochs_in_log(folder)
-    assert len(set(epochs)) == len(epochs), "a job goes on from its last epoch"
-    assert leftovers(folder) == []
+    assert_clean(folder)
 
 
 BUSY = """
@@ -470,16 +469,13 @@ def test_the_parent_gives_its_workers_the_device_and_ends_those_that_are_late(
     assert ended == [signal.SIGTERM] and given[0]["device"] == "cpu"
 
 
-def test_the_parent_counts_the_epochs_of_its_workers(
-    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A worker tells it every epoch: the time left shrinks also while a job of hours is trained."""
+def test_a_worker_tells_how_far_its_jobs_are(copied: Path) -> None:
     (copied / f"checkpoints/{DIRECT}.pt").unlink()
     told: list[tuple[str, Any]] = []
     here, there = multiprocessing.Pipe(duplex=False)
-    args = exp.parse_args([*AGAIN, "--output-dir", str(copied)])
-    worker = (0, there, args, exp.detect_platform(), None)
-    process = multiprocessing.get_context("fork").Process(target=exp.worker_main, args=worker)
+    worker = (0, there, exp.parse_args([*AGAIN, "--output-dir", str(copied)]), exp.detect_platform(), None)
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=exp.worker_main, args=worker, daemon=True)
     process.start()
     while not told or told[-1][0] != "outcome":
         assert here.poll(60)
@@ -487,6 +483,9 @@ def test_the_parent_counts_the_epochs_of_its_workers(
     process.join()
     assert [value for kind, value in told if kind == "trained"] == [{DIRECT: n / 3} for n in (1, 2, 3)]
 
+
+def test_the_parent_counts_the_epochs_of_its_workers(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time left that it shows shrinks also while a job of hours is trained."""
     (copied / f"checkpoints/{DIRECT}.pt").unlink()
     shown: list[float] = []
 
